@@ -1,0 +1,68 @@
+"""convlens: train, see through and ship small convolutional image classifiers.
+
+Everything below is imported when it is first used, so that ``import convlens`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from convlens.data.catalog import from_arrays, load_dataset
+    from convlens.data.dataset import Dataset, Split
+    from convlens.errors import ConvlensError
+    from convlens.estimator import ConvClassifier
+    from convlens.experiment import Run, train
+    from convlens.models import create_model
+    from convlens.shipping.classifier import Classifier, Prediction
+    from convlens.training.engine import fit
+    from convlens.training.recipe import Recipe
+    from convlens.training.recipes import get_recipe
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Classifier": "convlens.shipping.classifier",
+    "ConvClassifier": "convlens.estimator",
+    "ConvlensError": "convlens.errors",
+    "Dataset": "convlens.data.dataset",
+    "Prediction": "convlens.shipping.classifier",
+    "Recipe": "convlens.training.recipe",
+    "Run": "convlens.experiment",
+    "Split": "convlens.data.dataset",
+    "create_model": "convlens.models",
+    "fit": "convlens.training.engine",
+    "from_arrays": "convlens.data.catalog",
+    "get_recipe": "convlens.training.recipes",
+    "load_dataset": "convlens.data.catalog",
+    "train": "convlens.experiment",
+}
+
+__all__ = [
+    "Classifier",
+    "ConvClassifier",
+    "ConvlensError",
+    "Dataset",
+    "Prediction",
+    "Recipe",
+    "Run",
+    "Split",
+    "__version__",
+    "create_model",
+    "fit",
+    "from_arrays",
+    "get_recipe",
+    "load_dataset",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'convlens' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

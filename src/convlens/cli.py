@@ -1,0 +1,523 @@
+"""The ``convlens`` command: thin verbs that parse, call one function and print.
+
+Nothing heavy is imported here: each verb imports what it needs, so that ``convlens --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+
+import typer
+
+from convlens import __version__
+from convlens.errors import ConvlensError, Interrupted, UsageError
+from convlens.training.recipe import FIELD_TYPES, Recipe, flag, plain_type
+
+if TYPE_CHECKING:
+    from convlens.experiment import Experiment, Run
+    from convlens.training.checkpoint import EpochRecord
+
+app = typer.Typer(
+    help="Train, see through and ship small convolutional image classifiers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+# what typer raises for a wrong command line; the class itself lies in click, or in typer's own copy of it
+ParseError: Any = typer.BadParameter.__mro__[1]
+
+
+class Format(StrEnum):
+    """How results are printed."""
+
+    text = "text"
+    json = "json"
+    csv = "csv"
+
+
+def show_version(value: bool) -> None:
+    """Print the version and leave."""
+    if value:
+        print(f"convlens {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options of every verb."""
+
+
+def with_recipe_flags(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb one flag for every field of Recipe; they arrive as its keyword arguments."""
+    hints = get_type_hints(verb, include_extras=True)
+    declared = [p for p in inspect.signature(verb).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters = [p.replace(annotation=hints[p.name]) for p in declared]
+    for item in dataclasses.fields(Recipe):
+        if item.name == "name":
+            continue
+        kind, _ = plain_type(item.name)
+        choices = item.metadata["choices"]
+        text = item.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+        names = [f"{flag(item.name)}/--no-{flag(item.name)[2:]}"] if kind is bool else [flag(item.name)]
+        option = typer.Option(
+            *names, help=text, rich_help_panel="Recipe (default: the recipe's own)", show_default=False
+        )
+        annotation: Any = Annotated[(FIELD_TYPES[item.name] | None, option)]
+        parameters.append(
+            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+
+    def call(**values: Any) -> None:
+        verb(**values)
+
+    call.__doc__, call.__name__ = verb.__doc__, verb.__name__
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    return call
+
+
+@app.command()
+@with_recipe_flags
+def train(
+    data: Annotated[
+        str | None,
+        typer.Argument(help="digits, mnist, fashion-mnist, cifar10, a folder of class folders, or a .npz file."),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe by name; `convlens recipes` lists them.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Take the recipe from a run's config.json.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the run, instead of runs/DATA-N.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder.")] = None,
+    init: Annotated[str | None, typer.Option(help="Start from this run's or model's trained stages.")] = None,
+    allow_unreadable: Annotated[bool, typer.Option(help="Skip unreadable files, however many.")] = False,
+    **overrides: Any,
+) -> None:
+    """Train a classifier on DATA, test it once, and write everything into a run folder.
+
+    Examples:
+      convlens train mnist
+
+      convlens train photos/ --epochs 40 --image-size 96
+
+      convlens train mnist --recipe mnist-4conv --lr 0.02
+
+      convlens train --resume runs/mnist-1
+    """
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    if (data is None) == (resume is None):
+        raise UsageError("name the data to train on, or a run to --resume, one of the two")
+    if resume is not None and (overrides or recipe or config or out or init):
+        raise UsageError("--resume goes on with the run's own recipe; it takes no other option")
+    if recipe is not None and config is not None:
+        raise UsageError("give --recipe or --config, not both")
+    from convlens.experiment import Experiment
+
+    if resume is not None:
+        experiment = Experiment.resume(resume, allow_unreadable=allow_unreadable)
+    else:
+        chosen: Any = recipe
+        if config is not None:
+            from convlens.runfolder import read_json
+
+            values = read_json(config)
+            chosen = Recipe.from_json(values.get("recipe", values))
+        experiment = Experiment.create(data, chosen, out=out, init=init, allow_unreadable=allow_unreadable, **overrides)
+    run_experiment(experiment)
+
+
+def run_experiment(experiment: Experiment) -> Run:
+    """Train with a line an epoch; Ctrl-C (or a polite kill) finishes the step, saves, and says how to go on."""
+    import signal
+
+    describe_experiment(experiment)
+    stopping = False
+
+    def stop(*_: Any) -> None:
+        nonlocal stopping
+        if stopping:  # asked twice
+            raise KeyboardInterrupt
+        stopping = True
+        print("stopping after this step ...", file=sys.stderr)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for record in experiment.epochs(should_stop=lambda: stopping, show_progress=True):
+            print(describe_record(record), flush=True)
+    except Interrupted as error:
+        folder = experiment.folder.path
+        raise Interrupted(f"{error}; saved. Go on with: convlens train --resume {folder}") from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    run = experiment.finish()
+    print(describe_test(run.test))
+    print(f"report  {run.report}")
+    print(f"predict with: convlens predict {run.path} IMAGE")
+    return run
+
+
+def describe_experiment(experiment: Experiment) -> None:
+    """Print what is about to be trained, on what, where."""
+    import math
+
+    recipe, dataset, config = experiment.recipe, experiment.dataset, experiment.config
+    channels, height, width = dataset.shape
+    counts = ", ".join(f"{len(split):,} {name}" for name, split in dataset.splits.items())
+    steps = math.ceil(len(dataset.train) / recipe.batch_size)
+    tests = math.ceil(len(dataset.test) / recipe.batch_size)
+    total = recipe.total_steps(steps)
+    model, machine = config["model"], config["machine"]
+    print(f"data    {dataset.name}: {counts} images {channels}x{height}x{width}, {len(dataset.classes)} classes")
+    if dataset.source and Path(dataset.source).exists():
+        print(f"        {dataset.note}")
+    if dataset.unreadable:
+        print(f"        {len(dataset.unreadable)} unreadable files skipped: {'; '.join(dataset.unreadable[:3])}")
+    print(f"net     {model['name']}: {model['parameters']:,} parameters")
+    if "init" in config:
+        print(f"        started from {config['init']['from']}: {config['init']['tensors']} tensors")
+    print(
+        f"recipe  {recipe.name}: {math.ceil(total / steps)} epochs ({total:,} steps) of {steps} train batches of "
+        f"{recipe.batch_size}, {tests} test batches"
+    )
+    print(f"on      {machine['device_name']}, {machine['threads']} threads, {recipe.precision}")
+    print(f"run     {experiment.folder.path}", flush=True)
+
+
+def describe_record(record: EpochRecord) -> str:
+    """Return the line of an epoch."""
+    line = f"epoch {record.epoch:>3}  {record.seconds:6.1f} s  loss {record.train_loss:.4f}  acc {record.train_acc:.2%}"
+    for name, loss, accuracy in (
+        ("val", record.val_loss, record.val_acc),
+        ("test", record.test_loss, record.test_acc),
+    ):
+        if accuracy is not None:
+            line += f"  {name} loss {loss:.4f}  acc {accuracy:.2%}"
+    return line
+
+
+def describe_test(test: dict[str, Any]) -> str:
+    """Return the line of a test."""
+    low, high = test["accuracy_interval"]
+    return (
+        f"test    accuracy {test['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}, n = {test['n']:,}), "
+        f"loss {test['loss']:.4f}"
+    )
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help="A run folder, a model folder, or a model by name.")],
+    data: Annotated[str | None, typer.Option(help="Test on this data instead of the run's own.")] = None,
+    format: Annotated[Format, typer.Option(help="How to print.")] = Format.text,
+) -> None:
+    """Test a trained net again on the test split, and print every figure. Writes nothing.
+
+    Examples:
+      convlens evaluate runs/mnist-1
+
+      convlens evaluate mnist --format json
+    """
+    from convlens.experiment import evaluate_run
+
+    test = evaluate_run(run, data)
+    if format is Format.json:
+        print(json.dumps(test, indent=2))
+        return
+    rows = [("class", "precision", "recall", "f1", "n")]
+    for name, c in test["classes"].items():
+        rows.append((name, *(f"{c[key]:.4f}" for key in ("precision", "recall", "f1")), str(c["n"])))
+    if format is Format.csv:
+        print_csv(rows)
+        return
+    print(describe_test(test))
+    print_table(rows)
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a model by name.")],
+    images: Annotated[list[str], typer.Argument(help="Files, folders, globs; - reads a list of files.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 1,
+    format: Annotated[Format, typer.Option(help="How to print.")] = Format.text,
+    raw: Annotated[bool, typer.Option("--raw", help="Only resize; do not look for ink on paper.")] = False,
+) -> None:
+    """Say what pictures show.
+
+    Examples:
+      convlens predict mnist scan.png --top 3
+
+      convlens predict runs/photos-1 holiday/ --format csv
+
+      find . -name '*.jpg' | convlens predict runs/photos-1 -
+    """
+    from convlens.data.preprocess import BadImage, open_image
+    from convlens.runtime import use_threads
+    from convlens.shipping.classifier import Classifier
+
+    use_threads()
+    classifier = Classifier.load(model)
+    files = expand(images)
+    batch: list[tuple[str, Any]] = []
+    bad, printer = 0, Printer(format, top)
+    for number, file in enumerate(files, start=1):
+        try:
+            batch.append((file, classifier.preprocess.adapt(open_image(file), raw=raw)))
+        except BadImage as error:
+            bad += 1
+            print(f"convlens: {error}", file=sys.stderr)
+        if batch and (len(batch) == 256 or number == len(files)):
+            predictions = classifier.describe(classifier.probabilities([pixels for _, pixels in batch]), top)
+            for (name, _), prediction in zip(batch, predictions, strict=True):
+                printer.add(name, prediction.top)
+            batch = []
+    printer.close()
+    if bad:
+        raise ConvlensError(f"{bad} of {len(files)} images could not be read")
+
+
+class Printer:
+    """Prints predictions as they come: text and CSV line by line, JSON as one list."""
+
+    def __init__(self, format: Format, top: int):
+        self.format, self.top = format, top
+        self._rows: list[dict[str, Any]] = []
+        if format is Format.csv:
+            print_csv([("image", "rank", "label", "probability")])
+
+    def add(self, image: str, best: tuple[tuple[str, float], ...]) -> None:
+        """Print, or keep for the end, what was predicted for one image."""
+        if self.format is Format.text:
+            print(f"{image}: {', '.join(f'{label} {probability:.1%}' for label, probability in best)}")
+        elif self.format is Format.csv:
+            print_csv([(image, rank, label, f"{p:.6f}") for rank, (label, p) in enumerate(best, start=1)])
+        else:
+            top = [{"label": label, "probability": round(p, 6)} for label, p in best]
+            self._rows.append({"image": image, **top[0], "top": top})
+
+    def close(self) -> None:
+        """Print what was kept."""
+        if self.format is Format.json:
+            print(json.dumps(self._rows, indent=2, ensure_ascii=False))
+
+
+def expand(images: list[str]) -> list[str]:
+    """Return the files that arguments name: files, what is in folders, globs, and - for a list on standard input."""
+    import glob
+
+    files: list[str] = []
+    for name in images:
+        if name == "-":
+            files += [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+        elif Path(name).is_dir():
+            inside = sorted(p for p in Path(name).rglob("*") if p.is_file())
+            visible = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(name).parts)]
+            if not visible:
+                raise UsageError(f"the folder {name} is empty")
+            files += map(str, visible)
+        elif not Path(name).exists() and glob.has_magic(name):
+            found = sorted(glob.glob(name, recursive=True))
+            if not found:
+                raise UsageError(f"no file matches {name}")
+            files += found
+        else:
+            files.append(name)
+    return files
+
+
+@app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="Show this net layer by layer.")] = None,
+    channels: Annotated[int, typer.Option(min=0, help="Channels of the image; 0: the net's usual.")] = 0,
+    size: Annotated[int, typer.Option(min=0, help="Side of the image in pixels; 0: the net's usual.")] = 0,
+    classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 10,
+) -> None:
+    """List the nets and the trained models, or show one net layer by layer.
+
+    Examples:
+      convlens models
+
+      convlens models mnist-4conv
+
+      convlens models small --size 64 --channels 3
+    """
+    from convlens.models import MODELS, create_model, summarise
+    from convlens.shipping.bundle import shipped_models
+
+    if name is None:
+        print("nets")
+        print_table([(net, first_line(MODELS[net])) for net in MODELS.names()], head=False)
+        print("trained models (convlens predict NAME IMAGE)")
+        from convlens.runfolder import read_json
+
+        trained_rows: list[Any] = []
+        for model, path in shipped_models().items():
+            trained = read_json(path / "config.json")["trained"]
+            trained_rows.append((model, f"{trained['test']['accuracy']:.2%} on {trained['data']['name']}'s test split"))
+        print_table(trained_rows, head=False)
+        return
+    colour = name in ("cifar-lenet", "folder-cnn", "medium")
+    channels = channels or (3 if colour else 1)
+    side = size or (64 if name == "folder-cnn" else 32 if colour else 28)
+    net = create_model(name, channels=channels, height=side, width=side, classes=classes)
+    layers = summarise(net, channels, side, side)
+    rows: list[Any] = [("layer", "kind", "output", "parameters", "MFLOPs", "sees")]
+    for layer in layers:
+        shape = "x".join(map(str, layer.output_shape))
+        field = "all" if layer.receptive_field is None else f"{layer.receptive_field}x{layer.receptive_field}"
+        flops = f"{layer.flops / 1e6:.2f}" if layer.flops else "-"
+        rows.append(
+            (
+                layer.name,
+                layer.kind,
+                shape,
+                f"{layer.parameters:,}" if layer.parameters else "-",
+                flops,
+                field,
+            )
+        )
+    print(f"{name} on {channels}x{side}x{side} images, {classes} classes: {first_line(type(net))}")
+    print_table(rows)
+    total = sum(layer.parameters for layer in layers)
+    print(f"{total:,} parameters, {sum(layer.flops for layer in layers) / 1e6:.1f} MFLOPs forward an image")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show every setting of this recipe.")] = None,
+) -> None:
+    """List the recipes, or show one as JSON.
+
+    Examples:
+      convlens recipes
+
+      convlens recipes mnist-4conv
+    """
+    from convlens.training.recipes import RECIPES, get_recipe
+
+    if name is not None:
+        print(inspect.getdoc(RECIPES[name]), file=sys.stderr)
+        print(json.dumps(dataclasses.asdict(get_recipe(name)), indent=2))
+        return
+    print_table([(recipe, first_line(RECIPES[recipe])) for recipe in RECIPES.names()], head=False)
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """List the data sets that are known by name, and where they were found."""
+    from convlens.data.catalog import DATASETS, whereabouts
+    from convlens.data.fetch import search_path
+
+    rows = [("data set", "what", "where")]
+    rows += [(name, first_line(DATASETS[name]), whereabouts(name)) for name in DATASETS.names()]
+    print_table(rows)
+    print(f"looked in: {', '.join(map(str, search_path()))}")
+
+
+@data_app.command("info")
+def data_info(
+    data: Annotated[str, typer.Argument(help="A data set by name, a folder of class folders, or a .npz file.")],
+    to: Annotated[Path | None, typer.Option(help="File for the sample grid, instead of DATA-samples.png.")] = None,
+    image_size: Annotated[int, typer.Option(min=0, help="Side that a folder's images are fitted to.")] = 0,
+    allow_unreadable: Annotated[bool, typer.Option(help="Skip unreadable files, however many.")] = False,
+) -> None:
+    """Count a data set's images by class, and write a grid of samples as PNG.
+
+    Examples:
+      convlens data info mnist
+
+      convlens data info photos/ --to photos.png
+    """
+    import torch
+
+    from convlens.data.catalog import load_dataset
+    from convlens.reporting.plots import draw_images, pick_samples
+
+    dataset = load_dataset(data, image_size=image_size, allow_unreadable=allow_unreadable)
+    channels, height, width = dataset.shape
+    print(f"{dataset.name}: images {channels}x{height}x{width} (C x H x W), {len(dataset.classes)} classes")
+    print(dataset.note)
+    counts = {
+        name: torch.bincount(split.labels, minlength=len(dataset.classes)).tolist()
+        for name, split in dataset.splits.items()
+    }
+    rows = [("class", *counts)]
+    rows += [(label, *(f"{c[i]:,}" for c in counts.values())) for i, label in enumerate(dataset.classes)]
+    rows.append(("total", *(f"{sum(c):,}" for c in counts.values())))
+    print_table(rows)
+    for file in dataset.unreadable:
+        print(f"unreadable: {file}")
+    target = to or Path(f"{dataset.name}-samples.png")
+    train = dataset.train
+    chosen = pick_samples(train.labels, len(dataset.classes))
+    captions = [dataset.classes[label] for label in train.labels[chosen].tolist()]
+    draw_images(target, train.images[chosen], captions, f"{dataset.name}: training images")
+    print(f"samples {target}")
+
+
+def first_line(thing: Any) -> str:
+    """Return the first line of a docstring."""
+    return (inspect.getdoc(thing) or "").split("\n", 1)[0]
+
+
+def print_table(rows: list[Any], *, head: bool = True) -> None:
+    """Print rows in columns: the first at the left, numbers at the right."""
+    if not rows:
+        return
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for number, row in enumerate(rows):
+        cells = []
+        for cell, width in zip(row, widths, strict=True):
+            numeric = cell[:1].isdigit() and not head or cell.replace(",", "").replace(".", "").isdigit()
+            cells.append(cell.rjust(width) if numeric else cell.ljust(width))
+        print("  ".join(cells).rstrip())
+        if head and number == 0:
+            print("  ".join("-" * width for width in widths))
+
+
+def print_csv(rows: list[Any]) -> None:
+    """Print rows as CSV."""
+    import csv
+
+    csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
+
+
+def fail(error: BaseException, message: str, code: int) -> NoReturn:
+    """Print one line on standard error and leave with ``code``; with --debug the traceback too."""
+    if "--debug" in sys.argv:
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"convlens: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def main() -> None:
+    """Run the command; every expected error becomes one line and its exit code."""
+    try:
+        code = app(standalone_mode=False)
+        raise SystemExit(code if isinstance(code, int) else 0)
+    except ConvlensError as error:
+        fail(error, str(error), error.exit_code)
+    except ParseError as error:
+        fail(error, error.format_message(), 2)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        fail(error, "interrupted", 130)
+    except BrokenPipeError:
+        raise SystemExit(0) from None  # `convlens ... | head`

@@ -1,0 +1,104 @@
+"""The one form of data: splits of uint8 images and int64 labels, and how a split is divided."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from convlens.data.preprocess import PictureStyle
+from convlens.errors import UsageError
+from convlens.runtime import derive_seed
+
+# Unsplit data is divided once, by this seed, whatever the seed of the run: every run is judged on one test split.
+SPLIT_SEED = 0
+TEST_FRACTION = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images and labels. ``ids`` names each image (a file's path, or its number in the source)."""
+
+    images: Tensor  # (N, C, H, W) uint8, in memory or memory-mapped
+    labels: Tensor  # (N,) int64
+    ids: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Tensor) -> Split:
+        """Return the images at ``rows`` (int64) as a new split in memory."""
+        return Split(self.images[rows], self.labels[rows], [self.ids[row] for row in rows.tolist()])
+
+    def divide(self, fraction: float, seed: int) -> tuple[Split, Split]:
+        """Return (rest, part): ``part`` has ``fraction`` of every class, chosen by ``seed``; both keep the order.
+
+        Every class with two images or more has at least one in each.
+        """
+        chosen = []
+        for label in torch.unique(self.labels).tolist():
+            rows = (self.labels == label).nonzero().squeeze(1)
+            count = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
+            generator = torch.Generator().manual_seed(derive_seed(seed, label))
+            chosen.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
+        mask = torch.zeros(len(self), dtype=torch.bool)
+        mask[torch.cat(chosen)] = True
+        return self.take((~mask).nonzero().squeeze(1)), self.take(mask.nonzero().squeeze(1))
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set: its splits, class names, and what a picture from outside must become to look like it."""
+
+    name: str
+    source: str | None  # what load_dataset took (a name or an absolute path); None: made from objects in memory
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    validation: Split | None  # None: the recipe carves it from train
+    style: PictureStyle
+    note: str  # how the splits came about, for people
+    unreadable: tuple[str, ...] = ()  # files that were skipped
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        channels, height, width = self.train.images.shape[1:]
+        return channels, height, width
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits that exist, by name."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split for name, split in splits.items() if split is not None}
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hex) of all pixels and labels: equal if and only if the data are equal."""
+        digest = hashlib.sha256(repr((self.classes, self.shape)).encode())
+        for name, split in self.splits.items():
+            digest.update(f"{name}:{len(split)}".encode())
+            digest.update(split.images.contiguous().numpy().data)
+            digest.update(split.labels.numpy().data)
+        return digest.hexdigest()
+
+    def with_validation(self, fraction: float, seed: int) -> Dataset:
+        """Return the data set with a validation split: its own, or ``fraction`` of every class of train."""
+        if self.validation is not None or fraction == 0:
+            return self
+        train, validation = self.train.divide(fraction, seed)
+        return replace(self, train=train, validation=validation)
+
+
+def check_classes(name: str, classes: Sequence[str], train: Split, what: str = "the training split") -> None:
+    """Raise UsageError unless ``train`` has at least two classes and two images of every class."""
+    if len(classes) < 2:
+        found = f"only one class, {classes[0]!r}" if classes else "no class"
+        raise UsageError(f"{name} has {found}; a classifier needs at least two")
+    counts = torch.bincount(train.labels, minlength=len(classes)).tolist()
+    for label, count in zip(classes, counts, strict=True):
+        if count < 2:
+            images = "no readable image" if count == 0 else "only one image"
+            raise UsageError(f"{name}: class {label!r} has {images} in {what}; it needs at least 2")

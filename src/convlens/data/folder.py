@@ -1,0 +1,220 @@
+"""A folder of class folders, decoded once into a memory-mapped cache. The user's folder is only read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from convlens.data.dataset import SPLIT_SEED, TEST_FRACTION, Dataset, Split, check_classes
+from convlens.data.fetch import cache_folder
+from convlens.data.preprocess import BadImage, PictureStyle, fit_photo, image_to_tensor, open_image, to_mode
+from convlens.errors import ConvlensError, UsageError
+from convlens.progress import track
+from convlens.runtime import available_cores
+
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+    "testing": "test",
+}
+LARGEST_OWN_SIZE = 64  # images up to this size keep it; larger photos are reduced to it unless --image-size asks
+MOST_UNREADABLE = 0.01
+CACHE_VERSION = 1  # raise when decoding changes, so that old caches are not used
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of the folder."""
+
+    split: str  # "train", "validation", "test", or "all" where the folder is not split
+    label: str
+    path: str  # relative to the folder, with forward slashes
+
+
+def visible(folder: Path) -> list[Path]:
+    """Return what is in ``folder``, sorted by name, without hidden files and folders."""
+    return sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX")))
+
+
+def scan(root: Path) -> list[Entry]:
+    """List the files of a folder of class folders, with or without split folders above the classes."""
+    folders = [p for p in visible(root) if p.is_dir()]
+    splits = {p: SPLIT_NAMES[p.name.lower()] for p in folders if p.name.lower() in SPLIT_NAMES}
+    if "train" not in splits.values():
+        splits = {root: "all"}
+    elif len(set(splits.values())) < len(splits):
+        raise UsageError(f"{root} has two folders for one split: {', '.join(sorted(p.name for p in splits))}")
+    entries = []
+    for base, split in splits.items():
+        for label in (p for p in visible(base) if p.is_dir()):
+            for parent, subfolders, files in os.walk(label):
+                subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+                for file in sorted(f for f in files if not f.startswith(".")):
+                    relative = (Path(parent) / file).relative_to(root).as_posix()
+                    entries.append(Entry(split, label.name, relative))
+    if not entries:
+        raise UsageError(f"{root} has no class folders with images: make one folder a class, images inside")
+    return entries
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content, or a mark for one that cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+
+
+def inspect(path: Path) -> tuple[int, bool] | None:
+    """Return (shorter side in pixels, grey?) from a file's header alone; None if it is no image."""
+    try:
+        with Image.open(path) as image:
+            return min(image.size), image.mode in ("1", "L", "I", "I;16", "F")
+    except Exception:  # whatever it is, decoding it will say so
+        return None
+
+
+def decode(path: Path, channels: int, side: int) -> Tensor | str:
+    """Return an image file as uint8 (C, side, side), or why it cannot be read."""
+    try:
+        return image_to_tensor(fit_photo(to_mode(open_image(path), channels), side, side))
+    except BadImage as error:
+        return str(error)
+
+
+def load_folder(root: str | Path, *, image_size: int = 0, channels: int = 0, allow_unreadable: bool = False) -> Dataset:
+    """Return the data set in a folder of class folders.
+
+    ``image_size`` is the side of the square that every image is fitted into (0: the images' own size up to 64,
+    else 64); ``channels`` 1 or 3 (0: 3 unless every image is grey). With ``train/`` and others inside, those are
+    the splits, and a ``val/`` without a ``test/`` is kept as the test split; else a fifth of every class becomes
+    the test split, by a fixed seed. Raises UsageError for a folder without classes or images, ConvlensError
+    if more than 1% of the files are unreadable, unless ``allow_unreadable``.
+    """
+    root = Path(root).resolve()
+    entries = scan(root)
+    paths = [root / entry.path for entry in entries]
+    with ThreadPoolExecutor(available_cores()) as pool:
+        hashes = list(track(pool.map(hash_file, paths), "reading files", len(paths)))
+        key = hashlib.sha256(repr((CACHE_VERSION, entries, hashes)).encode()).hexdigest()
+        cache = cache_folder() / "folders" / key[:32]
+        folder = cache / f"{image_size}-{channels}"
+        if cached := read_cache(folder):
+            images, unreadable = cached
+        else:
+            side, planes = choose_form(list(pool.map(inspect, paths)), image_size, channels)
+            work = pool.map(lambda path: decode(path, planes, side), paths)
+            decoded = list(track(work, "decoding images", len(paths)))
+            pixels = [d for d in decoded if isinstance(d, Tensor)]
+            images = torch.stack(pixels) if pixels else torch.empty(0, planes, side, side, dtype=torch.uint8)
+            unreadable = {i: d for i, d in enumerate(decoded) if isinstance(d, str)}
+            images = write_cache(folder, images, unreadable)
+    check_unreadable(root, unreadable, len(entries), allow_unreadable)
+    kept = [entry for i, entry in enumerate(entries) if i not in unreadable]
+    classes = tuple(sorted({entry.label for entry in entries if entry.split in ("train", "all")}))
+    for entry in kept:
+        if entry.label not in classes:
+            raise UsageError(f"{root}: class {entry.label!r} is in {entry.split} but not in train")
+    return make_dataset(root, kept, images, classes, tuple(unreadable.values()))
+
+
+def choose_form(headers: Sequence[tuple[int, bool] | None], image_size: int, channels: int) -> tuple[int, int]:
+    """Choose (side, channels) that all images are brought to, from their headers' (shorter side, grey?)."""
+    known = [header for header in headers if header is not None]
+    if not known:
+        return image_size or LARGEST_OWN_SIZE, channels or 3
+    median = sorted(side for side, _ in known)[len(known) // 2]
+    grey = all(grey for _, grey in known)
+    return image_size or min(median, LARGEST_OWN_SIZE), channels or (1 if grey else 3)
+
+
+def check_unreadable(root: Path, unreadable: dict[int, str], total: int, allowed: bool) -> None:
+    """Raise ConvlensError that names the unreadable files if they are more than 1% and not allowed."""
+    if len(unreadable) > MOST_UNREADABLE * total and not allowed:
+        some = list(unreadable.values())
+        more = f"; and {len(some) - 3} more" if len(some) > 3 else ""
+        raise ConvlensError(
+            f"{len(some)} of {total} files in {root} cannot be read, more than 1%: {'; '.join(some[:3])}{more}. "
+            "Remove them, or skip them with --allow-unreadable"
+        )
+
+
+def make_dataset(
+    root: Path,
+    entries: Sequence[Entry],
+    images: Tensor,
+    classes: tuple[str, ...],
+    unreadable: tuple[str, ...],
+) -> Dataset:
+    """Sort decoded images into splits."""
+    number = {label: i for i, label in enumerate(classes)}
+    labels = torch.tensor([number[entry.label] for entry in entries], dtype=torch.int64)
+    everything = Split(images, labels, [entry.path for entry in entries])
+
+    def part(name: str) -> Split | None:
+        rows = torch.tensor([i for i, e in enumerate(entries) if e.split == name], dtype=torch.int64)
+        return everything.take(rows) if len(rows) else None
+
+    name = str(root)
+    train, validation, test = part("train"), part("validation"), part("test")
+    if train is None:
+        check_classes(name, classes, everything, what="the folder")
+        train, test = everything.divide(TEST_FRACTION, SPLIT_SEED)
+        note = f"the folder is not split: {TEST_FRACTION:.0%} of every class is the test split (seed {SPLIT_SEED})"
+    else:
+        check_classes(name, classes, train)
+        note = "the folder's own splits"
+        if test is None and validation is not None:
+            test, validation = validation, None
+            note = "no test folder: the validation folder is the test split, and nothing is chosen by it"
+        elif test is None:
+            train, test = train.divide(TEST_FRACTION, SPLIT_SEED)
+            note = f"no test folder: {TEST_FRACTION:.0%} of every class is the test split (seed {SPLIT_SEED})"
+    return Dataset(root.name, str(root), classes, train, test, validation, PictureStyle(), note, unreadable)
+
+
+def read_cache(folder: Path) -> tuple[Tensor, dict[int, str]] | None:
+    """Return the memory-mapped images and the unreadable files of an earlier decoding, if there was one."""
+    try:
+        unreadable = json.loads((folder / "unreadable.json").read_text(encoding="utf-8"))
+        # copy-on-write: PyTorch wants writable memory, and nothing may ever write to the cache
+        images = torch.from_numpy(np.load(folder / "images.npy", mmap_mode="c", allow_pickle=False))
+        return images, {int(i): why for i, why in unreadable.items()}
+    except (OSError, ValueError):
+        return None
+
+
+def write_cache(folder: Path, images: Tensor, unreadable: dict[int, str]) -> Tensor:
+    """Store decoded images so that ``folder`` appears whole or not at all; return them memory-mapped.
+
+    Where the cache cannot be written (full, read-only) the images stay in memory.
+    """
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
+        np.save(temporary / "images.npy", images.numpy())
+        (temporary / "unreadable.json").write_text(json.dumps(unreadable), encoding="utf-8")
+        temporary.rename(folder)
+    except OSError:  # another process was first, or there is no room: what is in memory serves as well
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return images
+    cached = read_cache(folder)
+    return images if cached is None else cached[0]

@@ -1,0 +1,236 @@
+"""From any picture to what a net was trained on: decoding, adapting, normalising. It travels with the model."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor, nn
+
+from convlens.errors import ConvlensError
+
+Pixels = NDArray[np.uint8]
+# Pillow would hand an EPS to Ghostscript: only formats that it decodes itself
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+
+
+class BadImage(ConvlensError):
+    """A file or object that is not an image that can be read."""
+
+
+@dataclass(frozen=True)
+class PictureStyle:
+    """What the pictures of a data set look like, beyond their size.
+
+    A photo fills its frame. Ink (MNIST, Fashion-MNIST, digits) is light on black, scaled to fit into a square of
+    ``ink_box`` pixels and centred in the image, by mass or by its bounding box.
+    """
+
+    ink_box: int = 0  # 0: a photo
+    centre_by_mass: bool = False
+
+
+def open_image(source: str | Path | bytes) -> Image.Image:
+    """Open a file's path or content as a PIL image, fully decoded and turned as its EXIF tag says.
+
+    The format is decided by content. Raises BadImage for what is missing, not an image, cut short, or so large
+    that Pillow warns of a decompression bomb (about 89 million pixels).
+    """
+    name = "the image" if isinstance(source, bytes) else str(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(file, formats=FORMATS) as image:
+                image.load()
+                return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise BadImage(f"{name}: there is no such file") from None
+    except IsADirectoryError:
+        raise BadImage(f"{name} is a folder, not an image") from None
+    except UnidentifiedImageError:
+        raise BadImage(f"{name} is not an image (JPEG, PNG, GIF, WebP, BMP, TIFF or PPM)") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise BadImage(f"{name} has too many pixels (over {Image.MAX_IMAGE_PIXELS:,})") from None
+    except PermissionError:
+        raise BadImage(f"{name} cannot be read: permission denied") from None
+    except Exception as error:  # decoders raise many kinds of error (OSError, SyntaxError, struct.error, ...)
+        raise BadImage(f"{name} cannot be decoded: {error or type(error).__name__}") from None
+
+
+def array_to_image(array: NDArray[Any]) -> Image.Image:
+    """Return a uint8, or a float in 0..1, array (H, W), (H, W, 1|3|4) or (1|3, H, W) as a PIL image."""
+    array = np.asarray(array)
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3, 4):
+        array = array.transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
+        raise BadImage(f"an array of shape {array.shape} is not an image; give (H, W), (H, W, C) or (C, H, W)")
+    return Image.fromarray(to_bytes(array))
+
+
+def to_bytes(array: NDArray[Any]) -> Pixels:
+    """Return whole numbers 0..255, booleans or floats 0..1 as uint8; BadImage for any other values."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.size == 0 or not np.issubdtype(array.dtype, np.number) or np.iscomplexobj(array):
+        raise BadImage(f"an array of shape {array.shape} and type {array.dtype} holds no pixels")
+    low, high = float(array.min()), float(array.max())
+    top = 1.0 if np.issubdtype(array.dtype, np.floating) else 255.0
+    if not (0 <= low and high <= top):  # a NaN fails too
+        raise BadImage(
+            f"pixel values run from {low:g} to {high:g}; give uint8 (or whole numbers 0 to 255), or floats 0 to 1"
+        )
+    return np.round(array * (255.0 / top)).astype(np.uint8)
+
+
+def to_mode(image: Image.Image, channels: int) -> Image.Image:
+    """Return ``image`` in grey (1 channel) or RGB (3), whatever its mode: 16-bit, palette, CMYK, alpha, 1-bit.
+
+    16-bit and 32-bit whole numbers are read as 0..65535, floats as 0..1; transparent parts become white.
+    """
+    target = "L" if channels == 1 else "RGB"
+    if image.mode.startswith("I") or image.mode == "F":
+        top = 1.0 if image.mode == "F" else 65535.0
+        values = np.asarray(image, dtype=np.float64)
+        if np.nanmax(values, initial=0.0) <= 255 and image.mode == "I":
+            top = 255.0  # 8-bit values in a 32-bit image
+        scaled = np.nan_to_num(values / top * 255.0).clip(0, 255)
+        image = Image.fromarray(np.round(scaled).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == target else image.convert(target)
+
+
+def fit_photo(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Resize ``image`` to cover height x width and cut what stands over, equally on both sides."""
+    if image.size == (width, height):
+        return image
+    return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR, centering=(0.5, 0.5))
+
+
+def fit_ink(image: Image.Image, height: int, width: int, style: PictureStyle) -> Image.Image:
+    """Make a grey picture of ink on paper (or light on dark) look as MNIST's makers made theirs.
+
+    The background is taken from the border and becomes black, the ink is cropped, scaled into the style's box
+    with its proportions kept, and centred by its mass or its bounding box (LeCun et al. 1998, section III.A).
+    A picture that has the size and the black border already is left as it is.
+    """
+    values = np.asarray(image, dtype=np.float32)  # (H, W), 0..255
+    border = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
+    background = float(np.median(border))
+    if values.shape == (height, width) and background < 64:
+        return image
+    ink = background - values if background > 127 else values - background
+    peak = float(np.percentile(ink, 99.8)) if ink.max() > 0 else 0.0
+    if peak < 16:  # nothing stands out: an empty page
+        return Image.new("L", (width, height))
+    ink = (ink / peak).clip(0, 1)
+    ink[ink < 0.25] = 0  # the grain of paper and the noise of a camera
+    rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
+    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    scale = style.ink_box / max(ink.shape)
+    size = (max(round(ink.shape[1] * scale), 1), max(round(ink.shape[0] * scale), 1))
+    small = Image.fromarray((ink * 255).astype(np.uint8)).resize(size, Image.Resampling.BOX)
+    pixels = np.asarray(small, dtype=np.float32)
+    pixels = pixels * (255 / max(float(pixels.max()), 1.0))  # thin strokes grow pale when they shrink
+    y, x = (pixels.shape[0] - 1) / 2, (pixels.shape[1] - 1) / 2
+    if style.centre_by_mass:
+        total = pixels.sum()
+        y = float((pixels.sum(axis=1) * np.arange(pixels.shape[0])).sum() / total)
+        x = float((pixels.sum(axis=0) * np.arange(pixels.shape[1])).sum() / total)
+    top = min(max(round((height - 1) / 2 - y), 0), height - pixels.shape[0])
+    left = min(max(round((width - 1) / 2 - x), 0), width - pixels.shape[1])
+    page = np.zeros((height, width), dtype=np.uint8)
+    page[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels.astype(np.uint8)
+    return Image.fromarray(page)
+
+
+def image_to_tensor(image: Image.Image) -> Tensor:
+    """Return a grey or RGB image as a uint8 tensor (C, H, W)."""
+    pixels = np.array(image)  # (H, W) or (H, W, 3)
+    return torch.from_numpy(pixels).unsqueeze(0) if pixels.ndim == 2 else torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What stands between a picture and a net: size, colour mode, style and normalisation. Saved in the bundle."""
+
+    channels: int
+    height: int
+    width: int
+    mean: tuple[float, ...]  # per channel, of pixels in 0..1
+    std: tuple[float, ...]
+    style: PictureStyle
+
+    @classmethod
+    def measure(cls, images: Tensor, style: PictureStyle) -> Preprocess:
+        """Take size and per-channel mean and standard deviation from training images, uint8 (N, C, H, W)."""
+        channels, height, width = images.shape[1:]
+        # counting the 256 values is exact, quick, and needs no float copy of the data
+        counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(channels)])
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        share = counts.double() / counts.sum(dim=1, keepdim=True)  # (C, 256)
+        mean = (share * levels).sum(dim=1)
+        std = ((share * levels**2).sum(dim=1) - mean**2).clamp(min=0).sqrt().clamp(min=1e-3)
+        return cls(channels, height, width, tuple(mean.tolist()), tuple(std.tolist()), style)
+
+    def adapt(self, image: Image.Image, *, raw: bool = False) -> Tensor:
+        """Return any PIL image as the pixels this net was trained on, uint8 (C, H, W).
+
+        ``raw`` only converts the colour mode and resizes, without looking for ink.
+        """
+        image = to_mode(image, self.channels)
+        if raw or not self.style.ink_box:
+            return image_to_tensor(fit_photo(image, self.height, self.width))
+        return image_to_tensor(fit_ink(image, self.height, self.width, self.style))
+
+    def normaliser(self) -> Normalise:
+        """Return the module that turns uint8 pixels into the net's input."""
+        return Normalise(self.mean, self.std)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plain values that :meth:`from_json` takes."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Preprocess:
+        """Rebuild what :meth:`to_json` gave; KeyError, TypeError or ValueError if it is something else."""
+        return cls(
+            channels=int(values["channels"]),
+            height=int(values["height"]),
+            width=int(values["width"]),
+            mean=tuple(float(v) for v in values["mean"]),
+            std=tuple(float(v) for v in values["std"]),
+            style=PictureStyle(int(values["style"]["ink_box"]), bool(values["style"]["centre_by_mass"])),
+        )
+
+
+class Normalise(nn.Module):
+    """(pixels / 255 - mean) / std: from uint8 (N, C, H, W) to float32 of the same shape."""
+
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        mean_, std_ = torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
+        self.register_buffer("scale", 1 / (255 * std_), persistent=False)
+        self.register_buffer("offset", -mean_ / std_, persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return the net's input for uint8 pixels (N, C, H, W)."""
+        return pixels.to(self.scale.dtype) * self.scale + self.offset

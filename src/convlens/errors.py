@@ -1,0 +1,40 @@
+"""What can go wrong, said in one line for a person, with the exit code that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class ConvlensError(Exception):
+    """A failure that a person can act on: what happened, to which file or flag, what to do. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(ConvlensError):
+    """The command or call itself was wrong: an unknown name, flag or value. Exit code 2."""
+
+    exit_code = 2
+
+
+class UnknownName(UsageError):
+    """A name that is not registered; the message offers the nearest one."""
+
+    def __init__(self, kind: str, name: str, choices: Iterable[str]):
+        choices = sorted(choices)
+        near = get_close_matches(name, choices, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from: {', '.join(choices)}"
+        super().__init__(f"unknown {kind} {name!r}; {hint}")
+
+
+class Diverged(ConvlensError):
+    """Training produced a loss that is not a number. Exit code 3."""
+
+    exit_code = 3
+
+
+class Interrupted(ConvlensError):
+    """Ctrl-C: the training was saved and stopped. Exit code 130, as shells expect."""
+
+    exit_code = 130

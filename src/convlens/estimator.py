@@ -1,0 +1,153 @@
+"""ConvClassifier: a scikit-learn estimator, for ``cross_val_score``, ``Pipeline`` and friends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from convlens.data.dataset import Dataset, Split
+from convlens.data.preprocess import PictureStyle, Preprocess
+from convlens.evaluation.metrics import compute_logits
+from convlens.models import create_model
+from convlens.training.engine import fit
+from convlens.training.recipe import Recipe
+
+
+class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """A small convolutional net as a scikit-learn classifier.
+
+    ``X`` is (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3, or (N, features): rows of pixels, square if
+    the number of features is a square, else one row high. Any real numbers are taken; the smallest and largest seen
+    in :meth:`fit` become black and white. ``y`` is (N,) labels of any kind.
+
+    Parameters are those of :class:`convlens.Recipe` of the same name. ``random_state`` is the seed: a whole number,
+    a NumPy RandomState, or None for another one at each fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str = "small",
+        filters: int | None = 16,
+        epochs: int = 30,
+        batch_size: int = 64,
+        optimizer: str = "adamw",
+        lr: float = 0.01,
+        weight_decay: float = 0.01,
+        shift: int = 0,
+        flip: bool = False,
+        rotation: float = 0.0,
+        random_state: Any = None,
+    ):
+        self.model = model
+        self.filters = filters
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.optimizer = optimizer
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.shift = shift
+        self.flip = flip
+        self.rotation = rotation
+        self.random_state = random_state
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        tags.classifier_tags.poor_score = False
+        return tags
+
+    def fit(self, X: ArrayLike, y: ArrayLike) -> ConvClassifier:
+        """Train a fresh net on images ``X`` and labels ``y``; returns self."""
+        X, y = validate_data(self, X, y, allow_nd=True, dtype="numeric", ensure_min_samples=1)
+        check_classification_targets(y)
+        self.classes_, numbers = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(f"y has one class, {self.classes_[0]!r}; a classifier needs at least two")
+        values = np.asarray(X, dtype=np.float64)
+        self.low_, self.high_ = float(values.min()), float(values.max())
+        images = self._to_pixels(values)
+        self.preprocess_ = Preprocess.measure(images, PictureStyle())
+        recipe = Recipe(
+            model=self.model,
+            filters=self.filters,
+            validation=0.0,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            optimizer=self.optimizer,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            shift=self.shift,
+            flip=self.flip,
+            rotation=self.rotation,
+            seed=self._seed(),
+            device="cpu",
+            precision="fp32",
+        )
+        train = Split(images, torch.from_numpy(numbers.astype(np.int64)), [str(i) for i in range(len(images))])
+        dataset = Dataset(
+            "arrays",
+            None,
+            tuple(map(str, self.classes_)),
+            train,
+            train.take(torch.arange(0)),
+            None,
+            PictureStyle(),
+            "",
+        )
+        channels, height, width = dataset.shape
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+            torch.manual_seed(recipe.seed)
+            self.net_ = create_model(
+                self.model,
+                channels=channels,
+                height=height,
+                width=width,
+                classes=len(self.classes_),
+                **recipe.model_options(),
+            )
+            for _ in fit(self.net_, dataset, recipe, preprocess=self.preprocess_):
+                pass
+        return self
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float32]:
+        """Return the probability of every class, float (N, K), in the order of ``classes_``."""
+        check_is_fitted(self)
+        X = validate_data(self, X, reset=False, allow_nd=True, dtype="numeric")
+        images = self._to_pixels(np.asarray(X, dtype=np.float64))
+        logits = compute_logits(self.net_, images, self.preprocess_.normaliser())
+        return logits.softmax(dim=1).cpu().numpy()
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """Return the most probable label of every image, (N,)."""
+        return self.classes_[self.predict_proba(X).argmax(axis=1)]  # type: ignore[no-any-return]
+
+    def _seed(self) -> int:
+        from sklearn.utils import check_random_state
+
+        if isinstance(self.random_state, (int, np.integer)):
+            return int(self.random_state)
+        return int(check_random_state(self.random_state).randint(2**31 - 1))
+
+    def _to_pixels(self, values: NDArray[np.float64]) -> torch.Tensor:
+        """Return images as uint8 (N, C, H, W); values beyond those seen in fit are cut off."""
+        if values.ndim == 2:
+            side = int(values.shape[1] ** 0.5)
+            shape = (side, side) if side * side == values.shape[1] else (1, values.shape[1])
+            values = values.reshape(len(values), 1, *shape)
+        elif values.ndim == 3:
+            values = values[:, None]
+        elif values.shape[3] in (1, 3) and values.shape[1] not in (1, 3):
+            values = values.transpose(0, 3, 1, 2)
+        if values.ndim != 4 or values.shape[1] not in (1, 3):
+            raise ValueError(
+                f"images of shape {values.shape}: give (N, H, W), (N, H, W, C), (N, C, H, W) or (N, features)"
+            )
+        scale = 255 / max(self.high_ - self.low_, 1e-12)
+        return torch.from_numpy(np.round((values - self.low_) * scale).clip(0, 255).astype(np.uint8))

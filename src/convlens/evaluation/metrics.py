@@ -1,0 +1,123 @@
+"""How good a net is on a split: logits, loss, accuracy with its interval, and figures per class."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from convlens.data.dataset import Split
+from convlens.data.preprocess import Normalise
+from convlens.progress import Meter
+
+Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
+
+
+@torch.no_grad()
+def compute_logits(
+    net: nn.Module,
+    images: Tensor,
+    normalise: Normalise,
+    *,
+    batch_size: int = 500,
+    autocast: AbstractContextManager[object] | None = None,
+) -> Tensor:
+    """Return the logits, float32 (N, K), of uint8 images (N, C, H, W), computed where the net's weights are.
+
+    The net is in evaluation mode meanwhile, and put back afterwards.
+    """
+    device = next(net.parameters()).device
+    normalise = normalise.to(device)
+    training = net.training
+    net.eval()
+    try:
+        parts = []
+        with autocast or nullcontext(), Meter("evaluating", len(images)) as meter:
+            for start in range(0, len(images), batch_size):
+                batch = normalise(images[start : start + batch_size].to(device))
+                parts.append(net(batch.contiguous(memory_format=torch.channels_last)).float())
+                meter.update(len(batch))
+        return torch.cat(parts)
+    finally:
+        net.train(training)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Loss (mean cross-entropy, nats) and accuracy (0..1) on a split."""
+
+    loss: float
+    accuracy: float
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> Scores:
+        """Measure logits (N, K) against labels (N,)."""
+        labels = labels.to(logits.device)
+        loss = F.cross_entropy(logits, labels).item()
+        return cls(loss, (logits.argmax(dim=1) == labels).float().mean().item())
+
+
+def evaluate(
+    net: nn.Module,
+    split: Split,
+    normalise: Normalise,
+    *,
+    batch_size: int = 500,
+    autocast: AbstractContextManager[object] | None = None,
+) -> Scores:
+    """Return loss and accuracy of ``net`` on ``split``."""
+    logits = compute_logits(net, split.images, normalise, batch_size=batch_size, autocast=autocast)
+    return Scores.of(logits, split.labels)
+
+
+def wilson_interval(correct: int, n: int, z: float = Z95) -> tuple[float, float]:
+    """Return the score interval (Wilson 1927) of a share ``correct / n``, by default at 95%.
+
+    >>> [round(end, 4) for end in wilson_interval(9900, 10000)]
+    [0.9879, 0.9918]
+    """
+    share = correct / n
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max((centre - spread) / (1 + z * z / n), 0.0), min((centre + spread) / (1 + z * z / n), 1.0)
+
+
+def judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Return every figure of a test as plain values: what ``test.json`` holds.
+
+    Loss, accuracy with its Wilson 95% interval, precision, recall, F1 and count per class, and the confusion
+    matrix (rows: true class, columns: prediction), from logits (N, K) and labels (N,).
+    """
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    logits, labels = logits.cpu(), labels.cpu()
+    true: NDArray[Any] = labels.numpy()
+    predicted: NDArray[Any] = logits.argmax(dim=1).numpy()
+    correct, n = int((true == predicted).sum()), len(true)
+    numbers = np.arange(len(classes))
+    precision, recall, f1, support = precision_recall_fscore_support(true, predicted, labels=numbers, zero_division=0)
+    return {
+        "n": n,
+        "correct": correct,
+        "accuracy": correct / n,
+        "accuracy_interval": list(wilson_interval(correct, n)),
+        "interval_method": "Wilson, 95%",
+        "loss": Scores.of(logits, labels).loss,
+        "classes": {
+            name: {
+                "precision": float(precision[i]),
+                "recall": float(recall[i]),
+                "f1": float(f1[i]),
+                "n": int(support[i]),
+            }
+            for i, name in enumerate(classes)
+        },
+        "confusion_matrix": confusion_matrix(true, predicted, labels=numbers).tolist(),
+    }

@@ -1,0 +1,19 @@
+"""The nets: the five classics, the strong defaults, their registry and the contract they keep."""
+
+from convlens.models import classic, fast  # noqa: F401 - entering their nets into the registry
+from convlens.models.contract import MODELS, ConvNet, check_model, create_model, model_options
+from convlens.models.summary import LayerSummary, count_parameters, summarise
+
+register = MODELS.register
+
+__all__ = [
+    "MODELS",
+    "ConvNet",
+    "LayerSummary",
+    "check_model",
+    "count_parameters",
+    "create_model",
+    "model_options",
+    "register",
+    "summarise",
+]

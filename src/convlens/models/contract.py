@@ -1,0 +1,120 @@
+"""What every net is: logits from features and a head, named stages, and a constructor of plain values."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convlens.errors import ConvlensError, UsageError
+from convlens.registry import Registry
+
+
+class ConvNet(nn.Module):
+    """A convolutional net: ``body`` (an nn.Sequential of named stages), then ``head``.
+
+    Calling it on normalised float images (N, C, H, W) gives logits (N, K). ``features`` gives the last spatial
+    map (N, C', H', W'), and ``stages`` the named modules whose outputs are worth looking at.
+    """
+
+    body: nn.Sequential
+    head: nn.Module
+    # True if the outputs are log-probabilities (the head ends in log-softmax): what the NLL loss needs
+    log_probabilities = False
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return the last spatial map, float (N, C', H', W'), of normalised images, float (N, C, H, W)."""
+        return self.body(x)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits, float (N, K), of normalised images, float (N, C, H, W)."""
+        return self.head(self.features(x))  # type: ignore[no-any-return]
+
+    def stages(self) -> dict[str, nn.Module]:
+        """Return the stages by name, in the order in which an image passes them."""
+        return dict(self.body.named_children())
+
+
+# name -> constructor (channels, height, width, classes, **options), all plain numbers and strings
+MODELS: Registry[Callable[..., nn.Module]] = Registry("model")
+
+
+def model_options(name: str) -> dict[str, Any]:
+    """Return the options that the model ``name`` takes beyond its input and output sizes, with their defaults."""
+    parameters = inspect.signature(MODELS[name]).parameters.values()
+    sizes = ("channels", "height", "width", "classes")
+    return {p.name: p.default for p in parameters if p.name not in sizes}
+
+
+def create_model(
+    name: str, *, channels: int, height: int, width: int, classes: int, **options: int | float | str | bool
+) -> nn.Module:
+    """Build the registered model ``name`` for images (channels, height, width) and ``classes`` classes.
+
+    Weights are random, drawn from PyTorch's global generator. Raises UsageError for an unknown model, an option
+    that it does not take, and images that are too small for it.
+    """
+    known = model_options(name)
+    for option in options:
+        if option not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            raise UsageError(f"model {name!r} has no option {option!r}; {takes}")
+    return MODELS[name](channels=channels, height=height, width=width, classes=classes, **options)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConvlensError with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise ConvlensError(message)
+
+
+def check_model(name: str, *, channels: int = 1, height: int = 28, width: int = 28, classes: int = 7) -> None:
+    """Test that the registered model ``name``, a user's own too, keeps the model contract.
+
+    Builds it twice, runs a batch through it forward and backward, and raises ConvlensError that says which part
+    of the contract is broken: the shape of logits and features, ``features`` + ``head`` equal to the whole,
+    stages that are really passed, gradients for every parameter, plain constructor arguments, and weights that
+    fit a net rebuilt from the same arguments.
+    """
+    for option, default in model_options(name).items():
+        plain = isinstance(default, (int, float, str, bool))
+        require(plain, f"model {name!r}: option {option!r} must have a plain number or string as its default")
+
+    def build() -> Any:
+        return create_model(name, channels=channels, height=height, width=width, classes=classes)
+
+    net = build()
+    x = torch.rand(5, channels, height, width)  # (N, C, H, W)
+    net.train()
+    logits = net(x)
+    require(logits.shape == (5, classes), f"model {name!r}: net(x) is {tuple(logits.shape)}, not {(5, classes)}")
+    require(bool(logits.isfinite().all()), f"model {name!r}: fresh weights give logits that are not finite")
+    # random weights on the logits: their plain sum is constant for nets that end in log-softmax
+    (logits * torch.rand(5, classes)).sum().backward()
+    for key, parameter in net.named_parameters():
+        grad = parameter.grad
+        missing = grad is None or not bool(grad.isfinite().all())
+        require(not missing or not parameter.requires_grad, f"model {name!r}: {key} gets no finite gradient")
+    net.eval()
+    with torch.no_grad():
+        for part in ("features", "head", "stages"):
+            require(hasattr(net, part), f"model {name!r}: it has no {part!r}")
+        features = net.features(x)
+        require(features.dim() == 4, f"model {name!r}: features(x) must be N x C x H x W, not {features.dim()}-d")
+        same = torch.allclose(net.head(features), net(x), atol=1e-5)
+        require(same, f"model {name!r}: head(features(x)) differs from net(x)")
+        stages = net.stages()
+        require(len(stages) > 0, f"model {name!r}: stages() is empty")
+        passed: set[str] = set()
+        hooks = [m.register_forward_hook(lambda *_, n=n: passed.add(n)) for n, m in stages.items()]
+        net(x)
+        for hook in hooks:
+            hook.remove()
+        unused = sorted(set(stages) - passed)
+        require(not unused, f"model {name!r}: stages() names {unused}, which net(x) does not pass")
+        twin = build().eval()
+        twin.load_state_dict(net.state_dict())
+        require(torch.equal(twin(x), net(x)), f"model {name!r}: a rebuilt net with the same weights differs")

@@ -1,0 +1,71 @@
+"""Progress for people: a bar on a terminal, a plain line now and then elsewhere, nothing for what is quick."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+PATIENCE = 2.0  # seconds before anything is shown
+
+
+def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+    """Yield ``items``; on standard error show how far it is, with the time left, once it takes over 2 seconds."""
+    with Meter(what, total) as meter:
+        for item in items:
+            yield item
+            meter.update(1)
+
+
+class Meter:
+    """A progress display on standard error: ``with Meter("reading", total) as meter: meter.update(n)``."""
+
+    def __init__(self, what: str, total: int, *, patience: float = PATIENCE, shown: bool = True):
+        self.what, self.total = what, total
+        self.done = 0
+        self._start = self._shown = time.monotonic()
+        self._patience = patience if shown else float("inf")
+        self._bar: Any = None
+        self._plain = not sys.stderr.isatty()
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, amount: int, detail: str = "") -> None:
+        """Count ``amount`` more as done; ``detail`` stands behind the bar."""
+        self.done += amount
+        now = time.monotonic()
+        if now - self._start < self._patience:
+            return
+        if self._plain:
+            if now - self._shown >= 10:
+                self._shown = now
+                left = (now - self._start) * (self.total - self.done) / max(self.done, 1)
+                share = 100 * self.done / max(self.total, 1)
+                print(f"{self.what}: {share:.0f}%, {left:.0f} s left {detail}".rstrip(), file=sys.stderr)
+            return
+        if self._bar is None:
+            self._bar = self._make_bar()
+            self._task = self._bar.add_task(self.what, total=self.total, detail="")
+        self._bar.update(self._task, completed=self.done, detail=detail)
+
+    def _make_bar(self) -> Any:  # rich is imported only when a bar is shown
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[detail]}"),
+        )
+        bar = Progress(*columns, console=Console(stderr=True), transient=True, expand=True)
+        bar.start()
+        return bar

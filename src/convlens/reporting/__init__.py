@@ -1,0 +1,1 @@
+"""Reporting: the pictures and the page of a run."""

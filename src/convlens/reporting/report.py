@@ -1,0 +1,120 @@
+"""report.html: all of a run on one page that needs no network. It reads the run folder, nothing else."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from importlib import resources
+from typing import Any
+
+from convlens.runfolder import RunFolder, read_json, write_text
+
+PLOTS = {
+    "curves.png": "Loss and accuracy over the epochs.",
+    "confusion.png": "Each row is a true class, each column what the net said; the diagonal is right.",
+    "mistakes.png": "What it said, how sure it was, and what the picture is.",
+    "samples.png": "Images of the training split with their classes.",
+    "augmented.png": "The same images after the random changes of the recipe.",
+    "filters.png": "What the first layer looks for.",
+}
+
+
+def write_report(folder: RunFolder) -> None:
+    """Write ``report.html`` from the run's config, metrics, test figures and plots."""
+    config, test, metrics = read_json(folder.config), read_json(folder.test), folder.read_metrics()
+    data, recipe, machine = config["data"], config["recipe"], config["machine"]
+    name = escape(folder.path.name)
+    low, high = test["accuracy_interval"]
+    css = resources.files("convlens.reporting").joinpath("report.css").read_text(encoding="utf-8")
+    seconds = metrics[-1]["seconds"] or 0.0
+    counts = ", ".join(f"{count:,} {split}" for split, count in data["counts"].items())
+    figures = [
+        (
+            "test accuracy",
+            f"{test['accuracy']:.2%}",
+            f"95% interval {low:.2%} to {high:.2%}, n = {test['n']:,}",
+        ),
+        ("training", format_seconds(seconds), f"{len(metrics)} epochs on {machine['device_name']}"),
+        ("parameters", f"{config['model']['parameters']:,}", f"net {config['model']['name']}"),
+        ("test loss", f"{test['loss']:.4f}", "cross-entropy, nats an image"),
+    ]
+    cards = "".join(
+        f"<div>{label}<b>{value}</b><span class=quiet>{escape(note)}</span></div>" for label, value, note in figures
+    )
+    pictures = "".join(
+        f'<section><img alt="{text}" src="data:image/png;base64,{encoded}"><p class=quiet>{text}</p></section>'
+        for file, text in PLOTS.items()
+        if (encoded := read_base64(folder, file))
+    )
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name} - convlens</title><style>{css}</style></head>
+<body><main>
+<h1>{name}</h1>
+<p class=quiet>{escape(data["name"])}: {counts} images of {" x ".join(map(str, reversed(data["shape"][1:])))} pixels;
+{escape(data["note"])}. Recipe {escape(recipe["name"])}, seed {recipe["seed"]}.</p>
+<p><code>{escape(config["command"])}</code></p>
+<section class=figures>{cards}</section>
+{unreadable_note(data["unreadable"])}
+{pictures}
+<section class=wide><h2>By class</h2>{class_table(test)}</section>
+<section class=wide><details><summary>Epochs</summary>{epoch_table(metrics)}</details></section>
+<section class=wide><details><summary>Recipe and machine</summary>
+{pairs_table({**recipe, **machine})}</details></section>
+<p class=quiet>The test split was measured once, after training; nothing was chosen by it. The interval is that of the
+test sample; another seed gives another net.</p>
+</main></body></html>
+"""
+    write_text(folder.report, page)
+
+
+def read_base64(folder: RunFolder, file: str) -> str:
+    """Return a plot for embedding, or "" if the run has none of that name."""
+    path = folder.plots / file
+    return base64.b64encode(path.read_bytes()).decode() if path.exists() else ""
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time as people say it.
+
+    >>> format_seconds(9.53), format_seconds(200)
+    ('9.5 s', '3 min 20 s')
+    """
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Return an HTML table of escaped cells."""
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def class_table(test: dict[str, Any]) -> str:
+    """Return precision, recall, F1 and count of every class."""
+    rows = [
+        [name, f"{c['precision']:.2%}", f"{c['recall']:.2%}", f"{c['f1']:.2%}", f"{c['n']:,}"]
+        for name, c in test["classes"].items()
+    ]
+    return table(["class", "precision", "recall", "F1", "test images"], rows)
+
+
+def epoch_table(metrics: list[dict[str, float | None]]) -> str:
+    """Return ``metrics.csv`` as a table."""
+    rows = [["" if value is None else f"{value:.5g}" for value in row.values()] for row in metrics]
+    return table([name.replace("_", " ") for name in metrics[0]], rows)
+
+
+def pairs_table(values: dict[str, Any]) -> str:
+    """Return names and values as a table of two columns."""
+    return table(["", ""], [[name, "" if value is None else str(value)] for name, value in values.items()])
+
+
+def unreadable_note(files: list[str]) -> str:
+    """Return what to say of files that were skipped, if any were."""
+    if not files:
+        return ""
+    items = "".join(f"<li>{escape(file)}</li>" for file in files)
+    return f"<section><h2>{len(files)} unreadable files were skipped</h2><ul>{items}</ul></section>"

@@ -1,0 +1,145 @@
+"""The layout of a run on disk: what each file is called, how it is written (atomically) and read."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from convlens.errors import ConvlensError, UsageError
+
+
+class RunFolder:
+    """One run's folder: ``runs/mnist-1`` and the names of what lies in it."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.csv"
+        self.checkpoint = self.path / "checkpoint"
+        self.model = self.path / "model"
+        self.test = self.path / "test.json"
+        self.predictions = self.path / "predictions.csv"
+        self.split = self.path / "split.csv"
+        self.plots = self.path / "plots"
+        self.report = self.path / "report.html"
+
+    @classmethod
+    def create(cls, out: str | Path | None, data_name: str, parent: str | Path = "runs") -> RunFolder:
+        """Make a new folder: ``out``, or the next free ``runs/<data>-<n>``; an existing one is never reused."""
+        if out is not None:
+            try:
+                Path(out).mkdir(parents=True)
+            except FileExistsError:
+                raise UsageError(
+                    f"{out} exists already; choose another --out, or continue it with --resume {out}"
+                ) from None
+            except OSError as error:
+                raise ConvlensError(f"cannot make the run folder {out}: {error.strerror}") from None
+            return cls(out)
+        number = 1
+        while True:
+            path = Path(parent) / f"{data_name}-{number}"
+            try:
+                path.mkdir(parents=True)  # exclusive: of two runs started at once, only one gets this number
+                return cls(path)
+            except FileExistsError:
+                number += 1
+            except OSError as error:
+                raise ConvlensError(
+                    f"cannot make the run folder {path}: {error.strerror}; choose a writable place with --out"
+                ) from None
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """Open an existing run; UsageError if ``path`` is not one."""
+        run = cls(path)
+        if not run.path.is_dir():
+            raise UsageError(f"there is no run folder {path}; `convlens train` makes one")
+        if not run.config.is_file():
+            raise UsageError(f"{path} is not a run folder: it has no config.json")
+        return run
+
+    def read_config(self) -> dict[str, Any]:
+        """Return the run's ``config.json``."""
+        return read_json(self.config)
+
+    def read_metrics(self) -> list[dict[str, float | None]]:
+        """Return ``metrics.csv``, one dict an epoch; an empty cell is None."""
+        with open(self.metrics, newline="", encoding="utf-8") as file:
+            return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; when the block ends well it takes the place of ``path`` at once.
+
+    The content is on disk (fsync of file and folder) before the name points to it, so a crash leaves the old
+    file or the new one, never half of one. A full or read-only disk raises ConvlensError naming the file.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner reads
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        raise ConvlensError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk; folders cannot be flushed on Windows, where renaming is enough."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` as readable JSON, atomically."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a header and rows as CSV, atomically; None becomes an empty cell."""
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; ConvlensError names the file if it is missing or not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConvlensError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ConvlensError(f"cannot read {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ConvlensError(f"cannot read {path}: it holds no JSON object")
+    return content

@@ -1,0 +1,77 @@
+"""The machine a run uses: device, threads, and seeds that are functions of (seed, epoch, step)."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+from convlens.errors import UsageError
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Return the device called ``name``; ``auto`` takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises UsageError for an unknown name and for a device that this machine does not have.
+    """
+    if name not in DEVICES:
+        raise UsageError(f"unknown device {name!r}; choose from: {', '.join(DEVICES)}")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(device for device in ("cuda", "mps", "cpu") if available[device])
+    if not available[name]:
+        raise UsageError(f"this machine has no {name} device; use --device auto or --device cpu")
+    return torch.device(name)
+
+
+def use_threads(count: int = 0) -> int:
+    """Let PyTorch compute with ``count`` CPU threads (0: all cores this process may use); return the number."""
+    if count < 0:
+        raise UsageError(f"--threads is {count}; it must be 0 (all cores) or more")
+    torch.set_num_threads(count or available_cores())
+    return torch.get_num_threads()
+
+
+def available_cores() -> int:
+    """Return the number of CPU cores this process may use (containers often get fewer than the machine has)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def derive_seed(*numbers: int) -> int:
+    """Mix whole numbers, such as (seed, epoch, step), into one 63-bit seed.
+
+    SplitMix64's finaliser (Steele, Lea, Flood 2014) after each number: neighbouring inputs give unrelated
+    seeds, and equal inputs give the same seed on every machine.
+    """
+    mask, state = (1 << 64) - 1, 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state >> 1
+
+
+def describe_machine(device: torch.device) -> dict[str, str | int]:
+    """Say what a run ran on: processor or accelerator, cores, threads, Python, PyTorch."""
+    return {
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name() if device.type == "cuda" else processor_name(),
+        "cores": available_cores(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def processor_name() -> str:
+    """Return the processor's name where the system tells it, else its architecture."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""Shipping: the bundle of a trained net, and the Classifier that uses it."""

@@ -1,0 +1,137 @@
+"""The model bundle: a folder that holds all a net needs to be used, and says what it was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as dump_tensors
+from torch import nn
+
+from convlens.data.preprocess import Preprocess
+from convlens.errors import ConvlensError, UnknownName, UsageError
+from convlens.models import create_model
+from convlens.runfolder import RunFolder, read_json, replacing, write_json, write_text
+
+FORMAT = 1
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """A trained net with its architecture, classes and preprocessing.
+
+    ``model`` is the name and the constructor arguments that rebuild the net; ``trained`` is what the model card
+    tells: data, recipe, machine, test figures.
+    """
+
+    net: nn.Module
+    model: Mapping[str, Any]  # {"name": ..., "arguments": {...}}
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    trained: Mapping[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Write weights (safetensors), ``config.json`` and the model card; the config comes last."""
+        content = dump_tensors({k: v.detach().cpu().contiguous() for k, v in self.net.state_dict().items()})
+        with replacing(folder / WEIGHTS) as temporary:
+            temporary.write_bytes(content)
+        write_text(folder / CARD, self.card())
+        config = {
+            "format": FORMAT,
+            "model": dict(self.model),
+            "classes": list(self.classes),
+            "preprocess": self.preprocess.to_json(),
+            "trained": dict(self.trained),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+        write_json(folder / CONFIG, config)
+
+    def card(self) -> str:
+        """Return the model card as Markdown: what it is, what on and how it was trained, how good, its limits."""
+        about, shape = self.trained, self.preprocess
+        test, data, machine = about["test"], about["data"], about["machine"]
+        low, high = test["accuracy_interval"]
+        counts = ", ".join(f"{count:,} {name}" for name, count in data["counts"].items())
+        colour = "grey" if shape.channels == 1 else "RGB"
+        return f"""# {data["name"]}: {self.model["name"]}
+
+A small convolutional image classifier, trained by convlens {about["convlens"]}.
+
+| | |
+|---|---|
+| classes | {", ".join(self.classes)} |
+| input | {shape.width} x {shape.height} pixels, {colour}; other pictures are adapted |
+| parameters | {about["parameters"]:,} |
+| data | {data["name"]}: {counts} images; {data["note"]} |
+| test accuracy | {test["accuracy"]:.2%} of {test["n"]:,} images (95% interval {low:.2%} to {high:.2%}) |
+| recipe | `{about["recipe"]["name"]}`, seed {about["recipe"]["seed"]} |
+| command | `{about["command"]}` |
+| training | {about["seconds"]:.0f} s on {machine["device_name"]}, {machine["threads"]} threads |
+
+The interval is that of the test sample alone; another seed gives another net. The net answers one of its classes for
+every picture, also for one that shows none of them, and its probabilities are not calibrated. It knows only pictures
+like those it was trained on.
+
+Use: `convlens predict FOLDER picture.png`, or in Python `convlens.Classifier.load("FOLDER").predict("picture.png")`.
+"""
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read a bundle; ConvlensError says what is missing, damaged, or made by a newer convlens."""
+    config = read_json(folder / CONFIG)
+    version = config.get("format")
+    if isinstance(version, int) and version > FORMAT:
+        raise ConvlensError(
+            f"{folder} was made by a newer convlens (bundle format {version}, this one reads {FORMAT}); "
+            "upgrade with: pip install --upgrade convlens"
+        )
+    try:
+        content = (folder / WEIGHTS).read_bytes()
+        if hashlib.sha256(content).hexdigest() != config["sha256"]:
+            raise ConvlensError(f"{folder / WEIGHTS} is damaged: its SHA-256 is not the one in {CONFIG}")
+        model = config["model"]
+        net = create_model(model["name"], **model["arguments"])
+        net.load_state_dict(load_tensors(content))
+        preprocess = Preprocess.from_json(config["preprocess"])
+        classes = tuple(str(name) for name in config["classes"])
+        return Bundle(net.eval(), model, classes, preprocess, config["trained"])
+    except FileNotFoundError as error:
+        raise ConvlensError(f"{error.filename} is missing") from None
+    except UnknownName as error:
+        raise ConvlensError(f"{folder}: {error}; import the module that registers it first") from None
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConvlensError(f"{folder} is not a bundle that can be read: {reason}") from None
+
+
+def shipped_models() -> dict[str, Path]:
+    """Return the bundles that come with convlens, by name."""
+    root = Path(str(resources.files("convlens") / "weights"))
+    return {path.name: path for path in sorted(root.iterdir())} if root.is_dir() else {}
+
+
+def find_bundle(source: str | Path) -> Path:
+    """Return the bundle's folder for a run folder, a bundle's folder, or the name of a shipped model.
+
+    A folder goes before a shipped model of the same name only if it is written as a path (``./mnist``).
+    """
+    if str(source) in (shipped := shipped_models()):
+        return shipped[str(source)]
+    path = Path(source)
+    if (path / WEIGHTS).is_file() and (path / CONFIG).is_file():
+        return path
+    run = RunFolder(path)
+    if run.config.is_file():
+        if not (run.model / CONFIG).is_file():
+            raise UsageError(f"the training of {path} is not finished: go on with `convlens train --resume {path}`")
+        return run.model
+    if path.exists():
+        raise UsageError(f"{path} is neither a run folder nor a model bundle")
+    raise UnknownName("run folder or model", str(source), shipped)

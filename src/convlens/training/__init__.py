@@ -1,0 +1,1 @@
+"""Training: recipes, what a step needs, the loop, checkpoints."""

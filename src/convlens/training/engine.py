@@ -1,0 +1,176 @@
+"""The training loop, from top to bottom: schedule, batch, forward, backward, step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+from convlens.data.dataset import Dataset
+from convlens.data.loader import Batches
+from convlens.data.preprocess import Preprocess
+from convlens.errors import Diverged, Interrupted
+from convlens.evaluation.metrics import Scores, evaluate
+from convlens.progress import Meter
+from convlens.runtime import choose_device
+from convlens.training.checkpoint import CheckpointStore, EpochRecord, TrainState, pack, unpack
+from convlens.training.optim import (
+    WeightAverage,
+    learning_rate,
+    make_augment,
+    make_clip,
+    make_loss,
+    make_optimizer,
+)
+from convlens.training.precision import autocast, choose_precision
+from convlens.training.recipe import Recipe
+
+LOOK_EVERY = 20  # steps between looks at the loss, which make an accelerator wait
+
+
+def fit(
+    net: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    preprocess: Preprocess | None = None,
+    store: CheckpointStore | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    show_progress: bool = False,
+) -> Iterator[EpochRecord]:
+    """Train ``net`` in place and yield one record an epoch; at the end it holds the weights that were chosen.
+
+    ``preprocess`` normalises the images (by default measured on the training images). With a ``store`` every
+    epoch is saved, and training goes on from what the store holds, bit for bit as if it had not been
+    interrupted. When ``should_stop`` says so, the step under way is finished and saved, and Interrupted raised.
+    Raises Diverged when the loss is no longer a number.
+    """
+    device = choose_device(recipe.device)
+    precision = choose_precision(recipe.precision, device)
+    dataset = dataset.with_validation(recipe.validation, recipe.seed)
+    normalise = (preprocess or Preprocess.measure(dataset.train.images, dataset.style)).normaliser()
+    augment = make_augment(recipe, len(dataset.classes))
+    batches = Batches(dataset.train, recipe.batch_size, normalise, seed=recipe.seed, device=device, augment=augment)
+    total_steps = recipe.total_steps(len(batches))
+    net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    compute_loss, clip = make_loss(recipe, net), make_clip(net, recipe)
+    optimizer, average = make_optimizer(net, recipe), WeightAverage(net, recipe.ema)
+
+    state, best = TrainState(), dict[str, Tensor]()
+    if store is not None and (saved := store.load()):
+        state, tensors = saved
+        best = unpack(tensors, net, optimizer, average)
+        yield from state.records
+
+    while state.step < total_steps and not state.finished:
+        epoch, first = divmod(state.step, len(batches))
+        end = min(len(batches), total_steps - epoch * len(batches))  # the last epoch may be a part of one
+        tally = Tally(state, device)
+        net.train()
+        started = time.perf_counter()
+        with Meter(f"epoch {epoch + 1}", end - first, shown=show_progress) as meter:
+            for index in range(first, end):
+                images, labels = batches(epoch, index)  # (N, C, H, W), (N,) or (N, K)
+                lr = learning_rate(recipe, state.step, len(batches))
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                with autocast(precision, device):
+                    logits = net(images)  # (N, K)
+                loss = compute_loss(logits.float(), labels)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                clip()
+                optimizer.step()
+                average.update(state.step)
+                state.step += 1
+                tally.add(loss, logits, labels)
+                if state.step % LOOK_EVERY == 0:
+                    tally.check(state, recipe)
+                    meter.update(LOOK_EVERY, tally.describe(time.perf_counter() - started))
+                if should_stop():
+                    break
+        state.seconds += time.perf_counter() - started
+        tally.check(state, recipe)
+        tally.store_into(state)
+        if state.step < epoch * len(batches) + end:  # stopped before the epoch's end
+            if store is not None:
+                store.save(state, pack(net, optimizer, average, best))
+            raise Interrupted(f"stopped at step {state.step} of {total_steps}")
+
+        scores: dict[str, Scores] = {}
+        with average.applied():
+            watched = {"val": dataset.validation, "test": dataset.test if recipe.watch_test else None}
+            for name, split in watched.items():
+                if split is not None:
+                    cast = autocast(precision, device)
+                    scores[name] = evaluate(net, split, normalise, batch_size=recipe.batch_size, autocast=cast)
+            record = make_record(epoch + 1, state, lr, scores)
+            # chosen by validation alone; the test split is never looked at here
+            if "val" in scores and is_best(record, state):
+                state.best_epoch = record.epoch
+                if recipe.select == "best":
+                    best = {key: value.detach().clone() for key, value in net.state_dict().items()}
+        state.records.append(record)
+        state.loss_sum, state.correct, state.seen = 0.0, 0, 0
+        state.finished = 0 < recipe.patience <= record.epoch - state.best_epoch and "val" in scores
+        if store is not None:
+            store.save(state, pack(net, optimizer, average, best))
+        yield record
+
+    net.load_state_dict({**net.state_dict(), **average.weights, **best})
+
+
+class Tally:
+    """Loss, hits and images of an epoch, added up on the device and read now and then."""
+
+    def __init__(self, state: TrainState, device: torch.device):
+        # float64 keeps the sums exact enough to be the same after a resume; MPS has none
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = torch.tensor([state.loss_sum, state.correct, state.seen], dtype=kind, device=device)
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: its mean loss, logits (N, K) and labels (N,) or probabilities (N, K)."""
+        target = labels if labels.dim() == 1 else labels.argmax(dim=1)
+        n = len(target)
+        hits = (logits.argmax(dim=1) == target).sum()
+        self._sums += torch.stack([loss.detach() * n, hits, torch.full_like(hits, n)]).to(self._sums.dtype)
+
+    def describe(self, seconds: float) -> str:
+        """Return what the progress bar says."""
+        loss, correct, seen = self._sums.tolist()
+        return f"loss {loss / seen:.4f}  accuracy {correct / seen:.2%}  {seen / seconds:,.0f} images/s"
+
+    def store_into(self, state: TrainState) -> None:
+        """Write the sums into the state that a checkpoint holds."""
+        loss, correct, seen = self._sums.tolist()
+        state.loss_sum, state.correct, state.seen = loss, int(correct), int(seen)
+
+    def check(self, state: TrainState, recipe: Recipe) -> None:
+        """Raise Diverged if the loss is not a number any more."""
+        if not math.isfinite(self._sums[0].item()):
+            raise Diverged(
+                f"the loss is not a number any more (at step {state.step}); try a lower --lr (now {recipe.lr:g}), "
+                "a longer --warmup, or --clip-norm 1"
+            )
+
+
+def make_record(epoch: int, state: TrainState, lr: float, scores: dict[str, Scores]) -> EpochRecord:
+    """Return the record of the epoch that has just ended."""
+    columns: dict[str, float] = {}
+    for name, score in scores.items():
+        columns |= {f"{name}_loss": score.loss, f"{name}_acc": score.accuracy}
+    train_loss, train_acc = state.loss_sum / state.seen, state.correct / state.seen
+    return EpochRecord(epoch, round(state.seconds, 3), lr, train_loss, train_acc, **columns)
+
+
+def is_best(record: EpochRecord, state: TrainState) -> bool:
+    """Say whether ``record`` has the best validation accuracy so far; of equals, the lower loss."""
+    if not state.best_epoch:
+        return True
+    best = asdict(state.records[state.best_epoch - 1])
+    return (record.val_acc or 0, -(record.val_loss or 0)) > (best["val_acc"], -best["val_loss"])

@@ -1,0 +1,154 @@
+"""A recipe: everything that decides how a net is trained, as flat, typed, frozen data."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from convlens.errors import UnknownName, UsageError
+
+
+def option(default: Any, text: str, *, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
+    """Declare a field: its default, its help text, and what values it takes."""
+    return field(default=default, metadata={"help": text, "choices": choices, "low": low})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a net is trained. Every field is a flag of ``convlens train`` and a key of a run's config.json."""
+
+    name: str = option("custom", "name of the recipe this one was made from")
+    # the net; None leaves an option of the net at its default
+    model: str = option("small", "net to train; `convlens models` lists them")
+    filters: int | None = option(None, "width of the net: filters in its first stage", low=1)
+    kernel_size: int | None = option(None, "side of the convolution kernels", low=1)
+    pool: str | None = option(None, "pooling of the net", choices=("max", "avg"))
+    output_relu: bool | None = option(None, "keep the ReLU behind the last layer")
+    # data
+    image_size: int = option(0, "side in pixels that a folder's images are fitted to; 0: their own, up to 64", low=0)
+    validation: float = option(0.1, "share of the training images held out for validation; 0: none", low=0)
+    watch_test: bool = option(False, "measure the test split every epoch, for the curves only")
+    # length
+    epochs: int | None = option(None, "passes over the training images", low=1)
+    iterations: int | None = option(None, "training steps, instead of epochs", low=1)
+    batch_size: int = option(256, "images in a step", low=1)
+    # objective and optimizer
+    loss: str = option("cross-entropy", "loss function", choices=("cross-entropy", "nll"))
+    label_smoothing: float = option(0.0, "share of the label spread over all classes", low=0)
+    optimizer: str = option("sgd", "optimizer", choices=("sgd", "adam", "adamw"))
+    lr: float = option(0.1, "learning rate (its peak, where a schedule changes it)", low=0)
+    momentum: float = option(0.9, "momentum of SGD, first beta of Adam", low=0)
+    nesterov: bool = option(False, "Nesterov momentum")
+    weight_decay: float = option(0.0, "weight decay, of weights but not of biases and BatchNorm", low=0)
+    clip_norm: float = option(0.0, "largest norm of the gradient; 0: not clipped", low=0)
+    schedule: str = option(
+        "linear",
+        "course of the learning rate",
+        choices=("constant", "step", "one-cycle", "cosine", "linear"),
+    )
+    warmup: float = option(0.0, "share of the steps in which the learning rate rises", low=0)
+    step_epochs: int = option(15, "epochs between the steps of the step schedule", low=1)
+    step_factor: float = option(0.1, "what a step multiplies the learning rate by", low=0)
+    ema: float = option(0.0, "decay of the exponential moving average of the weights; 0: none", low=0)
+    # choosing, on validation only
+    select: str = option("last", "epoch whose weights are kept", choices=("last", "best"))
+    patience: int = option(0, "stop after so many epochs without a better validation accuracy; 0: never", low=0)
+    # augmentation
+    shift: int = option(0, "move images by up to so many pixels", low=0)
+    rotation: float = option(0.0, "turn images by up to so many degrees", low=0)
+    scale: float = option(0.0, "zoom images by up to this share", low=0)
+    flip: bool = option(False, "mirror images left to right, half of the time")
+    crop_probability: float = option(0.0, "probability of cutting to the centre and resizing back", low=0)
+    crop_fraction: float = option(22 / 28, "side of that centre, as a share of the image's", low=0)
+    cutout: int = option(0, "side of a square that is blanked in each image", low=0)
+    colour_jitter: float = option(0.0, "change brightness, contrast, saturation by up to this share", low=0)
+    mixup: float = option(0.0, "alpha of mixup; 0: none", low=0)
+    cutmix: float = option(0.0, "alpha of cutmix; 0: none", low=0)
+    # running
+    seed: int = option(0, "fixes everything random", low=0)
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    threads: int = option(0, "CPU threads; 0: all cores", low=0)
+    precision: str = option("auto", "arithmetic of the net in training", choices=("auto", "fp32", "bf16"))
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            object.__setattr__(self, item.name, check_value(item, getattr(self, item.name)))
+        if (self.epochs is None) == (self.iterations is None):
+            raise UsageError("a recipe needs epochs or iterations, one of the two")
+        for name in ("validation", "momentum", "ema"):
+            if getattr(self, name) >= 1:
+                raise UsageError(f"{flag(name)} is {getattr(self, name)}; it must be below 1")
+        for name in ("label_smoothing", "scale", "crop_probability", "warmup"):
+            if getattr(self, name) > 1:
+                raise UsageError(f"{flag(name)} is {getattr(self, name)}; it must be at most 1")
+        if self.nesterov and not (self.optimizer == "sgd" and self.momentum > 0):
+            raise UsageError("--nesterov needs --optimizer sgd and a --momentum above 0")
+
+    def override(self, **changes: Any) -> Recipe:
+        """Return the recipe with ``changes``; ``epochs`` takes the place of ``iterations`` and the reverse.
+
+        Raises UsageError for an unknown key (with the nearest one) or a value that the field does not take.
+        """
+        known = [item.name for item in dataclasses.fields(self)]
+        for key in changes:
+            if key not in known:
+                raise UnknownName("recipe option", key, known)
+        if changes.get("epochs") is not None:
+            changes.setdefault("iterations", None)
+        elif changes.get("iterations") is not None:
+            changes.setdefault("epochs", None)
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Recipe:
+        """Rebuild a recipe from the values that :func:`dataclasses.asdict` gave."""
+        return cls(epochs=1).override(**{"epochs": None, "iterations": None, **values})
+
+    def model_options(self) -> dict[str, Any]:
+        """Return the options of the net that this recipe sets."""
+        options = {name: getattr(self, name) for name in ("filters", "kernel_size", "pool", "output_relu")}
+        return {name: value for name, value in options.items() if value is not None}
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Return how many steps the whole training has."""
+        return self.iterations if self.iterations is not None else (self.epochs or 0) * steps_per_epoch
+
+
+FIELD_TYPES: dict[str, Any] = typing.get_type_hints(Recipe)
+
+
+def flag(name: str) -> str:
+    """Return the command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def plain_type(name: str) -> tuple[type, bool]:
+    """Return (bool, int, float or str; may it be None?) of a field."""
+    hint = FIELD_TYPES[name]
+    if isinstance(hint, types.UnionType):
+        return next(t for t in typing.get_args(hint) if t is not type(None)), True
+    return hint, False
+
+
+def check_value(item: dataclasses.Field[Any], value: Any) -> Any:
+    """Return ``value`` as the field's type; UsageError if it is of another type or out of range."""
+    kind, optional = plain_type(item.name)
+    if value is None and optional:
+        return None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UsageError(f"{flag(item.name)} takes {KIND_NAMES[kind]}, not {value!r}")
+    choices, low = item.metadata["choices"], item.metadata["low"]
+    if choices and value not in choices:
+        raise UnknownName(f"value of {flag(item.name)}", str(value), choices)
+    if low is not None and not low <= typing.cast(float, value) < float("inf"):
+        raise UsageError(f"{flag(item.name)} is {value}; it must be at least {low}")
+    return value
+
+
+KIND_NAMES = {int: "a whole number", float: "a number", bool: "yes or no", str: "a word"}
