@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convlens.data.catalog import load_dataset
+from convlens.data.catalog import DATASETS, load_dataset
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError
@@ -209,7 +209,7 @@ class Experiment:
             "convlens": version("convlens"),
             "command": self.config["command"],
             "recipe": self.config["recipe"],
-            "data": self.config["data"],
+            "data": without_path(self.config["data"]),
             "machine": self.config["machine"],
             "parameters": self.config["model"]["parameters"],
             "seconds": seconds,
@@ -272,11 +272,13 @@ def evaluate_run(source: str | Path, data: Any = None) -> dict[str, Any]:
     Returns the values that ``test.json`` has.
     """
     classifier = Classifier.load(source)
-    trained, preprocess = classifier.bundle.trained, classifier.preprocess
+    preprocess = classifier.preprocess
     if data is None:
-        data = trained["data"]["source"]
+        run = RunFolder(source)
+        recorded = read_json(run.config)["data"] if run.test.is_file() else classifier.bundle.trained["data"]
+        data = recorded["source"]
         if data is None:
-            raise UsageError(f"the data of {source} were objects in memory; name others with --data")
+            raise UsageError(f"{source} does not say where its data are; name them with --data")
     use_threads()
     dataset = load_dataset(data, image_size=preprocess.height, channels=preprocess.channels, allow_unreadable=True)
     if dataset.classes != classifier.classes:
@@ -319,6 +321,11 @@ def describe_data(dataset: Dataset, fingerprint: str) -> dict[str, Any]:
         "unreadable": list(dataset.unreadable),
         "fingerprint": fingerprint,
     }
+
+
+def without_path(data: dict[str, Any]) -> dict[str, Any]:
+    """Return what a bundle, which travels, says of its data: not where they lie on this machine."""
+    return {**data, "source": data["source"] if data["source"] in DATASETS else None, "unreadable": []}
 
 
 def recipe_of_model(bundle: Bundle) -> dict[str, Any]:

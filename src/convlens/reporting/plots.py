@@ -105,7 +105,7 @@ def draw_curves(path: Path, records: Sequence[dict[str, float | None]]) -> None:
         axes.set_xlabel("epoch", fontsize=8, color=QUIET)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if kind == "acc":
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}" if value <= 1 else "")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%" if value <= 1 else "")
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     save(figure, path)
 

@@ -65,6 +65,8 @@ def fit(
         state, tensors = saved
         best = unpack(tensors, net, optimizer, average)
         yield from state.records
+    elif store is not None:
+        store.save(state, pack(net, optimizer, average, best))
 
     while state.step < total_steps and not state.finished:
         epoch, first = divmod(state.step, len(batches))

@@ -25,7 +25,7 @@ def digits() -> Recipe:
     """Strong default on the embedded digits."""
     return Recipe(
         name="digits", model="small", filters=16, epochs=20, batch_size=64, lr=0.1, nesterov=True, warmup=0.1,
-        weight_decay=1e-3, shift=1, rotation=10.0, scale=0.1, precision="fp32",
+        weight_decay=1e-3, shift=1, rotation=10.0, scale=0.1, precision="fp32", threads=1,
     )  # fmt: skip
 
 
@@ -51,8 +51,8 @@ def fashion_mnist() -> Recipe:
 def cifar10() -> Recipe:
     """Strong default on CIFAR-10 (and on its JPEG copy in a folder)."""
     return Recipe(
-        name="cifar10", model="medium", epochs=10, validation=0.04, batch_size=256, lr=0.2, nesterov=True,
-        warmup=0.2, weight_decay=1e-3, shift=3, flip=True, label_smoothing=0.1,
+        name="cifar10", model="medium", filters=48, epochs=12, validation=0.04, batch_size=256, lr=0.2, nesterov=True,
+        warmup=0.2, weight_decay=1e-3, shift=2, flip=True, label_smoothing=0.1,
     )  # fmt: skip
 
 

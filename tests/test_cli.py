@@ -1,0 +1,363 @@
+"""The command line: what it prints, where, with which exit code; wrong input; the frozen list of flags."""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from convlens import cli
+from convlens.runfolder import RunFolder
+from convlens.training.recipe import Recipe, flag
+
+QUICK = ["--epochs", "1", "--device", "cpu", "--threads", "1", "--precision", "fp32"]
+
+
+class Shell:
+    """Runs the command in this process and gives exit code, standard output and standard error."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: object, stdin: str = "") -> tuple[int, str, str]:
+        self._monkeypatch.setattr(sys, "argv", ["convlens", *map(str, arguments)])
+        self._monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            cli.main()
+        out, err = self._capsys.readouterr()
+        return int(leaving.value.code or 0), out, err
+
+    def fails(self, *arguments: object, code: int, says: str) -> str:
+        """Run, expect one line on standard error with ``says`` in it, and return that line."""
+        found, _, err = self(*arguments)
+        assert says in err
+        assert found == code
+        assert len(err.strip().splitlines()) == 1, err
+        assert err.startswith("convlens: ")
+        return err
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(monkeypatch, capsys)
+
+
+def make_folder(root: Path, counts: dict[str, int], side: int = 12) -> Path:
+    """Make class folders of coloured noise, one brightness a class."""
+    random = np.random.default_rng(0)
+    for level, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = random.integers(0, 60, (side, side, 3)) + 60 * level
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One short training on digits that several tests look at."""
+    import convlens
+
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    convlens.train("digits", out=out, epochs=2, device="cpu", threads=1, precision="fp32")
+    return out
+
+
+def test_train_prints_the_run_and_writes_every_file(shell: Shell) -> None:
+    code, out, _ = shell("train", "digits", *QUICK)
+    assert code == 0
+    assert "data    digits: 1,295 train, 143 validation, 359 test images 1x8x8, 10 classes" in out
+    assert "test    accuracy " in out
+    assert "report  runs/digits-1/report.html" in out
+    run = RunFolder("runs/digits-1")
+    for path in (run.config, run.metrics, run.checkpoint, run.model, run.test, run.predictions, run.report, run.split):
+        assert path.exists(), path
+    assert {p.name for p in run.plots.iterdir()} == {
+        "samples.png", "augmented.png", "curves.png", "confusion.png", "mistakes.png", "filters.png"
+    }  # fmt: skip
+    assert run.read_config()["command"] == "convlens train digits " + " ".join(QUICK)
+
+
+def test_two_runs_never_share_a_folder(shell: Shell) -> None:
+    shell("train", "digits", *QUICK)
+    _, out, _ = shell("train", "digits", *QUICK)
+    assert "run     runs/digits-2" in out
+
+
+def test_evaluate_says_what_test_json_says(shell: Shell, digits_run: Path) -> None:
+    saved = json.loads((digits_run / "test.json").read_text())
+    code, out, _ = shell("evaluate", digits_run, "--format", "json")
+    assert code == 0
+    again = json.loads(out)
+    assert again["confusion_matrix"] == saved["confusion_matrix"]
+    assert again["loss"] == pytest.approx(saved["loss"], rel=1e-5)
+    _, text, _ = shell("evaluate", digits_run)
+    assert f"accuracy {saved['accuracy']:.2%}" in text
+    _, table, _ = shell("evaluate", digits_run, "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(table)))
+    assert [row["class"] for row in rows] == list("0123456789")
+    assert sum(int(row["n"]) for row in rows) == saved["n"]
+
+
+def draw_one(path: Path) -> Path:
+    """Draw a black one on white paper."""
+    page = Image.new("L", (200, 300), 255)
+    ImageDraw.Draw(page).line([(100, 60), (100, 240)], fill=0, width=24)
+    page.save(path)
+    return path
+
+
+def test_predict_in_every_format(shell: Shell, tmp_path: Path) -> None:
+    image = draw_one(tmp_path / "one.png")
+    code, out, _ = shell("predict", "mnist", image)
+    assert code == 0
+    assert out.startswith(f"{image}: 1 ")
+    _, out, _ = shell("predict", "mnist", image, "--top", "3", "--format", "json")
+    (row,) = json.loads(out)
+    assert row["image"] == str(image)
+    assert row["label"] == row["top"][0]["label"] == "1"
+    assert len(row["top"]) == 3
+    _, out, _ = shell("predict", "mnist", image, "--format", "csv", "--top", "2")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [(r["rank"], r["label"]) for r in rows][0] == ("1", "1")
+    assert len(rows) == 2
+
+
+def test_predict_takes_folders_globs_and_lists(shell: Shell, tmp_path: Path) -> None:
+    inside = tmp_path / "scans"
+    inside.mkdir()
+    names = [str(draw_one(inside / f"{i}.png")) for i in range(3)]
+    (inside / ".hidden.png").write_bytes(b"not looked at")
+    for arguments, stdin in (
+        ([inside], ""),
+        ([inside / "*.png"], ""),
+        (["-"], "\n".join(names) + "\n"),
+    ):
+        code, out, err = shell("predict", "mnist", *arguments, stdin=stdin)
+        assert (code, err) == (0, "")
+        assert [line.split(": ")[0] for line in out.splitlines()] == names
+
+
+def test_predict_names_bad_images_and_goes_on(shell: Shell, tmp_path: Path) -> None:
+    good = draw_one(tmp_path / "good.png")
+    bad = tmp_path / "bad.png"
+    bad.write_text("no picture")
+    code, out, err = shell("predict", "mnist", bad, good, tmp_path / "none.png")
+    assert code == 1
+    assert out.startswith(f"{good}: 1 ")
+    assert f"{bad} is not an image" in err
+    assert f"{tmp_path / 'none.png'}: there is no such file" in err
+    assert err.strip().endswith("2 of 3 images could not be read")
+
+
+def test_raw_turns_the_adaptation_off(shell: Shell, tmp_path: Path) -> None:
+    image = draw_one(tmp_path / "one.png")
+    adapted = json.loads(shell("predict", "mnist", image, "--format", "json")[1])
+    raw = json.loads(shell("predict", "mnist", image, "--format", "json", "--raw")[1])
+    assert adapted[0]["probability"] != raw[0]["probability"]
+
+
+def test_unknown_names_are_answered_with_the_nearest(shell: Shell) -> None:
+    shell.fails("train", "digit", code=2, says="unknown data set or folder 'digit'; did you mean 'digits'?")
+    shell.fails("train", "digits", "--recipe", "digit", code=2, says="unknown recipe 'digit'; did you mean 'digits'?")
+    shell.fails("train", "digits", "--model", "smal", code=2, says="unknown model 'smal'; did you mean 'small'?")
+    shell.fails("train", "digits", "--epoch", "3", code=2, says="--epochs")
+    shell.fails("trian", "digits", code=2, says="'train'")
+    shell.fails("train", "digits", "--device", "gpu", code=2, says="unknown value of --device 'gpu'")
+    shell.fails("predict", "mnits", "x.png", code=2, says="unknown run folder or model 'mnits'; did you mean 'mnist'?")
+    shell.fails("models", "mnist-4con", code=2, says="unknown model 'mnist-4con'; did you mean 'mnist-4conv'?")
+    assert not Path("runs").exists()
+
+
+def test_wrong_values_name_their_flag(shell: Shell) -> None:
+    shell.fails("train", "digits", "--lr", "abc", code=2, says="--lr")
+    shell.fails("train", "digits", "--batch-size", "0", code=2, says="--batch-size is 0; it must be at least 1")
+    shell.fails("train", "digits", "--momentum", "1", code=2, says="--momentum is 1.0; it must be below 1")
+    shell.fails("train", "digits", "--pool", "max", code=2, says="model 'small' has no option 'pool'")
+    shell.fails("train", "digits", "--epochs", "1", "--iterations", "5", code=2, says="epochs or iterations")
+    shell.fails("train", code=2, says="name the data to train on, or a run to --resume")
+    shell.fails("train", "--resume", "runs/none", code=2, says="there is no run folder runs/none")
+    shell.fails("train", "--resume", "x", "--lr", "1", code=2, says="--resume goes on with the run's own recipe")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.skipif("torch.cuda.is_available()", reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there(shell: Shell) -> None:
+    shell.fails("train", "digits", "--device", "cuda", code=2, says="this machine has no cuda device")
+
+
+def test_folders_that_cannot_be_trained_on(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    shell.fails("train", tmp_path / "empty", code=2, says="has no class folders with images")
+    make_folder(tmp_path / "single", {"ants": 5})
+    shell.fails("train", tmp_path / "single", code=2, says="only one class, 'ants'; a classifier needs at least two")
+    make_folder(tmp_path / "lonely", {"ants": 5, "bees": 1})
+    shell.fails("train", tmp_path / "lonely", code=2, says="class 'bees' has only one image")
+    shell.fails("train", tmp_path / "none", code=2, says="there is no folder")
+    assert not Path("runs").exists()
+
+
+def test_unreadable_files_stop_the_run_unless_allowed(shell: Shell, tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "photos", {"dark": 12, "light": 12})
+    (root / "dark" / "broken.jpg").write_text("not a picture")
+    line = shell.fails("train", root, *QUICK, code=1, says="1 of 25 files")
+    assert "broken.jpg is not an image" in line
+    assert "--allow-unreadable" in line
+    code, out, _ = shell("train", root, *QUICK, "--allow-unreadable")
+    assert code == 0
+    assert "1 unreadable files skipped" in out
+    assert "broken.jpg" in Path("runs/photos-1/report.html").read_text()
+
+
+def test_an_existing_run_is_never_overwritten(shell: Shell, digits_run: Path) -> None:
+    before = (digits_run / "test.json").read_bytes()
+    shell.fails("train", "digits", "--out", digits_run, code=2, says="exists already; choose another --out")
+    shell.fails("train", "--resume", digits_run, code=2, says="is finished; nothing to resume")
+    assert (digits_run / "test.json").read_bytes() == before
+
+
+def test_a_place_that_cannot_be_written(shell: Shell) -> None:
+    Path("runs").write_text("a file where the folder should be")
+    shell.fails("train", "digits", *QUICK, code=1, says="cannot make the run folder runs/digits-1")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_leaves_no_checkpoint_that_claims_to_be_one(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    import convlens.runfolder
+
+    real = convlens.runfolder.sync
+
+    def full(path: Path) -> None:
+        if "metrics.csv" in path.name:
+            raise OSError(28, "No space left on device")
+        real(path)
+
+    monkeypatch.setattr(convlens.runfolder, "sync", full)
+    shell.fails("train", "digits", *QUICK, code=1, says="metrics.csv: No space left on device; nothing was changed")
+    assert not Path("runs/digits-1/metrics.csv").exists()
+    monkeypatch.undo()
+    code, out, _ = shell("train", "--resume", "runs/digits-1")
+    assert code == 0
+    assert "epoch   1" in out
+
+
+def test_diverged_training_leaves_with_3(shell: Shell) -> None:
+    line = shell.fails("train", "digits", *QUICK, "--lr", "1e30", "--epochs", "3", code=3, says="not a number any more")
+    assert "try a lower --lr" in line
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    quick = ["--device", "cpu", "--threads", "1", "--precision", "fp32", "--batch-size", "16", "--epochs", "4"]
+    command = [sys.executable, "-m", "convlens", "train", "digits", *quick, "--out", "interrupted"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    while not process.stdout.readline().startswith("epoch"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "saved. Go on with: convlens train --resume interrupted" in err
+    resumed = subprocess.run([sys.executable, "-m", "convlens", "train", "--resume", "interrupted"], check=True)
+    assert resumed.returncode == 0
+    subprocess.run([*command[:-1], "whole"], check=True)
+    weights = [Path(run, "model", "model.safetensors").read_bytes() for run in ("interrupted", "whole")]
+    assert weights[0] == weights[1]
+    columns = [c for c in RunFolder("whole").read_metrics()[0] if c != "seconds"]
+    first, second = (
+        [[row[c] for c in columns] for row in RunFolder(run).read_metrics()] for run in ("interrupted", "whole")
+    )
+    assert first == second
+
+
+def test_config_repeats_a_run(shell: Shell, digits_run: Path) -> None:
+    code, _, _ = shell("train", "digits", "--config", digits_run / "config.json", "--out", "again")
+    assert code == 0
+    weights = [Path(run, "model", "model.safetensors").read_bytes() for run in (digits_run, "again")]
+    assert weights[0] == weights[1]
+
+
+def test_init_starts_from_trained_weights(shell: Shell, tmp_path: Path, digits_run: Path) -> None:
+    root = make_folder(tmp_path / "shapes", {"a": 12, "b": 12, "c": 12}, side=8)
+    code, out, _ = shell("train", root, *QUICK, "--init", digits_run, "--recipe", "digits")
+    assert code == 0
+    assert f"started from {digits_run}: " in out
+    assert "3 classes" in out
+
+
+def test_data_list_and_info(shell: Shell, tmp_path: Path) -> None:
+    _, out, _ = shell("data", "list")
+    assert [line.split()[0] for line in out.splitlines()[2:6]] == ["digits", "mnist", "fashion-mnist", "cifar10"]
+    root = make_folder(tmp_path / "photos", {"dark": 10, "light": 5})
+    code, out, _ = shell("data", "info", root)
+    assert code == 0
+    assert out.splitlines()[0] == "photos: images 3x12x12 (C x H x W), 2 classes"
+    assert [line.split() for line in out.splitlines() if line.startswith(("dark", "light", "total"))] == [
+        ["dark", "8", "2"],
+        ["light", "4", "1"],
+        ["total", "12", "3"],
+    ]
+    assert Image.open("photos-samples.png").format == "PNG"
+
+
+def test_models_and_recipes(shell: Shell) -> None:
+    _, out, _ = shell("models")
+    for name in ("fashion-2conv", "folder-cnn", "cifar-lenet", "mnist-4conv", "small", "medium", "digits", "mnist"):
+        assert any(line.split()[:1] == [name] for line in out.splitlines()), name
+    _, out, _ = shell("models", "mnist-4conv")
+    assert out.splitlines()[-1].startswith("593,200 parameters")
+    _, out, _ = shell("recipes")
+    assert len(out.splitlines()) == 9
+    _, out, _ = shell("recipes", "mnist-4conv")
+    assert json.loads(out)["batch_size"] == 512
+
+
+def test_help_has_examples_for_every_verb(shell: Shell) -> None:
+    for verb in (["train"], ["evaluate"], ["predict"], ["models"], ["recipes"], ["data", "info"]):
+        code, out, _ = shell(*verb, "--help")
+        assert code == 0
+        assert f"convlens {' '.join(verb)}" in out
+
+
+def test_the_flags_of_train_are_the_recipe_and_these(shell: Shell) -> None:
+    import inspect
+
+    own = {"data", "recipe", "config", "out", "resume", "init", "allow_unreadable"}
+    fields = {item.name for item in dataclasses.fields(Recipe)} - {"name"}
+    assert set(inspect.signature(cli.train).parameters) == own | fields
+    assert {flag(name) for name in fields} == set(FROZEN_RECIPE_FLAGS.split())
+
+
+# taking a flag away, or renaming one, breaks people's scripts
+FROZEN_RECIPE_FLAGS = """
+--model --filters --kernel-size --pool --output-relu --image-size --validation --watch-test --epochs --iterations
+--batch-size --loss --label-smoothing --optimizer --lr --momentum --nesterov --weight-decay --clip-norm --schedule
+--warmup --step-epochs --step-factor --ema --select --patience --shift --rotation --scale --flip --crop-probability
+--crop-fraction --cutout --colour-jitter --mixup --cutmix --seed --device --threads --precision
+"""
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = "torch", "matplotlib", "sklearn", "scipy", "numpy", "PIL", "pooch"
+    script = (
+        "import sys\nsys.argv = ['convlens', '--help']\nfrom convlens.cli import main\n"
+        f"try: main()\nexcept SystemExit: pass\nprint([m for m in {heavy!r} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_debug_shows_the_traceback(shell: Shell) -> None:
+    _, _, err = shell("--debug", "train", "digit")
+    assert "Traceback" in err
+    assert err.strip().splitlines()[-1].startswith("convlens: unknown data set")

@@ -1,0 +1,466 @@
+"""The ground floor: errors, registry, seeds, device and threads, run folders and atomic files, progress."""
+
+import io
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convlens import runfolder
+from convlens.errors import ConvlensError, Diverged, Interrupted, UnknownName, UsageError
+from convlens.progress import Meter, track
+from convlens.registry import Registry
+from convlens.runfolder import RunFolder, read_json, replacing, write_csv, write_json, write_text
+from convlens.runtime import available_cores, choose_device, derive_seed, describe_machine, use_threads
+
+quick = settings(max_examples=50, deadline=None, database=None, derandomize=True)
+
+
+def leftovers(folder: Path) -> list[str]:
+    """The names of what lies in a folder, temporary files too."""
+    return sorted(os.listdir(folder))
+
+
+# errors and registry
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"), [(ConvlensError, 1), (UsageError, 2), (UnknownName, 2), (Diverged, 3), (Interrupted, 130)]
+)
+def test_every_error_has_its_exit_code(kind: type[ConvlensError], code: int) -> None:
+    assert kind.exit_code == code
+    assert issubclass(kind, ConvlensError)
+
+
+def test_an_unknown_name_offers_the_nearest() -> None:
+    assert str(UnknownName("model", "tinny", ["wide", "tiny"])) == "unknown model 'tinny'; did you mean 'tiny'?"
+
+
+def test_an_unknown_name_far_from_all_lists_the_choices_in_order() -> None:
+    error = UnknownName("model", "zzzzzz", iter(["wide", "tiny"]))
+    assert str(error) == "unknown model 'zzzzzz'; choose from: tiny, wide"
+
+
+def test_a_registry_keeps_its_entries_in_order() -> None:
+    registry: Registry[int] = Registry("thing")
+    assert registry.register("b")(2) == 2
+    registry.register("a")(1)
+    assert registry.names() == ["b", "a"]
+    assert (registry["a"], registry["b"]) == (1, 2)
+    assert "a" in registry
+    assert "c" not in registry
+    assert 7 not in registry
+
+
+def test_a_registry_refuses_a_name_that_is_taken() -> None:
+    registry: Registry[int] = Registry("thing")
+    registry.register("a")(1)
+    with pytest.raises(UsageError, match=r"^thing 'a' is registered already; choose another name$"):
+        registry.register("a")(2)
+    assert registry["a"] == 1
+
+
+def test_a_registry_offers_a_near_name() -> None:
+    registry: Registry[int] = Registry("thing")
+    registry.register("alpha")(1)
+    with pytest.raises(UnknownName, match="unknown thing 'alpa'; did you mean 'alpha'"):
+        registry["alpa"]
+
+
+# seeds, device, threads
+
+
+def test_derive_seed_is_splitmix64() -> None:
+    # the first output of SplitMix64 seeded with 0 (Vigna's splitmix64.c), without its lowest bit
+    assert derive_seed(0) == 0xE220A8397B1DCDAF >> 1
+
+
+@quick
+@given(st.lists(st.integers(-(2**70), 2**70), max_size=4))
+def test_derive_seed_is_a_function_into_63_bits(numbers: list[int]) -> None:
+    seed = derive_seed(*numbers)
+    assert 0 <= seed < 2**63
+    assert derive_seed(*numbers) == seed
+    torch.Generator().manual_seed(seed)  # takes it
+
+
+def test_derive_seed_tells_neighbours_apart() -> None:
+    seeds = [derive_seed(a, b) for a in range(40) for b in range(40)] + [derive_seed(a) for a in range(40)]
+    assert len(set(seeds)) == len(seeds)
+    different = [bin(derive_seed(3, i) ^ derive_seed(3, i + 1)).count("1") for i in range(200)]
+    assert 28 < sum(different) / len(different) < 35  # about half of 63 bits
+
+
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"^unknown device 'tpu'; choose from: auto, cpu, cuda, mps$"):
+        choose_device("tpu")
+
+
+@pytest.mark.parametrize(("cuda", "mps", "chosen"), [(0, 0, "cpu"), (0, 1, "mps"), (1, 0, "cuda"), (1, 1, "cuda")])
+def test_auto_takes_the_best_device(cuda: int, mps: int, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
+    assert choose_device().type == chosen
+    assert choose_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=f"^this machine has no {name} device; use --device auto or --device cpu$"):
+        choose_device(name)
+
+
+def test_use_threads_sets_what_it_returns() -> None:
+    assert use_threads(2) == 2 == torch.get_num_threads()
+    assert use_threads(1) == 1 == torch.get_num_threads()
+
+
+def test_use_threads_0_takes_the_cores_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5, 7}, raising=False)
+    assert available_cores() == 3
+    assert use_threads() == 3
+
+
+def test_use_threads_refuses_a_negative_number() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(UsageError, match=r"^--threads is -1; it must be 0 \(all cores\) or more$"):
+        use_threads(-1)
+    assert torch.get_num_threads() == before
+
+
+def test_the_machine_is_described_in_plain_values() -> None:
+    machine = describe_machine(torch.device("cpu"))
+    assert list(machine) == ["device", "device_name", "cores", "threads", "system", "python", "torch"]
+    assert machine["device"] == "cpu"
+    assert machine["torch"] == torch.__version__
+    assert json.loads(json.dumps(machine)) == machine
+
+
+# atomic files
+
+
+def test_replacing_writes_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "file.txt"
+    with replacing(path) as temporary:
+        temporary.write_text("content")
+        assert temporary.parent == path.parent
+        assert temporary.suffix == ".txt"
+        assert not path.exists()
+    assert path.read_text() == "content"
+    assert leftovers(path.parent) == ["file.txt"]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("mine"), KeyboardInterrupt(), ConvlensError("said already")])
+def test_replacing_leaves_the_old_file_on_failure(failure: BaseException, tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(type(failure)) as caught, replacing(path) as temporary:
+        temporary.write_text("half of the n")
+        raise failure
+    assert caught.value is failure
+    assert path.read_text() == "old"
+    assert leftovers(tmp_path) == ["file.txt"]
+
+
+def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(ConvlensError) as caught, replacing(path):
+        raise OSError(28, "No space left on device")
+    assert str(caught.value) == f"cannot write {path}: No space left on device; nothing was changed"
+    assert path.read_text() == "old"
+    assert leftovers(tmp_path) == ["file.txt"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failure_at_the_last_step_leaves_the_old_file(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(runfolder.os, step, fail)
+    with pytest.raises(ConvlensError, match="Input/output error; nothing was changed"):
+        write_text(path, "new")
+    monkeypatch.undo()
+    assert path.read_text() == "old"
+    assert leftovers(tmp_path) == ["file.txt"]
+
+
+def test_the_content_is_on_disk_before_the_name_points_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+
+    def noting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any) -> Any:
+            steps.append(name)
+            return call(*arguments)
+
+        return wrapped
+
+    monkeypatch.setattr(runfolder.os, "fsync", noting("fsync", os.fsync))
+    monkeypatch.setattr(runfolder.os, "replace", noting("replace", os.replace))
+    write_text(tmp_path / "file.txt", "new")
+    assert steps == ["fsync", "replace", "fsync"]  # the file, the name, the folder
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "below.txt"
+    with pytest.raises(ConvlensError, match=r"cannot write .*below\.txt: .*; nothing was changed"):
+        write_text(path, "x")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_a_written_file_follows_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "file", "x")
+        assert os.umask(0o027) == 0o027  # and is left as it was
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+
+
+def test_json_round_trip_keeps_letters_readable(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"class": "Möwe", "n": [1, 2.5, None]})
+    assert "Möwe" in path.read_text(encoding="utf-8")
+    assert read_json(path) == {"class": "Möwe", "n": [1, 2.5, None]}
+
+
+def test_json_refuses_nan_and_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"loss": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"loss": float("nan")})
+    assert read_json(path) == {"loss": 1}
+    assert leftovers(tmp_path) == ["a.json"]
+
+
+def test_a_failing_row_leaves_the_old_csv(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    write_csv(path, ["a", "b"], [[1, None], ["x,y", 2]])
+    content = path.read_bytes()
+    assert content == b'a,b\r\n1,\r\n"x,y",2\r\n'
+
+    class Bad:
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    with pytest.raises(RuntimeError, match="no text"):
+        write_csv(path, ["a"], [[1], [Bad()]])
+    assert path.read_bytes() == content
+    assert leftovers(tmp_path) == ["a.csv"]
+
+
+def test_read_json_says_that_a_file_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConvlensError) as caught:
+        read_json(tmp_path / "a.json")
+    assert str(caught.value) == f"{tmp_path / 'a.json'} is missing"
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"", "Expecting value"),
+        (b'{"a": 1', "Expecting ',' delimiter"),
+        (b"[1, 2]", "it holds no JSON object"),
+        (b"null", "it holds no JSON object"),
+        (b'{"a": "\xff"}', "can't decode byte 0xff"),
+        (b"[" * 200_000, ""),
+    ],
+    ids=["empty", "cut", "list", "null", "not-utf8", "deep"],
+)
+def test_read_json_names_the_file_that_is_no_json_object(content: bytes, part: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(ConvlensError) as caught:
+        read_json(path)
+    assert str(caught.value).startswith(f"cannot read {path}: ")
+    assert part in str(caught.value)
+
+
+def test_read_json_of_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConvlensError, match="^cannot read "):
+        read_json(tmp_path)
+
+
+# run folders
+
+
+def test_runs_are_numbered_from_1(tmp_path: Path) -> None:
+    made = [RunFolder.create(None, "mnist", tmp_path / "runs") for _ in range(3)]
+    assert [run.path.name for run in made] == ["mnist-1", "mnist-2", "mnist-3"]
+    assert RunFolder.create(None, "digits", tmp_path / "runs").path == tmp_path / "runs" / "digits-1"
+    assert all(run.path.is_dir() for run in made)
+
+
+def test_the_default_place_is_runs_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert RunFolder.create(None, "mnist").path == Path("runs/mnist-1")
+    assert (tmp_path / "runs" / "mnist-1").is_dir()
+
+
+def test_the_first_free_number_is_taken_and_a_file_counts_as_taken(tmp_path: Path) -> None:
+    (tmp_path / "a-1").mkdir()
+    (tmp_path / "a-2").write_text("a file")
+    (tmp_path / "a-4").mkdir()
+    assert RunFolder.create(None, "a", tmp_path).path.name == "a-3"
+    assert (tmp_path / "a-2").read_text() == "a file"
+
+
+def test_a_chosen_out_is_made_with_its_parents(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "deep" / "er", "ignored")
+    assert run.path == tmp_path / "deep" / "er"
+    assert run.path.is_dir()
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_an_existing_out_is_refused(what: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if what == "folder":
+        out.mkdir()
+    else:
+        out.write_text("mine")
+    with pytest.raises(UsageError) as caught:
+        RunFolder.create(out, "mnist")
+    assert str(caught.value) == f"{out} exists already; choose another --out, or continue it with --resume {out}"
+    assert leftovers(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("out", [True, False], ids=["out", "numbered"])
+def test_a_read_only_parent_is_named(out: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:  # chmod would not stop root
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    path = tmp_path / ("x" if out else "a-1")
+    hint = "" if out else "; choose a writable place with --out"
+    with pytest.raises(ConvlensError) as caught:
+        RunFolder.create(path if out else None, "a", tmp_path)
+    assert str(caught.value) == f"cannot make the run folder {path}: Permission denied{hint}"
+
+
+@pytest.mark.parametrize("out", [True, False], ids=["out", "numbered"])
+def test_a_parent_that_is_a_file_is_named(out: bool, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConvlensError, match="^cannot make the run folder "):
+        RunFolder.create(tmp_path / "file" / "x" if out else None, "a", tmp_path / "file")
+
+
+def test_a_parent_that_is_a_link_to_nowhere_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`runs` -> a scratch disk that is not mounted: an error, not a search for a free number without end."""
+    (tmp_path / "runs").symlink_to(tmp_path / "not-mounted")
+    calls, mkdir = 0, Path.mkdir
+
+    def counting(self: Path, *arguments: Any, **named: Any) -> None:
+        nonlocal calls
+        calls += 1
+        assert calls < 50, "it tries number after number"
+        mkdir(self, *arguments, **named)
+
+    monkeypatch.setattr(Path, "mkdir", counting)
+    with pytest.raises(ConvlensError, match="^cannot make the run folder "):
+        RunFolder.create(None, "mnist", tmp_path / "runs")
+
+
+def test_open_says_what_is_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        RunFolder.open(tmp_path / "no")
+    assert str(caught.value) == f"there is no run folder {tmp_path / 'no'}; `convlens train` makes one"
+    with pytest.raises(UsageError) as caught:
+        RunFolder.open(tmp_path)
+    assert str(caught.value) == f"{tmp_path} is not a run folder: it has no config.json"
+
+
+def test_open_and_read_a_run(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {"seed": 3})
+    write_csv(tmp_path / "metrics.csv", ["epoch", "loss", "test_loss"], [[1, 0.5, None], [2, 0.25, 1e-3]])
+    run = RunFolder.open(str(tmp_path))
+    assert run.read_config() == {"seed": 3}
+    assert run.read_metrics() == [
+        {"epoch": 1.0, "loss": 0.5, "test_loss": None},
+        {"epoch": 2.0, "loss": 0.25, "test_loss": 0.001},
+    ]
+
+
+def test_the_names_in_a_run_folder() -> None:
+    run = RunFolder("r")
+    names = {"config.json", "metrics.csv", "checkpoint", "model", "test.json", "predictions.csv", "split.csv"}
+    found = {p.name for p in vars(run).values() if p != run.path}
+    assert found == names | {"plots", "report.html"}
+    assert all(p.parent == run.path for p in vars(run).values() if p != run.path)
+
+
+# progress
+
+
+def test_what_is_quick_shows_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    assert list(track(iter("abc"), "reading", 3)) == ["a", "b", "c"]
+    assert capfd.readouterr() == ("", "")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_off_a_terminal_a_plain_line_comes_every_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("convlens.progress.time.monotonic", clock)
+    with Meter("reading", 40) as meter:
+        for _ in range(40):
+            clock.now += 1
+            meter.update(1)
+    lines = capsys.readouterr().err.splitlines()
+    expected = [
+        "reading: 25%, 30 s left",
+        "reading: 50%, 20 s left",
+        "reading: 75%, 10 s left",
+        "reading: 100%, 0 s left",
+    ]
+    assert lines == expected
+
+
+def test_a_meter_that_is_not_shown_only_counts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("convlens.progress.time.monotonic", clock)
+    with Meter("reading", 2, shown=False) as meter:
+        clock.now = 1e6
+        meter.update(2)
+    assert meter.done == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_on_a_terminal_a_bar_is_drawn_and_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with Meter("reading", 2, patience=0) as meter:
+        meter.update(1, "half")
+        assert meter._bar is not None
+        meter.update(1)
+    assert "reading" in terminal.getvalue()
