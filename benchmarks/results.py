@@ -17,8 +17,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from convlens.experiment import Run
+
 RUNS = Path("runs/results")
 RESULTS = Path(__file__).parent.parent / "docs" / "results.md"
+README = Path(__file__).parent.parent / "README.md"
 WEIGHTS = Path(__file__).parent.parent / "src" / "convlens" / "weights"
 JPEG_COPY = "CIFAR-10 (JPEG copy)"
 
@@ -65,41 +68,73 @@ def run_missing(names: list[str]) -> None:
             subprocess.run(command, check=True)
 
 
+def finished(row: Row) -> list[Run]:
+    """Return the finished runs of a row, by seed."""
+    return [Run(folder) for folder in sorted(RUNS.glob(f"{row.name}-s[0-9]*")) if (folder / "test.json").exists()]
+
+
+def median_seconds(runs: list[Run]) -> float:
+    """Return the median training time."""
+    return statistics.median(float(run.metrics[-1]["seconds"] or 0) for run in runs)
+
+
 def table(rows: list[Row]) -> str:
     """Return the Markdown table of some rows."""
-    from convlens.experiment import Run
-
     lines = [
         "| command: `convlens train` | data | seeds | test accuracy, mean +- sd | worst, best | 95% interval of seed 0 "
         "| parameters | epochs | training seconds, median | arithmetic |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        runs = [Run(folder) for folder in sorted(RUNS.glob(f"{row.name}-s[0-9]*")) if (folder / "test.json").exists()]
+        runs = finished(row)
         if not runs:
             continue
         accuracies = [100 * run.accuracy for run in runs]
         spread = f" +- {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
         low, high = runs[0].test["accuracy_interval"]
-        seconds = statistics.median(float(run.metrics[-1]["seconds"] or 0) for run in runs)
         config = runs[0].config
         lines.append(
             f"| `{row.arguments}` | {row.data} | {len(runs)} | {statistics.mean(accuracies):.2f}%{spread} "
             f"| {min(accuracies):.2f}, {max(accuracies):.2f} | {low:.2%} to {high:.2%} (n = {runs[0].test['n']:,}) "
-            f"| {config['model']['parameters']:,} | {len(runs[0].metrics)} | {seconds:.0f} "
+            f"| {config['model']['parameters']:,} | {len(runs[0].metrics)} | {median_seconds(runs):.0f} "
             f"| {config['recipe']['precision']} |"
         )
     return "\n".join(lines)
 
 
+def headline() -> str:
+    """Return README's short table: each strong default beside the classic program on the same data."""
+    lines = [
+        "| data | `convlens train DATA` | the classic tutorial program there |",
+        "|---|---|---|",
+    ]
+    classic = {row.data: row for row in reversed(CLASSICS)}
+    for row in STRONG:
+        beside = f"{short(classic[row.data])} (`{classic[row.data].name}`)" if row.data in classic else ""
+        lines.append(f"| {row.data} | **{short(row)}** | {beside} |")
+    return "\n".join(lines)
+
+
+def short(row: Row) -> str:
+    """Return accuracy and seconds of a row in a few words."""
+    runs = finished(row)
+    if not runs:
+        return ""
+    accuracies = [100 * run.accuracy for run in runs]
+    spread = f" +- {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
+    return f"{statistics.mean(accuracies):.2f}%{spread} in {median_seconds(runs):.0f} s, n = {len(runs)} seeds"
+
+
 def write_tables() -> None:
-    """Put the tables between their marks in docs/results.md."""
-    text = RESULTS.read_text(encoding="utf-8")
-    for mark, rows in (("strong", STRONG), ("classics", CLASSICS)):
+    """Put the tables between their marks in docs/results.md and README.md."""
+    for file, mark, content in (
+        (RESULTS, "strong", table(STRONG)),
+        (RESULTS, "classics", table(CLASSICS)),
+        (README, "headline", headline()),
+    ):
         start, end = f"<!-- {mark} -->\n", f"<!-- end {mark} -->"
-        before, rest = text.split(start)
-        text = before + start + table(rows) + "\n" + end + rest.split(end, 1)[1]
-    RESULTS.write_text(text, encoding="utf-8")
+        before, rest = file.read_text(encoding="utf-8").split(start)
+        file.write_text(before + start + content + "\n" + end + rest.split(end, 1)[1], encoding="utf-8")
 
 
 def ship() -> None:

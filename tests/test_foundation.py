@@ -23,6 +23,14 @@ from convlens.runtime import available_cores, choose_device, derive_seed, descri
 quick = settings(max_examples=50, deadline=None, database=None, derandomize=True)
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An empty folder; tmp_path holds the test's cache and working folder too."""
+    path = tmp_path / "here"
+    path.mkdir()
+    return path
+
+
 def leftovers(folder: Path) -> list[str]:
     """The names of what lies in a folder, temporary files too."""
     return sorted(os.listdir(folder))
@@ -148,8 +156,8 @@ def test_the_machine_is_described_in_plain_values() -> None:
 # atomic files
 
 
-def test_replacing_writes_and_leaves_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "folder" / "file.txt"
+def test_replacing_writes_and_leaves_nothing_else(folder: Path) -> None:
+    path = folder / "new" / "folder" / "file.txt"
     with replacing(path) as temporary:
         temporary.write_text("content")
         assert temporary.parent == path.parent
@@ -160,32 +168,32 @@ def test_replacing_writes_and_leaves_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("mine"), KeyboardInterrupt(), ConvlensError("said already")])
-def test_replacing_leaves_the_old_file_on_failure(failure: BaseException, tmp_path: Path) -> None:
-    path = tmp_path / "file.txt"
+def test_replacing_leaves_the_old_file_on_failure(failure: BaseException, folder: Path) -> None:
+    path = folder / "file.txt"
     path.write_text("old")
     with pytest.raises(type(failure)) as caught, replacing(path) as temporary:
         temporary.write_text("half of the n")
         raise failure
     assert caught.value is failure
     assert path.read_text() == "old"
-    assert leftovers(tmp_path) == ["file.txt"]
+    assert leftovers(folder) == ["file.txt"]
 
 
-def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file.txt"
+def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_file(folder: Path) -> None:
+    path = folder / "file.txt"
     path.write_text("old")
     with pytest.raises(ConvlensError) as caught, replacing(path):
         raise OSError(28, "No space left on device")
     assert str(caught.value) == f"cannot write {path}: No space left on device; nothing was changed"
     assert path.read_text() == "old"
-    assert leftovers(tmp_path) == ["file.txt"]
+    assert leftovers(folder) == ["file.txt"]
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_failure_at_the_last_step_leaves_the_old_file(
-    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "file.txt"
+    path = folder / "file.txt"
     path.write_text("old")
 
     def fail(*_: object) -> None:
@@ -196,10 +204,10 @@ def test_a_failure_at_the_last_step_leaves_the_old_file(
         write_text(path, "new")
     monkeypatch.undo()
     assert path.read_text() == "old"
-    assert leftovers(tmp_path) == ["file.txt"]
+    assert leftovers(folder) == ["file.txt"]
 
 
-def test_the_content_is_on_disk_before_the_name_points_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_content_is_on_disk_before_the_name_points_to_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
 
     def noting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -211,46 +219,46 @@ def test_the_content_is_on_disk_before_the_name_points_to_it(tmp_path: Path, mon
 
     monkeypatch.setattr(runfolder.os, "fsync", noting("fsync", os.fsync))
     monkeypatch.setattr(runfolder.os, "replace", noting("replace", os.replace))
-    write_text(tmp_path / "file.txt", "new")
+    write_text(folder / "file.txt", "new")
     assert steps == ["fsync", "replace", "fsync"]  # the file, the name, the folder
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    path = tmp_path / "file" / "below.txt"
+def test_a_folder_that_cannot_be_made_is_named(folder: Path) -> None:
+    (folder / "file").write_text("")
+    path = folder / "file" / "below.txt"
     with pytest.raises(ConvlensError, match=r"cannot write .*below\.txt: .*; nothing was changed"):
         write_text(path, "x")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
-def test_a_written_file_follows_the_umask(tmp_path: Path) -> None:
+def test_a_written_file_follows_the_umask(folder: Path) -> None:
     before = os.umask(0o027)
     try:
-        write_text(tmp_path / "file", "x")
+        write_text(folder / "file", "x")
         assert os.umask(0o027) == 0o027  # and is left as it was
     finally:
         os.umask(before)
-    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+    assert stat.S_IMODE((folder / "file").stat().st_mode) == 0o640
 
 
-def test_json_round_trip_keeps_letters_readable(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
+def test_json_round_trip_keeps_letters_readable(folder: Path) -> None:
+    path = folder / "a.json"
     write_json(path, {"class": "Möwe", "n": [1, 2.5, None]})
     assert "Möwe" in path.read_text(encoding="utf-8")
     assert read_json(path) == {"class": "Möwe", "n": [1, 2.5, None]}
 
 
-def test_json_refuses_nan_and_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
+def test_json_refuses_nan_and_leaves_the_old_file(folder: Path) -> None:
+    path = folder / "a.json"
     write_json(path, {"loss": 1})
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, {"loss": float("nan")})
     assert read_json(path) == {"loss": 1}
-    assert leftovers(tmp_path) == ["a.json"]
+    assert leftovers(folder) == ["a.json"]
 
 
-def test_a_failing_row_leaves_the_old_csv(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
+def test_a_failing_row_leaves_the_old_csv(folder: Path) -> None:
+    path = folder / "a.csv"
     write_csv(path, ["a", "b"], [[1, None], ["x,y", 2]])
     content = path.read_bytes()
     assert content == b'a,b\r\n1,\r\n"x,y",2\r\n'
@@ -262,13 +270,13 @@ def test_a_failing_row_leaves_the_old_csv(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no text"):
         write_csv(path, ["a"], [[1], [Bad()]])
     assert path.read_bytes() == content
-    assert leftovers(tmp_path) == ["a.csv"]
+    assert leftovers(folder) == ["a.csv"]
 
 
-def test_read_json_says_that_a_file_is_missing(tmp_path: Path) -> None:
+def test_read_json_says_that_a_file_is_missing(folder: Path) -> None:
     with pytest.raises(ConvlensError) as caught:
-        read_json(tmp_path / "a.json")
-    assert str(caught.value) == f"{tmp_path / 'a.json'} is missing"
+        read_json(folder / "a.json")
+    assert str(caught.value) == f"{folder / 'a.json'} is missing"
 
 
 @pytest.mark.parametrize(
@@ -283,8 +291,8 @@ def test_read_json_says_that_a_file_is_missing(tmp_path: Path) -> None:
     ],
     ids=["empty", "cut", "list", "null", "not-utf8", "deep"],
 )
-def test_read_json_names_the_file_that_is_no_json_object(content: bytes, part: str, tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
+def test_read_json_names_the_file_that_is_no_json_object(content: bytes, part: str, folder: Path) -> None:
+    path = folder / "a.json"
     path.write_bytes(content)
     with pytest.raises(ConvlensError) as caught:
         read_json(path)
@@ -292,44 +300,44 @@ def test_read_json_names_the_file_that_is_no_json_object(content: bytes, part: s
     assert part in str(caught.value)
 
 
-def test_read_json_of_a_folder(tmp_path: Path) -> None:
+def test_read_json_of_a_folder(folder: Path) -> None:
     with pytest.raises(ConvlensError, match="^cannot read "):
-        read_json(tmp_path)
+        read_json(folder)
 
 
 # run folders
 
 
-def test_runs_are_numbered_from_1(tmp_path: Path) -> None:
-    made = [RunFolder.create(None, "mnist", tmp_path / "runs") for _ in range(3)]
+def test_runs_are_numbered_from_1(folder: Path) -> None:
+    made = [RunFolder.create(None, "mnist", folder / "runs") for _ in range(3)]
     assert [run.path.name for run in made] == ["mnist-1", "mnist-2", "mnist-3"]
-    assert RunFolder.create(None, "digits", tmp_path / "runs").path == tmp_path / "runs" / "digits-1"
+    assert RunFolder.create(None, "digits", folder / "runs").path == folder / "runs" / "digits-1"
     assert all(run.path.is_dir() for run in made)
 
 
-def test_the_default_place_is_runs_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_default_place_is_runs_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
     assert RunFolder.create(None, "mnist").path == Path("runs/mnist-1")
-    assert (tmp_path / "runs" / "mnist-1").is_dir()
+    assert (folder / "runs" / "mnist-1").is_dir()
 
 
-def test_the_first_free_number_is_taken_and_a_file_counts_as_taken(tmp_path: Path) -> None:
-    (tmp_path / "a-1").mkdir()
-    (tmp_path / "a-2").write_text("a file")
-    (tmp_path / "a-4").mkdir()
-    assert RunFolder.create(None, "a", tmp_path).path.name == "a-3"
-    assert (tmp_path / "a-2").read_text() == "a file"
+def test_the_first_free_number_is_taken_and_a_file_counts_as_taken(folder: Path) -> None:
+    (folder / "a-1").mkdir()
+    (folder / "a-2").write_text("a file")
+    (folder / "a-4").mkdir()
+    assert RunFolder.create(None, "a", folder).path.name == "a-3"
+    assert (folder / "a-2").read_text() == "a file"
 
 
-def test_a_chosen_out_is_made_with_its_parents(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path / "deep" / "er", "ignored")
-    assert run.path == tmp_path / "deep" / "er"
+def test_a_chosen_out_is_made_with_its_parents(folder: Path) -> None:
+    run = RunFolder.create(folder / "deep" / "er", "ignored")
+    assert run.path == folder / "deep" / "er"
     assert run.path.is_dir()
 
 
 @pytest.mark.parametrize("what", ["folder", "file"])
-def test_an_existing_out_is_refused(what: str, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_an_existing_out_is_refused(what: str, folder: Path) -> None:
+    out = folder / "out"
     if what == "folder":
         out.mkdir()
     else:
@@ -337,32 +345,32 @@ def test_an_existing_out_is_refused(what: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         RunFolder.create(out, "mnist")
     assert str(caught.value) == f"{out} exists already; choose another --out, or continue it with --resume {out}"
-    assert leftovers(tmp_path) == ["out"]
+    assert leftovers(folder) == ["out"]
 
 
 @pytest.mark.parametrize("out", [True, False], ids=["out", "numbered"])
-def test_a_read_only_parent_is_named(out: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_parent_is_named(out: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:  # chmod would not stop root
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    path = tmp_path / ("x" if out else "a-1")
+    path = folder / ("x" if out else "a-1")
     hint = "" if out else "; choose a writable place with --out"
     with pytest.raises(ConvlensError) as caught:
-        RunFolder.create(path if out else None, "a", tmp_path)
+        RunFolder.create(path if out else None, "a", folder)
     assert str(caught.value) == f"cannot make the run folder {path}: Permission denied{hint}"
 
 
 @pytest.mark.parametrize("out", [True, False], ids=["out", "numbered"])
-def test_a_parent_that_is_a_file_is_named(out: bool, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+def test_a_parent_that_is_a_file_is_named(out: bool, folder: Path) -> None:
+    (folder / "file").write_text("")
     with pytest.raises(ConvlensError, match="^cannot make the run folder "):
-        RunFolder.create(tmp_path / "file" / "x" if out else None, "a", tmp_path / "file")
+        RunFolder.create(folder / "file" / "x" if out else None, "a", folder / "file")
 
 
-def test_a_parent_that_is_a_link_to_nowhere_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parent_that_is_a_link_to_nowhere_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`runs` -> a scratch disk that is not mounted: an error, not a search for a free number without end."""
-    (tmp_path / "runs").symlink_to(tmp_path / "not-mounted")
+    (folder / "runs").symlink_to(folder / "not-mounted")
     calls, mkdir = 0, Path.mkdir
 
     def counting(self: Path, *arguments: Any, **named: Any) -> None:
@@ -373,22 +381,22 @@ def test_a_parent_that_is_a_link_to_nowhere_ends(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Path, "mkdir", counting)
     with pytest.raises(ConvlensError, match="^cannot make the run folder "):
-        RunFolder.create(None, "mnist", tmp_path / "runs")
+        RunFolder.create(None, "mnist", folder / "runs")
 
 
-def test_open_says_what_is_not_a_run(tmp_path: Path) -> None:
+def test_open_says_what_is_not_a_run(folder: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        RunFolder.open(tmp_path / "no")
-    assert str(caught.value) == f"there is no run folder {tmp_path / 'no'}; `convlens train` makes one"
+        RunFolder.open(folder / "no")
+    assert str(caught.value) == f"there is no run folder {folder / 'no'}; `convlens train` makes one"
     with pytest.raises(UsageError) as caught:
-        RunFolder.open(tmp_path)
-    assert str(caught.value) == f"{tmp_path} is not a run folder: it has no config.json"
+        RunFolder.open(folder)
+    assert str(caught.value) == f"{folder} is not a run folder: it has no config.json"
 
 
-def test_open_and_read_a_run(tmp_path: Path) -> None:
-    write_json(tmp_path / "config.json", {"seed": 3})
-    write_csv(tmp_path / "metrics.csv", ["epoch", "loss", "test_loss"], [[1, 0.5, None], [2, 0.25, 1e-3]])
-    run = RunFolder.open(str(tmp_path))
+def test_open_and_read_a_run(folder: Path) -> None:
+    write_json(folder / "config.json", {"seed": 3})
+    write_csv(folder / "metrics.csv", ["epoch", "loss", "test_loss"], [[1, 0.5, None], [2, 0.25, 1e-3]])
+    run = RunFolder.open(str(folder))
     assert run.read_config() == {"seed": 3}
     assert run.read_metrics() == [
         {"epoch": 1.0, "loss": 0.5, "test_loss": None},

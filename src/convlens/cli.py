@@ -196,7 +196,8 @@ def describe_experiment(experiment: Experiment) -> None:
         f"recipe  {recipe.name}: {math.ceil(total / steps)} epochs ({total:,} steps) of {steps} train batches of "
         f"{recipe.batch_size}, {tests} test batches"
     )
-    print(f"on      {machine['device_name']}, {machine['threads']} threads, {recipe.precision}")
+    threads = f"{machine['threads']} thread" + ("s" if machine["threads"] != 1 else "")
+    print(f"on      {machine['device_name']}, {threads}, {recipe.precision}")
     print(f"run     {experiment.folder.path}", flush=True)
 
 

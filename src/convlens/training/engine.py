@@ -69,6 +69,8 @@ def fit(
         store.save(state, pack(net, optimizer, average, best))
 
     while state.step < total_steps and not state.finished:
+        if should_stop():
+            raise Interrupted(f"stopped at step {state.step} of {total_steps}")
         epoch, first = divmod(state.step, len(batches))
         end = min(len(batches), total_steps - epoch * len(batches))  # the last epoch may be a part of one
         tally = Tally(state, device)

@@ -24,8 +24,8 @@ def default_recipe(data_name: str) -> Recipe:
 def digits() -> Recipe:
     """Strong default on the embedded digits."""
     return Recipe(
-        name="digits", model="small", filters=16, epochs=20, batch_size=64, lr=0.1, nesterov=True, warmup=0.1,
-        weight_decay=1e-3, shift=1, rotation=10.0, scale=0.1, precision="fp32", threads=1,
+        name="digits", model="small", filters=16, epochs=30, batch_size=64, lr=0.1, nesterov=True, warmup=0.1,
+        weight_decay=1e-3, rotation=10.0, scale=0.1, precision="fp32", threads=1,
     )  # fmt: skip
 
 

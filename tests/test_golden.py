@@ -1,0 +1,113 @@
+"""Every recipe's first ten losses, pinned: a change of nets, data order, augmentation or optimizer shows here.
+
+The values are in golden/losses.json; ``CONVLENS_ACCEPT_GOLDEN=1 python -m pytest tests/test_golden.py`` writes it anew.
+
+The steps are the first of a thousand, where the schedules warm up: squeezed into ten steps, a schedule's peak makes
+the strong nets so chaotic that the rounding of another processor's arithmetic changes a loss by 10%.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import convlens.training.engine as engine
+from convlens.data.dataset import Dataset, Split
+from convlens.data.preprocess import PictureStyle
+from convlens.errors import Interrupted
+from convlens.models import create_model
+from convlens.training.recipe import Recipe
+from convlens.training.recipes import RECIPES, get_recipe
+
+GOLDEN = Path(__file__).parent / "golden" / "losses.json"
+ACCEPT = os.environ.get("CONVLENS_ACCEPT_GOLDEN") == "1"
+STEPS, OF_STEPS = 10, 1000
+# (C, side, images) of the data that a recipe is for: few images for the large nets
+DATA = {
+    "digits": (1, 8, 256),
+    "mnist": (1, 28, 300),
+    "fashion-mnist": (1, 28, 300),
+    "cifar10": (3, 32, 96),
+    "folder": (3, 64, 96),
+    "fashion-2conv": (1, 28, 256),
+    "folder-cnn": (3, 64, 96),
+    "cifar-lenet": (3, 32, 128),
+    "mnist-4conv": (1, 28, 96),
+}
+CLASSES = 4
+
+
+def make_split(count: int, channels: int, side: int, seed: int) -> Split:
+    """Return noise with one bright quadrant: the upper left, upper right, lower left or lower right, by class."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 100, (count, channels, side, side), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(count) % CLASSES
+    half = side // 2
+    for image, label in zip(images, labels.tolist(), strict=True):
+        top, left = label // 2 * half, label % 2 * half
+        image[:, top : top + half, left : left + half] += 100
+    return Split(images, labels, [str(i) for i in range(count)])
+
+
+def ten_losses(recipe: Recipe, data: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Train the recipe's net for ten steps and return the loss of each."""
+    channels, side, count = data
+    train, test = make_split(count, channels, side, 0), make_split(2 * CLASSES, channels, side, 1)
+    names = tuple("abcd")
+    dataset = Dataset("toy", None, names, train, test, None, PictureStyle(), "")
+    losses: list[float] = []
+    make_loss = engine.make_loss
+
+    def make_recording_loss(recipe: Recipe, net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        compute = make_loss(recipe, net)
+
+        def compute_and_record(logits: Tensor, target: Tensor) -> Tensor:
+            loss = compute(logits, target)
+            losses.append(loss.item())
+            return loss
+
+        return compute_and_record
+
+    monkeypatch.setattr(engine, "make_loss", make_recording_loss)
+    recipe = recipe.override(iterations=OF_STEPS, device="cpu", threads=1, precision="fp32", seed=0)
+    torch.manual_seed(0)
+    net = create_model(
+        recipe.model, channels=channels, height=side, width=side, classes=CLASSES, **recipe.model_options()
+    )
+    with pytest.raises(Interrupted):
+        list(engine.fit(net, dataset, recipe, should_stop=lambda: len(losses) == STEPS))
+    return losses
+
+
+def read_golden() -> dict[str, list[float]]:
+    """Return the pinned losses of every recipe."""
+    return json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.exists() else {}
+
+
+@pytest.mark.parametrize("name", RECIPES.names())
+def test_first_losses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = ten_losses(get_recipe(name), DATA.get(name, (3, 32, 96)), monkeypatch)
+    assert len(losses) == STEPS
+    if ACCEPT:
+        accepted = {**read_golden(), name: [float(f"{loss:.7g}") for loss in losses]}
+        ordered = {key: accepted[key] for key in RECIPES.names() if key in accepted}
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+    golden = read_golden()
+    assert name in golden, f"recipe {name} has no pinned losses; accept them with CONVLENS_ACCEPT_GOLDEN=1"
+    assert losses == pytest.approx(golden[name], rel=1e-3)
+
+
+def test_the_file_pins_no_recipe_that_is_gone() -> None:
+    assert sorted(read_golden()) == sorted(RECIPES.names())
+
+
+def test_a_changed_learning_rate_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    # what the pin is worth: 2% more learning rate is told from the pinned losses
+    recipe = get_recipe("digits")
+    losses = ten_losses(recipe.override(lr=recipe.lr * 1.02), DATA["digits"], monkeypatch)
+    assert losses != pytest.approx(read_golden()["digits"], rel=1e-3)

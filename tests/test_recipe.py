@@ -1,0 +1,354 @@
+"""Recipes: plain data that refuses what it does not know, and the schedules and groups that are made of them."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from convlens.errors import UnknownName, UsageError
+from convlens.models import create_model, model_options
+from convlens.training.optim import learning_rate, make_clip, make_loss, make_optimizer
+from convlens.training.recipe import FIELD_TYPES, Recipe
+from convlens.training.recipes import RECIPES, default_recipe, get_recipe
+
+SCHEDULES = ("constant", "step", "one-cycle", "cosine", "linear")
+CLASSIC_DATA = {"fashion-2conv": (1, 28), "folder-cnn": (3, 64), "cifar-lenet": (3, 32), "mnist-4conv": (1, 28)}
+
+
+def rates(recipe: Recipe, steps_per_epoch: int) -> list[float]:
+    """Return the learning rate of every step."""
+    return [learning_rate(recipe, step, steps_per_epoch) for step in range(recipe.total_steps(steps_per_epoch))]
+
+
+# the named recipes
+
+
+@pytest.mark.parametrize("name", RECIPES.names())
+def test_every_recipe_builds_and_survives_json(name: str) -> None:
+    recipe = get_recipe(name)
+    assert recipe.name == name
+    assert RECIPES[name].__doc__
+    values = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    again = Recipe.from_json(values)
+    assert again == recipe
+    assert {k: type(v) for k, v in vars(again).items()} == {k: type(v) for k, v in vars(recipe).items()}
+    assert set(recipe.model_options()) <= set(model_options(recipe.model))
+
+
+def test_the_recipes_that_the_design_promises() -> None:
+    strong = {"digits", "mnist", "fashion-mnist", "cifar10", "folder"}
+    assert strong | set(CLASSIC_DATA) <= set(RECIPES.names())
+    assert [default_recipe(name).name for name in sorted(strong)] == sorted(strong)
+    assert default_recipe("some/photos").name == "folder"
+    assert default_recipe("arrays").name == "folder"
+
+
+@pytest.mark.parametrize("name", sorted(CLASSIC_DATA))
+def test_classic_recipes_train_their_own_net(name: str) -> None:
+    recipe = get_recipe(name)
+    assert recipe.model == name
+    channels, side = CLASSIC_DATA[name]
+    net = create_model(name, channels=channels, height=side, width=side, classes=10, **recipe.model_options())
+    assert net(torch.zeros(1, channels, side, side)).shape == (1, 10)
+
+
+def test_fashion_2conv_derives_five_epochs() -> None:
+    recipe = get_recipe("fashion-2conv")
+    assert (recipe.iterations, recipe.epochs, recipe.batch_size) == (3000, None, 100)
+    steps_per_epoch = 60_000 // recipe.batch_size
+    assert recipe.total_steps(steps_per_epoch) == 3000
+    assert recipe.total_steps(steps_per_epoch) / steps_per_epoch == 5
+    assert (recipe.optimizer, recipe.lr, recipe.momentum, recipe.schedule) == ("sgd", 0.01, 0.0, "constant")
+    assert (recipe.loss, recipe.validation, recipe.watch_test) == ("cross-entropy", 0.0, True)
+
+
+def test_mnist_4conv_has_the_documents_batches() -> None:
+    recipe = get_recipe("mnist-4conv")
+    assert math.ceil(60_000 / recipe.batch_size) == 118
+    assert math.ceil(10_000 / recipe.batch_size) == 20
+    assert recipe.total_steps(118) == 20 * 118
+    assert (recipe.loss, recipe.optimizer, recipe.lr, recipe.momentum) == ("nll", "sgd", 0.01, 0.9)
+    assert (recipe.schedule, recipe.crop_probability, recipe.rotation) == ("step", 0.1, 15.0)
+    assert recipe.crop_fraction == 22 / 28
+
+
+def test_cifar_lenet_keeps_the_output_relu_unless_told() -> None:
+    recipe = get_recipe("cifar-lenet")
+    assert recipe.model_options() == {}
+    assert recipe.override(output_relu=False).model_options() == {"output_relu": False}
+
+
+# what a recipe takes
+
+
+def test_a_recipe_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Recipe(epochs=1).lr = 3.0  # type: ignore[misc]
+
+
+def test_unknown_keys_have_the_nearest_name() -> None:
+    recipe = Recipe(epochs=1)
+    with pytest.raises(UnknownName, match=r"^unknown recipe option 'learning_rat'; "):
+        recipe.override(learning_rat=0.1)
+    with pytest.raises(UnknownName, match=r"^unknown recipe option 'batchsize'; did you mean 'batch_size'\?$"):
+        recipe.override(batchsize=3)
+    with pytest.raises(UnknownName, match="'momentun'; did you mean 'momentum'"):
+        Recipe.from_json({"epochs": 1, "momentun": 0.9})
+    with pytest.raises(UnknownName, match=r"^unknown recipe 'mnist4conv'; did you mean 'mnist-4conv'\?$"):
+        get_recipe("mnist4conv")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("epochs", 1.5, "--epochs takes a whole number, not 1.5"),
+        ("epochs", "3", "--epochs takes a whole number, not '3'"),
+        ("batch_size", True, "--batch-size takes a whole number, not True"),
+        ("batch_size", None, "--batch-size takes a whole number, not None"),
+        ("lr", "fast", "--lr takes a number, not 'fast'"),
+        ("lr", False, "--lr takes a number, not False"),
+        ("flip", 1, "--flip takes yes or no, not 1"),
+        ("output_relu", "no", "--output-relu takes yes or no, not 'no'"),
+        ("model", 4, "--model takes a word, not 4"),
+        ("pool", 2, "--pool takes a word, not 2"),
+        ("shift", [1], r"--shift takes a whole number, not \[1\]"),
+    ],
+)
+def test_wrong_types(key: str, value: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=f"^{message}$"):
+        Recipe(epochs=1).override(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("epochs", 0, "--epochs is 0; it must be at least 1"),
+        ("iterations", 0, "--iterations is 0; it must be at least 1"),
+        ("batch_size", 0, "--batch-size is 0; it must be at least 1"),
+        ("lr", -0.1, "--lr is -0.1; it must be at least 0"),
+        ("lr", math.nan, "--lr is nan; it must be at least 0"),
+        ("seed", -1, "--seed is -1; it must be at least 0"),
+        ("validation", 1, "--validation is 1.0; it must be below 1"),
+        ("momentum", 1.0, "--momentum is 1.0; it must be below 1"),
+        ("ema", 1.0, "--ema is 1.0; it must be below 1"),
+        ("label_smoothing", 1.1, "--label-smoothing is 1.1; it must be at most 1"),
+        ("scale", 2, "--scale is 2.0; it must be at most 1"),
+        ("crop_probability", 1.5, "--crop-probability is 1.5; it must be at most 1"),
+        ("warmup", 1.01, "--warmup is 1.01; it must be at most 1"),
+    ],
+)
+def test_out_of_range(key: str, value: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=f"^{message}$"):
+        Recipe(epochs=1).override(**{key: value})
+
+
+def test_infinity_is_refused_by_a_message_that_is_true() -> None:
+    with pytest.raises(UsageError, match="^--lr is inf; it must be (?!at least 0$)"):
+        Recipe(epochs=1, lr=math.inf)
+
+
+def test_a_seed_that_torch_cannot_take_is_refused() -> None:
+    torch.manual_seed(Recipe(epochs=1, seed=2**63 - 1).seed)
+    with pytest.raises(UsageError, match="--seed"):
+        Recipe(epochs=1, seed=2**64)
+
+
+def test_choices() -> None:
+    with pytest.raises(UnknownName, match="^unknown value of --schedule 'cosin'; did you mean 'cosine'"):
+        Recipe(epochs=1, schedule="cosin")
+    with pytest.raises(UnknownName, match="^unknown value of --optimizer 'lion'; "):
+        Recipe(epochs=1, optimizer="lion")
+    with pytest.raises(UnknownName, match="^unknown value of --precision 'int8'; choose from: auto, bf16, fp32$"):
+        Recipe(epochs=1, precision="int8")
+
+
+def test_whole_numbers_are_taken_where_a_number_is_asked_for() -> None:
+    recipe = Recipe(epochs=1, lr=1, weight_decay=0)
+    assert (type(recipe.lr), type(recipe.weight_decay)) == (float, float)
+
+
+def test_nesterov_needs_momentum_of_sgd() -> None:
+    assert Recipe(epochs=1, nesterov=True).nesterov
+    for options in ({"momentum": 0.0}, {"optimizer": "adamw"}):
+        with pytest.raises(UsageError, match="^--nesterov needs --optimizer sgd and a --momentum above 0$"):
+            Recipe(epochs=1, nesterov=True, **options)
+
+
+def test_epochs_and_iterations_take_each_others_place() -> None:
+    recipe = Recipe(epochs=4)
+    assert recipe.total_steps(7) == 28
+    by_iterations = recipe.override(iterations=10)
+    assert (by_iterations.epochs, by_iterations.iterations, by_iterations.total_steps(7)) == (None, 10, 10)
+    by_epochs = by_iterations.override(epochs=2)
+    assert (by_epochs.epochs, by_epochs.iterations, by_epochs.total_steps(7)) == (2, None, 14)
+    assert recipe.override(lr=0.5).epochs == 4
+
+
+@pytest.mark.parametrize("options", [{}, {"epochs": 1, "iterations": 1}])
+def test_one_of_epochs_and_iterations_is_needed(options: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="^a recipe needs epochs or iterations, one of the two$"):
+        Recipe(**options)
+
+
+def test_every_field_says_what_it_is() -> None:
+    for item in dataclasses.fields(Recipe):
+        assert item.metadata["help"], item.name
+        assert item.name in FIELD_TYPES
+
+
+# the learning rate
+
+
+def test_constant() -> None:
+    assert rates(Recipe(epochs=2, lr=0.3, schedule="constant"), 3) == [0.3] * 6
+
+
+def test_step() -> None:
+    recipe = Recipe(epochs=5, lr=1.0, schedule="step", step_epochs=2, step_factor=0.1)
+    assert rates(recipe, 2) == pytest.approx([1.0] * 4 + [0.1] * 4 + [0.01] * 2)
+    classic = get_recipe("mnist-4conv")
+    of_epoch = [learning_rate(classic, epoch * 118 + 117, 118) for epoch in range(20)]
+    assert of_epoch == pytest.approx([0.01] * 15 + [0.001] * 5)
+
+
+def test_linear() -> None:
+    assert rates(Recipe(iterations=4, lr=1.0, schedule="linear"), 10) == [1.0, 0.75, 0.5, 0.25]
+    # warm-up over 4 of 8 steps: fifths of the peak, then down from the whole of it
+    warm = rates(Recipe(iterations=8, lr=1.0, schedule="linear", warmup=0.5), 10)
+    assert warm == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 0.75, 0.5, 0.25])
+
+
+def test_cosine() -> None:
+    values = rates(Recipe(iterations=4, lr=1.0, schedule="cosine"), 10)
+    assert values == pytest.approx([1.0, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 - math.cos(math.pi / 4)) / 2])
+
+
+def test_one_cycle() -> None:
+    recipe = Recipe(iterations=100, lr=1.0, schedule="one-cycle")
+    values = rates(recipe, 10)
+    assert 1 / 25 < values[0] < 1 / 25 + 0.01
+    assert max(values) == values[30] == 1.0
+    assert values[:31] == sorted(values[:31])
+    assert values[30:] == sorted(values[30:], reverse=True)
+    assert values[-1] < 0.001
+    assert rates(recipe.override(warmup=0.1), 10)[10] == 1.0
+
+
+@given(
+    schedule=st.sampled_from(SCHEDULES),
+    lr=st.floats(1e-6, 100),
+    warmup=st.floats(0, 1),
+    iterations=st.integers(1, 200),
+    steps_per_epoch=st.integers(1, 50),
+    step_epochs=st.integers(1, 5),
+    step_factor=st.floats(0, 1),
+)
+def test_learning_rate_lies_between_zero_and_the_peak(
+    schedule: str,
+    lr: float,
+    warmup: float,
+    iterations: int,
+    steps_per_epoch: int,
+    step_epochs: int,
+    step_factor: float,
+) -> None:
+    recipe = Recipe(
+        iterations=iterations,
+        lr=lr,
+        warmup=warmup,
+        schedule=schedule,
+        step_epochs=step_epochs,
+        step_factor=step_factor,
+    )
+    values = rates(recipe, steps_per_epoch)
+    assert len(values) == iterations
+    assert all(0 <= value <= lr * (1 + 1e-12) for value in values)
+    if schedule != "step":
+        assert all(value > 0 for value in values), "a step that learns nothing is a step wasted"
+    # one rise, then one fall
+    peak = values.index(max(values))
+    assert values[: peak + 1] == sorted(values[: peak + 1])
+    assert values[peak:] == sorted(values[peak:], reverse=True)
+
+
+@given(schedule=st.sampled_from(SCHEDULES), lr=st.floats(1e-3, 10), warmup=st.floats(0, 1), step=st.integers(0, 59))
+def test_learning_rate_is_in_proportion_to_the_peak(schedule: str, lr: float, warmup: float, step: int) -> None:
+    recipe = Recipe(epochs=6, lr=1.0, schedule=schedule, warmup=warmup, step_epochs=2)
+    one = learning_rate(recipe, step, 10)
+    assert learning_rate(recipe.override(lr=lr), step, 10) == pytest.approx(one * lr)
+
+
+# what is made of a recipe
+
+
+def test_weight_decay_leaves_biases_and_batchnorm_alone() -> None:
+    net = create_model("small", channels=1, height=8, width=8, classes=3, filters=2)
+    optimizer = make_optimizer(net, Recipe(epochs=1, weight_decay=0.5))
+    decayed, spared = optimizer.param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.5, 0.0)
+    names = {id(p): name for name, p in net.named_parameters()}
+    in_spared = {names[id(p)] for p in spared["params"]}
+    in_decayed = {names[id(p)] for p in decayed["params"]}
+    assert in_spared | in_decayed == set(names.values())
+    expected = {name for name, p in net.named_parameters() if p.dim() == 1}
+    assert in_spared == expected
+    assert "head.2.bias" in in_spared and "head.2.weight" in in_decayed
+
+
+def test_frozen_weights_are_not_optimised() -> None:
+    net = create_model("cifar-lenet", channels=3, height=32, width=32, classes=3)
+    net.body.requires_grad_(False)
+    groups = make_optimizer(net, Recipe(epochs=1)).param_groups
+    assert sum(len(group["params"]) for group in groups) == len(list(net.head.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "settings"),
+    [
+        ("sgd", torch.optim.SGD, {"momentum": 0.8, "lr": 0.5}),
+        ("adam", torch.optim.Adam, {"betas": (0.8, 0.999), "lr": 0.5}),
+        ("adamw", torch.optim.AdamW, {"betas": (0.8, 0.999), "lr": 0.5}),
+    ],
+)
+def test_optimizers(name: str, kind: type, settings: dict[str, Any]) -> None:
+    optimizer = make_optimizer(nn.Linear(2, 2), Recipe(epochs=1, optimizer=name, lr=0.5, momentum=0.8))
+    assert type(optimizer) is kind
+    assert {key: optimizer.param_groups[0][key] for key in settings} == settings
+
+
+def test_cross_entropy_with_smoothing_and_with_probabilities() -> None:
+    logits, labels = torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1])
+    net = nn.Linear(1, 1)
+    plain = make_loss(Recipe(epochs=1), net)
+    by_hand = (math.log(1 + math.exp(-2.0)) + math.log(2)) / 2
+    assert plain(logits, labels).item() == pytest.approx(by_hand)
+    assert plain(logits, torch.eye(2)).item() == pytest.approx(by_hand)
+    smooth = make_loss(Recipe(epochs=1, label_smoothing=0.2), net)
+    # a fifth of the label is spread evenly: half of it goes to the wrong class, 2 nats further off
+    assert smooth(logits, labels).item() == pytest.approx(by_hand + 0.1 * 2 / 2)
+
+
+def test_nll_is_for_nets_that_end_in_log_softmax() -> None:
+    net = create_model("mnist-4conv", channels=1, height=16, width=16, classes=2)
+    loss = make_loss(Recipe(epochs=1, loss="nll"), net)
+    assert loss(torch.tensor([[-0.5, -1.0]]), torch.tensor([1])).item() == 1.0
+    with pytest.raises(UsageError, match="^--loss nll needs a net that ends in log-softmax, and small does not$"):
+        make_loss(Recipe(epochs=1, loss="nll"), nn.Linear(1, 1))
+    for options in ({"label_smoothing": 0.1}, {"mixup": 0.2}, {"cutmix": 1.0}):
+        with pytest.raises(UsageError, match="^--loss nll takes plain labels"):
+            make_loss(Recipe(epochs=1, loss="nll", **options), net)
+
+
+def test_clipping() -> None:
+    net = nn.Linear(3, 1, bias=False)
+    net.weight.grad = torch.tensor([[3.0, 0.0, 4.0]])
+    make_clip(net, Recipe(epochs=1))()
+    assert net.weight.grad.norm().item() == 5.0
+    make_clip(net, Recipe(epochs=1, clip_norm=1.0))()
+    assert net.weight.grad.norm().item() == pytest.approx(1.0)
