@@ -202,8 +202,8 @@ X, Y = arrays()
         (X, np.eye(2)[Y], r"arrays: 20 images but labels of shape \(20, 2\)"),
         (X[:0], Y[:0], "arrays: there is no image"),
         (X, Y - 1, "arrays: labels must be whole numbers from 0, not int64 from -1"),
-        (X, Y.astype(float), "arrays: labels must be whole numbers from 0, not float64 from 0.0"),
-        (X, np.array(["cat", "dog"] * 10), "arrays: labels must be whole numbers from 0, not <U3 from cat"),
+        (X, Y.astype(float), "arrays: labels must be whole numbers from 0, not float64"),
+        (X, np.array(["cat", "dog"] * 10), "arrays: labels must be whole numbers from 0, not <U3"),
         (X.astype(float), Y, "arrays: pixel values run from 0 to 152; give uint8 .* or floats 0 to 1"),
         (X.astype(int) + 200, Y, "arrays: pixel values run from 200 to 352"),
         (X / 255 - 0.5, Y, "arrays: pixel values run from -0.5 to"),
@@ -235,8 +235,6 @@ def test_bad_test_arrays_are_refused_for_people() -> None:
         load_dataset((X, Y, X, Y + 1))
     with pytest.raises(UsageError, match=r"^arrays \(test\): 20 images but labels of shape \(3,\)$"):
         load_dataset((X, Y, X, Y[:3]))
-    with pytest.raises(UsageError, match=r"^arrays \(test\): "):
-        load_dataset((X, Y, X))
 
 
 @pytest.mark.parametrize("test", [False, True])
@@ -245,7 +243,7 @@ def test_more_labels_than_names_of_classes(test: bool) -> None:
         from_arrays(X, np.arange(20) % 3, *((X, Y) if test else ()), classes=("a", "b"), name="mine")
 
 
-@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("count", [0, 1, 3, 5])
 def test_a_tuple_of_the_wrong_length_is_refused(count: int) -> None:
     with pytest.raises(UsageError):
         load_dataset((X, Y, X, Y, X)[:count])

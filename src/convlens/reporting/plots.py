@@ -144,9 +144,9 @@ def draw_mistakes(
     values, guesses = probabilities.max(dim=1)
     wrong = (guesses != labels).nonzero().squeeze(1)
     wrong = wrong[values[wrong].argsort(descending=True)][:count]
-    columns = 6 if images.shape[1] == 3 else COLUMNS
+    columns = 6
     rows = max(math.ceil(len(wrong) / columns), 1)
-    figure = new_figure(9, rows * (9 / columns + 0.42) + 0.4)
+    figure = new_figure(9, rows * (9 / columns + 0.3) + 0.4)
     title(
         figure,
         "Worst mistakes: the wrong answers it was surest of" if len(wrong) else "No mistake on the test split",
@@ -157,16 +157,16 @@ def draw_mistakes(
     for axes, row in zip(grid.flat, wrong.tolist(), strict=False):
         show_image(axes, images[row].cpu().numpy())
         truth, guess = shorten(classes[int(labels[row])], 11), shorten(classes[int(guesses[row])], 11)
-        axes.set_title(f"{guess} {values[row]:.0%}\nis {truth}", fontsize=7.5, color=INK, pad=3)
+        axes.set_title(f"{guess} {values[row]:.0%}\nis {truth}", fontsize=9, color=INK, pad=3)
     save(figure, path)
 
 
 def draw_filters(path: Path, weight: Tensor, count: int = 64) -> None:
     """Draw the kernels of the first convolution, (C', C, k, k): in colour for three channels, else channel 0."""
     kernels = weight[:count].numpy()
-    columns = min(16, len(kernels))
+    columns = 8
     rows = math.ceil(len(kernels) / columns)
-    figure = new_figure(9, rows * 0.6 + 0.5)
+    figure = new_figure(9, rows * 1.05 + 0.5)
     title(
         figure,
         f"The {len(weight)} filters of the first convolution" + (f" ({count} shown)" if len(weight) > count else ""),

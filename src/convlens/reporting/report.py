@@ -10,12 +10,12 @@ from typing import Any
 from convlens.runfolder import RunFolder, read_json, write_text
 
 PLOTS = {
-    "curves.png": "Loss and accuracy over the epochs.",
     "confusion.png": "Each row is a true class, each column what the net said; the diagonal is right.",
     "mistakes.png": "What it said, how sure it was, and what the picture is.",
+    "curves.png": "Loss and accuracy over the epochs.",
+    "filters.png": "What the first layer looks for.",
     "samples.png": "Images of the training split with their classes.",
     "augmented.png": "The same images after the random changes of the recipe.",
-    "filters.png": "What the first layer looks for.",
 }
 
 
@@ -56,7 +56,7 @@ def write_report(folder: RunFolder) -> None:
 <p><code>{escape(config["command"])}</code></p>
 <section class=figures>{cards}</section>
 {unreadable_note(data["unreadable"])}
-{pictures}
+<div class=pictures>{pictures}</div>
 <section class=wide><h2>By class</h2>{class_table(test)}</section>
 <section class=wide><details><summary>Epochs</summary>{epoch_table(metrics)}</details></section>
 <section class=wide><details><summary>Recipe and machine</summary>

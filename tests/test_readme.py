@@ -1,0 +1,50 @@
+"""README is true: its Python runs, and so does every command of it that needs no data but the embedded."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+# what needs real data (tests marked "data" and docs/results.md cover it) or another folder
+ELSEWHERE = ("convlens train mnist", "convlens train photos/", "make ", "pip ", ". .venv")
+
+
+def blocks(language: str) -> list[str]:
+    """Return README's code blocks in a language ("" for shell)."""
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Return every convlens command of README, without its comment."""
+    lines = [line.split("#")[0].strip() for block in blocks("") for line in block.splitlines()]
+    lines += re.findall(r"`(convlens train digits [^`]+)`", README)
+    return [line for line in lines if line.startswith("convlens ") and not line.startswith(ELSEWHERE)]
+
+
+def test_the_commands_run_in_their_order() -> None:
+    page = Image.new("L", (120, 160), 255)
+    ImageDraw.Draw(page).line([(60, 30), (60, 130)], fill=0, width=14)
+    page.save("scan.png")
+    listed = commands()
+    assert listed[0] == "convlens train digits"
+    assert len(listed) >= 9
+    for command in listed:
+        done = subprocess.run(
+            [sys.executable, "-m", *shlex.split(command)], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        assert done.stdout.strip(), command
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_the_python_runs(number: int) -> None:
+    script = Path("readme.py")
+    script.write_text(blocks("python")[number], encoding="utf-8")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
