@@ -343,12 +343,12 @@ def test_an_unreadable_file_is_named_and_counted(kind: str, root: Path) -> None:
     with pytest.raises(ConvlensError) as caught:
         load_folder(root)
     message = str(caught.value)
-    assert message.startswith(f"1 of 11 files in {root} cannot be read, more than 1%: {root / 'a' / 'bad.jpg'}")
+    assert message.startswith(f"1 of 11 files in {root} cannot be read, more than 1%: a/bad.jpg")
     assert message.endswith(". Remove them, or skip them with --allow-unreadable")
     dataset = load_folder(root, allow_unreadable=True)
     assert len(all_ids(dataset)) == 10
     assert len(dataset.unreadable) == 1
-    assert dataset.unreadable[0].startswith(str(root / "a" / "bad.jpg"))
+    assert dataset.unreadable[0].startswith("a/bad.jpg")
 
 
 def test_only_the_first_three_unreadable_files_are_named(root: Path) -> None:
@@ -387,7 +387,7 @@ def test_a_picture_of_too_many_pixels_is_unreadable(root: Path, monkeypatch: pyt
     paint(root / "a" / "bomb.png", size=(40, 40))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     dataset = load_folder(root, allow_unreadable=True)
-    assert dataset.unreadable == (f"{root / 'a' / 'bomb.png'} has too many pixels (over 1,000)",)
+    assert dataset.unreadable == ("a/bomb.png has too many pixels (over 1,000)",)
 
 
 def test_a_class_whose_files_are_all_unreadable_is_named(root: Path) -> None:
@@ -576,7 +576,7 @@ def test_a_copy_of_the_folder_names_its_own_files(root: Path, cache: Path) -> No
     copy = root.with_name("copy")
     shutil.copytree(root, copy)
     dataset = load_folder(copy, allow_unreadable=True)
-    assert dataset.unreadable[0].startswith(str(copy / "a" / "bad.png"))
+    assert dataset.unreadable[0].startswith("a/bad.png is not an image")
 
 
 @pytest.mark.parametrize("how", ["a file is in the way", "no room"])

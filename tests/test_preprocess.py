@@ -605,3 +605,18 @@ def test_a_training_image_is_adapted_to_itself() -> None:
 
 def test_a_bad_image_is_a_convlens_error() -> None:
     assert issubclass(BadImage, ConvlensError)
+
+
+@pytest.mark.parametrize("digit", [1, 4, 8])
+def test_uneven_light_and_a_small_digit_on_a_whole_sheet_are_seen(digit: int) -> None:
+    """A lamp from the side halves the brightness; the ink covers a thousandth of the page."""
+    page = Image.new("L", (1200, 1600), 235)
+    ImageDraw.Draw(page).text((300, 400), str(digit), fill=40, font_size=90, stroke_width=3, stroke_fill=40)
+    light = np.linspace(1.0, 0.5, 1200, dtype=np.float32)[None, :]
+    noise = np.random.default_rng(0).normal(0, 4, (1600, 1200))
+    photo = Image.fromarray((np.asarray(page) * light + noise).clip(0, 255).astype(np.uint8))
+    seen = np.asarray(fit_ink(photo, 28, 28, PictureStyle(ink_box=20, centre_by_mass=True)))
+    rows, columns = np.flatnonzero(seen.max(axis=1) > 60), np.flatnonzero(seen.max(axis=0) > 60)
+    assert rows[-1] - rows[0] + 1 in (19, 20)
+    assert columns[-1] - columns[0] + 1 <= 20
+    assert seen[:3].max() == 0

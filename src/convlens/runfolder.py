@@ -49,6 +49,10 @@ class RunFolder:
                 path.mkdir(parents=True)  # exclusive: of two runs started at once, only one gets this number
                 return cls(path)
             except FileExistsError:
+                if not os.path.lexists(path):  # not the name is taken: the parent is a link to nowhere
+                    raise ConvlensError(
+                        f"cannot make the run folder {path}: {parent} is no folder; choose a writable place with --out"
+                    ) from None
                 number += 1
             except OSError as error:
                 raise ConvlensError(
@@ -138,7 +142,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConvlensError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConvlensError(f"cannot read {path}: {error}") from None
     if not isinstance(content, dict):
         raise ConvlensError(f"cannot read {path}: it holds no JSON object")

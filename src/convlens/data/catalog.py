@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from convlens.data.dataset import SPLIT_SEED, TEST_FRACTION, Dataset, Split, check_classes
@@ -31,6 +33,7 @@ from convlens.data.preprocess import (
     array_to_image,
     fit_photo,
     image_to_tensor,
+    is_grey,
     to_bytes,
     to_mode,
 )
@@ -227,8 +230,10 @@ def load_dataset(source: Any, *, image_size: int = 0, channels: int = 0, allow_u
             raise UsageError(f"there is no folder {path}")
         raise UnknownName("data set or folder", str(source), DATASETS.names())
     if isinstance(source, tuple):
+        if len(source) not in (2, 4):
+            raise UsageError(f"a tuple of {len(source)}: give (x, y) or (x_train, y_train, x_test, y_test)")
         return from_arrays(*source)
-    if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
+    if not isinstance(source, Mapping) and hasattr(source, "__len__") and hasattr(source, "__getitem__"):
         return from_map_style(source, image_size=image_size, channels=channels)
     raise UsageError(f"cannot read data from a {type(source).__name__}; see convlens.load_dataset")
 
@@ -249,6 +254,9 @@ def from_arrays(
     """
     train = make_split(x, y, name)
     labels = classes or numbered(int(train.labels.max()) + 1)
+    too_large = f"{name}: a label is larger than the number of classes, {len(labels)}"
+    if int(train.labels.max()) >= len(labels):
+        raise UsageError(too_large)
     note = "the arrays' own splits"
     if x_test is None:
         check_classes(name, labels, train, what="the arrays")
@@ -260,14 +268,17 @@ def from_arrays(
         if test.images.shape[1:] != train.images.shape[1:]:
             sizes = f"{tuple(test.images.shape[1:])}, train's {tuple(train.images.shape[1:])}"
             raise UsageError(f"{name}: test images are {sizes}")
-    if max(int(train.labels.max()), int(test.labels.max())) >= len(labels):
-        raise UsageError(f"{name}: a label is larger than the number of classes, {len(labels)}")
+    if int(test.labels.max()) >= len(labels):
+        raise UsageError(too_large)
     return Dataset(name, None, tuple(labels), train, test, None, PictureStyle(), note)
 
 
 def make_split(x: Any, y: Any, name: str) -> Split:
     """Return arrays as a split; UsageError says what is wrong with them."""
-    x, y = np.asarray(x), np.asarray(y)
+    try:
+        x, y = np.asarray(x), np.asarray(y)
+    except ValueError as error:  # rows of different lengths
+        raise UsageError(f"{name}: {error}") from None
     if x.ndim == 3:
         x = x[:, None]  # (N, H, W) -> (N, 1, H, W)
     elif x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
@@ -278,7 +289,9 @@ def make_split(x: Any, y: Any, name: str) -> Split:
         raise UsageError(f"{name}: {len(x)} images but labels of shape {y.shape}")
     if len(y) == 0:
         raise UsageError(f"{name}: there is no image")
-    if not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
+    if not np.issubdtype(y.dtype, np.integer):
+        raise UsageError(f"{name}: labels must be whole numbers from 0, not {y.dtype}")
+    if y.min() < 0:
         raise UsageError(f"{name}: labels must be whole numbers from 0, not {y.dtype} from {y.min()}")
     try:
         pixels = to_bytes(x)
@@ -291,9 +304,10 @@ def make_split(x: Any, y: Any, name: str) -> Split:
 def load_npz(path: Path) -> Dataset:
     """Return the data set in a .npz file with x, y, or with x_train, y_train, x_test, y_test."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    # TypeError: one array (.npy), not several; the last two: a damaged zip
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise ConvlensError(f"{path} cannot be read as .npz: {error}") from None
     for keys in (("x_train", "y_train", "x_test", "y_test"), ("x", "y")):
         if set(keys) <= set(arrays):
@@ -305,14 +319,18 @@ def load_npz(path: Path) -> Dataset:
 def from_map_style(dataset: Any, *, image_size: int = 0, channels: int = 0) -> Dataset:
     """Return a sized map-style dataset of (PIL image or array, int) pairs as a Dataset, each item read once."""
     images, labels = [], []
-    for i in track(range(len(dataset)), "reading the dataset", len(dataset)):
-        image, label = dataset[i]
-        images.append(array_to_image(image) if not hasattr(image, "mode") else image)
-        labels.append(int(label))
     name = type(dataset).__name__.lower()
+    for i in track(range(len(dataset)), "reading the dataset", len(dataset)):
+        item = dataset[i]
+        try:
+            image, label = item
+            labels.append(int(label))
+        except (TypeError, ValueError):
+            raise UsageError(f"{name}: item {i} is not a pair of an image and a whole number") from None
+        images.append(image if isinstance(image, Image.Image) else array_to_image(image))
     if not images:
         raise UsageError(f"{name}: there is no image")
-    headers = [(min(image.size), image.mode in ("1", "L", "I", "I;16", "F")) for image in images]
+    headers = [(min(image.size), is_grey(image)) for image in images]
     side, planes = choose_form(headers, image_size, channels)
     same = len({image.size for image in images}) == 1 and not image_size
     width, height = images[0].size if same else (side, side)

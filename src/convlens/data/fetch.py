@@ -143,7 +143,7 @@ def unpack_members(archive: Path, members: Sequence[str], size: int) -> dict[str
                 if name in members and entry.isreg() and entry.size <= size:
                     with contextlib.closing(tar.extractfile(entry)) as file:  # type: ignore[type-var]
                         contents[name] = file.read()  # type: ignore[union-attr]
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
         raise ConvlensError(f"{archive} cannot be unpacked: {error}") from None
     if lost := sorted(set(members) - set(contents)):
         raise ConvlensError(f"{archive} does not hold {', '.join(lost)}")

@@ -19,7 +19,16 @@ from torch import Tensor
 
 from convlens.data.dataset import SPLIT_SEED, TEST_FRACTION, Dataset, Split, check_classes
 from convlens.data.fetch import cache_folder
-from convlens.data.preprocess import BadImage, PictureStyle, fit_photo, image_to_tensor, open_image, to_mode
+from convlens.data.preprocess import (
+    FORMATS,
+    BadImage,
+    PictureStyle,
+    fit_photo,
+    image_to_tensor,
+    is_grey,
+    open_image,
+    to_mode,
+)
 from convlens.errors import ConvlensError, UsageError
 from convlens.progress import track
 from convlens.runtime import available_cores
@@ -84,18 +93,19 @@ def hash_file(path: Path) -> str:
 def inspect(path: Path) -> tuple[int, bool] | None:
     """Return (shorter side in pixels, grey?) from a file's header alone; None if it is no image."""
     try:
-        with Image.open(path) as image:
-            return min(image.size), image.mode in ("1", "L", "I", "I;16", "F")
+        with Image.open(path, formats=FORMATS) as image:
+            return min(image.size), is_grey(image)
     except Exception:  # whatever it is, decoding it will say so
         return None
 
 
-def decode(path: Path, channels: int, side: int) -> Tensor | str:
-    """Return an image file as uint8 (C, side, side), or why it cannot be read."""
+def decode(root: Path, name: str, channels: int, side: int) -> Tensor | str:
+    """Return an image file as uint8 (C, side, side), or why it cannot be read, naming it as in the folder."""
+    path = root / name
     try:
         return image_to_tensor(fit_photo(to_mode(open_image(path), channels), side, side))
     except BadImage as error:
-        return str(error)
+        return str(error).replace(str(path), name)
 
 
 def load_folder(root: str | Path, *, image_size: int = 0, channels: int = 0, allow_unreadable: bool = False) -> Dataset:
@@ -119,7 +129,7 @@ def load_folder(root: str | Path, *, image_size: int = 0, channels: int = 0, all
             images, unreadable = cached
         else:
             side, planes = choose_form(list(pool.map(inspect, paths)), image_size, channels)
-            work = pool.map(lambda path: decode(path, planes, side), paths)
+            work = pool.map(lambda entry: decode(root, entry.path, planes, side), entries)
             decoded = list(track(work, "decoding images", len(paths)))
             pixels = [d for d in decoded if isinstance(d, Tensor)]
             images = torch.stack(pixels) if pixels else torch.empty(0, planes, side, side, dtype=torch.uint8)
@@ -173,11 +183,12 @@ def make_dataset(
 
     name = str(root)
     train, validation, test = part("train"), part("validation"), part("test")
-    if train is None:
+    if any(entry.split == "all" for entry in entries):
         check_classes(name, classes, everything, what="the folder")
         train, test = everything.divide(TEST_FRACTION, SPLIT_SEED)
         note = f"the folder is not split: {TEST_FRACTION:.0%} of every class is the test split (seed {SPLIT_SEED})"
     else:
+        train = train or everything.take(torch.empty(0, dtype=torch.int64))  # every file was unreadable
         check_classes(name, classes, train)
         note = "the folder's own splits"
         if test is None and validation is not None:
@@ -196,7 +207,7 @@ def read_cache(folder: Path) -> tuple[Tensor, dict[int, str]] | None:
         # copy-on-write: PyTorch wants writable memory, and nothing may ever write to the cache
         images = torch.from_numpy(np.load(folder / "images.npy", mmap_mode="c", allow_pickle=False))
         return images, {int(i): why for i, why in unreadable.items()}
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError, AttributeError):
         return None
 
 

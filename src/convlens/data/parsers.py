@@ -31,7 +31,10 @@ def parse_idx(content: bytes, name: str) -> Tensor:
     if len(content) != expected:
         what = "truncated" if len(content) < expected else "too long"
         raise ConvlensError(f"{name} is {what}: it has {len(content):,} bytes, its header promises {expected:,}")
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
+    try:
+        return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
+    except ValueError:  # no byte, yet sides that overflow: 0 x 2^32 x 2^32
+        raise ConvlensError(f"{name} is not an IDX file of bytes: its shape is {shape}") from None
 
 
 def parse_cifar10(content: bytes, name: str) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +21,31 @@ from convlens.errors import ConvlensError
 Pixels = NDArray[np.uint8]
 # Pillow would hand an EPS to Ghostscript: only formats that it decodes itself
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+
+
+class Quiet:
+    """Silences warnings while any thread is inside; warnings.catch_warnings alone is not safe between threads."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._catch = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._catch = warnings.catch_warnings()
+                self._catch.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._catch.__exit__(None, None, None)
+
+
+QUIET = Quiet()
 
 
 class BadImage(ConvlensError):
@@ -46,11 +72,12 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     """
     name = "the image" if isinstance(source, bytes) else str(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with QUIET:
             file = io.BytesIO(source) if isinstance(source, bytes) else source
             with Image.open(file, formats=FORMATS) as image:
+                limit = Image.MAX_IMAGE_PIXELS
+                if limit is not None and image.width * image.height > limit:
+                    raise Image.DecompressionBombError
                 image.load()
                 return ImageOps.exif_transpose(image)
     except FileNotFoundError:
@@ -59,7 +86,7 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         raise BadImage(f"{name} is a folder, not an image") from None
     except UnidentifiedImageError:
         raise BadImage(f"{name} is not an image (JPEG, PNG, GIF, WebP, BMP, TIFF or PPM)") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+    except Image.DecompressionBombError:
         raise BadImage(f"{name} has too many pixels (over {Image.MAX_IMAGE_PIXELS:,})") from None
     except PermissionError:
         raise BadImage(f"{name} cannot be read: permission denied") from None
@@ -81,11 +108,13 @@ def array_to_image(array: NDArray[Any]) -> Image.Image:
 
 def to_bytes(array: NDArray[Any]) -> Pixels:
     """Return whole numbers 0..255, booleans or floats 0..1 as uint8; BadImage for any other values."""
+    if array.size == 0:
+        raise BadImage(f"an array of shape {array.shape} and type {array.dtype} holds no pixels")
     if array.dtype == np.uint8:
         return array
     if array.dtype == bool:
         return array.astype(np.uint8) * np.uint8(255)
-    if array.size == 0 or not np.issubdtype(array.dtype, np.number) or np.iscomplexobj(array):
+    if not np.issubdtype(array.dtype, np.number) or np.iscomplexobj(array):
         raise BadImage(f"an array of shape {array.shape} and type {array.dtype} holds no pixels")
     low, high = float(array.min()), float(array.max())
     top = 1.0 if np.issubdtype(array.dtype, np.floating) else 255.0
@@ -94,6 +123,11 @@ def to_bytes(array: NDArray[Any]) -> Pixels:
             f"pixel values run from {low:g} to {high:g}; give uint8 (or whole numbers 0 to 255), or floats 0 to 1"
         )
     return np.round(array * (255.0 / top)).astype(np.uint8)
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Say whether a picture's mode has no colour."""
+    return image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
@@ -109,6 +143,10 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
             top = 255.0  # 8-bit values in a 32-bit image
         scaled = np.nan_to_num(values / top * 255.0).clip(0, 255)
         image = Image.fromarray(np.round(scaled).astype(np.uint8))
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.mode == "LAB":
+        image = image.convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -135,7 +173,9 @@ def fit_ink(image: Image.Image, height: int, width: int, style: PictureStyle) ->
     if values.shape == (height, width) and brightness < 64:
         return image
     ink = paper - values if brightness > 127 else values - paper
-    peak = float(np.percentile(ink, 99.8)) if ink.max() > 0 else 0.0
+    # not the single darkest pixel, which may be dust; nor a share of the page, for a digit on a whole sheet is small
+    rank = min(ink.size // 40 + 1, 20)
+    peak = float(np.partition(ink, -rank, axis=None)[-rank])
     if peak < 16:  # nothing stands out: an empty page
         return Image.new("L", (width, height))
     ink = (ink / peak).clip(0, 1)
@@ -160,7 +200,7 @@ def fit_ink(image: Image.Image, height: int, width: int, style: PictureStyle) ->
 
 
 def estimate_paper(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the background (H, W) of a grey picture: the plane through its border, so that a lamp may shine from a side.
+    """Return the background (H, W) of a grey picture: the plane through its border, for a lamp shines from a side.
 
     Fitted twice by least squares, the second time without what stands out, such as ink that runs over the edge.
     """

@@ -1,0 +1,532 @@
+"""The loop: it learns, it says what it did, it stops anywhere and goes on bit for bit, it chooses by validation alone."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import convlens.training.engine as engine
+from convlens.data.dataset import Dataset, Split
+from convlens.data.loader import Batches
+from convlens.data.preprocess import PictureStyle, Preprocess
+from convlens.errors import ConvlensError, Diverged, Interrupted, UsageError
+from convlens.evaluation.metrics import Scores, evaluate
+from convlens.models import ConvNet, create_model
+from convlens.training.checkpoint import CheckpointStore, EpochRecord
+from convlens.training.engine import fit
+from convlens.training.precision import choose_precision
+from convlens.training.recipe import Recipe
+
+CPU = torch.device("cpu")
+SIDE = 8
+
+
+def make_split(count: int, seed: int) -> Split:
+    """Return noise with one bright quadrant: the upper left, upper right, lower left or lower right, by class."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 100, (count, 1, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(count) % 4
+    for image, label in zip(images, labels.tolist(), strict=True):
+        top, left = label // 2 * 4, label % 2 * 4
+        image[:, top : top + 4, left : left + 4] += 100
+    return Split(images, labels, [str(i) for i in range(count)])
+
+
+def make_dataset(train: int = 36, validation: int = 12, test: int = 8) -> Dataset:
+    held_out = make_split(validation, 1) if validation else None
+    return Dataset("toy", None, tuple("abcd"), make_split(train, 0), make_split(test, 2), held_out, PictureStyle(), "")
+
+
+def make_recipe(**changes: Any) -> Recipe:
+    """Return a recipe of three epochs of five steps on :func:`make_dataset`."""
+    base = Recipe(epochs=3, batch_size=8, lr=0.05, validation=0.0, device="cpu", threads=1, precision="fp32")
+    return base.override(**changes)
+
+
+def make_net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return create_model("small", channels=1, height=SIDE, width=SIDE, classes=4, filters=4)
+
+
+class DropoutNet(ConvNet):
+    """A net that draws random numbers in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Dropout2d(0.3), nn.Conv2d(6, 6, 3))
+        self.head = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(6 * 36, 4))
+
+
+def make_dropout_net() -> nn.Module:
+    torch.manual_seed(0)
+    return DropoutNet()
+
+
+def state_of(net: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in net.state_dict().items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Say whether two sets of tensors are equal, to the last bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def timeless(records: Sequence[EpochRecord]) -> list[EpochRecord]:
+    return [replace(record, seconds=0.0) for record in records]
+
+
+def train(net: nn.Module, dataset: Dataset, recipe: Recipe, **options: Any) -> list[EpochRecord]:
+    return list(fit(net, dataset, recipe, **options))
+
+
+def stop_after(steps: int) -> Callable[[], bool]:
+    """Return a ``should_stop`` that says yes from the given step on, as Ctrl-C does."""
+    count = 0
+
+    def should_stop() -> bool:
+        nonlocal count
+        count += 1
+        return count >= steps
+
+    return should_stop
+
+
+# learning, and what is told of it
+
+
+def test_it_learns_what_can_be_separated() -> None:
+    net, dataset = make_net(), make_dataset()
+    records = train(net, dataset, make_recipe(epochs=8))
+    assert [record.epoch for record in records] == list(range(1, 9))
+    assert records[-1].train_loss < 0.1 * records[0].train_loss
+    assert records[-1].train_acc == records[-1].val_acc == 1.0
+    normalise = Preprocess.measure(dataset.train.images, dataset.style).normaliser()
+    assert evaluate(net, dataset.test, normalise).accuracy == 1.0
+
+
+def test_a_record_is_yielded_as_soon_as_its_epoch_is_over() -> None:
+    net = make_net()
+    epochs = fit(net, make_dataset(), make_recipe())
+    before = state_of(net)
+    first = next(epochs)
+    assert (first.epoch, first.lr > 0, first.seconds > 0) == (1, True, True)
+    assert not same(state_of(net), before)
+    middle = state_of(net)
+    assert next(epochs).epoch == 2
+    assert not same(state_of(net), middle)
+    assert next(epochs).epoch == 3
+    with pytest.raises(StopIteration):
+        next(epochs)
+
+
+def test_what_a_record_holds() -> None:
+    records = train(make_net(), make_dataset(), make_recipe(schedule="constant"))
+    for record in records:
+        assert record.lr == 0.05
+        assert 0 <= record.train_acc <= 1
+        assert record.val_loss is not None and record.val_acc is not None
+        assert record.test_loss is None and record.test_acc is None
+    assert [r.seconds for r in records] == sorted(r.seconds for r in records)
+    watched = train(make_net(), make_dataset(validation=0), make_recipe(watch_test=True))
+    assert all(r.val_loss is None and r.val_acc is None for r in watched)
+    assert all(r.test_loss is not None and r.test_acc is not None for r in watched)
+
+
+def test_figures_of_training_are_those_of_the_batches() -> None:
+    # without a step that changes anything, the epoch's mean is that of the whole split, last small batch included
+    net, dataset = make_dropout_net(), make_dataset()
+    for module in net.modules():
+        if isinstance(module, (nn.Dropout, nn.Dropout2d)):
+            module.p = 0.0
+    normalise = Preprocess.measure(dataset.train.images, dataset.style).normaliser()
+    expected = evaluate(net, dataset.train, normalise)
+    (record,) = train(net, dataset, make_recipe(epochs=1, lr=0.0))
+    assert record.train_loss == pytest.approx(expected.loss, rel=1e-5)
+    assert record.train_acc == pytest.approx(expected.accuracy)
+
+
+def test_validation_is_carved_from_train_only() -> None:
+    dataset = make_dataset(validation=0)
+    (record,) = train(make_net(), dataset, make_recipe(epochs=1, validation=0.25))
+    assert record.val_acc is not None and (record.val_acc * 8) % 1 == 0  # two images of each class
+    assert len(dataset.train) == 36 and dataset.validation is None
+
+
+@pytest.mark.parametrize(("iterations", "epochs"), [(1, 1), (4, 1), (5, 1), (6, 2), (12, 3), (15, 3)])
+def test_iterations_need_not_be_whole_epochs(iterations: int, epochs: int, tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    records = train(make_net(), make_dataset(), make_recipe(iterations=iterations), store=store)
+    assert [record.epoch for record in records] == list(range(1, epochs + 1))
+    saved = store.load()
+    assert saved is not None and saved[0].step == iterations
+
+
+def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own() -> None:
+    dataset = make_dataset()
+    marked = replace(dataset.train, labels=torch.arange(36))
+
+    def keep(x: Tensor, y: Tensor, _: torch.Generator) -> tuple[Tensor, Tensor]:
+        return x, y
+
+    normalise = Preprocess.measure(dataset.train.images, dataset.style).normaliser()
+
+    def orders(seed: int) -> list[list[int]]:
+        batches = Batches(marked, 8, normalise, seed=seed, device=CPU, augment=keep)
+        assert len(batches) == 5
+        return [[row for i in range(5) for row in batches(epoch, i)[1].tolist()] for epoch in range(3)]
+
+    first = orders(0)
+    assert all(sorted(order) == list(range(36)) for order in first)
+    assert first[0] != first[1] != first[2] != first[0]
+    assert orders(0) == first
+    assert orders(1) != first
+    # a batch is a function of (seed, epoch, step): asked for out of turn it is the same
+    batches = Batches(marked, 8, normalise, seed=0, device=CPU, augment=keep)
+    assert batches(2, 4)[1].tolist() == first[2][32:]
+    assert batches(0, 1)[1].tolist() == first[0][8:16]
+
+
+@pytest.mark.parametrize("model", ["small", "medium"])
+def test_a_last_batch_of_one_image(model: str) -> None:
+    # 33 = 4 * 8 + 1, and of 8x8 pixels the net "medium" has one pixel left where its BatchNorm counts
+    torch.manual_seed(0)
+    net = create_model(model, channels=1, height=SIDE, width=SIDE, classes=4, filters=4)
+    records = train(net, make_dataset(train=33), make_recipe(epochs=1))
+    assert math.isfinite(records[0].train_loss)
+
+
+# the same bits
+
+
+def test_same_seed_same_bits_and_other_seed_other_bits() -> None:
+    def run(seed: int) -> tuple[list[EpochRecord], dict[str, Tensor]]:
+        net = make_net()
+        records = train(net, make_dataset(), make_recipe(seed=seed, shift=1, rotation=5.0))
+        return timeless(records), state_of(net)
+
+    first, again, other = run(0), run(0), run(1)
+    assert first[0] == again[0] and same(first[1], again[1])
+    assert first[0] != other[0] and not same(first[1], other[1])
+
+
+def test_the_global_generator_does_not_matter() -> None:
+    nets = []
+    for seed in (5, 6):
+        net = make_dropout_net()
+        torch.manual_seed(seed)
+        train(net, make_dataset(), make_recipe(mixup=0.4))
+        nets.append(state_of(net))
+    assert same(*nets)
+
+
+RESUMED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "sgd": (make_net, {"nesterov": True, "weight_decay": 1e-3, "warmup": 0.2}),
+    "adamw": (make_net, {"optimizer": "adamw", "lr": 0.003, "weight_decay": 0.01, "schedule": "cosine"}),
+    "adam": (make_net, {"optimizer": "adam", "lr": 0.003, "schedule": "one-cycle"}),
+    "ema": (make_net, {"ema": 0.9}),
+    "augmentation": (make_net, {"shift": 2, "rotation": 10.0, "scale": 0.1, "flip": True, "cutout": 3, "mixup": 0.3}),
+    "cutmix": (make_net, {"cutmix": 1.0, "crop_probability": 0.5, "colour_jitter": 0.2, "label_smoothing": 0.1}),
+    "dropout": (make_dropout_net, {"clip_norm": 0.5}),
+    "best": (make_net, {"select": "best", "ema": 0.8, "watch_test": True}),
+    "partial epoch": (make_net, {"iterations": 13, "schedule": "step", "step_epochs": 1}),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_stopping_anywhere_and_going_on_changes_no_bit(case: str, tmp_path: Path) -> None:
+    make, options = RESUMED[case]
+    dataset, recipe = make_dataset(), make_recipe(**options)
+    whole_net, whole_store = make(), CheckpointStore(tmp_path / "whole")
+    whole_records = train(whole_net, dataset, recipe, store=whole_store)
+    whole = whole_store.load()
+    assert whole is not None
+
+    # stopped at the first step, in mid-epoch, at the last step of an epoch (5), right behind one, and once more
+    store = CheckpointStore(tmp_path / "parts")
+    reached = 0
+    for stop in (1, 2, 5, 6, 9):
+        told: list[EpochRecord] = []
+        with pytest.raises(Interrupted, match=r"^stopped at step \d+ of "):
+            told.extend(fit(make(), dataset, recipe, store=store, should_stop=stop_after(stop - reached)))
+        saved = store.load()
+        assert saved is not None
+        reached = saved[0].step
+        assert reached >= stop
+    net = make()
+    records = train(net, dataset, recipe, store=store)
+    parts = store.load()
+    assert parts is not None
+
+    assert timeless(records) == timeless(whole_records)
+    assert same(state_of(net), state_of(whole_net))
+    assert same(parts[1], whole[1])
+    if recipe.momentum:
+        assert any(key.startswith("optimizer.") for key in parts[1])
+    assert dataclasses.replace(parts[0], seconds=0.0, records=[]) == dataclasses.replace(
+        whole[0], seconds=0.0, records=[]
+    )
+
+
+def test_stopping_at_every_step_in_turn(tmp_path: Path) -> None:
+    dataset, recipe = make_dataset(), make_recipe(epochs=2, ema=0.9)
+    whole = make_net()
+    expected = train(whole, dataset, recipe)
+    store, stops = CheckpointStore(tmp_path), 0
+    while True:
+        net = make_net()
+        try:
+            records = train(net, dataset, recipe, store=store, should_stop=lambda: True)
+            break
+        except Interrupted:
+            stops += 1
+    assert stops >= 8
+    assert timeless(records) == timeless(expected)
+    assert same(state_of(net), state_of(whole))
+
+
+def test_the_record_of_an_epoch_that_ends_at_the_stop_is_told(tmp_path: Path) -> None:
+    told: list[EpochRecord] = []
+    recipe = make_recipe()
+    with pytest.raises(Interrupted) as caught:
+        for record in fit(
+            make_net(), make_dataset(), recipe, store=CheckpointStore(tmp_path), should_stop=stop_after(5)
+        ):
+            told.append(record)
+    assert [record.epoch for record in told] == [1]
+    assert caught.value.exit_code == 130
+
+
+def test_a_finished_training_tells_its_records_again_and_does_nothing(tmp_path: Path) -> None:
+    dataset, recipe, store = make_dataset(), make_recipe(select="best"), CheckpointStore(tmp_path)
+    first = make_net()
+    records = train(first, dataset, recipe, store=store)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    again = make_net(seed=1)
+    assert train(again, dataset, recipe, store=store) == records
+    assert same(state_of(again), state_of(first))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+# choosing
+
+
+def script(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> list[dict[str, Tensor]]:
+    """Let the validation give these accuracies, epoch by epoch; return the list of the weights that were measured."""
+    seen: list[dict[str, Tensor]] = []
+
+    def scripted(net: nn.Module, *_: Any, **__: Any) -> Scores:
+        seen.append(state_of(net))
+        return Scores(1.0, accuracies[len(seen) - 1])
+
+    monkeypatch.setattr(engine, "evaluate", scripted)
+    return seen
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize(("select", "kept"), [("best", 1), ("last", 2)])
+def test_which_epochs_weights_are_kept(select: str, kept: int, ema: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = script(monkeypatch, [0.5, 0.9, 0.7])
+    net = make_net()
+    train(net, make_dataset(), make_recipe(select=select, ema=ema))
+    assert len(seen) == 3
+    assert [same(state_of(net), weights) for weights in seen] == [i == kept for i in range(3)]
+
+
+def test_of_equal_epochs_the_lower_loss_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = [Scores(0.8, 0.9), Scores(0.3, 0.9), Scores(0.5, 0.9)]
+    seen: list[dict[str, Tensor]] = []
+
+    def scripted(net: nn.Module, *_: Any, **__: Any) -> Scores:
+        seen.append(state_of(net))
+        return scores[len(seen) - 1]
+
+    monkeypatch.setattr(engine, "evaluate", scripted)
+    net = make_net()
+    train(net, make_dataset(), make_recipe(select="best"))
+    assert [same(state_of(net), weights) for weights in seen] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "patience", "epochs"),
+    [
+        ([0.5, 0.6, 0.6, 0.5, 0.9, 0.9], 2, 4),
+        ([0.5, 0.4, 0.6, 0.5, 0.4, 0.3], 2, 5),
+        ([0.5, 0.4, 0.4, 0.4, 0.4, 0.4], 1, 2),
+        ([0.5, 0.4, 0.4, 0.4, 0.4, 0.4], 0, 6),
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 1, 6),
+    ],
+)
+def test_patience(
+    accuracies: list[float], patience: int, epochs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(monkeypatch, accuracies)
+    recipe, store = make_recipe(epochs=6, patience=patience), CheckpointStore(tmp_path)
+    assert len(train(make_net(), make_dataset(), recipe, store=store)) == epochs
+    # what has ended is not taken up again
+    monkeypatch.setattr(engine, "evaluate", None)
+    assert len(train(make_net(), make_dataset(), recipe, store=store)) == epochs
+
+
+def test_without_validation_patience_has_nothing_to_go_by() -> None:
+    recipe = make_recipe(epochs=4, patience=1, watch_test=True)
+    assert len(train(make_net(), make_dataset(validation=0), recipe)) == 4
+
+
+@pytest.mark.parametrize("select", ["best", "last"])
+def test_nothing_is_chosen_by_the_test_split(select: str) -> None:
+    # a test split turned upside down changes what is watched, and nothing else
+    recipe = make_recipe(select=select, watch_test=True, patience=2, epochs=5, ema=0.8)
+    honest = make_dataset()
+    turned = replace(honest, test=replace(honest.test, labels=3 - honest.test.labels))
+    unwatched = recipe.override(watch_test=False)
+    results = []
+    for dataset, rules in ((honest, recipe), (turned, recipe), (honest, unwatched)):
+        net = make_net()
+        results.append((train(net, dataset, rules), state_of(net)))
+    (first, weights), (second, other_weights), (third, third_weights) = results
+    assert same(weights, other_weights) and same(weights, third_weights)
+    blank = {"test_loss": None, "test_acc": None, "seconds": 0.0}
+    assert [replace(r, **blank) for r in first] == [replace(r, **blank) for r in second] == timeless(third)
+    assert [r.test_acc for r in first] != [r.test_acc for r in second]
+
+
+def test_averaged_weights_are_what_is_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = script(monkeypatch, [0.5, 0.6, 0.7])
+    net, store = make_net(), CheckpointStore(tmp_path)
+    averages, own = [], []
+    for _ in fit(net, make_dataset(), make_recipe(ema=0.9), store=store):
+        saved = store.load()
+        assert saved is not None
+        tensors = saved[1]
+        averages.append({k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")})
+        own.append({k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")})
+    for measured, average, weights in zip(seen, averages, own, strict=True):
+        assert same({key: measured[key] for key in average}, average)
+        assert not same({key: weights[key] for key in average}, average)
+    assert same({key: state_of(net)[key] for key in averages[-1]}, averages[-1])
+
+
+def test_average_by_hand() -> None:
+    from convlens.training.optim import WeightAverage
+
+    net = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        net.weight.fill_(1.0)
+        average = WeightAverage(net, 0.9)
+        net.weight.fill_(2.0)
+        average.update(0)  # early on the decay is (1 + 0) / (10 + 0)
+        assert average.weights["weight"].item() == pytest.approx(0.1 * 1 + 0.9 * 2)
+        average.update(10**6)
+        assert average.weights["weight"].item() == pytest.approx(0.9 * 1.9 + 0.1 * 2)
+    with average.applied():
+        assert net.weight.item() == pytest.approx(1.91)
+    assert net.weight.item() == 2.0
+
+
+# what is refused, and what goes wrong
+
+
+def test_a_loss_that_is_no_number_ends_the_training_with_advice() -> None:
+    with pytest.raises(Diverged) as caught:
+        train(make_dropout_net(), make_dataset(), make_recipe(lr=1e15, schedule="constant"))
+    assert caught.value.exit_code == 3
+    message = str(caught.value)
+    assert message.startswith("the loss is not a number any more (at step ")
+    assert "try a lower --lr (now 1e+15)" in message
+    assert "--warmup" in message and "--clip-norm 1" in message
+
+
+@pytest.mark.parametrize("validation", [0, 12])
+def test_weights_that_the_very_last_step_ruins_are_not_passed_off_as_trained(validation: int, tmp_path: Path) -> None:
+    # the loss of a step is of the weights before it: of one step alone it is always a number
+    recipe = make_recipe(iterations=1, lr=1e38, momentum=0.0, schedule="constant")
+    with pytest.raises(Diverged, match="try a lower --lr"):
+        train(make_net(), make_dataset(validation=validation), recipe, store=CheckpointStore(tmp_path))
+
+
+def test_nll_needs_log_probabilities() -> None:
+    with pytest.raises(UsageError, match="^--loss nll needs a net that ends in log-softmax, and small does not$"):
+        train(make_net(), make_dataset(), make_recipe(loss="nll"))
+
+
+# checkpoints
+
+
+def test_two_checkpoints_are_kept_and_no_scrap(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    for record in fit(make_net(), make_dataset(), make_recipe(epochs=4), store=store):
+        files = sorted(path.name for path in tmp_path.iterdir())
+        assert files[0] == "latest.json"
+        assert len(files) <= 3
+        assert files[-1] == f"step-{5 * record.epoch:08d}.safetensors"
+    assert files == ["latest.json", "step-00000015.safetensors", "step-00000020.safetensors"]
+
+
+def test_no_checkpoint_yet(tmp_path: Path) -> None:
+    assert CheckpointStore(tmp_path / "none").load() is None
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    train(make_net(), make_dataset(), make_recipe(epochs=1), store=store)
+    path = tmp_path / "step-00000005.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ConvlensError) as caught:
+        train(make_net(), make_dataset(), make_recipe(epochs=2), store=store)
+    assert str(caught.value) == f"{path} is damaged: its SHA-256 is not the one that was written"
+    path.unlink()
+    with pytest.raises(ConvlensError, match=f"^the checkpoint {path} cannot be read: No such file"):
+        store.load()
+
+
+@pytest.mark.parametrize("content", ['{"format": 1}', '{"file": 3, "sha256": "", "state": []}', "[]", "{"])
+def test_a_damaged_manifest_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "latest.json").write_text(content)
+    with pytest.raises(ConvlensError, match=str(tmp_path)):
+        CheckpointStore(tmp_path).load()
+
+
+def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path)
+    epochs = fit(make_net(), make_dataset(), make_recipe(), store=store)
+    next(epochs)
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("convlens.runfolder.os.replace", fail)
+        with pytest.raises(ConvlensError, match="No space left on device; nothing was changed"):
+            next(epochs)
+    saved = store.load()
+    assert saved is not None and saved[0].step == 5
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+    net, whole = make_net(), make_net()
+    records = train(net, make_dataset(), make_recipe(), store=store)
+    assert timeless(records) == timeless(train(whole, make_dataset(), make_recipe()))
+    assert same(state_of(net), state_of(whole))
+
+
+# precision
+
+
+def test_precision_is_chosen_among_two() -> None:
+    assert choose_precision("auto", CPU) in ("fp32", "bf16")
+    assert [choose_precision(name, CPU) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
+
+
+def test_bf16_trains_too() -> None:
+    net, plain = make_net(), make_net()
+    records = train(net, make_dataset(), make_recipe(epochs=6, precision="bf16"))
+    train(plain, make_dataset(), make_recipe(epochs=6))
+    assert records[-1].train_loss < 0.3 * records[0].train_loss
+    assert {value.dtype for value in net.parameters()} == {torch.float32}
+    assert not same(state_of(net), state_of(plain)), "bf16 was asked for and not used"
