@@ -16,7 +16,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from convlens.data.preprocess import (
     BadImage,
