@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import gzip
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -360,3 +362,53 @@ def test_debug_shows_the_traceback(shell: Shell) -> None:
     _, _, err = shell("--debug", "train", "digit")
     assert "Traceback" in err
     assert err.strip().splitlines()[-1].startswith("convlens: unknown data set")
+
+
+def damaged_mnist(kind: str, root: Path) -> None:
+    """Put a damaged first file of MNIST where it is looked for."""
+    header = b"\0\0\x08\x03" + (60000).to_bytes(4, "big") + (28).to_bytes(4, "big") * 2
+    content = {
+        "truncated": header + bytes(1000),
+        "wrong magic": b"\x89PNG" + header[4:] + bytes(60000 * 784),
+        "wrong hash": header + bytes(60000 * 784),
+        "torn gzip": gzip.compress(header + bytes(60000 * 784))[:5000],
+    }[kind]
+    (root / "mnist").mkdir(parents=True)
+    (root / "mnist" / "train-images-idx3-ubyte.gz").write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "wrong magic", "wrong hash", "torn gzip"])
+def test_a_damaged_data_file_is_named(kind: str, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged_mnist(kind, tmp_path / "sets")
+    monkeypatch.setenv("CONVLENS_DATA", str(tmp_path / "sets"))
+    says = "cannot be read" if kind == "torn gzip" else "is not the published file"
+    line = shell.fails("train", "mnist", code=1, says=says)
+    assert "sets/mnist/train-images-idx3-ubyte.gz" in line
+    assert "delete" in line
+    assert not Path("runs").exists()
+
+
+def test_data_that_cannot_be_had_say_where_to_put_them(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convlens.data import catalog, fetch
+
+    monkeypatch.setattr(fetch, "search_path", lambda: [tmp_path])
+    nowhere = dataclasses.replace(catalog.MNIST, mirrors=("http://127.0.0.1:9/a/", "http://127.0.0.1:9/b/"))
+    monkeypatch.setattr(catalog, "MNIST", nowhere)
+    line = shell.fails("train", "mnist", code=1, says="is not on this machine and could not be downloaded")
+    assert "http://127.0.0.1:9/a/: " in line
+    assert "http://127.0.0.1:9/b/: " in line
+    assert "CONVLENS_DATA" in line
+
+
+def test_a_model_of_a_newer_version(shell: Shell, digits_run: Path, tmp_path: Path) -> None:
+    newer = tmp_path / "newer"
+    shutil.copytree(digits_run / "model", newer)
+    config = json.loads((newer / "config.json").read_text())
+    (newer / "config.json").write_text(json.dumps({**config, "format": 99}))
+    shell.fails("predict", newer, "x.png", code=1, says="made by a newer convlens (bundle format 99, this one reads 1)")
+
+
+def test_image_size_is_for_folders(shell: Shell) -> None:
+    shell.fails("train", "digits", "--image-size", "32", code=2, says="--image-size is for folders")

@@ -85,16 +85,27 @@ def train(net: nn.Module, dataset: Dataset, recipe: Recipe, **options: Any) -> l
     return list(fit(net, dataset, recipe, **options))
 
 
-def stop_after(steps: int) -> Callable[[], bool]:
-    """Return a ``should_stop`` that says yes from the given step on, as Ctrl-C does."""
-    count = 0
+class Clock:
+    """Counts the steps of a training, and stops it as Ctrl-C does: from one step on, for good."""
 
-    def should_stop() -> bool:
-        nonlocal count
-        count += 1
-        return count >= steps
+    def __init__(self) -> None:
+        self.steps = 0
 
-    return should_stop
+    def stop_at(self, step: int) -> Callable[[], bool]:
+        return lambda: self.steps >= step
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Return a clock that runs with the steps of whatever is trained."""
+    clock, learning_rate = Clock(), engine.learning_rate
+
+    def ticking(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+        clock.steps = step + 1
+        return learning_rate(recipe, step, steps_per_epoch)
+
+    monkeypatch.setattr(engine, "learning_rate", ticking)
+    return clock
 
 
 # learning, and what is told of it
@@ -239,7 +250,7 @@ RESUMED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_stopping_anywhere_and_going_on_changes_no_bit(case: str, tmp_path: Path) -> None:
+def test_stopping_anywhere_and_going_on_changes_no_bit(case: str, tmp_path: Path, clock: Clock) -> None:
     make, options = RESUMED[case]
     dataset, recipe = make_dataset(), make_recipe(**options)
     whole_net, whole_store = make(), CheckpointStore(tmp_path / "whole")
@@ -247,17 +258,17 @@ def test_stopping_anywhere_and_going_on_changes_no_bit(case: str, tmp_path: Path
     whole = whole_store.load()
     assert whole is not None
 
-    # stopped at the first step, in mid-epoch, at the last step of an epoch (5), right behind one, and once more
+    # stopped before and behind the first step, in mid-epoch, at the last step of an epoch (5), right behind it, later
     store = CheckpointStore(tmp_path / "parts")
-    reached = 0
-    for stop in (1, 2, 5, 6, 9):
+    for stop in (0, 1, 2, 5, 6, 9):
+        clock.steps = 0
         told: list[EpochRecord] = []
-        with pytest.raises(Interrupted, match=r"^stopped at step \d+ of "):
-            told.extend(fit(make(), dataset, recipe, store=store, should_stop=stop_after(stop - reached)))
+        with pytest.raises(Interrupted, match=f"^stopped at step {stop} of "):
+            for record in fit(make(), dataset, recipe, store=store, should_stop=clock.stop_at(stop)):
+                told.append(record)
+        assert [record.epoch for record in told] == list(range(1, stop // 5 + 1))
         saved = store.load()
-        assert saved is not None
-        reached = saved[0].step
-        assert reached >= stop
+        assert saved is not None and saved[0].step == stop
     net = make()
     records = train(net, dataset, recipe, store=store)
     parts = store.load()
@@ -273,33 +284,31 @@ def test_stopping_anywhere_and_going_on_changes_no_bit(case: str, tmp_path: Path
     )
 
 
-def test_stopping_at_every_step_in_turn(tmp_path: Path) -> None:
-    dataset, recipe = make_dataset(), make_recipe(epochs=2, ema=0.9)
+def test_stopping_at_every_step_in_turn(tmp_path: Path, clock: Clock) -> None:
+    dataset, recipe, store = make_dataset(), make_recipe(epochs=2, ema=0.9), CheckpointStore(tmp_path)
     whole = make_net()
     expected = train(whole, dataset, recipe)
-    store, stops = CheckpointStore(tmp_path), 0
-    while True:
-        net = make_net()
-        try:
-            records = train(net, dataset, recipe, store=store, should_stop=lambda: True)
-            break
-        except Interrupted:
-            stops += 1
-    assert stops >= 8
+    for stop in range(10):
+        clock.steps = 0
+        with pytest.raises(Interrupted, match=f"^stopped at step {stop} of 10$") as caught:
+            train(make_net(), dataset, recipe, store=store, should_stop=clock.stop_at(stop))
+        assert caught.value.exit_code == 130
+    net = make_net()
+    records = train(net, dataset, recipe, store=store)
     assert timeless(records) == timeless(expected)
     assert same(state_of(net), state_of(whole))
 
 
-def test_the_record_of_an_epoch_that_ends_at_the_stop_is_told(tmp_path: Path) -> None:
-    told: list[EpochRecord] = []
-    recipe = make_recipe()
-    with pytest.raises(Interrupted) as caught:
-        for record in fit(
-            make_net(), make_dataset(), recipe, store=CheckpointStore(tmp_path), should_stop=stop_after(5)
-        ):
-            told.append(record)
-    assert [record.epoch for record in told] == [1]
-    assert caught.value.exit_code == 130
+def test_stopping_without_a_store(clock: Clock) -> None:
+    with pytest.raises(Interrupted, match="^stopped at step 7 of 15$"):
+        train(make_net(), make_dataset(), make_recipe(), should_stop=clock.stop_at(7))
+
+
+def test_a_stop_at_the_very_last_step_comes_too_late(clock: Clock) -> None:
+    net, whole = make_net(), make_net()
+    records = train(net, make_dataset(), make_recipe(), should_stop=clock.stop_at(15))
+    assert timeless(records) == timeless(train(whole, make_dataset(), make_recipe()))
+    assert same(state_of(net), state_of(whole))
 
 
 def test_a_finished_training_tells_its_records_again_and_does_nothing(tmp_path: Path) -> None:

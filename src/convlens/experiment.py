@@ -125,6 +125,8 @@ class Experiment:
 
         channels = start.preprocess.channels if start is not None else 0
         loaded = load_dataset(data, image_size=settled.image_size, channels=channels, allow_unreadable=allow_unreadable)
+        if settled.image_size not in (0, loaded.shape[1]):
+            raise UsageError(f"--image-size is for folders; {loaded.name} has images of {loaded.shape[1]} pixels")
         dataset = loaded.with_validation(settled.validation, settled.seed)
         preprocess = Preprocess.measure(dataset.train.images, dataset.style)
         torch.manual_seed(settled.seed)
