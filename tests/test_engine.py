@@ -1,6 +1,5 @@
 """The loop: it learns, it says what it did, it stops anywhere and goes on bit for bit, it chooses by validation alone."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -279,7 +278,7 @@ def test_stopping_anywhere_and_going_on_changes_no_bit(case: str, tmp_path: Path
     assert same(parts[1], whole[1])
     if recipe.momentum:
         assert any(key.startswith("optimizer.") for key in parts[1])
-    assert dataclasses.replace(parts[0], seconds=0.0, records=[]) == dataclasses.replace(
+    assert replace(parts[0], seconds=0.0, records=[]) == replace(
         whole[0], seconds=0.0, records=[]
     )
 
@@ -312,14 +311,14 @@ def test_a_stop_at_the_very_last_step_comes_too_late(clock: Clock) -> None:
 
 
 def test_a_finished_training_tells_its_records_again_and_does_nothing(tmp_path: Path) -> None:
-    dataset, recipe, store = make_dataset(), make_recipe(select="best"), CheckpointStore(tmp_path)
+    dataset, recipe, store = make_dataset(), make_recipe(select="best"), CheckpointStore(tmp_path / "store")
     first = make_net()
     records = train(first, dataset, recipe, store=store)
-    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    files = {path: path.read_bytes() for path in (tmp_path / "store").iterdir()}
     again = make_net(seed=1)
     assert train(again, dataset, recipe, store=store) == records
     assert same(state_of(again), state_of(first))
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert {path: path.read_bytes() for path in (tmp_path / "store").iterdir()} == files
 
 
 # choosing
@@ -468,9 +467,9 @@ def test_nll_needs_log_probabilities() -> None:
 
 
 def test_two_checkpoints_are_kept_and_no_scrap(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path)
+    store = CheckpointStore(tmp_path / "store")
     for record in fit(make_net(), make_dataset(), make_recipe(epochs=4), store=store):
-        files = sorted(path.name for path in tmp_path.iterdir())
+        files = sorted(path.name for path in (tmp_path / "store").iterdir())
         assert files[0] == "latest.json"
         assert len(files) <= 3
         assert files[-1] == f"step-{5 * record.epoch:08d}.safetensors"
@@ -504,7 +503,7 @@ def test_a_damaged_manifest_is_named(content: str, tmp_path: Path) -> None:
 
 
 def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = CheckpointStore(tmp_path)
+    store = CheckpointStore(tmp_path / "store")
     epochs = fit(make_net(), make_dataset(), make_recipe(), store=store)
     next(epochs)
 
@@ -517,7 +516,7 @@ def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path: Path, monkey
             next(epochs)
     saved = store.load()
     assert saved is not None and saved[0].step == 5
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+    assert sorted(path.name for path in (tmp_path / "store").iterdir() if path.name.startswith(".")) == []
     net, whole = make_net(), make_net()
     records = train(net, make_dataset(), make_recipe(), store=store)
     assert timeless(records) == timeless(train(whole, make_dataset(), make_recipe()))

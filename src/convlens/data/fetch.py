@@ -79,7 +79,7 @@ def find_or_download(name: str, sha256: str, folders: Sequence[str], mirrors: Se
                 download(f"{mirror}{name}.gz", temporary)
                 return read_verified(temporary, sha256)
         except ConvlensError as error:
-            failures.append(f"{mirror}: {str(error).replace(str(temporary), 'its file').split('; ')[0]}")
+            failures.append(f"{mirror}: {error}")
     raise ConvlensError(missing(name, folders[0], failures))
 
 

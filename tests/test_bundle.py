@@ -1,0 +1,354 @@
+"""Bundles and the Classifier: what is saved is what is loaded, what is damaged is named, any picture is taken."""
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from convlens.data.catalog import DATASETS
+from convlens.data.preprocess import BadImage, PictureStyle, Preprocess
+from convlens.errors import ConvlensError, UnknownName, UsageError
+from convlens.models import MODELS, create_model, register
+from convlens.shipping import bundle as bundle_module
+from convlens.shipping.bundle import Bundle, find_bundle, load_bundle, shipped_models
+from convlens.shipping.classifier import Classifier, Prediction
+
+TRAINED: dict[str, Any] = {
+    "convlens": "0.1.0",
+    "command": "convlens train pets --epochs 3",
+    "recipe": {"name": "folder", "seed": 7},
+    "data": {
+        "name": "pets",
+        "source": None,
+        "counts": {"train": 1200, "test": 300},
+        "note": "20% of every class is the test split (seed 0)",
+    },
+    "machine": {"device_name": "A Processor", "threads": 2},
+    "parameters": 12_345,
+    "seconds": 61.7,
+    "test": {"n": 300, "accuracy": 0.91234, "accuracy_interval": [0.8751, 0.9391], "loss": 0.3},
+}
+
+
+def make_bundle(channels: int = 3, side: int = 8, model: str = "small", **options: Any) -> Bundle:
+    """Return a bundle of a fresh net for three classes."""
+    torch.manual_seed(0)
+    arguments = {"channels": channels, "height": side, "width": side, "classes": 3, **options}
+    net = create_model(model, **arguments).eval()
+    # fresh BatchNorms are the identity: let them be something that has to be saved
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean = torch.rand_like(module.running_mean) * 0.1
+    preprocess = Preprocess(channels, side, side, (0.4,) * channels, (0.2,) * channels, PictureStyle())
+    return Bundle(net, {"name": model, "arguments": arguments}, ("cat", "dog", "owl"), preprocess, TRAINED)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """Return the folder of a saved bundle."""
+    make_bundle(filters=4).save(tmp_path / "pets")
+    return tmp_path / "pets"
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+# saving and loading
+
+
+@pytest.mark.parametrize(
+    ("channels", "side", "model", "options"),
+    [
+        (3, 8, "small", {"filters": 4}),
+        (3, 16, "medium", {"filters": 4}),
+        (1, 12, "fashion-2conv", {"pool": "avg"}),
+        (3, 16, "cifar-lenet", {"output_relu": False}),
+        (1, 16, "mnist-4conv", {}),
+    ],
+)
+def test_round_trip_keeps_every_bit(channels: int, side: int, model: str, options: dict[str, Any], tmp_path: Path) -> None:
+    first = make_bundle(channels, side, model, **options)
+    first.save(tmp_path / "b")
+    second = load_bundle(tmp_path / "b")
+    assert (second.classes, second.preprocess, second.model) == (first.classes, first.preprocess, first.model)
+    assert second.trained == first.trained
+    assert not second.net.training
+    images = torch.randint(0, 256, (5, channels, side, side), dtype=torch.uint8)
+    logits = Classifier(second).logits(images)
+    assert torch.equal(logits, Classifier(first).logits(images))
+    assert len(logits.unique(dim=0)) == 5, "every image has an answer of its own"
+    again = tmp_path / "again"
+    second.save(again)
+    for name in ("model.safetensors", "config.json", "README.md"):
+        assert (again / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_bundle_is_three_files(saved: Path) -> None:
+    assert sorted(path.name for path in saved.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    config = json.loads((saved / "config.json").read_text())
+    assert config["format"] == 1
+    assert config["classes"] == ["cat", "dog", "owl"]
+    assert config["model"]["name"] == "small"
+    assert config["preprocess"]["mean"] == [0.4, 0.4, 0.4]
+
+
+def test_model_card(saved: Path) -> None:
+    card = (saved / "README.md").read_text()
+    for fact in (
+        "# pets: small",
+        "cat, dog, owl",
+        "8 x 8 pixels, RGB",
+        "12,345",
+        "1,200 train, 300 test images",
+        "20% of every class is the test split (seed 0)",
+        "91.23% of 300 images (95% interval 87.51% to 93.91%)",
+        "`folder`, seed 7",
+        "`convlens train pets --epochs 3`",
+        "62 s on A Processor, 2 threads",
+        'convlens.Classifier.load("FOLDER").predict("picture.png")',
+    ):
+        assert fact in card
+    assert "pixels, grey" in make_bundle(channels=1).card()
+
+
+# what cannot be read
+
+
+def test_a_newer_format(saved: Path) -> None:
+    edit_config(saved, format=2)
+    with pytest.raises(ConvlensError) as caught:
+        load_bundle(saved)
+    assert str(caught.value) == (
+        f"{saved} was made by a newer convlens (bundle format 2, this one reads 1); "
+        "upgrade with: pip install --upgrade convlens"
+    )
+
+
+@pytest.mark.parametrize("place", [0, 100, -1])
+def test_a_flipped_byte_in_the_weights(place: int, saved: Path) -> None:
+    weights = saved / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[place] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ConvlensError) as caught:
+        load_bundle(saved)
+    assert str(caught.value) == f"{weights} is damaged: its SHA-256 is not the one in config.json"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_missing_file(name: str, saved: Path) -> None:
+    (saved / name).unlink()
+    with pytest.raises(ConvlensError) as caught:
+        load_bundle(saved)
+    assert str(caught.value) == f"{saved / name} is missing"
+
+
+@pytest.mark.parametrize(
+    "config", ["", "[1, 2]", "{}", '{"format": 1}', '{"sha256": 3, "model": []}', "not json", '{"format": "1"}', "\x00"]
+)
+def test_a_foreign_config(config: str, saved: Path) -> None:
+    (saved / "config.json").write_text(config)
+    with pytest.raises(ConvlensError) as caught:
+        load_bundle(saved)
+    message = str(caught.value)
+    assert str(saved) in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"name": "small", "arguments": {"channels": 3, "height": 8, "width": 8, "classes": 4, "filters": 4}}},
+        {"model": {"name": "small", "arguments": ["channels"]}},
+        {"model": {"name": "small", "arguments": {}}},
+        {"model": "small"},
+        {"preprocess": {"channels": 3}},
+        {"preprocess": None},
+        {"classes": 3},
+        {"classes": None},
+    ],
+)
+def test_a_config_that_does_not_fit_its_weights(changes: dict[str, Any], saved: Path) -> None:
+    edit_config(saved, **changes)
+    with pytest.raises(ConvlensError, match="is not a bundle that can be read") as caught:
+        load_bundle(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_fewer_class_names_than_the_net_has_outputs(saved: Path) -> None:
+    edit_config(saved, classes=["cat", "dog"])
+    with pytest.raises(ConvlensError, match="is not a bundle that can be read"):
+        load_bundle(saved)
+
+
+@pytest.fixture
+def own_model() -> Iterator[None]:
+    register("own")(MODELS["small"])
+    yield
+    MODELS._entries.pop("own", None)
+
+
+@pytest.mark.usefixtures("own_model")
+def test_a_model_that_has_to_be_registered_first(tmp_path: Path) -> None:
+    make_bundle(model="own", filters=2).save(tmp_path / "b")
+    assert load_bundle(tmp_path / "b").model["name"] == "own"
+    del MODELS._entries["own"]
+    with pytest.raises(ConvlensError, match="unknown model 'own'; .*; import the module that registers it first$"):
+        load_bundle(tmp_path / "b")
+
+
+# finding
+
+
+def test_find_bundle(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_bundle(saved) == find_bundle(str(saved)) == saved
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="is not finished: go on with `convlens train --resume"):
+        find_bundle(run)
+    saved.rename(run / "model")
+    assert find_bundle(run) == run / "model"
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(UsageError, match=f"^{other} is neither a run folder nor a model bundle$"):
+        find_bundle(other)
+    monkeypatch.setattr(bundle_module, "shipped_models", lambda: {"mnist": run / "model", "cifar10": run})
+    assert find_bundle("mnist") == run / "model"
+    with pytest.raises(UnknownName, match=r"^unknown run folder or model 'mnits'; did you mean 'mnist'\?$"):
+        find_bundle("mnits")
+    with pytest.raises(UnknownName, match="choose from: cifar10, mnist$"):
+        find_bundle("zzzzzz")
+
+
+def test_a_bundle_that_has_lost_its_weights_is_no_unfinished_run(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ConvlensError, match="model.safetensors is missing"):
+        Classifier.load(saved)
+
+
+def test_every_shipped_model_loads() -> None:
+    for name, folder in shipped_models().items():
+        assert find_bundle(name) == folder
+        bundle = load_bundle(folder)
+        assert len(bundle.classes) == bundle.model["arguments"]["classes"]
+        source = bundle.trained["data"]["source"]
+        assert source is None or source in DATASETS, "no path of its maker's"
+
+
+# predicting
+
+
+@pytest.fixture
+def classifier(saved: Path) -> Classifier:
+    return Classifier.load(saved)
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    """Return a picture of the size of the net's input, so that nothing is resampled."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_every_form_of_a_picture_gives_the_same_answer(
+    classifier: Classifier, picture: Image.Image, tmp_path: Path
+) -> None:
+    path = tmp_path / "picture.png"
+    picture.save(path)
+    pixels = np.asarray(picture)
+    expected = classifier.predict(picture)
+    assert isinstance(expected, Prediction)
+    forms: list[Any] = [path, str(path), path.read_bytes(), pixels, pixels.transpose(2, 0, 1), pixels / 255.0]
+    for form in forms:
+        assert classifier.predict(form) == expected
+    for prediction in classifier.predict([picture, *forms]):
+        assert prediction.label == expected.label
+        assert prediction.probability == pytest.approx(expected.probability, rel=1e-5)
+
+
+def test_grey_arrays_and_other_modes(classifier: Classifier) -> None:
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    expected = classifier.predict(grey)
+    assert classifier.predict(np.stack([grey] * 3, axis=2)) == expected
+    assert classifier.predict(Image.fromarray(grey)) == expected
+    assert classifier.predict(grey[:, :, None]) == expected
+    assert classifier.predict(Image.fromarray(grey).convert("RGBA")) == expected
+
+
+def test_a_picture_of_any_size(classifier: Classifier) -> None:
+    for size in ((1, 1), (640, 3), (9, 8)):
+        prediction = classifier.predict(Image.new("RGB", size, "red"))
+        assert prediction.label in classifier.classes
+
+
+def test_top(classifier: Classifier, picture: Image.Image) -> None:
+    one = classifier.predict(picture)
+    assert one.top == ((one.label, one.probability),)
+    three = classifier.predict(picture, top=3)
+    assert (three.label, three.probability) == three.top[0] == one.top[0]
+    assert {label for label, _ in three.top} == set(classifier.classes)
+    values = [value for _, value in three.top]
+    assert values == sorted(values, reverse=True)
+    assert sum(values) == pytest.approx(1.0)
+    assert classifier.predict(picture, top=99) == three
+    assert classifier.predict(picture, top=0) == one
+    assert str(one) == f"{one.label} ({one.probability:.1%})"
+
+
+def test_probabilities_are_those_of_the_net(classifier: Classifier, picture: Image.Image) -> None:
+    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1).unsqueeze(0).float() / 255
+    with torch.no_grad():
+        expected = classifier.net((x - 0.4) / 0.2).softmax(dim=1)[0]
+    told = dict(classifier.predict(picture, top=3).top)
+    assert [told[name] for name in classifier.classes] == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_raw_leaves_the_ink_alone() -> None:
+    bundle = make_bundle(channels=1, filters=4)
+    ink = replace(bundle, preprocess=replace(bundle.preprocess, style=PictureStyle(ink_box=6)))
+    classifier = Classifier(ink)
+    paper = Image.new("L", (40, 40), 255)
+    paper.paste(0, (20, 20, 24, 34))
+    adapted, raw = classifier.adapt(paper), classifier.adapt(paper, raw=True)
+    assert adapted[0, 0, 0] == 0 and adapted.max() == 255  # black paper, white ink
+    assert raw[0, 0, 0] == 255
+    assert classifier.predict(paper).probability != classifier.predict(paper, raw=True).probability
+    assert classifier.predict(paper, raw=True) == Classifier(bundle).predict(paper)
+
+
+def test_an_empty_list(classifier: Classifier) -> None:
+    assert classifier.predict([]) == []
+
+
+def test_what_is_no_picture(classifier: Classifier, tmp_path: Path) -> None:
+    with pytest.raises(BadImage, match="nothing.png: there is no such file$"):
+        classifier.predict(tmp_path / "nothing.png")
+    with pytest.raises(BadImage, match="^the image is not an image"):
+        classifier.predict(b"hello")
+    with pytest.raises(BadImage, match="^a dict is not a picture: give a path, a PIL image or an array$"):
+        classifier.predict({})  # type: ignore[call-overload]
+    buffer = io.BytesIO()
+    Image.new("RGB", (50, 50), "blue").save(buffer, "PNG")
+    with pytest.raises(BadImage, match="cannot be decoded"):
+        classifier.predict(buffer.getvalue()[:-40])
+    for array in (np.zeros((2, 3, 4, 5), dtype=np.uint8), np.full((4, 4), 300), np.full((4, 4), np.nan)):
+        with pytest.raises(BadImage):
+            classifier.predict(array)
+
+
+def test_prediction_changes_nothing(classifier: Classifier, picture: Image.Image) -> None:
+    before = {key: value.clone() for key, value in classifier.net.state_dict().items()}
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    classifier.predict([picture] * 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in classifier.net.state_dict().items())

@@ -1,0 +1,209 @@
+"""How good a net is: intervals, the figures of a test, and logits that leave the net as it was."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from convlens.data.dataset import Split
+from convlens.data.preprocess import Normalise
+from convlens.evaluation.metrics import Scores, compute_logits, evaluate, judge, wilson_interval
+from convlens.models import create_model
+
+PLAIN = Normalise((0.0,), (1.0,))  # pixels / 255
+
+
+# the interval
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"),
+    [
+        # (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), z = 1.96; Newcombe 1998, table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (5, 10, 0.2366, 0.7634),
+        (9900, 10_000, 0.9879, 0.9918),
+        (10, 10, 0.7225, 1.0),
+    ],
+)
+def test_wilson_interval_against_published_values(correct: int, n: int, low: float, high: float) -> None:
+    assert wilson_interval(correct, n) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_wilson_interval_at_another_level() -> None:
+    # of 0 hits the upper end is z^2 / (n + z^2)
+    for z in (1.0, 2.576):
+        assert wilson_interval(0, 50, z) == pytest.approx((0.0, z * z / (50 + z * z)))
+
+
+counts = st.integers(1, 10**6).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+
+
+@given(counts)
+def test_wilson_interval_holds_the_share(case: tuple[int, int]) -> None:
+    correct, n = case
+    low, high = wilson_interval(correct, n)
+    assert 0 <= low < high <= 1
+    assert low <= correct / n + 1e-12 and correct / n - 1e-12 <= high
+    # the mistakes' interval is the hits', seen from the other end
+    assert wilson_interval(n - correct, n) == pytest.approx((1 - high, 1 - low), abs=1e-9)
+
+
+@given(counts, st.floats(0.1, 5), st.floats(0.1, 5))
+def test_more_confidence_is_a_wider_interval(case: tuple[int, int], z: float, other: float) -> None:
+    assume(abs(z - other) > 1e-3)
+    (low, high), (wide_low, wide_high) = (wilson_interval(*case, z=level) for level in sorted((z, other)))
+    assert wide_low <= low + 1e-12 and high <= wide_high + 1e-12
+    assert wide_high - wide_low > high - low
+
+
+@given(st.integers(0, 100), st.integers(2, 50))
+def test_more_images_are_a_narrower_interval(percent: int, times: int) -> None:
+    low, high = wilson_interval(percent, 100)
+    narrow_low, narrow_high = wilson_interval(percent * times, 100 * times)
+    assert narrow_high - narrow_low < high - low
+
+
+# the figures of a test
+
+
+def answers(pairs: list[tuple[int, int]], classes: int) -> tuple[Tensor, Tensor]:
+    """Return logits, 5 for the predicted class and 0 for the others, and labels, of (label, prediction) pairs."""
+    logits = torch.zeros(len(pairs), classes)
+    for row, (_, prediction) in enumerate(pairs):
+        logits[row, prediction] = 5.0
+    return logits, torch.tensor([label for label, _ in pairs])
+
+
+def test_judge_against_a_matrix_made_by_hand() -> None:
+    #          says cat  dog  owl
+    # is cat         3    1    0
+    # is dog         0    2    0
+    # is owl         1    1    2
+    matrix = [[3, 1, 0], [0, 2, 0], [1, 1, 2]]
+    pairs = [(i, j) for i in range(3) for j in range(3) for _ in range(matrix[i][j])]
+    test = judge(*answers(pairs, 3), ("cat", "dog", "owl"))
+    assert test["confusion_matrix"] == matrix
+    assert (test["n"], test["correct"], test["accuracy"]) == (10, 7, 0.7)
+    assert test["accuracy_interval"] == list(wilson_interval(7, 10))
+    assert test["interval_method"] == "Wilson, 95%"
+    assert test["classes"] == {
+        "cat": {"precision": pytest.approx(3 / 4), "recall": pytest.approx(3 / 4), "f1": pytest.approx(3 / 4), "n": 4},
+        "dog": {"precision": pytest.approx(2 / 4), "recall": pytest.approx(2 / 2), "f1": pytest.approx(2 / 3), "n": 2},
+        "owl": {"precision": pytest.approx(2 / 2), "recall": pytest.approx(2 / 4), "f1": pytest.approx(2 / 3), "n": 4},
+    }
+    right, wrong = math.log(1 + 2 * math.exp(-5)), 5 + math.log(1 + 2 * math.exp(-5))
+    assert test["loss"] == pytest.approx((7 * right + 3 * wrong) / 10, rel=1e-6)
+
+
+def test_judge_of_classes_that_never_occur() -> None:
+    test = judge(*answers([(0, 0), (0, 2)], 4), ("a", "b", "c", "d"))
+    assert test["confusion_matrix"] == [[1, 0, 1, 0], [0] * 4, [0] * 4, [0] * 4]
+    assert test["classes"]["b"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "n": 0}
+    assert list(test["classes"]) == ["a", "b", "c", "d"]
+
+
+def plain(value: Any) -> bool:
+    """Say whether a value is made of dicts, lists, strings and numbers of Python alone."""
+    if isinstance(value, dict):
+        return all(type(key) is str and plain(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(plain(item) for item in value)
+    return type(value) in (int, float, str)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=40))
+def test_judge_holds_plain_values_that_agree(pairs: list[tuple[int, int]]) -> None:
+    test = judge(*answers(pairs, 3), ("a", "b", "c"))
+    assert plain(test)
+    matrix = test["confusion_matrix"]
+    assert sum(map(sum, matrix)) == test["n"] == len(pairs)
+    assert sum(matrix[i][i] for i in range(3)) == test["correct"] == round(test["accuracy"] * test["n"])
+    assert [figures["n"] for figures in test["classes"].values()] == [sum(row) for row in matrix]
+    low, high = test["accuracy_interval"]
+    assert low <= test["accuracy"] + 1e-12 and test["accuracy"] - 1e-12 <= high
+
+
+def test_scores() -> None:
+    scores = Scores.of(torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0]]), torch.tensor([0, 1, 1]))
+    assert scores.accuracy == pytest.approx(2 / 3)
+    assert scores.loss == pytest.approx(math.log(1 + math.exp(-2)) + 2 / 3)
+
+
+def test_scores_of_log_probabilities_are_those_of_the_logits() -> None:
+    logits, labels = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 5
+    of_logits, of_logs = Scores.of(logits, labels), Scores.of(logits.log_softmax(dim=1), labels)
+    assert of_logs.accuracy == of_logits.accuracy
+    assert of_logs.loss == pytest.approx(of_logits.loss, rel=1e-6)
+
+
+# logits
+
+
+class Noticing(nn.Module):
+    """A net that gives the mean of its input, notes its mode at each batch, and fails if asked to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.modes: list[tuple[bool, bool, int]] = []
+        self.fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.modes.append((self.training, torch.is_grad_enabled(), len(x)))
+        if self.fails:
+            raise RuntimeError("no")
+        return torch.stack([x.mean(dim=(1, 2, 3)), -x.mean(dim=(1, 2, 3))], dim=1) * self.weight
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compute_logits_puts_the_net_back_into_its_mode(training: bool) -> None:
+    net = Noticing().train(training)
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 2, 2) * 51
+    logits = compute_logits(net, images, PLAIN, batch_size=2)
+    assert net.training is training
+    assert net.modes == [(False, False, 2), (False, False, 2), (False, False, 1)]
+    assert not logits.requires_grad
+    torch.testing.assert_close(logits[:, 0], torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8]))
+    net.fails = True
+    with pytest.raises(RuntimeError):
+        compute_logits(net, images, PLAIN)
+    assert net.training is training
+
+
+def test_compute_logits_is_that_of_the_net_whatever_the_batch_size() -> None:
+    torch.manual_seed(0)
+    net = create_model("small", channels=1, height=8, width=8, classes=3, filters=4)
+    images = torch.randint(0, 256, (11, 1, 8, 8), dtype=torch.uint8)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    whole = compute_logits(net, images, PLAIN)
+    torch.testing.assert_close(compute_logits(net, images, PLAIN, batch_size=3), whole)
+    with torch.no_grad():
+        torch.testing.assert_close(net.eval()(images.float() / 255), whole)
+    assert whole.dtype == torch.float32
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())  # BatchNorm's too
+
+
+def test_compute_logits_under_autocast_are_float32() -> None:
+    net = create_model("small", channels=1, height=8, width=8, classes=3, filters=4)
+    images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
+    logits = compute_logits(net, images, PLAIN, autocast=torch.autocast("cpu", dtype=torch.bfloat16))
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, compute_logits(net, images, PLAIN))
+
+
+def test_evaluate() -> None:
+    images = torch.tensor([255, 0, 255, 255], dtype=torch.uint8).view(4, 1, 1, 1)
+    net = Noticing()
+    scores = evaluate(net, Split(images, torch.tensor([0, 1, 1, 0]), list("abcd")), PLAIN)
+    # white gives (1, -1), black a tie, which goes to class 0
+    right = math.log(1 + math.exp(-2))
+    assert scores.accuracy == 0.5
+    assert scores.loss == pytest.approx((2 * right + (right + 2) + math.log(2)) / 4, rel=1e-6)
