@@ -45,7 +45,8 @@ def make_bundle(channels: int = 3, side: int = 8, model: str = "small", **option
     # fresh BatchNorms are the identity: let them be something that has to be saved
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean = torch.rand_like(module.running_mean) * 0.1
+            module.running_mean = torch.rand_like(module.running_mean) * 0.01
+            module.running_var = torch.rand_like(module.running_mean) * 0.1 + 0.01
     preprocess = Preprocess(channels, side, side, (0.4,) * channels, (0.2,) * channels, PictureStyle())
     return Bundle(net, {"name": model, "arguments": arguments}, ("cat", "dog", "owl"), preprocess, TRAINED)
 
@@ -75,7 +76,9 @@ def edit_config(folder: Path, **changes: Any) -> None:
         (1, 16, "mnist-4conv", {}),
     ],
 )
-def test_round_trip_keeps_every_bit(channels: int, side: int, model: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_round_trip_keeps_every_bit(
+    channels: int, side: int, model: str, options: dict[str, Any], tmp_path: Path
+) -> None:
     first = make_bundle(channels, side, model, **options)
     first.save(tmp_path / "b")
     second = load_bundle(tmp_path / "b")

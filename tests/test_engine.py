@@ -1,4 +1,4 @@
-"""The loop: it learns, it says what it did, it stops anywhere and goes on bit for bit, it chooses by validation alone."""
+"""The loop: it learns, tells what it did, stops anywhere and goes on bit for bit, chooses by validation alone."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -278,9 +278,7 @@ def test_stopping_anywhere_and_going_on_changes_no_bit(case: str, tmp_path: Path
     assert same(parts[1], whole[1])
     if recipe.momentum:
         assert any(key.startswith("optimizer.") for key in parts[1])
-    assert replace(parts[0], seconds=0.0, records=[]) == replace(
-        whole[0], seconds=0.0, records=[]
-    )
+    assert replace(parts[0], seconds=0.0, records=[]) == replace(whole[0], seconds=0.0, records=[])
 
 
 def test_stopping_at_every_step_in_turn(tmp_path: Path, clock: Clock) -> None:
@@ -450,10 +448,13 @@ def test_a_loss_that_is_no_number_ends_the_training_with_advice() -> None:
     assert "--warmup" in message and "--clip-norm 1" in message
 
 
-@pytest.mark.parametrize("validation", [0, 12])
-def test_weights_that_the_very_last_step_ruins_are_not_passed_off_as_trained(validation: int, tmp_path: Path) -> None:
-    # the loss of a step is of the weights before it: of one step alone it is always a number
-    recipe = make_recipe(iterations=1, lr=1e38, momentum=0.0, schedule="constant")
+@pytest.mark.parametrize(("validation", "weight_decay"), [(0, 1000.0), (12, 1000.0), (12, 0.0)])
+def test_a_net_that_the_very_last_step_ruins_is_not_passed_off_as_trained(
+    validation: int, weight_decay: float, tmp_path: Path
+) -> None:
+    # the loss of a step is that of the weights before it: of one step alone it is always a number; with the decay
+    # the weights become infinite, without it they stay numbers and what the net says does not
+    recipe = make_recipe(iterations=1, lr=1e38, momentum=0.0, weight_decay=weight_decay, schedule="constant")
     with pytest.raises(Diverged, match="try a lower --lr"):
         train(make_net(), make_dataset(validation=validation), recipe, store=CheckpointStore(tmp_path))
 

@@ -22,9 +22,7 @@ from convlens.errors import UsageError
 EXPECTED_TO_FAIL: dict[str, str] = {}
 
 
-@parametrize_with_checks(
-    [ConvClassifier(epochs=15, random_state=0)], expected_failed_checks=lambda _: EXPECTED_TO_FAIL
-)
+@parametrize_with_checks([ConvClassifier(epochs=15, random_state=0)], expected_failed_checks=lambda _: EXPECTED_TO_FAIL)
 def test_scikit_learns_own_checks(estimator: Any, check: Any) -> None:
     check(estimator)
 

@@ -76,7 +76,9 @@ def test_size_of_folder_cnn_follows_the_images() -> None:
         assert count_parameters(build("folder-cnn", 3, side, classes=5)) == convolutions + linear
 
 
-@pytest.mark.parametrize(("options", "pool"), [({}, "MaxPool2d"), ({"pool": "max"}, "MaxPool2d"), ({"pool": "avg"}, "AvgPool2d")])
+@pytest.mark.parametrize(
+    ("options", "pool"), [({}, "MaxPool2d"), ({"pool": "max"}, "MaxPool2d"), ({"pool": "avg"}, "AvgPool2d")]
+)
 def test_layers_of_fashion_2conv(options: dict[str, Any], pool: str) -> None:
     assert layers_of("fashion-2conv", 1, 28, **options) == [
         ("Conv2d", (16, 28, 28)),
@@ -110,7 +112,9 @@ def test_layers_of_folder_cnn() -> None:
     ]
 
 
-@pytest.mark.parametrize(("options", "last"), [({}, ["ReLU"]), ({"output_relu": True}, ["ReLU"]), ({"output_relu": False}, [])])
+@pytest.mark.parametrize(
+    ("options", "last"), [({}, ["ReLU"]), ({"output_relu": True}, ["ReLU"]), ({"output_relu": False}, [])]
+)
 def test_layers_of_cifar_lenet(options: dict[str, Any], last: list[str]) -> None:
     assert layers_of("cifar-lenet", 3, 32, **options) == [
         ("Conv2d", (6, 28, 28)),
@@ -167,7 +171,9 @@ def test_mnist_4conv_gives_log_probabilities_and_says_so() -> None:
     assert [name for name in MODELS.names() if getattr(MODELS[name], "log_probabilities", False)] == ["mnist-4conv"]
 
 
-@pytest.mark.parametrize(("name", "side"), [("fashion-2conv", 28), ("folder-cnn", 28), ("cifar-lenet", 28), ("mnist-4conv", 28)])
+@pytest.mark.parametrize(
+    ("name", "side"), [("fashion-2conv", 28), ("folder-cnn", 28), ("cifar-lenet", 28), ("mnist-4conv", 28)]
+)
 @pytest.mark.parametrize("kernel_size", [1, 2, 3, 4, 5])
 def test_kernel_size_is_an_option_of_every_classic(name: str, side: int, kernel_size: int) -> None:
     net = build(name, 1, side, kernel_size=kernel_size)
@@ -242,7 +248,9 @@ def test_unknown_model_offers_the_nearest() -> None:
 
 
 def test_unknown_option_says_what_the_net_takes() -> None:
-    with pytest.raises(UsageError, match=r"^model 'fashion-2conv' has no option 'filters'; it takes pool, kernel_size$"):
+    with pytest.raises(
+        UsageError, match=r"^model 'fashion-2conv' has no option 'filters'; it takes pool, kernel_size$"
+    ):
         build("fashion-2conv", 1, 28, filters=3)
     with pytest.raises(UsageError, match=r"^unknown pooling 'median'; choose from: max, avg$"):
         build("fashion-2conv", 1, 28, pool="median")
@@ -397,7 +405,10 @@ def entered() -> Iterator[Callable[[Any], str]]:
 
 def test_a_whole_net_of_a_user_passes(entered: Callable[[Any], str]) -> None:
     check_model(entered(Whole))
-    assert create_model("mine", channels=1, height=9, width=9, classes=4, filters=2)(torch.zeros(1, 1, 9, 9)).shape == (1, 4)
+    assert create_model("mine", channels=1, height=9, width=9, classes=4, filters=2)(torch.zeros(1, 1, 9, 9)).shape == (
+        1,
+        4,
+    )
 
 
 @pytest.mark.parametrize(
