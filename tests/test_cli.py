@@ -308,7 +308,8 @@ def test_data_list_and_info(shell: Shell, tmp_path: Path) -> None:
         ["light", "4", "1"],
         ["total", "12", "3"],
     ]
-    assert Image.open("photos-samples.png").format == "PNG"
+    with Image.open("photos-samples.png") as picture:
+        assert picture.format == "PNG"
 
 
 def test_models_and_recipes(shell: Shell) -> None:

@@ -104,7 +104,7 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         channels, height, width = dataset.shape
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
             torch.manual_seed(recipe.seed)
-            self.net_ = create_model(
+            net = create_model(
                 self.model,
                 channels=channels,
                 height=height,
@@ -112,21 +112,26 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 classes=len(self.classes_),
                 **recipe.model_options(),
             )
-            for _ in fit(self.net_, dataset, recipe, preprocess=self.preprocess_):
+            for _ in fit(net, dataset, recipe, preprocess=self.preprocess_):
                 pass
+        self.net_ = net
         return self
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float32]:
         """Return the probability of every class, float (N, K), in the order of ``classes_``."""
-        check_is_fitted(self)
+        check_is_fitted(self, "net_")
         X = validate_data(self, X, reset=False, allow_nd=True, dtype="numeric")
         images = self._to_pixels(np.asarray(X, dtype=np.float64))
+        expected = (self.preprocess_.channels, self.preprocess_.height, self.preprocess_.width)
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(f"images of (C, H, W) {tuple(images.shape[1:])}, but fit saw images of shape {expected}")
         logits = compute_logits(self.net_, images, self.preprocess_.normaliser())
         return logits.softmax(dim=1).cpu().numpy()
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """Return the most probable label of every image, (N,)."""
-        return self.classes_[self.predict_proba(X).argmax(axis=1)]  # type: ignore[no-any-return]
+        best = self.predict_proba(X).argmax(axis=1)
+        return self.classes_[best]  # type: ignore[no-any-return]
 
     def _seed(self) -> int:
         from sklearn.utils import check_random_state

@@ -31,7 +31,7 @@ from convlens.training.checkpoint import CheckpointStore, EpochRecord
 from convlens.training.engine import fit
 from convlens.training.optim import make_augment
 from convlens.training.precision import choose_precision
-from convlens.training.recipe import Recipe
+from convlens.training.recipe import MODEL_OPTIONS, Recipe
 from convlens.training.recipes import default_recipe, get_recipe
 
 METRIC_COLUMNS = [field.name for field in dataclasses.fields(EpochRecord)]
@@ -117,6 +117,9 @@ class Experiment:
         if start is not None:
             settled = settled.override(**recipe_of_model(start))
         settled = settled.override(**overrides)
+        # the recipe's width of its own net is no option of another net that --model asks for
+        unfit = set(settled.model_options()) - set(model_options(settled.model)) - set(overrides)
+        settled = settled.override(**dict.fromkeys(unfit))
         device = choose_device(settled.device)
         threads = use_threads(settled.threads)
         # what was resolved is what is recorded: a resumed run computes as the first part did
@@ -283,11 +286,12 @@ def evaluate_run(source: str | Path, data: Any = None) -> dict[str, Any]:
             raise UsageError(f"{source} does not say where its data are; name them with --data")
     use_threads()
     dataset = load_dataset(data, image_size=preprocess.height, channels=preprocess.channels, allow_unreadable=True)
+    named = data if isinstance(data, (str, Path)) else dataset.name
     if dataset.classes != classifier.classes:
-        raise UsageError(f"{data} has other classes than {source}: {', '.join(dataset.classes)}")
+        raise UsageError(f"{named} has other classes than {source}: {', '.join(dataset.classes)}")
     if dataset.shape != (preprocess.channels, preprocess.height, preprocess.width):
         expected = (preprocess.channels, preprocess.height, preprocess.width)
-        raise UsageError(f"{data} has images of (C, H, W) {dataset.shape}, {source} takes {expected}")
+        raise UsageError(f"{named} has images of (C, H, W) {dataset.shape}, {source} takes {expected}")
     return judge(classifier.logits(dataset.test.images), dataset.test.labels, dataset.classes)
 
 
@@ -299,7 +303,7 @@ def data_name(data: Any) -> str:
 def command_line() -> str:
     """Return the command that runs, as a person would type it; ``python`` for calls from Python."""
     program = Path(sys.argv[0])
-    if program.stem not in ("convlens", "__main__"):
+    if program.stem != "convlens" and program.parts[-2:] != ("convlens", "__main__.py"):
         return "convlens.train(...) in Python"
     return shlex.join(["convlens", *sys.argv[1:]])
 
@@ -333,7 +337,8 @@ def without_path(data: dict[str, Any]) -> dict[str, Any]:
 def recipe_of_model(bundle: Bundle) -> dict[str, Any]:
     """Return the recipe options that rebuild a bundle's net."""
     name, arguments = bundle.model["name"], bundle.model["arguments"]
-    return {"model": name, **{key: arguments[key] for key in model_options(name) if key in arguments}}
+    unset = dict.fromkeys(MODEL_OPTIONS)  # what the bundle does not name is its net's default, not the recipe's
+    return {"model": name, **unset, **{key: arguments[key] for key in model_options(name) if key in arguments}}
 
 
 def adopt_weights(net: nn.Module, bundle: Bundle) -> str:
@@ -344,7 +349,7 @@ def adopt_weights(net: nn.Module, bundle: Bundle) -> str:
         for key, value in trained.items()
         if not key.startswith("head.") and key in own and own[key].shape == value.shape
     }
-    if not fitting:
+    if not any(value.dim() > 1 for value in fitting.values()):
         raise UsageError(f"--init: no weight of its {bundle.model['name']} fits a net {type(net).__name__} here")
     net.load_state_dict({**own, **fitting})
     return f"{len(fitting)} of {len(own)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -36,8 +35,12 @@ class Batches:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def __len__(self) -> int:
-        """The number of batches in an epoch; the last may be smaller."""
-        return math.ceil(len(self._labels) / self._batch_size)
+        """The number of batches in an epoch; the last may be smaller, but a lone last image joins the one before.
+
+        BatchNorm cannot learn from a single value.
+        """
+        whole, left = divmod(len(self._labels), self._batch_size)
+        return max(whole + (left > 1), 1)
 
     def __call__(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """Return batch ``index`` of ``epoch``: float images (N, C, H, W), labels (N,) or probabilities (N, K).
@@ -50,7 +53,8 @@ class Batches:
             self._epoch = epoch
         step_seed = derive_seed(self._seed, epoch, index)
         torch.manual_seed(step_seed)
-        rows = self._order[index * self._batch_size : (index + 1) * self._batch_size]
+        end = None if index == len(self) - 1 else (index + 1) * self._batch_size
+        rows = self._order[index * self._batch_size : end]
         images = self._normalise(self._images[rows])
         images, labels = self._augment(images, self._labels[rows], self._generator.manual_seed(step_seed))
         return images.contiguous(memory_format=torch.channels_last), labels

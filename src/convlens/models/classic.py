@@ -7,7 +7,7 @@ from collections import OrderedDict
 from torch import nn
 
 from convlens.errors import UsageError
-from convlens.models.contract import MODELS, ConvNet
+from convlens.models.contract import MODELS, ConvNet, require_pixels
 
 POOLS = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
 
@@ -17,12 +17,6 @@ def make_pool(pool: str) -> nn.Module:
     if pool not in POOLS:
         raise UsageError(f"unknown pooling {pool!r}; choose from: max, avg")
     return POOLS[pool](2)
-
-
-def require_pixels(model: str, height: int, width: int) -> None:
-    """Raise UsageError if nothing is left of the image after the unpadded convolutions and pools."""
-    if min(height, width) < 1:
-        raise UsageError(f"the images are too small for model {model!r}, or its kernel is too large")
 
 
 @MODELS.register("fashion-2conv")

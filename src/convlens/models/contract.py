@@ -65,6 +65,12 @@ def create_model(
     return MODELS[name](channels=channels, height=height, width=width, classes=classes, **options)
 
 
+def require_pixels(model: str, height: int, width: int) -> None:
+    """Raise UsageError if nothing is left of the image after the unpadded convolutions and pools."""
+    if min(height, width) < 1:
+        raise UsageError(f"the images are too small for model {model!r}, or its kernel is too large")
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ConvlensError with ``message`` unless ``condition`` holds."""
     if not condition:
@@ -86,10 +92,16 @@ def check_model(name: str, *, channels: int = 1, height: int = 28, width: int = 
     def build() -> Any:
         return create_model(name, channels=channels, height=height, width=width, classes=classes)
 
-    net = build()
+    try:
+        net, twin = build(), build()
+        twin.load_state_dict(net.state_dict())
+    except (TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConvlensError(f"model {name!r}: it cannot be built, and rebuilt with its weights: {reason}") from None
     x = torch.rand(5, channels, height, width)  # (N, C, H, W)
     net.train()
     logits = net(x)
+    require(isinstance(logits, Tensor), f"model {name!r}: net(x) is a {type(logits).__name__}, not a tensor")
     require(logits.shape == (5, classes), f"model {name!r}: net(x) is {tuple(logits.shape)}, not {(5, classes)}")
     require(bool(logits.isfinite().all()), f"model {name!r}: fresh weights give logits that are not finite")
     # random weights on the logits: their plain sum is constant for nets that end in log-softmax
@@ -115,6 +127,6 @@ def check_model(name: str, *, channels: int = 1, height: int = 28, width: int = 
             hook.remove()
         unused = sorted(set(stages) - passed)
         require(not unused, f"model {name!r}: stages() names {unused}, which net(x) does not pass")
-        twin = build().eval()
+        twin.eval()
         twin.load_state_dict(net.state_dict())
         require(torch.equal(twin(x), net(x)), f"model {name!r}: a rebuilt net with the same weights differs")

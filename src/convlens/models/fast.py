@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from convlens.models.contract import MODELS, ConvNet
+from convlens.models.contract import MODELS, ConvNet, require_pixels
 
 
 def conv_block(inputs: int, outputs: int, *, stride: int = 1, kernel_size: int = 3) -> list[nn.Module]:
@@ -60,6 +60,7 @@ class MediumNet(ConvNet):
             stem=nn.Sequential(nn.Conv2d(channels, 24, 2, bias=False), nn.BatchNorm2d(24), nn.ReLU())
         )
         inputs, side = 24, min(height, width) - 1
+        require_pixels("medium", side, side)
         for number, outputs in enumerate((filters, 2 * filters, 2 * filters), start=1):
             first = conv_block(inputs, outputs)
             if side >= 2:

@@ -34,8 +34,9 @@ def summarise(net: nn.Module, channels: int, height: int, width: int) -> list[La
     def record(name: str, module: nn.Module, output: Tensor) -> None:
         nonlocal field, jump, whole
         if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
-            kernel, stride = (v[0] if isinstance(v, tuple) else v for v in (module.kernel_size, module.stride))
-            field += (int(kernel) - 1) * jump
+            sizes = (module.kernel_size, module.stride, getattr(module, "dilation", 1))
+            kernel, stride, dilation = (v[0] if isinstance(v, tuple) else v for v in sizes)
+            field += int(dilation) * (int(kernel) - 1) * jump
             jump *= int(stride)
         elif isinstance(module, (nn.Linear, nn.Flatten, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)):
             whole = True

@@ -101,6 +101,8 @@ def load_bundle(folder: Path) -> Bundle:
         net.load_state_dict(load_tensors(content))
         preprocess = Preprocess.from_json(config["preprocess"])
         classes = tuple(str(name) for name in config["classes"])
+        if len(classes) != model["arguments"]["classes"]:
+            raise ValueError(f"{len(classes)} class names for {model['arguments']['classes']} outputs")
         return Bundle(net.eval(), model, classes, preprocess, config["trained"])
     except FileNotFoundError as error:
         raise ConvlensError(f"{error.filename} is missing") from None
@@ -128,6 +130,8 @@ def find_bundle(source: str | Path) -> Path:
     if (path / WEIGHTS).is_file() and (path / CONFIG).is_file():
         return path
     run = RunFolder(path)
+    if (path / CARD).is_file() and run.config.is_file():
+        return path  # a bundle that has lost its weights: reading it says so
     if run.config.is_file():
         if not (run.model / CONFIG).is_file():
             raise UsageError(f"the training of {path} is not finished: go on with `convlens train --resume {path}`")

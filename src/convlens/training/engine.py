@@ -99,6 +99,8 @@ def fit(
                     break
         state.seconds += time.perf_counter() - started
         tally.check(state, recipe)
+        if not all(bool(value.isfinite().all()) for value in net.state_dict().values()):
+            raise diverged("a weight", state, recipe)
         tally.store_into(state)
         if state.step < epoch * len(batches) + end:  # stopped before the epoch's end
             if store is not None:
@@ -112,6 +114,8 @@ def fit(
                 if split is not None:
                     cast = autocast(precision, device)
                     scores[name] = evaluate(net, split, normalise, batch_size=recipe.batch_size, autocast=cast)
+            if not all(math.isfinite(score.loss) for score in scores.values()):
+                raise diverged("the loss", state, recipe)
             record = make_record(epoch + 1, state, lr, scores)
             # chosen by validation alone; the test split is never looked at here
             if "val" in scores and is_best(record, state):
@@ -157,10 +161,15 @@ class Tally:
     def check(self, state: TrainState, recipe: Recipe) -> None:
         """Raise Diverged if the loss is not a number any more."""
         if not math.isfinite(self._sums[0].item()):
-            raise Diverged(
-                f"the loss is not a number any more (at step {state.step}); try a lower --lr (now {recipe.lr:g}), "
-                "a longer --warmup, or --clip-norm 1"
-            )
+            raise diverged("the loss", state, recipe)
+
+
+def diverged(what: str, state: TrainState, recipe: Recipe) -> Diverged:
+    """Return the error that says what is not a number, and what to try."""
+    return Diverged(
+        f"{what} is not a number any more (at step {state.step}); try a lower --lr (now {recipe.lr:g}), "
+        "a longer --warmup, or --clip-norm 1"
+    )
 
 
 def make_record(epoch: int, state: TrainState, lr: float, scores: dict[str, Scores]) -> EpochRecord:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import types
 import typing
 from collections.abc import Mapping
@@ -10,6 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from convlens.errors import UnknownName, UsageError
+
+# the fields that are options of the net
+MODEL_OPTIONS = ("filters", "kernel_size", "pool", "output_relu")
 
 
 def option(default: Any, text: str, *, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
@@ -110,7 +114,7 @@ class Recipe:
 
     def model_options(self) -> dict[str, Any]:
         """Return the options of the net that this recipe sets."""
-        options = {name: getattr(self, name) for name in ("filters", "kernel_size", "pool", "output_relu")}
+        options = {name: getattr(self, name) for name in MODEL_OPTIONS}
         return {name: value for name, value in options.items() if value is not None}
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -139,6 +143,8 @@ def check_value(item: dataclasses.Field[Any], value: Any) -> Any:
     kind, optional = plain_type(item.name)
     if value is None and optional:
         return None
+    if isinstance(value, numbers.Number) and hasattr(value, "item"):
+        value = value.item()  # NumPy's numbers
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -146,7 +152,11 @@ def check_value(item: dataclasses.Field[Any], value: Any) -> Any:
     choices, low = item.metadata["choices"], item.metadata["low"]
     if choices and value not in choices:
         raise UnknownName(f"value of {flag(item.name)}", str(value), choices)
-    if low is not None and not low <= typing.cast(float, value) < float("inf"):
+    if value == float("inf"):
+        raise UsageError(f"{flag(item.name)} is {value}; it must be finite")
+    if item.name == "seed" and typing.cast(int, value) >= 2**63:
+        raise UsageError(f"--seed is {value}; it must be below 2**63")
+    if low is not None and not typing.cast(float, value) >= low:
         raise UsageError(f"{flag(item.name)} is {value}; it must be at least {low}")
     return value
 
