@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test lint shipped clean
+.PHONY: help setup demo test results clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,8 +26,10 @@ test: setup ## lint, types, layers, tests: what CI runs
 	$(BIN)/lint-imports
 	$(BIN)/pytest
 
-shipped: setup ## train the shipped models again (about 15 minutes; needs the data sets)
-	$(BIN)/python benchmarks/ship.py
+results: setup ## train every run of docs/results.md, write its tables, ship the models (hours; needs the data)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/results.py runs
+	$(BIN)/python benchmarks/results.py table
+	$(BIN)/python benchmarks/results.py ship
 
 clean: ## remove the environment and caches
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache src/*.egg-info
