@@ -166,7 +166,8 @@ def draw_filters(path: Path, weight: Tensor, count: int = 64) -> None:
     kernels = weight[:count].numpy()
     columns = 8
     rows = math.ceil(len(kernels) / columns)
-    figure = new_figure(9, rows * 1.05 + 0.5)
+    figure = new_figure(9, rows * 1.1 + 0.5)
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # type: ignore[union-attr,call-arg]
     title(
         figure,
         f"The {len(weight)} filters of the first convolution" + (f" ({count} shown)" if len(weight) > count else ""),

@@ -12,7 +12,7 @@ from convlens.runfolder import RunFolder, read_json, write_text
 PLOTS = {
     "confusion.png": "Each row is a true class, each column what the net said; the diagonal is right.",
     "mistakes.png": "What it said, how sure it was, and what the picture is.",
-    "curves.png": "Loss and accuracy over the epochs.",
+    "curves.png": "Loss and accuracy over the epochs; in training they are those of the augmented images, as they pass.",
     "filters.png": "What the first layer looks for.",
     "samples.png": "Images of the training split with their classes.",
     "augmented.png": "The same images after the random changes of the recipe.",
