@@ -616,3 +616,11 @@ def test_the_published_sets(name: str, train: list[int], test: list[int], ninth:
         assert torch.bincount(dataset.train.labels).tolist() == [6000] * 10
     else:
         assert torch.bincount(dataset.test.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+
+
+def test_a_pair_of_map_style_datasets_is_train_and_test() -> None:
+    train = [(Image.new("L", (6, 6), 40 * (i % 2)), i % 2) for i in range(8)]
+    test = [(Image.new("L", (6, 6), 200), 1) for _ in range(3)]
+    dataset = load_dataset((train, test))
+    assert (len(dataset.train), len(dataset.test), dataset.shape) == (8, 3, (1, 6, 6))
+    assert dataset.test.images.min() == 200

@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -413,3 +414,79 @@ def test_a_model_of_a_newer_version(shell: Shell, digits_run: Path, tmp_path: Pa
 
 def test_image_size_is_for_folders(shell: Shell) -> None:
     shell.fails("train", "digits", "--image-size", "32", code=2, says="--image-size is for folders")
+
+
+def test_a_folder_that_changed_is_not_judged_by(shell: Shell, tmp_path: Path) -> None:
+    """One more file in an unsplit folder moves the test split: what was trained on could be in it."""
+    root = make_folder(tmp_path / "photos", {"dark": 10, "light": 10})
+    shell("train", root, *QUICK, "--out", "run")
+    assert shell("evaluate", "run")[0] == 0
+    assert len(list((tmp_path / "cache").rglob("images.npy"))) == 1  # decoded once for both
+    Image.new("RGB", (12, 12), "red").save(root / "dark" / "new.png")
+    shell.fails("evaluate", "run", code=2, says="have changed since the training")
+    assert shell("evaluate", "run", "--data", root)[0] == 0
+
+
+def test_strange_class_and_file_names(shell: Shell, tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "photos", {"a_$5_$b": 6, "\\frac": 6})
+    name = os.fsdecode(b"caf\xe9.png")  # not UTF-8, as old archives have them
+    Image.new("RGB", (12, 12), "red").save(root / "a_$5_$b" / name)
+    code, _, err = shell("train", root, *QUICK)
+    assert (code, err) == (0, "")
+    assert name.encode(errors="surrogateescape") in Path("runs/photos-1/split.csv").read_bytes()
+
+
+def test_four_images_are_enough_to_run(shell: Shell, tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "photos", {"dark": 2, "light": 2})
+    code, out, err = shell("train", root, *QUICK)
+    assert (code, err) == (0, "")
+    assert "2 train, 2 test images" in out
+
+
+def test_the_run_never_lies_in_the_data(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_folder(tmp_path / "photos", {"dark": 6, "light": 6})
+    monkeypatch.chdir(root)
+    shell.fails("train", ".", *QUICK, code=2, says="the run would be written into the data in .")
+    shell.fails("train", root, "--out", root / "x", code=2, says="choose a place outside with --out")
+    assert sorted(path.name for path in root.iterdir()) == ["dark", "light"]
+
+
+def test_data_info_replaces_no_file(shell: Shell) -> None:
+    Path("mine.png").write_text("precious")
+    shell.fails("data", "info", "digits", "--to", "mine.png", code=2, says="--to mine.png: that file exists")
+    shell.fails("data", "info", "digits", "--to", "mine.jpg", code=2, says="the name must end in .png")
+    assert Path("mine.png").read_text() == "precious"
+    for number in ("", "-2"):
+        _, out, _ = shell("data", "info", "digits")
+        assert out.splitlines()[-1] == f"samples digits-samples{number}.png"
+
+
+def test_what_nobody_foresaw_is_one_line_too(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    shell.fails("train", "a" * 300, code=1, says="File name too long")
+    Path("bad.json").write_text('{"recipe": 3}')
+    shell.fails("train", "digits", "--config", "bad.json", code=1, says="--debug shows where")
+    monkeypatch.setattr(cli, "expand", lambda _: 1 / 0)
+    shell.fails("predict", "mnist", "x.png", code=1, says="unexpected ZeroDivisionError: division by zero")
+    _, _, err = shell("predict", "mnist", "x.png", "--debug")
+    assert "Traceback" in err
+
+
+def test_a_reader_who_leaves_does_not_stop_the_training() -> None:
+    command = f"{sys.executable} -m convlens train digits {' '.join(QUICK)} --epochs 3 | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("data    digits")
+    assert done.stderr == ""
+    assert Path("runs/digits-1/report.html").exists()
+
+
+def test_plots_that_fail_lose_no_figure(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    from convlens.reporting import plots
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "draw_curves", lambda *_: 1 / 0)
+        shell.fails("train", "digits", *QUICK, code=1, says="ZeroDivisionError")
+    accuracy = json.loads(Path("runs/digits-1/test.json").read_text())["accuracy"]
+    code, out, _ = shell("train", "--resume", "runs/digits-1")
+    assert code == 0
+    assert f"test    accuracy {accuracy:.2%}" in out
+    assert Path("runs/digits-1/report.html").exists()

@@ -379,9 +379,11 @@ def test_patience(
     assert len(train(make_net(), make_dataset(), recipe, store=store)) == epochs
 
 
-def test_without_validation_patience_has_nothing_to_go_by() -> None:
-    recipe = make_recipe(epochs=4, patience=1, watch_test=True)
-    assert len(train(make_net(), make_dataset(validation=0), recipe)) == 4
+@pytest.mark.parametrize("choice", [{"patience": 1}, {"select": "best"}])
+def test_without_validation_there_is_nothing_to_choose_by(choice: dict[str, Any]) -> None:
+    recipe = make_recipe(watch_test=True, **choice)
+    with pytest.raises(UsageError, match="choose by validation images; set a --validation share above 0"):
+        train(make_net(), make_dataset(validation=0), recipe)
 
 
 @pytest.mark.parametrize("select", ["best", "last"])
@@ -471,34 +473,38 @@ def test_two_checkpoints_are_kept_and_no_scrap(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "store")
     for record in fit(make_net(), make_dataset(), make_recipe(epochs=4), store=store):
         files = sorted(path.name for path in (tmp_path / "store").iterdir())
-        assert files[0] == "latest.json"
-        assert len(files) <= 3
-        assert files[-1] == f"step-{5 * record.epoch:08d}.safetensors"
-    assert files == ["latest.json", "step-00000015.safetensors", "step-00000020.safetensors"]
+        assert files[-2:] == [f"step-{5 * record.epoch:08d}.{kind}" for kind in ("json", "safetensors")]
+        assert len(files) == 4
+    assert files[0] == "step-00000015.json"
 
 
 def test_no_checkpoint_yet(tmp_path: Path) -> None:
     assert CheckpointStore(tmp_path / "none").load() is None
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = CheckpointStore(tmp_path)
-    train(make_net(), make_dataset(), make_recipe(epochs=1), store=store)
-    path = tmp_path / "step-00000005.safetensors"
-    content = bytearray(path.read_bytes())
+    train(make_net(), make_dataset(), make_recipe(epochs=2, schedule="constant"), store=store)
+    newest, older = tmp_path / "step-00000010.safetensors", tmp_path / "step-00000005.safetensors"
+    content = bytearray(newest.read_bytes())
     content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ConvlensError) as caught:
-        train(make_net(), make_dataset(), make_recipe(epochs=2), store=store)
-    assert str(caught.value) == f"{path} is damaged: its SHA-256 is not the one that was written"
-    path.unlink()
-    with pytest.raises(ConvlensError, match=f"^the checkpoint {path} cannot be read: No such file"):
+    newest.write_bytes(content)
+    damage = f"{newest} is damaged: its SHA-256 is not the one that was written"
+    net, whole = make_net(), make_net()
+    records = train(net, make_dataset(), make_recipe(epochs=3, schedule="constant"), store=store)
+    assert capsys.readouterr().err == f"convlens: {damage}; going on from the checkpoint before it\n"
+    assert timeless(records) == timeless(train(whole, make_dataset(), make_recipe(epochs=3, schedule="constant")))
+    for path in (newest, tmp_path / "step-00000015.safetensors", older):
+        path.unlink(missing_ok=True)
+    with pytest.raises(ConvlensError, match=r"^the checkpoint .* cannot be read: No such file"):
         store.load()
 
 
 @pytest.mark.parametrize("content", ['{"format": 1}', '{"file": 3, "sha256": "", "state": []}', "[]", "{"])
 def test_a_damaged_manifest_is_named(content: str, tmp_path: Path) -> None:
-    (tmp_path / "latest.json").write_text(content)
+    (tmp_path / "step-00000005.json").write_text(content)
     with pytest.raises(ConvlensError, match=str(tmp_path)):
         CheckpointStore(tmp_path).load()
 

@@ -90,7 +90,7 @@ def test_every_file_of_the_layout_is_there(run: Run) -> None:
         "model.safetensors",
     ]
     assert {path.name for path in (run.path / "plots").iterdir()} == set(PLOTS)
-    assert (run.path / "checkpoint" / "latest.json").is_file()
+    assert sorted(path.suffix for path in (run.path / "checkpoint").iterdir()) == 2 * [".json"] + 2 * [".safetensors"]
     scrap = [path for path in run.path.rglob("*") if path.name.startswith(".")]
     assert scrap == []
 

@@ -312,7 +312,7 @@ def test_every_mirror_that_failed_is_named(cache: Path, site: Site) -> None:
     mirrors = [f"{site.address}/a/", f"{site.address}/b/", "http://127.0.0.1:1/"]
     with pytest.raises(ConvlensError) as caught:
         find_or_download("f", sha256(CONTENT), FOLDERS, mirrors)
-    tried = f"{mirrors[0]}: HTTPError; {mirrors[1]}: HTTPError; {mirrors[2]}: ConnectionError"
+    tried = f"{mirrors[0]}: HTTP 404; {mirrors[1]}: HTTP 404; {mirrors[2]}: ConnectionError"
     assert f"could not be downloaded ({tried});" in str(caught.value)
 
 

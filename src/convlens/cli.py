@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from convlens.console import (
     first_line,
     print_csv,
     print_table,
+    say,
 )
 from convlens.errors import ConvlensError, Interrupted, UsageError
 from convlens.training.recipe import FIELD_TYPES, Recipe, flag, plain_type
@@ -60,7 +62,7 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
 ) -> None:
     """Options of every verb."""
 
@@ -159,17 +161,21 @@ def run_experiment(experiment: Experiment) -> Run:
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for record in experiment.epochs(should_stop=lambda: stopping, show_progress=True):
-            print(describe_record(record), flush=True)
+            say(describe_record(record))
     except Interrupted as error:
         folder = experiment.folder.path
         raise Interrupted(f"{error}; saved. Go on with: convlens train --resume {folder}") from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    run = experiment.finish()
-    print(describe_test(run.test))
-    print(f"report  {run.report}")
-    print(f"predict with: convlens predict {run.path} IMAGE")
+    try:
+        run = experiment.finish()
+    except KeyboardInterrupt:
+        folder = experiment.folder.path
+        raise Interrupted(f"trained, but not tested; go on with: convlens train --resume {folder}") from None
+    say(describe_test(run.test))
+    say(f"report  {run.report}")
+    say(f"predict with: convlens predict {run.path} IMAGE")
     return run
 
 
@@ -270,7 +276,7 @@ def expand(images: list[str]) -> list[str]:
 
 @app.command()
 def models(
-    name: Annotated[str | None, typer.Argument(help="Show this net layer by layer.")] = None,
+    name: Annotated[str | None, typer.Argument(help="This net layer by layer, or this model's card.")] = None,
     channels: Annotated[int, typer.Option(min=0, help="Channels of the image; 0: the net's usual.")] = 0,
     size: Annotated[int, typer.Option(min=0, help="Side of the image in pixels; 0: the net's usual.")] = 0,
     classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 10,
@@ -299,9 +305,11 @@ def models(
             trained_rows.append((model, f"{trained['test']['accuracy']:.2%} on {trained['data']['name']}'s test split"))
         print_table(trained_rows, head=False)
         return
-    colour = name in ("cifar-lenet", "folder-cnn", "medium")
-    channels = channels or (3 if colour else 1)
-    side = size or (64 if name == "folder-cnn" else 32 if colour else 28)
+    if name not in MODELS and name in shipped_models():
+        print((shipped_models()[name] / "README.md").read_text(encoding="utf-8"))
+        return
+    usual = getattr(MODELS[name], "usual_shape", (1, 28, 28))
+    channels, side = channels or usual[0], size or usual[1]
     net = create_model(name, channels=channels, height=side, width=side, classes=classes)
     layers = summarise(net, channels, side, side)
     rows: list[Any] = [("layer", "kind", "output", "parameters", "MFLOPs", "sees")]
@@ -374,8 +382,11 @@ def data_info(
     import torch
 
     from convlens.data.catalog import load_dataset
+    from convlens.data.folder import image_sizes
     from convlens.reporting.plots import draw_images, pick_samples
 
+    if to is not None and (to.exists() or to.suffix.lower() != ".png"):
+        raise UsageError(f"--to {to}: " + ("that file exists" if to.exists() else "the name must end in .png"))
     dataset = load_dataset(data, image_size=image_size, allow_unreadable=allow_unreadable)
     channels, height, width = dataset.shape
     print(f"{dataset.name}: images {channels}x{height}x{width} (C x H x W), {len(dataset.classes)} classes")
@@ -390,7 +401,12 @@ def data_info(
     print_table(rows)
     for file in dataset.unreadable:
         print(f"unreadable: {file}")
-    target = to or Path(f"{dataset.name}-samples.png")
+    if Path(data).is_dir() and dataset.source == str(Path(data).resolve()):
+        sizes = ["{} x {}".format(*size) for size in image_sizes(data)]
+        print(
+            f"files are {sizes[0]} to {sizes[-1]} pixels (width x height), half of them over {sizes[len(sizes) // 2]}"
+        )
+    target = to or free_name(f"{dataset.name}-samples")
     train = dataset.train
     chosen = pick_samples(train.labels, len(dataset.classes))
     captions = [dataset.classes[label] for label in train.labels[chosen].tolist()]
@@ -398,9 +414,18 @@ def data_info(
     print(f"samples {target}")
 
 
-def fail(error: BaseException, message: str, code: int) -> NoReturn:
-    """Print one line on standard error and leave with ``code``; with --debug the traceback too."""
-    if "--debug" in sys.argv:
+def free_name(stem: str) -> Path:
+    """Return STEM.png, or the first of STEM-2.png, STEM-3.png, ... that does not exist."""
+    path, number = Path(f"{stem}.png"), 1
+    while path.exists():
+        number += 1
+        path = Path(f"{stem}-{number}.png")
+    return path
+
+
+def fail(error: BaseException, message: str, code: int, *, debug: bool) -> NoReturn:
+    """Print one line on standard error and leave with ``code``; with ``debug`` the traceback too."""
+    if debug:
         import traceback
 
         traceback.print_exception(error)
@@ -409,15 +434,23 @@ def fail(error: BaseException, message: str, code: int) -> NoReturn:
 
 
 def main() -> None:
-    """Run the command; every expected error becomes one line and its exit code."""
+    """Run the command; every error becomes one line and its exit code. ``--debug`` may stand anywhere."""
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(standalone_mode=False)
+        code = app(arguments, standalone_mode=False)
         raise SystemExit(code if isinstance(code, int) else 0)
     except ConvlensError as error:
-        fail(error, str(error), error.exit_code)
+        fail(error, str(error), error.exit_code, debug=debug)
     except ParseError as error:
-        fail(error, error.format_message(), 2)
+        fail(error, error.format_message(), 2, debug=debug)
     except (KeyboardInterrupt, typer.Abort) as error:
-        fail(error, "interrupted", 130)
-    except BrokenPipeError:
-        raise SystemExit(0) from None  # `convlens ... | head`
+        fail(error, "interrupted", 130, debug=debug)
+    except (OSError, MemoryError) as error:
+        fail(error, str(error) or "out of memory", 1, debug=debug)
+    except Exception as error:
+        what = str(error).split("\n", 1)[0]
+        fail(error, f"unexpected {type(error).__name__}: {what} (--debug shows where)", 1, debug=debug)

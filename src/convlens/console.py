@@ -6,6 +6,7 @@ import csv
 import inspect
 import json
 import math
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -24,30 +25,44 @@ class Format(StrEnum):
     csv = "csv"
 
 
+def say(line: str) -> None:
+    """Print a line at once; a reader who has gone away (``| head``) does not stop a training."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
+
+
 def describe_experiment(experiment: Experiment) -> None:
     """Print what is about to be trained, on what, where."""
+    from convlens.data.loader import count_batches
+    from convlens.runtime import choose_device, describe_machine
+
     recipe, dataset, config = experiment.recipe, experiment.dataset, experiment.config
     channels, height, width = dataset.shape
     counts = ", ".join(f"{len(split):,} {name}" for name, split in dataset.splits.items())
-    steps = math.ceil(len(dataset.train) / recipe.batch_size)
+    steps = count_batches(len(dataset.train), recipe.batch_size)
     tests = math.ceil(len(dataset.test) / recipe.batch_size)
     total = recipe.total_steps(steps)
     model, machine = config["model"], config["machine"]
-    print(f"data    {dataset.name}: {counts} images {channels}x{height}x{width}, {len(dataset.classes)} classes")
+    say(f"data    {dataset.name}: {counts} images {channels}x{height}x{width}, {len(dataset.classes)} classes")
     if dataset.source and Path(dataset.source).exists():
-        print(f"        {dataset.note}")
+        say(f"        {dataset.note}")
     if dataset.unreadable:
-        print(f"        {len(dataset.unreadable)} unreadable files skipped: {'; '.join(dataset.unreadable[:3])}")
-    print(f"net     {model['name']}: {model['parameters']:,} parameters")
+        say(f"        {len(dataset.unreadable)} unreadable files skipped: {'; '.join(dataset.unreadable[:3])}")
+    say(f"net     {model['name']}: {model['parameters']:,} parameters")
     if "init" in config:
-        print(f"        started from {config['init']['from']}: {config['init']['tensors']} tensors")
-    print(
+        say(f"        started from {config['init']['from']}: {config['init']['tensors']} tensors")
+    say(
         f"recipe  {recipe.name}: {math.ceil(total / steps)} epochs ({total:,} steps) of {steps} train batches of "
         f"{recipe.batch_size}, {tests} test batches"
     )
     threads = f"{machine['threads']} thread" + ("s" if machine["threads"] != 1 else "")
-    print(f"on      {machine['device_name']}, {threads}, {recipe.precision}")
-    print(f"run     {experiment.folder.path}", flush=True)
+    say(f"on      {machine['device_name']}, {threads}, {recipe.precision}")
+    now = describe_machine(choose_device(recipe.device))
+    if differing := [key for key, value in machine.items() if now.get(key) != value]:
+        say(f"        this run was started elsewhere (other {', '.join(differing)}): the last digits may differ")
+    say(f"run     {experiment.folder.path}")
 
 
 def describe_record(record: EpochRecord) -> str:

@@ -25,7 +25,7 @@ from convlens.reporting import plots
 from convlens.reporting.report import write_report
 from convlens.runfolder import RunFolder, read_json, write_csv, write_json
 from convlens.runtime import choose_device, describe_machine, use_threads
-from convlens.shipping.bundle import Bundle, find_bundle, load_bundle
+from convlens.shipping.bundle import Bundle, find_bundle, load_bundle, shipped_models
 from convlens.shipping.classifier import Classifier, Picture, Prediction
 from convlens.training.checkpoint import CheckpointStore, EpochRecord
 from convlens.training.engine import fit
@@ -110,6 +110,8 @@ class Experiment:
         ``recipe`` is a name, a Recipe, or None for the default of the data; ``overrides`` are recipe options.
         ``init`` names a run or model whose trained stages the net starts from, with a new head.
         """
+        if out is not None:
+            RunFolder.refuse_existing(out)
         if isinstance(recipe, str):
             recipe = get_recipe(recipe)
         start = load_bundle(find_bundle(init)) if init is not None else None
@@ -120,6 +122,7 @@ class Experiment:
         # the recipe's width of its own net is no option of another net that --model asks for
         unfit = set(settled.model_options()) - set(model_options(settled.model)) - set(overrides)
         settled = settled.override(**dict.fromkeys(unfit))
+        refuse_inside_data(out, data)
         device = choose_device(settled.device)
         threads = use_threads(settled.threads)
         # what was resolved is what is recorded: a resumed run computes as the first part did
@@ -144,11 +147,12 @@ class Experiment:
             "preprocess": preprocess.to_json(),
             "machine": describe_machine(device),
         }
-        if start is not None:
-            config["init"] = {"from": str(init), "tensors": adopt_weights(net, start)}
+        if init is not None and start is not None:
+            origin = str(init) if str(init) in shipped_models() else str(Path(init).resolve())
+            config["init"] = {"from": origin, "tensors": adopt_weights(net, start)}
         folder = RunFolder.create(out, dataset.name)
-        write_json(folder.config, config)
         write_split(folder, dataset)
+        write_json(folder.config, config)  # last: with it, the folder is a run that can be resumed
         return cls(folder, config, settled, dataset, preprocess, net)
 
     @classmethod
@@ -156,7 +160,7 @@ class Experiment:
         """Set up the unfinished training in a run folder to go on; UsageError if it is finished or data changed."""
         folder = RunFolder.open(path)
         config = folder.read_config()
-        if folder.test.exists():
+        if folder.report.exists():
             raise UsageError(f"the training of {path} is finished; nothing to resume")
         try:
             recipe = Recipe.from_json(config["recipe"])
@@ -177,7 +181,7 @@ class Experiment:
             raise UsageError(f"the data in {data['source']} have changed since {path} was started; train anew")
         torch.manual_seed(recipe.seed)  # the first weights again, should no checkpoint have been written yet
         net = create_model(model["name"], **model["arguments"])
-        if "init" in config:
+        if "init" in config and not any(folder.checkpoint.glob("*.json")):
             adopt_weights(net, load_bundle(find_bundle(config["init"]["from"])))
         dataset = loaded.with_validation(recipe.validation, recipe.seed)
         return cls(folder, config, recipe, dataset, preprocess, net)
@@ -212,7 +216,7 @@ class Experiment:
         seconds = records[-1]["seconds"] if records else 0.0
         trained = {
             "convlens": version("convlens"),
-            "command": self.config["command"],
+            "command": without_paths(self.config["command"], self.config["data"]),
             "recipe": self.config["recipe"],
             "data": without_path(self.config["data"]),
             "machine": self.config["machine"],
@@ -223,9 +227,9 @@ class Experiment:
         dataclasses.replace(bundle, trained=trained).save(folder.model)
         probabilities = logits.softmax(dim=1)
         write_predictions(folder, dataset, probabilities)
+        write_json(folder.test, test)
         self._draw(records, test, probabilities)
-        write_json(folder.test, test)  # last of the figures: its presence says that the training is finished
-        write_report(folder)
+        write_report(folder)  # last: its presence says that the training is finished
         return Run(folder.path)
 
     def _draw(self, records: list[dict[str, float | None]], test: dict[str, Any], probabilities: Tensor) -> None:
@@ -245,8 +249,8 @@ class Experiment:
         plots.draw_curves(folder / "curves.png", records)
         plots.draw_confusion(folder / "confusion.png", test["confusion_matrix"], classes)
         plots.draw_mistakes(folder / "mistakes.png", dataset.test.images, dataset.test.labels, probabilities, classes)
-        conv = next(module for module in self.net.modules() if isinstance(module, nn.Conv2d))
-        plots.draw_filters(folder / "filters.png", conv.weight.detach().cpu())
+        for conv in [module for module in self.net.modules() if isinstance(module, nn.Conv2d)][:1]:
+            plots.draw_filters(folder / "filters.png", conv.weight.detach().cpu())
 
 
 def train(
@@ -265,10 +269,17 @@ def train(
     of the data; ``overrides`` are recipe options, such as ``epochs=3, seed=1``. The run lies in ``out``, or the
     next free ``runs/<data>-<n>``. Raises UsageError and ConvlensError with one line that says what to do.
     """
-    experiment = Experiment.create(data, recipe, out=out, init=init, allow_unreadable=allow_unreadable, **overrides)
-    for _ in experiment.epochs(show_progress=show_progress):
-        pass
-    return experiment.finish()
+    threads = torch.get_num_threads()
+    try:
+        with torch.random.fork_rng():  # the caller's random numbers and threads stay as they are
+            experiment = Experiment.create(
+                data, recipe, out=out, init=init, allow_unreadable=allow_unreadable, **overrides
+            )
+            for _ in experiment.epochs(show_progress=show_progress):
+                pass
+            return experiment.finish()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def evaluate_run(source: str | Path, data: Any = None) -> dict[str, Any]:
@@ -276,11 +287,13 @@ def evaluate_run(source: str | Path, data: Any = None) -> dict[str, Any]:
 
     Returns the values that ``test.json`` has.
     """
+    bundle = find_bundle(source)
     classifier = Classifier.load(source)
     preprocess = classifier.preprocess
-    if data is None:
-        run = RunFolder(source)
-        recorded = read_json(run.config)["data"] if run.test.is_file() else classifier.bundle.trained["data"]
+    run = RunFolder(bundle.parent)
+    recorded = read_json(run.config)["data"] if run.test.is_file() else classifier.bundle.trained["data"]
+    own = data is None
+    if own:
         data = recorded["source"]
         if data is None:
             raise UsageError(f"{source} does not say where its data are; name them with --data")
@@ -292,6 +305,11 @@ def evaluate_run(source: str | Path, data: Any = None) -> dict[str, Any]:
     if dataset.shape != (preprocess.channels, preprocess.height, preprocess.width):
         expected = (preprocess.channels, preprocess.height, preprocess.width)
         raise UsageError(f"{named} has images of (C, H, W) {dataset.shape}, {source} takes {expected}")
+    if own and dataset.fingerprint() != recorded["fingerprint"]:
+        raise UsageError(
+            f"the data in {named} have changed since the training, so that test images may have been trained on; "
+            "put them back, or name other data with --data"
+        )
     return judge(classifier.logits(dataset.test.images), dataset.test.labels, dataset.classes)
 
 
@@ -332,6 +350,26 @@ def describe_data(dataset: Dataset, fingerprint: str) -> dict[str, Any]:
 def without_path(data: dict[str, Any]) -> dict[str, Any]:
     """Return what a bundle, which travels, says of its data: not where they lie on this machine."""
     return {**data, "source": data["source"] if data["source"] in DATASETS else None, "unreadable": []}
+
+
+def without_paths(command: str, data: dict[str, Any]) -> str:
+    """Return the command for a bundle, which travels: the data by name, absolute paths by their last part."""
+    words = []
+    for word in shlex.split(command):
+        path = Path(word)
+        if data["source"] not in (None, data["name"]) and not word.startswith("-") and path.exists():
+            word = data["name"] if path.resolve() == Path(data["source"]) else word
+        words.append(Path(word).name if Path(word).is_absolute() else word)
+    return shlex.join(words)
+
+
+def refuse_inside_data(out: str | Path | None, data: Any) -> None:
+    """Raise UsageError if the run folder would lie in the folder that is trained on: it is only ever read."""
+    if not isinstance(data, (str, Path)) or str(data) in DATASETS or not Path(data).is_dir():
+        return
+    target = Path(out) if out is not None else Path("runs")
+    if target.resolve().is_relative_to(Path(data).resolve()):
+        raise UsageError(f"the run would be written into the data in {data}; choose a place outside with --out")
 
 
 def recipe_of_model(bundle: Bundle) -> dict[str, Any]:

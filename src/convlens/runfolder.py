@@ -33,12 +33,9 @@ class RunFolder:
     def create(cls, out: str | Path | None, data_name: str, parent: str | Path = "runs") -> RunFolder:
         """Make a new folder: ``out``, or the next free ``runs/<data>-<n>``; an existing one is never reused."""
         if out is not None:
+            cls.refuse_existing(out)
             try:
                 Path(out).mkdir(parents=True)
-            except FileExistsError:
-                raise UsageError(
-                    f"{out} exists already; choose another --out, or continue it with --resume {out}"
-                ) from None
             except OSError as error:
                 raise ConvlensError(f"cannot make the run folder {out}: {error.strerror}") from None
             return cls(out)
@@ -58,6 +55,12 @@ class RunFolder:
                 raise ConvlensError(
                     f"cannot make the run folder {path}: {error.strerror}; choose a writable place with --out"
                 ) from None
+
+    @staticmethod
+    def refuse_existing(out: str | Path) -> None:
+        """Raise UsageError if there is something called ``out`` already."""
+        if os.path.lexists(out):
+            raise UsageError(f"{out} exists already; choose another --out, or continue it with --resume {out}")
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -110,7 +113,7 @@ def sync(path: Path) -> None:
     """Flush a file or folder to disk; folders cannot be flushed on Windows, where renaming is enough."""
     if path.is_dir() and os.name == "nt":
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes only what it may write
     try:
         os.fsync(descriptor)
     finally:
@@ -120,7 +123,7 @@ def sync(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -130,7 +133,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Write a header and rows as CSV, atomically; None becomes an empty cell."""
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with (
+        replacing(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(rows)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from convlens.data.dataset import SPLIT_SEED, TEST_FRACTION, Dataset, Split, check_classes
+from convlens.data.dataset import HELD_OUT, SPLIT_SEED, TEST_FRACTION, Dataset, Split, check_classes
 from convlens.data.fetch import (
     cache_folder,
     check_sha256,
@@ -144,7 +144,7 @@ def load_digits() -> Dataset:
     images = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
     everything = Split(images, torch.from_numpy(digits.target).long(), numbered(len(images)))
     train, test = everything.divide(TEST_FRACTION, SPLIT_SEED)
-    note = f"{TEST_FRACTION:.0%} of every class is the test split (seed {SPLIT_SEED})"
+    note = HELD_OUT
     return Dataset("digits", "digits", DIGITS, train, test, None, PictureStyle(ink_box=8), note)
 
 
@@ -210,9 +210,9 @@ def load_dataset(source: Any, *, image_size: int = 0, channels: int = 0, allow_u
 
     ``source`` is a name (``convlens data list``), the path of a folder of class folders or of a .npz file, arrays
     ``(x, y)`` or ``(x_train, y_train, x_test, y_test)``, any sized map-style dataset of (PIL image or array, int)
-    pairs, or a Dataset. ``image_size`` and ``channels`` say what a folder's images are brought to (0: as they
-    are, large photos 64x64). Raises UsageError for what is none of these, ConvlensError for files that are
-    missing, damaged or not the published ones.
+    pairs, a tuple of two such (train, test), or a Dataset. ``image_size`` and ``channels`` say what a folder's images
+    are brought to (0: as they are, large photos 64x64). Raises UsageError for what is none of these, ConvlensError
+    for files that are missing, damaged or not the published ones.
     """
     if isinstance(source, Dataset):
         return source
@@ -229,13 +229,26 @@ def load_dataset(source: Any, *, image_size: int = 0, channels: int = 0, allow_u
         if len(path.parts) > 1:
             raise UsageError(f"there is no folder {path}")
         raise UnknownName("data set or folder", str(source), DATASETS.names())
+    if isinstance(source, tuple) and len(source) == 2 and all(map(is_map_style, source)):
+        return from_map_style(*source, image_size=image_size, channels=channels)
     if isinstance(source, tuple):
         if len(source) not in (2, 4):
             raise UsageError(f"a tuple of {len(source)}: give (x, y) or (x_train, y_train, x_test, y_test)")
         return from_arrays(*source)
-    if not isinstance(source, Mapping) and hasattr(source, "__len__") and hasattr(source, "__getitem__"):
+    if is_map_style(source):
         return from_map_style(source, image_size=image_size, channels=channels)
     raise UsageError(f"cannot read data from a {type(source).__name__}; see convlens.load_dataset")
+
+
+def is_map_style(source: Any) -> bool:
+    """Say whether ``source`` looks like a sized map-style dataset, and not like an array."""
+    sized = hasattr(source, "__len__") and hasattr(source, "__getitem__")
+    return sized and not isinstance(source, (Mapping, tuple, np.ndarray, Tensor)) and not is_flat_list(source)
+
+
+def is_flat_list(source: Any) -> bool:
+    """Say whether ``source`` is a plain list of numbers or of rows: an array in waiting."""
+    return isinstance(source, list) and not all(isinstance(item, tuple) and len(item) == 2 for item in source)
 
 
 def from_arrays(
@@ -261,7 +274,7 @@ def from_arrays(
     if x_test is None:
         check_classes(name, labels, train, what="the arrays")
         train, test = train.divide(TEST_FRACTION, SPLIT_SEED)
-        note = f"{TEST_FRACTION:.0%} of every class is the test split (seed {SPLIT_SEED})"
+        note = HELD_OUT
     else:
         check_classes(name, labels, train)
         test = make_split(x_test, y_test, f"{name} (test)")
@@ -316,10 +329,32 @@ def load_npz(path: Path) -> Dataset:
     raise ConvlensError(f"{path} holds {', '.join(arrays) or 'nothing'}; it needs x and y, or x_train, y_train, ...")
 
 
-def from_map_style(dataset: Any, *, image_size: int = 0, channels: int = 0) -> Dataset:
-    """Return a sized map-style dataset of (PIL image or array, int) pairs as a Dataset, each item read once."""
-    images, labels = [], []
+def from_map_style(dataset: Any, test: Any = None, *, image_size: int = 0, channels: int = 0) -> Dataset:
+    """Return a sized map-style dataset of (PIL image or array, int) pairs, and perhaps its test part, as a Dataset.
+
+    Each item is read once. Images of several sizes are fitted to one, as those of a folder are.
+    """
     name = type(dataset).__name__.lower()
+    images, labels = read_pairs(dataset, name)
+    test_images, test_labels = read_pairs(test, f"{name} (test)") if test is not None else ([], [])
+    everything = images + test_images
+    side, planes = choose_form([(min(image.size), is_grey(image)) for image in everything], image_size, channels)
+    same = len({image.size for image in everything}) == 1 and not image_size
+    width, height = images[0].size if same else (side, side)
+
+    def pixels(pictures: list[Image.Image]) -> Any:
+        return torch.stack([image_to_tensor(fit_photo(to_mode(p, planes), height, width)) for p in pictures]).numpy()
+
+    classes = [str(c) for c in getattr(dataset, "classes", ())]
+    arrays = [pixels(images), np.array(labels)]
+    if test is not None:
+        arrays += [pixels(test_images), np.array(test_labels)]
+    return from_arrays(*arrays, classes=classes, name=name)
+
+
+def read_pairs(dataset: Any, name: str) -> tuple[list[Image.Image], list[int]]:
+    """Return the images and labels of a map-style dataset; UsageError says what is wrong with it."""
+    images, labels = [], []
     for i in track(range(len(dataset)), "reading the dataset", len(dataset)):
         item = dataset[i]
         try:
@@ -330,15 +365,7 @@ def from_map_style(dataset: Any, *, image_size: int = 0, channels: int = 0) -> D
         images.append(image if isinstance(image, Image.Image) else array_to_image(image))
     if not images:
         raise UsageError(f"{name}: there is no image")
-    headers = [(min(image.size), is_grey(image)) for image in images]
-    side, planes = choose_form(headers, image_size, channels)
-    same = len({image.size for image in images}) == 1 and not image_size
-    width, height = images[0].size if same else (side, side)
-    tensors: list[Tensor] = []
-    for image in images:
-        tensors.append(image_to_tensor(fit_photo(to_mode(image, planes), height, width)))
-    classes = [str(c) for c in getattr(dataset, "classes", ())]
-    return from_arrays(torch.stack(tensors).numpy(), np.array(labels), classes=classes, name=name)
+    return images, labels
 
 
 def whereabouts(name: str) -> str:

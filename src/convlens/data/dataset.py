@@ -16,6 +16,7 @@ from convlens.runtime import derive_seed
 # Unsplit data is divided once, by this seed, whatever the seed of the run: every run is judged on one test split.
 SPLIT_SEED = 0
 TEST_FRACTION = 0.2
+HELD_OUT = f"{TEST_FRACTION:.0%} of every class is the test split (seed {SPLIT_SEED})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +90,7 @@ class Dataset:
         if self.validation is not None or fraction == 0:
             return self
         train, validation = self.train.divide(fraction, seed)
-        return replace(self, train=train, validation=validation)
+        return replace(self, train=train, validation=validation) if len(validation) else self
 
 
 def check_classes(name: str, classes: Sequence[str], train: Split, what: str = "the training split") -> None:

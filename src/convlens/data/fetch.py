@@ -99,8 +99,10 @@ def download(address: str, target: Path) -> None:
     with Meter(f"downloading {address.rsplit('/', 1)[-1]}", 1, patience=0.5) as meter:
         try:
             pooch.HTTPDownloader(progressbar=PoochBar(meter), timeout=30)(address, str(target), None)
-        except OSError as error:  # requests' errors are OSErrors
-            raise ConvlensError(f"{type(error).__name__}") from None
+        except OSError as error:  # requests' errors are OSErrors; those of a server bring its answer
+            answer = getattr(error, "response", None)
+            reason = f"HTTP {answer.status_code}" if answer is not None else error.strerror
+            raise ConvlensError(reason or type(error).__name__) from None
 
 
 class PoochBar:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from convlens.data.dataset import SPLIT_SEED, TEST_FRACTION, Dataset, Split, check_classes
+from convlens.data.dataset import HELD_OUT, SPLIT_SEED, TEST_FRACTION, Dataset, Split, check_classes
 from convlens.data.fetch import cache_folder
 from convlens.data.preprocess import (
     FORMATS,
@@ -31,6 +32,7 @@ from convlens.data.preprocess import (
 )
 from convlens.errors import ConvlensError, UsageError
 from convlens.progress import track
+from convlens.runfolder import sync, write_text
 from convlens.runtime import available_cores
 
 SPLIT_NAMES = {
@@ -99,6 +101,15 @@ def inspect(path: Path) -> tuple[int, bool] | None:
         return None
 
 
+def image_sizes(root: str | Path) -> list[tuple[int, int]]:
+    """Return (width, height) of every image file of a folder, from the headers, smallest area first."""
+    sizes = []
+    for entry in scan(Path(root)):
+        with contextlib.suppress(Exception), Image.open(Path(root) / entry.path, formats=FORMATS) as image:
+            sizes.append(image.size)
+    return sorted(sizes, key=lambda size: size[0] * size[1])
+
+
 def decode(root: Path, name: str, channels: int, side: int) -> Tensor | str:
     """Return an image file as uint8 (C, side, side), or why it cannot be read, naming it as in the folder."""
     path = root / name
@@ -124,11 +135,11 @@ def load_folder(root: str | Path, *, image_size: int = 0, channels: int = 0, all
         hashes = list(track(pool.map(hash_file, paths), "reading files", len(paths)))
         key = hashlib.sha256(repr((CACHE_VERSION, entries, hashes)).encode()).hexdigest()
         cache = cache_folder() / "folders" / key[:32]
-        folder = cache / f"{image_size}-{channels}"
+        side, planes = settle_form(cache, image_size, channels, lambda: pool.map(inspect, paths))
+        folder = cache / f"{side}-{planes}"
         if cached := read_cache(folder):
             images, unreadable = cached
         else:
-            side, planes = choose_form(list(pool.map(inspect, paths)), image_size, channels)
             work = pool.map(lambda entry: decode(root, entry.path, planes, side), entries)
             decoded = list(track(work, "decoding images", len(paths)))
             pixels = [d for d in decoded if isinstance(d, Tensor)]
@@ -142,6 +153,23 @@ def load_folder(root: str | Path, *, image_size: int = 0, channels: int = 0, all
         if entry.label not in classes:
             raise UsageError(f"{root}: class {entry.label!r} is in {entry.split} but not in train")
     return make_dataset(root, kept, images, classes, tuple(unreadable.values()))
+
+
+def settle_form(
+    cache: Path, image_size: int, channels: int, inspect_all: Callable[[], Iterable[tuple[int, bool] | None]]
+) -> tuple[int, int]:
+    """Return the (side, channels) that are asked for, or else fit the files, remembered from the first time."""
+    if image_size and channels:
+        return image_size, channels
+    remembered = cache / f"form-{image_size}-{channels}.json"
+    try:
+        side, planes = json.loads(remembered.read_text(encoding="utf-8"))
+        return int(side), int(planes)
+    except (OSError, ValueError, TypeError):
+        form = choose_form(list(inspect_all()), image_size, channels)
+        with contextlib.suppress(ConvlensError):  # a cache that cannot be written is done without
+            write_text(remembered, json.dumps(form))
+        return form
 
 
 def choose_form(headers: Sequence[tuple[int, bool] | None], image_size: int, channels: int) -> tuple[int, int]:
@@ -186,7 +214,7 @@ def make_dataset(
     if any(entry.split == "all" for entry in entries):
         check_classes(name, classes, everything, what="the folder")
         train, test = everything.divide(TEST_FRACTION, SPLIT_SEED)
-        note = f"the folder is not split: {TEST_FRACTION:.0%} of every class is the test split (seed {SPLIT_SEED})"
+        note = f"the folder is not split: {HELD_OUT}"
     else:
         train = train or everything.take(torch.empty(0, dtype=torch.int64))  # every file was unreadable
         check_classes(name, classes, train)
@@ -196,7 +224,7 @@ def make_dataset(
             note = "no test folder: the validation folder is the test split, and nothing is chosen by it"
         elif test is None:
             train, test = train.divide(TEST_FRACTION, SPLIT_SEED)
-            note = f"no test folder: {TEST_FRACTION:.0%} of every class is the test split (seed {SPLIT_SEED})"
+            note = f"no test folder: {HELD_OUT}"
     return Dataset(root.name, str(root), classes, train, test, validation, PictureStyle(), note, unreadable)
 
 
@@ -222,7 +250,10 @@ def write_cache(folder: Path, images: Tensor, unreadable: dict[int, str]) -> Ten
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
         np.save(temporary / "images.npy", images.numpy())
         (temporary / "unreadable.json").write_text(json.dumps(unreadable), encoding="utf-8")
+        for path in (temporary / "images.npy", temporary / "unreadable.json", temporary):
+            sync(path)
         temporary.rename(folder)
+        sync(folder.parent)
     except OSError:  # another process was first, or there is no room: what is in memory serves as well
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -14,6 +14,15 @@ from convlens.runtime import derive_seed
 Augment = Callable[[Tensor, Tensor, Generator], tuple[Tensor, Tensor]]
 
 
+def count_batches(images: int, batch_size: int) -> int:
+    """Return the number of batches in an epoch; the last may be smaller, but a lone last image joins the one before.
+
+    BatchNorm cannot learn from a single value.
+    """
+    whole, left = divmod(images, batch_size)
+    return max(whole + (left > 1), 1)
+
+
 class Batches:
     """Shuffled, normalised, augmented batches; the images are moved to the device once."""
 
@@ -35,12 +44,8 @@ class Batches:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def __len__(self) -> int:
-        """The number of batches in an epoch; the last may be smaller, but a lone last image joins the one before.
-
-        BatchNorm cannot learn from a single value.
-        """
-        whole, left = divmod(len(self._labels), self._batch_size)
-        return max(whole + (left > 1), 1)
+        """The number of batches in an epoch."""
+        return count_batches(len(self._labels), self._batch_size)
 
     def __call__(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """Return batch ``index`` of ``epoch``: float images (N, C, H, W), labels (N,) or probabilities (N, K).

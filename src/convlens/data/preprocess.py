@@ -205,16 +205,19 @@ def estimate_paper(values: NDArray[np.float32]) -> NDArray[np.float32]:
     Fitted twice by least squares, the second time without what stands out, such as ink that runs over the edge.
     """
     height, width = values.shape
-    y, x = np.mgrid[0:height, 0:width]
-    border = (y == 0) | (y == height - 1) | (x == 0) | (x == width - 1)
-    terms = np.stack([np.ones_like(values), y / height, x / width], axis=-1)  # (H, W, 3)
-    rows, seen = terms[border], values[border]
+    y, x = np.arange(height, dtype=np.float32) / height, np.arange(width, dtype=np.float32) / width
+    # the border, one row a pixel: brightness, y, x
+    edges = [(values[0], 0 * x, x), (values[-1], 0 * x + y[-1], x), (values[:, 0], y, 0 * y)]
+    edges.append((values[:, -1], y, 0 * y + x[-1]))
+    seen, rows, columns = (np.concatenate(parts) for parts in zip(*edges, strict=True))
+    terms = np.stack([np.ones_like(seen), rows, columns], axis=1)
     kept = np.abs(seen - np.median(seen)) < 96
     for _ in range(2):
-        plane, *_ = np.linalg.lstsq(rows[kept], seen[kept], rcond=None)
-        distance = np.abs(seen - rows @ plane)
+        plane, *_ = np.linalg.lstsq(terms[kept], seen[kept], rcond=None)
+        distance = np.abs(seen - terms @ plane)
         kept = distance <= max(3 * float(np.median(distance)), 4.0)
-    return (terms @ plane).astype(np.float32)  # type: ignore[no-any-return]
+    level, down, right = plane
+    return (level + down * y[:, None] + right * x[None, :]).astype(np.float32)  # type: ignore[no-any-return]
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:

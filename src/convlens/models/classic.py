@@ -52,6 +52,8 @@ class FolderCNN(ConvNet):
     of prediction, so the net itself returns logits.
     """
 
+    usual_shape = (3, 64, 64)
+
     def __init__(self, channels: int, height: int, width: int, classes: int, kernel_size: int = 3):
         super().__init__()
         pad = kernel_size // 2
@@ -77,6 +79,8 @@ class CifarLeNet(ConvNet):
     The document draws a ReLU behind the last layer too, which cuts every negative logit to zero;
     ``output_relu=False`` leaves it out. 65,886 parameters on 32x32 colour images.
     """
+
+    usual_shape = (3, 32, 32)
 
     def __init__(
         self,

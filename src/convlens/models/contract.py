@@ -24,6 +24,8 @@ class ConvNet(nn.Module):
     head: nn.Module
     # True if the outputs are log-probabilities (the head ends in log-softmax): what the NLL loss needs
     log_probabilities = False
+    # (C, H, W) of the images that the net is usually shown with
+    usual_shape = (1, 28, 28)
 
     def features(self, x: Tensor) -> Tensor:
         """Return the last spatial map, float (N, C', H', W'), of normalised images, float (N, C, H, W)."""

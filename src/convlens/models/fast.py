@@ -54,6 +54,8 @@ class MediumNet(ConvNet):
     follows K. Jordan's "94% on CIFAR-10 in 3.29 seconds" (2024), with ordinary BatchNorm and initialisation.
     """
 
+    usual_shape = (3, 32, 32)
+
     def __init__(self, channels: int, height: int, width: int, classes: int, filters: int = 64):
         super().__init__()
         stages: OrderedDict[str, nn.Module] = OrderedDict(

@@ -41,7 +41,7 @@ def save(figure: Figure, path: Path) -> None:
 
 def title(figure: Figure, text: str) -> None:
     """Put a title above a figure, at its left."""
-    figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK, parse_math=False)
 
 
 def quiet_axes(axes: Axes) -> None:
@@ -80,7 +80,7 @@ def draw_images(path: Path, images: Tensor, captions: Sequence[str], heading: st
         axes.set_axis_off()
     for axes, image, caption in zip(grid.flat, images.cpu().numpy(), captions, strict=False):
         show_image(axes, image)
-        axes.set_title(shorten(caption, 12), fontsize=8, color=INK, pad=3)
+        axes.set_title(shorten(caption, 12), fontsize=8, color=INK, pad=3, parse_math=False)
     save(figure, path)
 
 
@@ -128,8 +128,8 @@ def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequenc
                 axes.text(j, i, f"{int(counts[i, j])}", ha="center", va="center", fontsize=7, color=colour)
     names = [shorten(name, 14) for name in classes]
     size = 8 if k <= 30 else 5
-    axes.set_xticks(range(k), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
-    axes.set_yticks(range(k), names, fontsize=size)
+    axes.set_xticks(range(k), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size, parse_math=False)
+    axes.set_yticks(range(k), names, fontsize=size, parse_math=False)
     axes.tick_params(length=0, colors=INK)
     axes.set_xlabel("prediction", fontsize=9, color=QUIET)
     axes.set_ylabel("true class", fontsize=9, color=QUIET)
@@ -157,7 +157,7 @@ def draw_mistakes(
     for axes, row in zip(grid.flat, wrong.tolist(), strict=False):
         show_image(axes, images[row].cpu().numpy())
         truth, guess = shorten(classes[int(labels[row])], 11), shorten(classes[int(guesses[row])], 11)
-        axes.set_title(f"{guess} {values[row]:.0%}\nis {truth}", fontsize=9, color=INK, pad=3)
+        axes.set_title(f"{guess} {values[row]:.0%}\nis {truth}", fontsize=9, color=INK, pad=3, parse_math=False)
     save(figure, path)
 
 

@@ -8,11 +8,12 @@ from importlib import resources
 from typing import Any
 
 from convlens.runfolder import RunFolder, read_json, write_text
+from convlens.shipping.bundle import UNSEEN, WATCHED
 
 PLOTS = {
     "confusion.png": "Each row is a true class, each column what the net said; the diagonal is right.",
     "mistakes.png": "What it said, how sure it was, and what the picture is.",
-    "curves.png": "Loss and accuracy over the epochs; in training they are those of the augmented images, as they pass.",
+    "curves.png": "Loss and accuracy over the epochs; in training, of the augmented images as they pass.",
     "filters.png": "What the first layer looks for.",
     "samples.png": "Images of the training split with their classes.",
     "augmented.png": "The same images after the random changes of the recipe.",
@@ -61,8 +62,8 @@ def write_report(folder: RunFolder) -> None:
 <section class=wide><details><summary>Epochs</summary>{epoch_table(metrics)}</details></section>
 <section class=wide><details><summary>Recipe and machine</summary>
 {pairs_table({**recipe, **machine})}</details></section>
-<p class=quiet>The test split was measured once, after training; nothing was chosen by it. The interval is that of the
-test sample; another seed gives another net.</p>
+<p class=quiet>{WATCHED if recipe["watch_test"] else UNSEEN} The interval is that of the test sample; another seed gives
+another net.</p>
 </main></body></html>
 """
     write_text(folder.report, page)

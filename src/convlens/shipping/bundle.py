@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
-from torch import nn
+from torch import Tensor, nn
 
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UnknownName, UsageError
@@ -20,6 +20,9 @@ from convlens.models import create_model
 from convlens.runfolder import RunFolder, read_json, replacing, write_json, write_text
 
 FORMAT = 1
+# how the test split was used: said on the model card and in the report
+UNSEEN = "The test split was measured once, after training; nothing was chosen by it."
+WATCHED = "The test split was measured after every epoch, for the curves; nothing was chosen by it."
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 
@@ -39,9 +42,7 @@ class Bundle:
 
     def save(self, folder: Path) -> None:
         """Write weights (safetensors), ``config.json`` and the model card; the config comes last."""
-        content = dump_tensors({k: v.detach().cpu().contiguous() for k, v in self.net.state_dict().items()})
-        with replacing(folder / WEIGHTS) as temporary:
-            temporary.write_bytes(content)
+        sha256 = write_tensors(folder / WEIGHTS, self.net.state_dict())
         write_text(folder / CARD, self.card())
         config = {
             "format": FORMAT,
@@ -49,7 +50,7 @@ class Bundle:
             "classes": list(self.classes),
             "preprocess": self.preprocess.to_json(),
             "trained": dict(self.trained),
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "sha256": sha256,
         }
         write_json(folder / CONFIG, config)
 
@@ -75,12 +76,21 @@ A small convolutional image classifier, trained by convlens {about["convlens"]}.
 | command | `{about["command"]}` |
 | training | {about["seconds"]:.0f} s on {machine["device_name"]}, {machine["threads"]} threads |
 
-The interval is that of the test sample alone; another seed gives another net. The net answers one of its classes for
+{WATCHED if about["recipe"].get("watch_test") else UNSEEN} The interval is that of the test sample
+alone; another seed gives another net. The net answers one of its classes for
 every picture, also for one that shows none of them, and its probabilities are not calibrated. It knows only pictures
 like those it was trained on.
 
 Use: `convlens predict FOLDER picture.png`, or in Python `convlens.Classifier.load("FOLDER").predict("picture.png")`.
 """
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors as a safetensors file, atomically; return the SHA-256 of its content."""
+    content = dump_tensors({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def load_bundle(folder: Path) -> Bundle:

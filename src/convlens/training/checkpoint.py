@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
 from convlens.errors import ConvlensError
-from convlens.runfolder import read_json, replacing, write_json
+from convlens.runfolder import read_json, write_json
+from convlens.shipping.bundle import write_tensors
 from convlens.training.optim import WeightAverage
 
 KEPT = 2
@@ -54,42 +55,60 @@ class TrainState:
 class CheckpointStore:
     """A folder of checkpoints, the last two of them kept.
 
-    Each is one safetensors file, named after its step; ``latest.json`` holds the small state and names the file
-    with its SHA-256, and is replaced last. Whatever moment the power fails at, it names a whole file.
+    Each is a safetensors file named after its step, and a JSON file of the same name with the small state and the
+    SHA-256 of the tensors, which is written last: without it the tensors do not count. Whatever moment the power
+    fails at, a whole checkpoint is there.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.manifest = folder / "latest.json"
 
     def save(self, state: TrainState, tensors: Mapping[str, Tensor]) -> None:
-        """Write a checkpoint; ConvlensError leaves the last one as it was."""
-        content = dump_tensors({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+        """Write a checkpoint; ConvlensError leaves the older ones as they were."""
         path = self.folder / f"step-{state.step:08d}.safetensors"
-        with replacing(path) as temporary:
-            temporary.write_bytes(content)
-        values = {"format": 1, "file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
-        write_json(self.manifest, {**values, "state": asdict(state)})
-        for old in sorted(self.folder.glob("step-*.safetensors"))[:-KEPT]:
+        sha256 = write_tensors(path, tensors)
+        write_json(path.with_suffix(".json"), {"format": 1, "sha256": sha256, "state": asdict(state)})
+        others = [old for old in self._manifests() if old.stem != path.stem]
+        for old in others[KEPT - 1 :]:
             old.unlink(missing_ok=True)
+            old.with_suffix(".safetensors").unlink(missing_ok=True)
 
     def load(self) -> tuple[TrainState, dict[str, Tensor]] | None:
-        """Return the last checkpoint, None if there is none yet; ConvlensError if it is damaged."""
-        if not self.manifest.exists():
-            return None
-        manifest = read_json(self.manifest)
-        try:
-            path = self.folder / Path(str(manifest["file"])).name
-            content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
-                raise ConvlensError(f"{path} is damaged: its SHA-256 is not the one that was written")
-            values = dict(manifest["state"])
-            values["records"] = [EpochRecord(**record) for record in values["records"]]
-            return TrainState(**values), load_tensors(content)
-        except OSError as error:
-            raise ConvlensError(f"the checkpoint {path} cannot be read: {error.strerror}") from None
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise ConvlensError(f"the checkpoint in {self.folder} is damaged: {error}") from None
+        """Return the newest whole checkpoint, None if there is none yet.
+
+        One that is damaged is announced on standard error and the one before it taken; ConvlensError if all are.
+        """
+        damage: ConvlensError | None = None
+        for manifest in self._manifests():
+            try:
+                return read_checkpoint(manifest)
+            except ConvlensError as error:
+                damage = error
+                print(f"convlens: {error}; going on from the checkpoint before it", file=sys.stderr)
+        if damage is not None:
+            raise damage
+        return None
+
+    def _manifests(self) -> list[Path]:
+        """Return the JSON files of the checkpoints, newest first."""
+        return sorted(self.folder.glob("step-*.json"), reverse=True)
+
+
+def read_checkpoint(manifest: Path) -> tuple[TrainState, dict[str, Tensor]]:
+    """Return one checkpoint's state and tensors; ConvlensError names the file if it is damaged or missing."""
+    path = manifest.with_suffix(".safetensors")
+    values = read_json(manifest)
+    try:
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != values["sha256"]:
+            raise ConvlensError(f"{path} is damaged: its SHA-256 is not the one that was written")
+        state = dict(values["state"])
+        state["records"] = [EpochRecord(**record) for record in state["records"]]
+        return TrainState(**state), load_tensors(content)
+    except OSError as error:
+        raise ConvlensError(f"the checkpoint {path} cannot be read: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ConvlensError(f"the checkpoint {manifest} is damaged: {error}") from None
 
 
 def pack(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from convlens.data.dataset import Dataset
 from convlens.data.loader import Batches
 from convlens.data.preprocess import Preprocess
-from convlens.errors import Diverged, Interrupted
+from convlens.errors import Diverged, Interrupted, UsageError
 from convlens.evaluation.metrics import Scores, evaluate
 from convlens.progress import Meter
 from convlens.runtime import choose_device
@@ -47,11 +47,14 @@ def fit(
     ``preprocess`` normalises the images (by default measured on the training images). With a ``store`` every
     epoch is saved, and training goes on from what the store holds, bit for bit as if it had not been
     interrupted. When ``should_stop`` says so, the step under way is finished and saved, and Interrupted raised.
-    Raises Diverged when the loss is no longer a number.
+    Raises Diverged when the loss is no longer a number. A caller who stops iterating early is left with the raw
+    weights of that moment. CPU threads are the caller's: ``recipe.threads`` is for :func:`convlens.train`.
     """
     device = choose_device(recipe.device)
     precision = choose_precision(recipe.precision, device)
     dataset = dataset.with_validation(recipe.validation, recipe.seed)
+    if dataset.validation is None and (recipe.patience or recipe.select == "best"):
+        raise UsageError("--patience and --select best choose by validation images; set a --validation share above 0")
     normalise = (preprocess or Preprocess.measure(dataset.train.images, dataset.style)).normaliser()
     augment = make_augment(recipe, len(dataset.classes))
     batches = Batches(dataset.train, recipe.batch_size, normalise, seed=recipe.seed, device=device, augment=augment)
@@ -76,7 +79,8 @@ def fit(
         tally = Tally(state, device)
         net.train()
         started = time.perf_counter()
-        with Meter(f"epoch {epoch + 1}", end - first, shown=show_progress) as meter:
+        name = f"epoch {epoch + 1} of {math.ceil(total_steps / len(batches))}"
+        with Meter(name, end - first, shown=show_progress) as meter:
             for index in range(first, end):
                 images, labels = batches(epoch, index)  # (N, C, H, W), (N,) or (N, K)
                 lr = learning_rate(recipe, state.step, len(batches))
@@ -94,7 +98,9 @@ def fit(
                 tally.add(loss, logits, labels)
                 if state.step % LOOK_EVERY == 0:
                     tally.check(state, recipe)
-                    meter.update(LOOK_EVERY, tally.describe(time.perf_counter() - started))
+                    seconds = time.perf_counter() - started
+                    left = seconds / (index + 1 - first) * (total_steps - state.step)
+                    meter.update(LOOK_EVERY, f"{tally.describe(seconds)}  {left:,.0f} s left in all")
                 if should_stop():
                     break
         state.seconds += time.perf_counter() - started

@@ -19,12 +19,10 @@ from convlens.training.recipe import Recipe
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     """Return the learning rate of ``step`` (from 0): a pure function, so that resuming restores nothing.
 
-    ``cosine`` and ``linear`` fall to 0 at the end, after a linear rise over ``warmup`` of the steps; ``one-cycle``
+    All rise in a line over ``warmup`` of the steps; ``cosine`` and ``linear`` fall to 0 at the end; ``one-cycle``
     rises from 1/25 of the peak over the first 30% (or ``warmup``) and falls, both along a cosine (Smith 2018).
     """
     total = recipe.total_steps(steps_per_epoch)
-    if recipe.schedule == "step":
-        return recipe.lr * recipe.step_factor ** (step // steps_per_epoch // recipe.step_epochs)
     rise = (recipe.warmup or (0.3 if recipe.schedule == "one-cycle" else 0.0)) * total
     if step < rise:
         share = (step + 1) / (rise + 1)
@@ -33,6 +31,8 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
         return recipe.lr * share
     if recipe.schedule == "constant":
         return recipe.lr
+    if recipe.schedule == "step":
+        return recipe.lr * recipe.step_factor ** (step // steps_per_epoch // recipe.step_epochs)
     left = 1 - (step - rise) / (total - rise)
     return recipe.lr * (left if recipe.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
