@@ -105,12 +105,12 @@ def table(rows: list[Row]) -> str:
 def headline() -> str:
     """Return README's short table: each strong default beside the classic program on the same data."""
     lines = [
-        "| data | `convlens train DATA` | the classic tutorial program there |",
+        "| data | what convlens trains by default | the classic tutorial program there |",
         "|---|---|---|",
     ]
     classic = {row.data: row for row in reversed(CLASSICS)}
     for row in STRONG:
-        beside = f"{short(classic[row.data])} (`{classic[row.data].name}`)" if row.data in classic else ""
+        beside = f"`{classic[row.data].name}`: {short(classic[row.data])}" if row.data in classic else ""
         lines.append(f"| {row.data} | **{short(row)}** | {beside} |")
     return "\n".join(lines)
 
@@ -122,7 +122,7 @@ def short(row: Row) -> str:
         return ""
     accuracies = [100 * run.accuracy for run in runs]
     spread = f" +- {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
-    return f"{statistics.mean(accuracies):.2f}%{spread} in {fastest(runs):.0f} s, n = {len(runs)} seeds"
+    return f"{statistics.mean(accuracies):.2f}%{spread} (n = {len(runs)}), {fastest(runs):,.0f} s"
 
 
 def write_tables() -> None:
