@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from convlens.experiment import Run
+from convlens.run import Run
 
 RUNS = Path("runs/results")
 RESULTS = Path(__file__).parent.parent / "docs" / "results.md"

@@ -19,8 +19,9 @@ from PIL import Image
 import convlens
 from convlens.data.catalog import load_dataset
 from convlens.errors import ConvlensError, Interrupted, UsageError
-from convlens.experiment import Experiment, Run, command_line, evaluate_run, train
+from convlens.experiment import Experiment, command_line, train
 from convlens.reporting.report import PLOTS
+from convlens.run import Run, evaluate_run
 from convlens.runfolder import RunFolder
 from convlens.shipping.classifier import Classifier
 from convlens.training.recipe import Recipe

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convlens.data import catalog
-from convlens.data.catalog import IdxSource, load_dataset, read_cifar10_archive, whereabouts
+from convlens.data import published
+from convlens.data.catalog import load_dataset
 from convlens.data.fetch import (
     cache_folder,
     find_file,
@@ -26,6 +26,7 @@ from convlens.data.fetch import (
     unpack_members,
 )
 from convlens.data.parsers import CIFAR_RECORD
+from convlens.data.published import IdxSource, read_cifar10_archive, whereabouts
 from convlens.errors import ConvlensError
 
 quick = settings(max_examples=50, deadline=None, database=None, derandomize=True)
@@ -173,7 +174,7 @@ def test_every_layout_loads(folder: str, end: str, cache: Path) -> None:
 
 
 def test_mnist_by_name_takes_the_files_that_are_there(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "MNIST", SOURCE)
+    monkeypatch.setattr(published, "MNIST", SOURCE)
     for name, content in FILES.items():
         put(Path("data/MNIST/raw") / name, content)
     dataset = load_dataset("mnist")
@@ -439,7 +440,7 @@ def test_a_damaged_archive_is_read_or_refused_for_people(
 
 BATCHES = {
     name: bytes([i]) + bytes([i * 10]) * (CIFAR_RECORD - 1) + bytes([9]) + bytes([i]) * (CIFAR_RECORD - 1)
-    for i, name in enumerate(catalog.CIFAR10_FILES)
+    for i, name in enumerate(published.CIFAR10_FILES)
 }
 ARCHIVE = archive({f"cifar-10-batches-bin/{name}": content for name, content in BATCHES.items()})
 
@@ -447,8 +448,8 @@ ARCHIVE = archive({f"cifar-10-batches-bin/{name}": content for name, content in 
 @pytest.fixture
 def small_cifar(cache: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
     """Six files of two images each stand for the published ones, the server for their mirror."""
-    monkeypatch.setattr(catalog, "CIFAR10_FILES", {name: sha256(content) for name, content in BATCHES.items()})
-    monkeypatch.setattr(catalog, "CIFAR10_MIRRORS", (f"{site.address}/first/", f"{site.address}/"))
+    monkeypatch.setattr(published, "CIFAR10_FILES", {name: sha256(content) for name, content in BATCHES.items()})
+    monkeypatch.setattr(published, "CIFAR10_MIRRORS", (f"{site.address}/first/", f"{site.address}/"))
     return site
 
 

@@ -1,8 +1,11 @@
 """Recipes: plain data that refuses what it does not know, and the schedules and groups that are made of them."""
 
 import dataclasses
+import inspect
 import json
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -352,3 +355,18 @@ def test_clipping() -> None:
     assert net.weight.grad.norm().item() == 5.0
     make_clip(net, Recipe(epochs=1, clip_norm=1.0))()
     assert net.weight.grad.norm().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", RECIPES.names())
+def test_a_recipe_says_what_came_of_it_as_the_results_page_does(name: str) -> None:
+    """The docstring's accuracy, number of seeds and seconds are those of the row of docs/results.md."""
+    told = inspect.getdoc(RECIPES[name]) or ""
+    found = re.search(
+        r"`convlens train (.+?)`: test accuracy ([\d.]+% \+- [\d.]+|[\d.]+%)\s+\((\d+) seeds?\),\s+(\d+) s", told
+    )
+    assert found is not None, told
+    command, accuracy, seeds, seconds = found.groups()
+    page = (Path(__file__).parent.parent / "docs" / "results.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| `{command}` |")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert (cells[2], cells[3], cells[8]) == (seeds, accuracy, seconds)

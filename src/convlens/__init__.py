@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from convlens.data.dataset import Dataset, Split
     from convlens.errors import ConvlensError
     from convlens.estimator import ConvClassifier
-    from convlens.experiment import Run, train
+    from convlens.experiment import train
     from convlens.models import create_model
+    from convlens.run import Run
     from convlens.shipping.classifier import Classifier, Prediction
     from convlens.training.engine import fit
     from convlens.training.recipe import Recipe
@@ -29,7 +30,7 @@ _HOMES = {
     "Dataset": "convlens.data.dataset",
     "Prediction": "convlens.shipping.classifier",
     "Recipe": "convlens.training.recipe",
-    "Run": "convlens.experiment",
+    "Run": "convlens.run",
     "Split": "convlens.data.dataset",
     "create_model": "convlens.models",
     "fit": "convlens.training.engine",

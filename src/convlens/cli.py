@@ -32,7 +32,8 @@ from convlens.errors import ConvlensError, Interrupted, UsageError
 from convlens.training.recipe import FIELD_TYPES, Recipe, flag, plain_type
 
 if TYPE_CHECKING:
-    from convlens.experiment import Experiment, Run
+    from convlens.experiment import Experiment
+    from convlens.run import Run
 
 app = typer.Typer(
     help="Train, see through and ship small convolutional image classifiers.",
@@ -192,7 +193,7 @@ def evaluate(
 
       convlens evaluate mnist --format json
     """
-    from convlens.experiment import evaluate_run
+    from convlens.run import evaluate_run
 
     test = evaluate_run(run, data)
     if format is Format.json:
@@ -356,8 +357,8 @@ def recipes(
 @data_app.command("list")
 def data_list() -> None:
     """List the data sets that are known by name, and where they were found."""
-    from convlens.data.catalog import DATASETS, whereabouts
     from convlens.data.fetch import search_path
+    from convlens.data.published import DATASETS, whereabouts
 
     rows = [("data set", "what", "where")]
     rows += [(name, first_line(DATASETS[name]), whereabouts(name)) for name in DATASETS.names()]

@@ -11,7 +11,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from convlens.data.dataset import Dataset, Split
+from convlens.data.dataset import Dataset, Split, numbered
 from convlens.data.preprocess import PictureStyle, Preprocess
 from convlens.evaluation.metrics import compute_logits
 from convlens.models import create_model
@@ -90,16 +90,16 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             device="cpu",
             precision="fp32",
         )
-        train = Split(images, torch.from_numpy(numbers.astype(np.int64)), [str(i) for i in range(len(images))])
+        train = Split(images, torch.from_numpy(numbers.astype(np.int64)), numbered(len(images)))
         dataset = Dataset(
-            "arrays",
-            None,
-            tuple(map(str, self.classes_)),
-            train,
-            train.take(torch.arange(0)),
-            None,
-            PictureStyle(),
-            "",
+            name="arrays",
+            source=None,
+            classes=tuple(map(str, self.classes_)),
+            train=train,
+            test=train.take(torch.arange(0)),  # scikit-learn does the testing
+            validation=None,
+            style=PictureStyle(),
+            note="",
         )
         channels, height, width = dataset.shape
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are

@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convlens.data.catalog import DATASETS, load_dataset
+from convlens.data.catalog import load_dataset
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
+from convlens.data.published import DATASETS
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.metrics import judge
 from convlens.models import count_parameters, create_model, model_options
 from convlens.reporting import plots
 from convlens.reporting.report import write_report
-from convlens.runfolder import RunFolder, read_json, write_csv, write_json
+from convlens.run import Run
+from convlens.runfolder import RunFolder, write_csv, write_json
 from convlens.runtime import choose_device, describe_machine, use_threads
 from convlens.shipping.bundle import Bundle, find_bundle, load_bundle, shipped_models
-from convlens.shipping.classifier import Classifier, Picture, Prediction
+from convlens.shipping.classifier import Classifier
 from convlens.training.checkpoint import CheckpointStore, EpochRecord
 from convlens.training.engine import fit
 from convlens.training.optim import make_augment
@@ -36,51 +37,6 @@ from convlens.training.recipes import default_recipe, get_recipe
 
 METRIC_COLUMNS = [field.name for field in dataclasses.fields(EpochRecord)]
 TEST_COLUMNS = ("test_loss", "test_acc")  # only where the recipe watches the test split
-
-
-class Run:
-    """A finished training: its folder, its figures and its net."""
-
-    def __init__(self, path: str | Path):
-        self.folder = RunFolder.open(path)
-        self.path = self.folder.path
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """Recipe, data, machine and command line: ``config.json``."""
-        return self.folder.read_config()
-
-    @cached_property
-    def test(self) -> dict[str, Any]:
-        """Every figure of the final test: ``test.json``."""
-        return read_json(self.folder.test)
-
-    @cached_property
-    def metrics(self) -> list[dict[str, float | None]]:
-        """One dict an epoch: ``metrics.csv``."""
-        return self.folder.read_metrics()
-
-    @cached_property
-    def classifier(self) -> Classifier:
-        """The trained net, ready to use."""
-        return Classifier.load(self.path)
-
-    @property
-    def accuracy(self) -> float:
-        """Accuracy on the test split, 0..1."""
-        return float(self.test["accuracy"])
-
-    @property
-    def report(self) -> Path:
-        """The HTML report."""
-        return self.folder.report
-
-    def predict(self, picture: Picture, **options: Any) -> Prediction:
-        """Classify one picture; see :meth:`convlens.Classifier.predict`."""
-        return self.classifier.predict(picture, **options)
-
-    def __repr__(self) -> str:
-        return f"Run({str(self.path)!r})"
 
 
 @dataclass(eq=False)
@@ -280,37 +236,6 @@ def train(
             return experiment.finish()
     finally:
         torch.set_num_threads(threads)
-
-
-def evaluate_run(source: str | Path, data: Any = None) -> dict[str, Any]:
-    """Test a run's (or model's) net again, on its own test split or on that of ``data``; nothing is written.
-
-    Returns the values that ``test.json`` has.
-    """
-    bundle = find_bundle(source)
-    classifier = Classifier.load(source)
-    preprocess = classifier.preprocess
-    run = RunFolder(bundle.parent)
-    recorded = read_json(run.config)["data"] if run.test.is_file() else classifier.bundle.trained["data"]
-    own = data is None
-    if own:
-        data = recorded["source"]
-        if data is None:
-            raise UsageError(f"{source} does not say where its data are; name them with --data")
-    use_threads()
-    dataset = load_dataset(data, image_size=preprocess.height, channels=preprocess.channels, allow_unreadable=True)
-    named = data if isinstance(data, (str, Path)) else dataset.name
-    if dataset.classes != classifier.classes:
-        raise UsageError(f"{named} has other classes than {source}: {', '.join(dataset.classes)}")
-    if dataset.shape != (preprocess.channels, preprocess.height, preprocess.width):
-        expected = (preprocess.channels, preprocess.height, preprocess.width)
-        raise UsageError(f"{named} has images of (C, H, W) {dataset.shape}, {source} takes {expected}")
-    if own and dataset.fingerprint() != recorded["fingerprint"]:
-        raise UsageError(
-            f"the data in {named} have changed since the training, so that test images may have been trained on; "
-            "put them back, or name other data with --data"
-        )
-    return judge(classifier.logits(dataset.test.images), dataset.test.labels, dataset.classes)
 
 
 def data_name(data: Any) -> str:

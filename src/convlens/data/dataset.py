@@ -93,6 +93,11 @@ class Dataset:
         return replace(self, train=train, validation=validation) if len(validation) else self
 
 
+def numbered(count: int) -> list[str]:
+    """Return "0", "1", ...: the ids of images that have no names."""
+    return [str(i) for i in range(count)]
+
+
 def check_classes(name: str, classes: Sequence[str], train: Split, what: str = "the training split") -> None:
     """Raise UsageError unless ``train`` has at least two classes and two images of every class."""
     if len(classes) < 2:

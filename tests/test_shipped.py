@@ -1,0 +1,45 @@
+"""The models that come with convlens: small, honest, and as good as their cards say."""
+
+import json
+import shlex
+
+import pytest
+from safetensors import safe_open
+
+from convlens.run import evaluate_run
+from convlens.shipping.bundle import load_bundle, shipped_models
+from convlens.shipping.classifier import Classifier
+
+NAMES = ["cifar10", "digits", "fashion-mnist", "mnist"]
+
+
+def test_there_are_four() -> None:
+    assert list(shipped_models()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_small_and_says_what_it_is(name: str) -> None:
+    folder = shipped_models()[name]
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 2_000_000
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    bundle = load_bundle(folder)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card == bundle.card()
+    command = shlex.split(bundle.trained["command"])
+    assert command[:2] == ["convlens", "train"] and not any(word.startswith("/") for word in command)
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        assert sum(weights.get_tensor(key).numel() for key in weights.keys()) >= bundle.trained["parameters"]
+    if name == "cifar10":
+        assert "CIFAR-10 (JPEG copy)" in card
+    assert "/work" not in json.dumps(dict(bundle.trained)) and "/tmp" not in json.dumps(dict(bundle.trained))
+
+
+@pytest.mark.parametrize(
+    "name", ["digits", *(pytest.param(n, marks=pytest.mark.data) for n in ("mnist", "fashion-mnist"))]
+)
+def test_it_is_as_good_as_its_card_says(name: str) -> None:
+    recorded = Classifier.load(name).bundle.trained["test"]
+    again = evaluate_run(name)
+    assert again["n"] == recorded["n"]
+    assert again["accuracy"] == pytest.approx(recorded["accuracy"], abs=2e-4)  # another processor may round otherwise
+    assert again["loss"] == pytest.approx(recorded["loss"], rel=1e-3)
