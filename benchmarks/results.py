@@ -38,11 +38,11 @@ class Row:
 
 CLASSICS = [
     Row("fashion-2conv", "Fashion-MNIST", "fashion-mnist --recipe fashion-2conv", 5),
-    Row("fashion-2conv-avg", "Fashion-MNIST", "fashion-mnist --recipe fashion-2conv --pool avg", 5),
+    Row("fashion-2conv-avg", "Fashion-MNIST", "fashion-mnist --recipe fashion-2conv --pool avg", 3),
     Row("folder-cnn", "hymenoptera photos", "hymenoptera --recipe folder-cnn", 5),
     Row("cifar-lenet", JPEG_COPY, "cifar10-jpeg --recipe cifar-lenet", 3),
     Row("cifar-lenet-no-relu", JPEG_COPY, "cifar10-jpeg --recipe cifar-lenet --no-output-relu", 3),
-    Row("mnist-4conv", "MNIST", "mnist --recipe mnist-4conv", 2),
+    Row("mnist-4conv", "MNIST", "mnist --recipe mnist-4conv", 1),
 ]
 STRONG = [
     Row("digits", "digits", "digits", 10),

@@ -63,7 +63,7 @@ def fashion_mnist() -> Recipe:
 def cifar10() -> Recipe:
     """Strong default on CIFAR-10 (and on its JPEG copy in a folder).
 
-    `convlens train cifar10-jpeg --recipe cifar10`: test accuracy 86.55% (1 seed), 626 s
+    `convlens train cifar10-jpeg --recipe cifar10`: test accuracy 86.33% +- 0.31 (2 seeds), 626 s
     on two cores of an AMD EPYC.
     """
     return Recipe(
@@ -89,7 +89,13 @@ def folder() -> Recipe:
 
 @RECIPES.register("fashion-2conv")
 def fashion_2conv() -> Recipe:
-    """Classic program 000 on Fashion-MNIST: its 3000 iterations of 100 images are 5 epochs."""
+    """Classic program 000 on Fashion-MNIST: its 3000 iterations of 100 images are 5 epochs.
+
+    `convlens train fashion-mnist --recipe fashion-2conv`: test accuracy 86.12% +- 0.40 (5 seeds), 28 s
+    on two cores of an AMD EPYC.
+
+    ``--pool avg`` pools by the average.
+    """
     return Recipe(
         name="fashion-2conv", model="fashion-2conv", validation=0.0, watch_test=True, iterations=3000, batch_size=100,
         lr=0.01, momentum=0.0, schedule="constant",
@@ -112,7 +118,13 @@ def folder_cnn() -> Recipe:
 
 @RECIPES.register("cifar-lenet")
 def cifar_lenet() -> Recipe:
-    """Classic program 002 on CIFAR-10; ``--no-output-relu`` leaves out the ReLU behind the last layer."""
+    """Classic program 002 on CIFAR-10; ``--no-output-relu`` leaves out the ReLU behind the last layer.
+
+    `convlens train cifar10-jpeg --recipe cifar-lenet`: test accuracy 58.28% +- 1.65 (2 seeds), 82 s
+    on two cores of an AMD EPYC.
+
+    The document names no learning rate, batch size or length; ours are the usual ones.
+    """
     return Recipe(
         name="cifar-lenet", model="cifar-lenet", validation=0.0, watch_test=True, epochs=10, batch_size=32, lr=0.01,
         momentum=0.9, schedule="constant",
