@@ -116,7 +116,7 @@ def test_model_card(saved: Path) -> None:
         "91.23% of 300 images (95% interval 87.51% to 93.91%)",
         "`folder`, seed 7",
         "`convlens train pets --epochs 3`",
-        "62 s on A Processor, 2 threads",
+        "62 s on A Processor, 2 thread(s)",
         'convlens.Classifier.load("FOLDER").predict("picture.png")',
     ):
         assert fact in card

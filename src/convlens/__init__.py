@@ -6,6 +6,7 @@ Everything below is imported when it is first used, so that ``import convlens`` 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from convlens.training.recipes import get_recipe
 
 __version__ = "0.1.0"
+
+# OpenMP's threads spin while they wait for each other: a few percent faster on an idle machine, ten times slower beside
+# another program. It reads this when PyTorch is loaded, so it must be said before.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOMES = {
     "Classifier": "convlens.shipping.classifier",

@@ -9,7 +9,11 @@ import dataclasses
 import inspect
 import io
 import json
+import os
+import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
@@ -147,8 +151,6 @@ def train(
 
 def run_experiment(experiment: Experiment) -> Run:
     """Train with a line an epoch; Ctrl-C (or a polite kill) finishes the step, saves, and says how to go on."""
-    import signal
-
     describe_experiment(experiment)
     stopping = False
 
@@ -170,13 +172,15 @@ def run_experiment(experiment: Experiment) -> Run:
         for number, handler in previous.items():
             signal.signal(number, handler)
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         run = experiment.finish()
     except KeyboardInterrupt:
         folder = experiment.folder.path
         raise Interrupted(f"trained, but not tested; go on with: convlens train --resume {folder}") from None
     say(describe_test(run.test))
     say(f"report  {run.report}")
-    say(f"predict with: convlens predict {run.path} IMAGE")
+    program = "convlens" if shutil.which("convlens") else sys.argv[0]  # make demo uses it without a path to it
+    say(f"predict with: {program} predict {run.path} IMAGE")
     return run
 
 
@@ -247,6 +251,8 @@ def predict(
                 printer.add(name, prediction.top)
             batch = []
     printer.close()
+    if bad and len(files) == 1:
+        raise typer.Exit(1)  # what is wrong has been said
     if bad:
         raise ConvlensError(f"{bad} of {len(files)} images could not be read")
 
@@ -434,6 +440,12 @@ def fail(error: BaseException, message: str, code: int, *, debug: bool) -> NoRet
     raise SystemExit(code)
 
 
+def leave(*_: object) -> NoReturn:
+    """Leave at once: Ctrl-C while nothing is at stake, such as an import that must not be cut in two."""
+    print("convlens: interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
 def main() -> None:
     """Run the command; every error becomes one line and its exit code. ``--debug`` may stand anywhere."""
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
@@ -441,12 +453,16 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, leave)
     try:
         code = app(arguments, standalone_mode=False)
         raise SystemExit(code if isinstance(code, int) else 0)
     except ConvlensError as error:
         fail(error, str(error), error.exit_code, debug=debug)
     except ParseError as error:
+        if not error.format_message():  # no verb at all: the help has been shown
+            raise SystemExit(2) from None
         fail(error, error.format_message(), 2, debug=debug)
     except (KeyboardInterrupt, typer.Abort) as error:
         fail(error, "interrupted", 130, debug=debug)

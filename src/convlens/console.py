@@ -44,6 +44,7 @@ def describe_experiment(experiment: Experiment) -> None:
     steps = count_batches(len(dataset.train), recipe.batch_size)
     tests = math.ceil(len(dataset.test) / recipe.batch_size)
     total = recipe.total_steps(steps)
+    epochs = count(math.ceil(total / steps), "epoch")
     model, machine = config["model"], config["machine"]
     say(f"data    {dataset.name}: {counts} images {channels}x{height}x{width}, {len(dataset.classes)} classes")
     if dataset.source and Path(dataset.source).exists():
@@ -54,15 +55,20 @@ def describe_experiment(experiment: Experiment) -> None:
     if "init" in config:
         say(f"        started from {config['init']['from']}: {config['init']['tensors']} tensors")
     say(
-        f"recipe  {recipe.name}: {math.ceil(total / steps)} epochs ({total:,} steps) of {steps} train batches of "
+        f"recipe  {recipe.name}: {epochs} ({total:,} steps) of {steps} train batches of "
         f"{recipe.batch_size}, {tests} test batches"
     )
-    threads = f"{machine['threads']} thread" + ("s" if machine["threads"] != 1 else "")
+    threads = count(machine["threads"], "thread")
     say(f"on      {machine['device_name']}, {threads}, {recipe.precision}")
     now = describe_machine(choose_device(recipe.device))
     if differing := [key for key, value in machine.items() if now.get(key) != value]:
         say(f"        this run was started elsewhere (other {', '.join(differing)}): the last digits may differ")
     say(f"run     {experiment.folder.path}")
+
+
+def count(number: int, thing: str) -> str:
+    """Return a number and its noun: "1 epoch", "5 epochs"."""
+    return f"{number:,} {thing}" + ("s" if number != 1 else "")
 
 
 def describe_record(record: EpochRecord) -> str:
@@ -124,7 +130,7 @@ def print_table(rows: list[Any], *, head: bool = True) -> None:
     for number, row in enumerate(rows):
         cells = []
         for cell, width in zip(row, widths, strict=True):
-            numeric = cell[:1].isdigit() and not head or cell.replace(",", "").replace(".", "").isdigit()
+            numeric = cell.replace(",", "").replace(".", "").isdigit()
             cells.append(cell.rjust(width) if numeric else cell.ljust(width))
         print("  ".join(cells).rstrip())
         if head and number == 0:

@@ -25,7 +25,7 @@ from convlens.reporting import plots
 from convlens.reporting.report import write_report
 from convlens.run import Run
 from convlens.runfolder import RunFolder, write_csv, write_json
-from convlens.runtime import choose_device, describe_machine, use_threads
+from convlens.runtime import available_cores, choose_device, describe_machine, use_threads
 from convlens.shipping.bundle import Bundle, find_bundle, load_bundle, shipped_models
 from convlens.shipping.classifier import Classifier
 from convlens.training.checkpoint import CheckpointStore, EpochRecord
@@ -70,6 +70,8 @@ class Experiment:
             RunFolder.refuse_existing(out)
         if isinstance(recipe, str):
             recipe = get_recipe(recipe)
+        elif not isinstance(recipe, Recipe | None):
+            raise UsageError(f"a recipe is a name or a Recipe, not a {type(recipe).__name__}; arrays go as one: (x, y)")
         start = load_bundle(find_bundle(init)) if init is not None else None
         settled = recipe or default_recipe(data_name(data))
         if start is not None:
@@ -126,7 +128,7 @@ class Experiment:
             raise ConvlensError(f"{folder.config} is damaged: {error!r}") from None
         if data["source"] is None:
             raise UsageError(f"the data of {path} were objects in memory; only data on disk can be resumed")
-        use_threads(recipe.threads)
+        use_threads(min(recipe.threads, available_cores()))
         loaded = load_dataset(
             data["source"],
             image_size=recipe.image_size,

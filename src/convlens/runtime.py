@@ -29,8 +29,8 @@ def choose_device(name: str = "auto") -> torch.device:
 
 def use_threads(count: int = 0) -> int:
     """Let PyTorch compute with ``count`` CPU threads (0: all cores this process may use); return the number."""
-    if count < 0:
-        raise UsageError(f"--threads is {count}; it must be 0 (all cores) or more")
+    if not 0 <= count <= available_cores():
+        raise UsageError(f"--threads is {count}; this machine lets convlens use 1 to {available_cores()} (0: all)")
     torch.set_num_threads(count or available_cores())
     return torch.get_num_threads()
 

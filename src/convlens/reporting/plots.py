@@ -124,7 +124,7 @@ def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequenc
     if k <= 30:
         for i, j in np.ndindex(k, k):
             if counts[i, j]:
-                colour = "white" if share[i, j] > 0.35 else WRONG if i != j else INK
+                colour = "white" if share[i, j] > 0.15 else WRONG if i != j else INK
                 axes.text(j, i, f"{int(counts[i, j])}", ha="center", va="center", fontsize=7, color=colour)
     names = [shorten(name, 14) for name in classes]
     size = 8 if k <= 30 else 5

@@ -74,7 +74,7 @@ A small convolutional image classifier, trained by convlens {about["convlens"]}.
 | test accuracy | {test["accuracy"]:.2%} of {test["n"]:,} images (95% interval {low:.2%} to {high:.2%}) |
 | recipe | `{about["recipe"]["name"]}`, seed {about["recipe"]["seed"]} |
 | command | `{about["command"]}` |
-| training | {about["seconds"]:.0f} s on {machine["device_name"]}, {machine["threads"]} threads |
+| training | {about["seconds"]:.0f} s on {machine["device_name"]}, {machine["threads"]} thread(s) |
 
 {WATCHED if about["recipe"].get("watch_test") else UNSEEN} The interval is that of the test sample
 alone; another seed gives another net. The net answers one of its classes for
