@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -51,11 +52,41 @@ def quiet_axes(axes: Axes) -> None:
     axes.tick_params(colors=QUIET, labelsize=8, length=0)
 
 
-def show_image(axes: Axes, image: NDArray[Any]) -> None:
-    """Show one uint8 image (C, H, W), grey or RGB, with its pixels as they are."""
-    pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
-    axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+def draw_grid(
+    path: Path, pictures: Sequence[NDArray[Any]], captions: Sequence[str], heading: str, *, columns: int, lines: int
+) -> None:
+    """Draw pictures (H, W) or (H, W, 3) in a grid, each below its caption of ``lines`` lines.
+
+    All in one axes, measured in inches: an axes for each picture takes ten times as long.
+    """
+    width, top, gap = 9.0, 0.42, 0.06
+    cell, text = width / columns, 0.155 * lines + 0.04
+    rows = max(math.ceil(len(pictures) / columns), 1)
+    height = top + rows * (cell + text)
+    figure = Figure(figsize=(width, height), dpi=144, facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.text(
+        0.01, 1 - 0.2 / height, heading, fontsize=12, fontweight="bold", color=INK, va="center", parse_math=False
+    )
+    axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
+    for number, picture in enumerate(pictures):
+        row, column = divmod(number, columns)
+        left, below = column * cell + gap / 2, top + row * (cell + text) + text
+        extent = (left, left + cell - gap, below + cell - gap, below)
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest", extent=extent, aspect="auto")
+        if captions:
+            middle = left + (cell - gap) / 2
+            axes.text(middle, below - 0.03, captions[number], fontsize=8.5, color=INK, ha="center", parse_math=False)
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+    save(figure, path)
+
+
+def to_picture(image: Tensor) -> NDArray[Any]:
+    """Return a uint8 image (C, H, W) as (H, W) or (H, W, 3)."""
+    pixels = image.cpu().numpy()
+    return pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0)
 
 
 def shorten(text: str, length: int) -> str:
@@ -72,16 +103,8 @@ def pick_samples(labels: Tensor, classes: int, count: int = 40) -> Tensor:
 
 def draw_images(path: Path, images: Tensor, captions: Sequence[str], heading: str) -> None:
     """Draw a grid of uint8 images (N, C, H, W), each with its caption."""
-    rows = max(math.ceil(len(images) / COLUMNS), 1)
-    figure = new_figure(COLUMNS * 0.9, rows * 1.08 + 0.4)
-    title(figure, heading)
-    grid = figure.subplots(rows, COLUMNS, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for axes, image, caption in zip(grid.flat, images.cpu().numpy(), captions, strict=False):
-        show_image(axes, image)
-        axes.set_title(shorten(caption, 12), fontsize=8, color=INK, pad=3, parse_math=False)
-    save(figure, path)
+    short = [shorten(caption, 12) for caption in captions]
+    draw_grid(path, [to_picture(image) for image in images], short, heading, columns=COLUMNS, lines=1)
 
 
 def draw_curves(path: Path, records: Sequence[dict[str, float | None]]) -> None:
@@ -144,41 +167,24 @@ def draw_mistakes(
     values, guesses = probabilities.max(dim=1)
     wrong = (guesses != labels).nonzero().squeeze(1)
     wrong = wrong[values[wrong].argsort(descending=True)][:count]
-    columns = 6
-    rows = max(math.ceil(len(wrong) / columns), 1)
-    figure = new_figure(9, rows * (9 / columns + 0.3) + 0.4)
-    title(
-        figure,
-        "Worst mistakes: the wrong answers it was surest of" if len(wrong) else "No mistake on the test split",
-    )
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for axes, row in zip(grid.flat, wrong.tolist(), strict=False):
-        show_image(axes, images[row].cpu().numpy())
+    captions = []
+    for row in wrong.tolist():
         truth, guess = shorten(classes[int(labels[row])], 11), shorten(classes[int(guesses[row])], 11)
-        axes.set_title(f"{guess} {values[row]:.0%}\nis {truth}", fontsize=9, color=INK, pad=3, parse_math=False)
-    save(figure, path)
+        captions.append(f"{guess} {values[row]:.0%}\nis {truth}")
+    heading = "Worst mistakes: the wrong answers it was surest of" if captions else "No mistake on the test split"
+    draw_grid(path, [to_picture(images[row]) for row in wrong.tolist()], captions, heading, columns=6, lines=2)
 
 
 def draw_filters(path: Path, weight: Tensor, count: int = 64) -> None:
     """Draw the kernels of the first convolution, (C', C, k, k): in colour for three channels, else channel 0."""
     kernels = weight[:count].numpy()
-    columns = 8
-    rows = math.ceil(len(kernels) / columns)
-    figure = new_figure(9, rows * 1.1 + 0.5)
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # type: ignore[union-attr,call-arg]
-    title(
-        figure,
-        f"The {len(weight)} filters of the first convolution" + (f" ({count} shown)" if len(weight) > count else ""),
-    )
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for axes, kernel in zip(grid.flat, kernels, strict=False):
-        reach = max(float(np.abs(kernel).max()), 1e-9)
+    shown = f" ({count} shown)" if len(weight) > count else ""
+    pictures = []
+    for kernel in kernels:
+        share = kernel / max(float(np.abs(kernel).max()), 1e-9)  # -1..1
         if kernel.shape[0] == 3:
-            axes.imshow((kernel / reach / 2 + 0.5).transpose(1, 2, 0), interpolation="nearest")
+            pictures.append((share / 2 + 0.5).transpose(1, 2, 0))
         else:
-            axes.imshow(kernel[0], cmap="RdBu_r", vmin=-reach, vmax=reach, interpolation="nearest")
-    save(figure, path)
+            pictures.append(colormaps["RdBu_r"](share[0] / 2 + 0.5)[:, :, :3])
+    heading = f"The {len(weight)} filters of the first convolution{shown}"
+    draw_grid(path, pictures, [], heading, columns=8, lines=0)
