@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test results clean
+.PHONY: help setup demo test bench results clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ test: setup ## lint, types, layers, tests: what CI runs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest
+
+bench: setup ## measure speed and write the tables of docs/benchmarks.md (minutes; an idle machine; needs MNIST)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/bench.py
 
 results: setup ## train every run of docs/results.md, write its tables, ship the models (hours; needs the data)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/results.py runs

@@ -27,7 +27,7 @@ def batch(n: int = 8, c: int = 3, h: int = 12, w: int = 10) -> Tensor:
 
 IMAGES: dict[str, Callable[[Tensor, Generator], Tensor]] = {
     "shift": lambda x, g: augment.shift(x, g, 3),
-    "flip": augment.flip,
+    "mirror": lambda x, g: augment.mirror(x, torch.rand(len(x), generator=g) < 0.5),
     "affine": lambda x, g: augment.affine(x, g, 20, 0.2),
     "centre_crop_resize": lambda x, g: augment.centre_crop_resize(x, g, 0.5, 0.7),
     "cutout": lambda x, g: augment.cutout(x, g, 5),
@@ -148,13 +148,31 @@ def test_shift_reaches_every_direction_and_moves_channels_together() -> None:
     assert torch.equal(moved[:, 2], 3 * moved[:, 0])
 
 
-def test_flip_is_a_mirror_or_the_same_about_half_the_time() -> None:
-    x = batch(400, 1, 3, 4)
-    flipped = augment.flip(x, generator())
-    same = (flipped == x).flatten(1).all(dim=1)
-    mirrored = (flipped == x.flip(3)).flatten(1).all(dim=1)
-    assert (same ^ mirrored).all()
-    assert 150 < int(mirrored.sum()) < 250
+def test_mirror_turns_left_and_right_of_the_chosen_alone() -> None:
+    x = batch(4, 1, 3, 4)
+    mirrored = augment.mirror(x, torch.tensor([True, False, False, True]))
+    for row, turned in enumerate((True, False, False, True)):
+        assert torch.equal(mirrored[row], x[row].flip(2) if turned else x[row])
+
+
+def test_each_image_is_mirrored_in_every_second_epoch() -> None:
+    """Alternating flip: over two epochs each image comes once as it is and once mirrored; half begin mirrored."""
+    n = 200
+    images = torch.zeros(n, 1, 2, 3, dtype=torch.uint8)
+    images[:, 0, 0, 0] = 255  # a mark at the left
+    images[:, 0, 1, 1] = torch.arange(n, dtype=torch.uint8)
+    split = Split(images, torch.arange(n), tuple(map(str, range(n))))
+    loader = Batches(split, 50, Normalise((0.0,), (1.0,)), seed=3, device=CPU, augment=plain, flip=True)
+    seen = []
+    for epoch in range(4):
+        mirrored = torch.zeros(n, dtype=torch.bool)
+        for index in range(len(loader)):
+            x, y = loader(epoch, index)
+            assert bool(((x[:, 0, 0, 0] > 0) ^ (x[:, 0, 0, 2] > 0)).all())
+            mirrored[y] = x[:, 0, 0, 2] > 0
+        seen.append(mirrored)
+    assert torch.equal(seen[0], ~seen[1]) and torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
+    assert 70 < int(seen[0].sum()) < 130
 
 
 def test_affine_turns_by_at_most_its_degrees() -> None:

@@ -70,7 +70,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
     ("channels", "side", "model", "options"),
     [
         (3, 8, "small", {"filters": 4}),
-        (3, 16, "medium", {"filters": 4}),
+        (3, 16, "whitened", {"filters": 4}),
         (1, 12, "fashion-2conv", {"pool": "avg"}),
         (3, 16, "cifar-lenet", {"output_relu": False}),
         (1, 16, "mnist-4conv", {}),

@@ -187,7 +187,7 @@ def test_wrong_values_name_their_flag(shell: Shell) -> None:
     shell.fails("train", "digits", "--batch-size", "0", code=2, says="--batch-size is 0; it must be at least 1")
     shell.fails("train", "digits", "--momentum", "1", code=2, says="--momentum is 1.0; it must be below 1")
     shell.fails("train", "digits", "--pool", "max", code=2, says="model 'small' has no option 'pool'")
-    shell.fails("train", "digits", "--epochs", "1", "--iterations", "5", code=2, says="epochs or iterations")
+    shell.fails("train", "digits", "--epochs", "1", "--iterations", "5", code=2, says="epochs, iterations or seconds")
     shell.fails("train", code=2, says="name the data to train on, or a run to --resume")
     shell.fails("train", "--resume", "runs/none", code=2, says="there is no run folder runs/none")
     shell.fails("train", "--resume", "x", "--lr", "1", code=2, says="--resume goes on with the run's own recipe")
@@ -315,12 +315,22 @@ def test_data_list_and_info(shell: Shell, tmp_path: Path) -> None:
 
 def test_models_and_recipes(shell: Shell) -> None:
     _, out, _ = shell("models")
-    for name in ("fashion-2conv", "folder-cnn", "cifar-lenet", "mnist-4conv", "small", "medium", "digits", "mnist"):
+    for name in (
+        "fashion-2conv",
+        "folder-cnn",
+        "cifar-lenet",
+        "mnist-4conv",
+        "small",
+        "tiny",
+        "whitened",
+        "digits",
+        "mnist",
+    ):
         assert any(line.split()[:1] == [name] for line in out.splitlines()), name
     _, out, _ = shell("models", "mnist-4conv")
     assert out.splitlines()[-1].startswith("593,200 parameters")
     _, out, _ = shell("recipes")
-    assert len(out.splitlines()) == 9
+    assert len(out.splitlines()) == 12
     _, out, _ = shell("recipes", "mnist-4conv")
     assert json.loads(out)["batch_size"] == 512
 
@@ -335,7 +345,7 @@ def test_help_has_examples_for_every_verb(shell: Shell) -> None:
 def test_the_flags_of_train_are_the_recipe_and_these(shell: Shell) -> None:
     import inspect
 
-    own = {"data", "recipe", "config", "out", "resume", "init", "allow_unreadable"}
+    own = {"data", "recipe", "config", "out", "resume", "init", "allow_unreadable", "budget"}
     fields = {item.name for item in dataclasses.fields(Recipe)} - {"name"}
     assert set(inspect.signature(cli.train).parameters) == own | fields
     assert {flag(name) for name in fields} == set(FROZEN_RECIPE_FLAGS.split())
@@ -344,9 +354,10 @@ def test_the_flags_of_train_are_the_recipe_and_these(shell: Shell) -> None:
 # taking a flag away, or renaming one, breaks people's scripts
 FROZEN_RECIPE_FLAGS = """
 --model --filters --kernel-size --pool --output-relu --image-size --validation --watch-test --epochs --iterations
---batch-size --loss --label-smoothing --optimizer --lr --momentum --nesterov --weight-decay --clip-norm --schedule
---warmup --step-epochs --step-factor --ema --select --patience --shift --rotation --scale --flip --crop-probability
---crop-fraction --cutout --colour-jitter --mixup --cutmix --seed --device --threads --precision
+--seconds --batch-size --small-size --small-share --loss --label-smoothing --optimizer --lr --head-lr --bias-lr
+--momentum --nesterov --muon-momentum --weight-decay --clip-norm --schedule --warmup --step-epochs --step-factor --ema
+--select --patience --shift --rotation --scale --flip --crop-probability --crop-fraction --cutout --colour-jitter
+--mixup --cutmix --test-views --seed --device --threads --precision
 """
 
 

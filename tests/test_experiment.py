@@ -312,7 +312,7 @@ def test_an_existing_out_is_refused(run: Run, tmp_path: Path) -> None:
     ("data", "options", "message"),
     [
         ("digts", {}, "^unknown data set or folder 'digts'; did you mean 'digits'"),
-        ("digits", {"recipe": "mnst"}, "^unknown recipe 'mnst'; did you mean 'mnist'"),
+        ("digits", {"recipe": "mnst-99"}, "^unknown recipe 'mnst-99'; did you mean 'mnist-99'"),
         ("digits", {"epoch": 3}, "^unknown recipe option 'epoch'; did you mean 'epochs'"),
         ("digits", {"epochs": 0}, "^--epochs is 0; it must be at least 1$"),
         ("digits", {"model": "mnist-4conv"}, "has no option 'filters'|images are too small"),

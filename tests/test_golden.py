@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import convlens.training.engine as engine
 from convlens.data.dataset import Dataset, Split
-from convlens.data.preprocess import PictureStyle
+from convlens.data.preprocess import PictureStyle, Preprocess
 from convlens.errors import Interrupted
 from convlens.models import create_model
 from convlens.training.recipe import Recipe
@@ -29,9 +29,12 @@ STEPS, OF_STEPS = 10, 30_000
 # (C, side, images) of the data that a recipe is for: few images for the large nets
 DATA = {
     "digits": (1, 8, 256),
-    "mnist": (1, 28, 300),
-    "fashion-mnist": (1, 28, 300),
-    "cifar10": (3, 32, 96),
+    "mnist-99": (1, 28, 512),
+    "mnist-995": (1, 28, 512),
+    "fashion-92": (1, 28, 128),
+    "fashion-94": (1, 28, 128),
+    "cifar10-90": (3, 32, 128),
+    "cifar10-94": (3, 32, 96),
     "folder": (3, 64, 96),
     "fashion-2conv": (1, 28, 256),
     "folder-cnn": (3, 64, 96),
@@ -78,6 +81,8 @@ def ten_losses(recipe: Recipe, data: tuple[int, int, int], monkeypatch: pytest.M
     net = create_model(
         recipe.model, channels=channels, height=side, width=side, classes=CLASSES, **recipe.model_options()
     )
+    pixels = dataset.train.images
+    net.initialise(Preprocess.measure(pixels, dataset.style).normaliser()(pixels))
     with pytest.raises(Interrupted):
         list(engine.fit(net, dataset, recipe, should_stop=lambda: len(losses) == STEPS))
     return losses

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from convlens.data.dataset import Split
 from convlens.data.preprocess import Normalise
-from convlens.evaluation.metrics import Scores, compute_logits, evaluate, judge, wilson_interval
+from convlens.evaluation.metrics import Scores, compute_logits, evaluate, judge, make_views, wilson_interval
 from convlens.models import create_model
 
 PLAIN = Normalise((0.0,), (1.0,))  # pixels / 255
@@ -207,3 +207,29 @@ def test_evaluate() -> None:
     right = math.log(1 + math.exp(-2))
     assert scores.accuracy == 0.5
     assert scores.loss == pytest.approx((2 * right + (right + 2) + math.log(2)) / 4, rel=1e-6)
+
+
+# test-time augmentation
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_views_are_shifts_and_mirror_images_whose_weights_are_one(mirrored: bool) -> None:
+    x = torch.arange(30.0).reshape(1, 1, 5, 6)
+    views = make_views(mirrored)(x)
+    assert sum(weight for weight, _ in views) == pytest.approx(1)
+    assert len(views) == (6 if mirrored else 3)
+    step = 2 if mirrored else 1
+    plain, down, up = (view for _, view in views[::step])
+    assert torch.equal(plain, x)
+    assert torch.equal(down[..., 1:, 1:], x[..., :-1, :-1]) and torch.equal(up[..., :-1, :-1], x[..., 1:, 1:])
+    if mirrored:
+        assert all(torch.equal(views[i + 1][1], views[i][1].flip(3)) for i in (0, 2, 4))
+
+
+def test_logits_with_views_are_the_weighted_mean() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(25, 2))
+    images = torch.randint(0, 256, (7, 1, 5, 5), dtype=torch.uint8)
+    normalise = Normalise((0.0,), (1.0,))
+    views = make_views(True)
+    expected = sum(weight * net(x) for weight, x in views(normalise(images)))
+    assert torch.allclose(compute_logits(net, images, normalise, batch_size=3, views=views), expected, atol=1e-5)

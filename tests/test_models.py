@@ -26,7 +26,8 @@ SIZES = {
     "cifar-lenet": [(3, 32, 32), (1, 28, 28), (1, 16, 16), (3, 16, 40)],
     "mnist-4conv": [(1, 28, 28), (3, 32, 32), (1, 16, 16)],
     "small": [(1, 1, 1), (1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 64), (1, 1, 40), (3, 100, 40)],
-    "medium": [(1, 2, 2), (1, 8, 8), (3, 32, 32), (3, 40, 24)],
+    "whitened": [(1, 3, 3), (1, 28, 28), (3, 2, 2), (3, 32, 32), (3, 40, 24)],
+    "tiny": [(1, 5, 5), (1, 28, 28), (3, 32, 32), (3, 40, 24)],
 }
 CASES = [(name, size) for name in MODELS.names() for size in SIZES.get(name, ANY_SIZE)]
 
@@ -51,12 +52,12 @@ def test_every_net_keeps_the_contract_at_every_size_it_takes(name: str, size: tu
     assert net(torch.zeros(2, channels, height, width)).shape == (2, 3)
 
 
-@pytest.mark.parametrize("name", ["small", "medium"])
+@pytest.mark.parametrize("name", ["small", "whitened", "tiny"])
 @pytest.mark.parametrize("filters", [1, 5])
 def test_width_is_an_option_of_the_strong_nets(name: str, filters: int) -> None:
     net = build(name, 3, 32, filters=filters)
-    # the last stage has 4 (small) or 2 (medium) times the width
-    assert net.features(torch.zeros(1, 3, 32, 32)).shape[1] == filters * {"small": 4, "medium": 2}[name]
+    times = {"small": 4, "whitened": 4, "tiny": 4}[name]  # the last stage's width
+    assert net.features(torch.zeros(1, 3, 32, 32)).shape[1] == filters * times
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,8 @@ def test_options_and_their_defaults() -> None:
         "cifar-lenet": {"kernel_size": 5, "output_relu": True},
         "mnist-4conv": {"kernel_size": 3},
         "small": {"filters": 32},
-        "medium": {"filters": 64},
+        "whitened": {"filters": 64},
+        "tiny": {"filters": 16},
     }
 
 
@@ -198,7 +200,8 @@ def test_stages_are_named_in_order() -> None:
         "cifar-lenet": ["conv1", "pool1", "conv2", "pool2"],
         "mnist-4conv": ["conv1", "conv2", "conv3", "conv4"],
         "small": ["stem", "conv1", "conv2", "conv3"],
-        "medium": ["stem", "group1", "group2", "group3"],
+        "whitened": ["stem", "group1", "group2", "group3"],
+        "tiny": ["conv1", "conv2", "conv3"],
     }
     assert {name: list(build(name, 1, 28).stages()) for name in names} == names
 
@@ -258,7 +261,7 @@ def test_unknown_option_says_what_the_net_takes() -> None:
 
 @pytest.mark.parametrize(
     ("name", "side"),
-    [("fashion-2conv", 3), ("folder-cnn", 7), ("cifar-lenet", 15), ("mnist-4conv", 15), ("medium", 1)],
+    [("fashion-2conv", 3), ("folder-cnn", 7), ("cifar-lenet", 15), ("mnist-4conv", 15), ("whitened", 2), ("tiny", 4)],
 )
 def test_too_small_images(name: str, side: int) -> None:
     assert build(name, 1, side + 1).eval()(torch.zeros(1, 1, side + 1, side + 1)).shape == (1, 10)
@@ -460,3 +463,44 @@ def test_a_taken_name_is_refused(entered: Callable[[Any], str]) -> None:
     entered(Whole)
     with pytest.raises(UsageError, match="'mine' is registered already"):
         register("mine")(Whole)
+
+
+# the nets for speed
+
+
+def test_whitened_starts_from_the_images_it_is_shown() -> None:
+    """Its stem makes patches of them uncorrelated and of variance 1; each filter comes with its negative."""
+    g = torch.Generator().manual_seed(0)
+    mixed = torch.randn(400, 3, 3, 10, 10, generator=g)
+    x = mixed[:, 0] + 0.7 * mixed[:, 1].flip(3).cumsum(3) / 3  # neighbours are alike
+    x = x - x.mean()
+    torch.manual_seed(0)
+    net = create_model("whitened", channels=3, height=10, width=10, classes=4, filters=4)
+    net.initialise(x)
+    stem = net.body.stem[0]
+    out = nn.functional.conv2d(x, stem.weight)[:, :12].transpose(0, 1).flatten(1)  # (12, positions)
+    covariance = out @ out.T / out.shape[1]
+    assert torch.allclose(covariance, torch.eye(12), atol=0.05)
+    assert torch.equal(stem.weight[:12], -stem.weight[12:])
+    assert not stem.weight.requires_grad and stem.bias.requires_grad
+
+
+def test_convolutions_of_whitened_begin_as_the_identity() -> None:
+    net = create_model("whitened", channels=3, height=12, width=12, classes=4, filters=8)
+    x = torch.randn(2, 8, 5, 5)
+    second = net.body.group1[4]
+    assert isinstance(second, nn.Conv2d)
+    assert torch.allclose(second(x), x, atol=1e-6)
+
+
+def test_most_nets_take_nothing_from_the_images() -> None:
+    net = create_model("small", channels=1, height=12, width=12, classes=4)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    net.initialise(torch.randn(9, 1, 12, 12))
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_layers_of_tiny() -> None:
+    net = create_model("tiny", channels=1, height=28, width=28, classes=10)
+    shapes = [(layer.kind, layer.output_shape) for layer in summarise(net, 1, 28, 28) if layer.kind == "Conv2d"]
+    assert [shape for _, shape in shapes] == [(16, 12, 12), (32, 6, 6), (64, 3, 3)]

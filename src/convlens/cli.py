@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
@@ -38,6 +39,8 @@ from convlens.training.recipe import FIELD_TYPES, Recipe, flag, plain_type
 if TYPE_CHECKING:
     from convlens.experiment import Experiment
     from convlens.run import Run
+
+STARTED = time.perf_counter()  # what --budget counts from
 
 app = typer.Typer(
     help="Train, see through and ship small convolutional image classifiers.",
@@ -113,6 +116,9 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Folder for the run, instead of runs/DATA-N.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder.")] = None,
     init: Annotated[str | None, typer.Option(help="Start from this run's or model's trained stages.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Time for all of it, such as 60s or 5m: what fits is chosen.")
+    ] = None,
     allow_unreadable: Annotated[bool, typer.Option(help="Skip unreadable files, however many.")] = False,
     **overrides: Any,
 ) -> None:
@@ -120,6 +126,8 @@ def train(
 
     Examples:
       convlens train mnist
+
+      convlens train mnist --budget 60s
 
       convlens train photos/ --epochs 40 --image-size 96
 
@@ -130,11 +138,12 @@ def train(
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if (data is None) == (resume is None):
         raise UsageError("name the data to train on, or a run to --resume, one of the two")
-    if resume is not None and (overrides or recipe or config or out or init):
+    if resume is not None and (overrides or recipe or config or out or init or budget):
         raise UsageError("--resume goes on with the run's own recipe; it takes no other option")
     if recipe is not None and config is not None:
         raise UsageError("give --recipe or --config, not both")
     from convlens.experiment import Experiment
+    from convlens.training.budget import parse_budget
 
     if resume is not None:
         experiment = Experiment.resume(resume, allow_unreadable=allow_unreadable)
@@ -145,7 +154,16 @@ def train(
 
             values = read_json(config)
             chosen = Recipe.from_json(values.get("recipe", values))
-        experiment = Experiment.create(data, chosen, out=out, init=init, allow_unreadable=allow_unreadable, **overrides)
+        experiment = Experiment.create(
+            data,
+            chosen,
+            out=out,
+            init=init,
+            allow_unreadable=allow_unreadable,
+            budget=None if budget is None else parse_budget(budget),
+            started=STARTED,
+            **overrides,
+        )
     run_experiment(experiment)
 
 
@@ -188,6 +206,9 @@ def run_experiment(experiment: Experiment) -> Run:
 def evaluate(
     run: Annotated[str, typer.Argument(help="A run folder, a model folder, or a model by name.")],
     data: Annotated[str | None, typer.Option(help="Test on this data instead of the run's own.")] = None,
+    test_views: Annotated[
+        bool, typer.Option("--test-views", help="Also average over mirrored, shifted views.")
+    ] = False,
     format: Annotated[Format, typer.Option(help="How to print.")] = Format.text,
 ) -> None:
     """Test a trained net again on the test split, and print every figure. Writes nothing.
@@ -199,7 +220,7 @@ def evaluate(
     """
     from convlens.run import evaluate_run
 
-    test = evaluate_run(run, data)
+    test = evaluate_run(run, data, test_views=test_views)
     if format is Format.json:
         print(json.dumps(test, indent=2))
         return

@@ -42,9 +42,11 @@ def describe_experiment(experiment: Experiment) -> None:
     channels, height, width = dataset.shape
     counts = ", ".join(f"{len(split):,} {name}" for name, split in dataset.splits.items())
     steps = count_batches(len(dataset.train), recipe.batch_size)
-    tests = math.ceil(len(dataset.test) / recipe.batch_size)
+    tests = len(range(0, len(dataset.test), recipe.batch_size))  # the last one may be smaller
     total = recipe.total_steps(steps)
-    epochs = count(math.ceil(total / steps), "epoch")
+    length = f"{count(math.ceil(total / steps), 'epoch')} ({total:,} steps)"
+    if recipe.seconds is not None:
+        length = f"{recipe.seconds:,.1f} s of training"
     model, machine = config["model"], config["machine"]
     say(f"data    {dataset.name}: {counts} images {channels}x{height}x{width}, {len(dataset.classes)} classes")
     if dataset.source and Path(dataset.source).exists():
@@ -54,10 +56,7 @@ def describe_experiment(experiment: Experiment) -> None:
     say(f"net     {model['name']}: {model['parameters']:,} parameters")
     if "init" in config:
         say(f"        started from {config['init']['from']}: {config['init']['tensors']} tensors")
-    say(
-        f"recipe  {recipe.name}: {epochs} ({total:,} steps) of {steps} train batches of "
-        f"{recipe.batch_size}, {tests} test batches"
-    )
+    say(f"recipe  {recipe.name}: {length} of {steps} train batches of {recipe.batch_size}, {tests} test batches")
     threads = count(machine["threads"], "thread")
     say(f"on      {machine['device_name']}, {threads}, {recipe.precision}")
     now = describe_machine(choose_device(recipe.device))
@@ -86,10 +85,14 @@ def describe_record(record: EpochRecord) -> str:
 def describe_test(test: dict[str, Any]) -> str:
     """Return the line of a test."""
     low, high = test["accuracy_interval"]
-    return (
+    line = (
         f"test    accuracy {test['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}, n = {test['n']:,}), "
         f"loss {test['loss']:.4f}"
     )
+    if views := test.get("test_time_augmentation"):
+        low, high = views["accuracy_interval"]
+        line += f"\n        {views['accuracy']:.2%} with test-time augmentation ({low:.2%} to {high:.2%})"
+    return line
 
 
 class Printer:

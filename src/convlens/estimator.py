@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from convlens.data.dataset import Dataset, Split, numbered
 from convlens.data.preprocess import PictureStyle, Preprocess
 from convlens.evaluation.metrics import compute_logits
-from convlens.models import create_model
+from convlens.models import create_model, initialise_from
 from convlens.training.engine import fit
 from convlens.training.recipe import Recipe
 
@@ -112,6 +112,7 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 classes=len(self.classes_),
                 **recipe.model_options(),
             )
+            initialise_from(net, images, self.preprocess_.normaliser())
             for _ in fit(net, dataset, recipe, preprocess=self.preprocess_):
                 pass
         self.net_ = net

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convlens.data.augment import mirror
 from convlens.data.catalog import load_dataset
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
 from convlens.data.published import DATASETS
 from convlens.errors import ConvlensError, UsageError
-from convlens.evaluation.metrics import judge
-from convlens.models import count_parameters, create_model, model_options
+from convlens.evaluation.metrics import make_views
+from convlens.models import count_parameters, create_model, initialise_from, model_options
 from convlens.reporting import plots
 from convlens.reporting.report import write_report
 from convlens.run import Run
@@ -28,11 +30,12 @@ from convlens.runfolder import RunFolder, write_csv, write_json
 from convlens.runtime import available_cores, choose_device, describe_machine, use_threads
 from convlens.shipping.bundle import Bundle, find_bundle, load_bundle, shipped_models
 from convlens.shipping.classifier import Classifier
+from convlens.training.budget import candidates, fit_into
 from convlens.training.checkpoint import CheckpointStore, EpochRecord
 from convlens.training.engine import fit
 from convlens.training.optim import make_augment
 from convlens.training.precision import choose_precision
-from convlens.training.recipe import MODEL_OPTIONS, Recipe
+from convlens.training.recipe import LENGTHS, MODEL_OPTIONS, Recipe
 from convlens.training.recipes import default_recipe, get_recipe
 
 METRIC_COLUMNS = [field.name for field in dataclasses.fields(EpochRecord)]
@@ -59,13 +62,19 @@ class Experiment:
         out: str | Path | None = None,
         init: str | Path | None = None,
         allow_unreadable: bool = False,
+        budget: float | None = None,
+        started: float | None = None,
         **overrides: Any,
     ) -> Experiment:
         """Load the data, settle the recipe, build the net and make the run folder.
 
         ``recipe`` is a name, a Recipe, or None for the default of the data; ``overrides`` are recipe options.
-        ``init`` names a run or model whose trained stages the net starts from, with a new head.
+        ``init`` names a run or model whose trained stages the net starts from, with a new head. ``budget`` is the
+        seconds that everything may take, counted from ``started`` (time.perf_counter; by default now).
         """
+        started = time.perf_counter() if started is None else started
+        if budget is not None and any(overrides.get(name) is not None for name in LENGTHS):
+            raise UsageError("--budget decides the length; give no --epochs, --iterations or --seconds beside it")
         if out is not None:
             RunFolder.refuse_existing(out)
         if isinstance(recipe, str):
@@ -73,29 +82,36 @@ class Experiment:
         elif not isinstance(recipe, Recipe | None):
             raise UsageError(f"a recipe is a name or a Recipe, not a {type(recipe).__name__}; arrays go as one: (x, y)")
         start = load_bundle(find_bundle(init)) if init is not None else None
-        settled = recipe or default_recipe(data_name(data))
-        if start is not None:
-            settled = settled.override(**recipe_of_model(start))
-        settled = settled.override(**overrides)
-        # the recipe's width of its own net is no option of another net that --model asks for
-        unfit = set(settled.model_options()) - set(model_options(settled.model)) - set(overrides)
-        settled = settled.override(**dict.fromkeys(unfit))
+
+        def settle(recipe: Recipe) -> Recipe:
+            if start is not None:
+                recipe = recipe.override(**recipe_of_model(start))
+            recipe = recipe.override(**overrides)
+            # the recipe's width of its own net is no option of another net that --model asks for
+            unfit = set(recipe.model_options()) - set(model_options(recipe.model)) - set(overrides)
+            return recipe.override(**dict.fromkeys(unfit))
+
+        settled = settle(recipe or default_recipe(data_name(data)))
         refuse_inside_data(out, data)
         device = choose_device(settled.device)
         threads = use_threads(settled.threads)
         # what was resolved is what is recorded: a resumed run computes as the first part did
-        precision = choose_precision(settled.precision, device)
-        settled = settled.override(device=device.type, threads=threads, precision=precision)
+        settled = settled.override(device=device.type, threads=threads)
 
         channels = start.preprocess.channels if start is not None else 0
         loaded = load_dataset(data, image_size=settled.image_size, channels=channels, allow_unreadable=allow_unreadable)
         if settled.image_size not in (0, loaded.shape[1]):
             raise UsageError(f"--image-size is for folders; {loaded.name} has images of {loaded.shape[1]} pixels")
+        if budget is not None:
+            running = {"device": device.type, "threads": threads}
+            choices = [settle(choice).override(**running) for choice in candidates(data_name(data), recipe)]
+            settled = fit_into(budget, started, loaded, choices)
         dataset = loaded.with_validation(settled.validation, settled.seed)
         preprocess = Preprocess.measure(dataset.train.images, dataset.style)
         torch.manual_seed(settled.seed)
         model = describe_model(settled, dataset)
-        net = create_model(model["name"], **model["arguments"])
+        net = make_net(model, dataset, preprocess)
+        settled = settled.override(precision=choose_precision(settled, device, net, dataset.shape))
         config = {
             "convlens": version("convlens"),
             "command": command_line(),
@@ -137,11 +153,11 @@ class Experiment:
         )
         if loaded.fingerprint() != data["fingerprint"]:
             raise UsageError(f"the data in {data['source']} have changed since {path} was started; train anew")
+        dataset = loaded.with_validation(recipe.validation, recipe.seed)
         torch.manual_seed(recipe.seed)  # the first weights again, should no checkpoint have been written yet
-        net = create_model(model["name"], **model["arguments"])
+        net = make_net(model, dataset, preprocess)
         if "init" in config and not any(folder.checkpoint.glob("*.json")):
             adopt_weights(net, load_bundle(find_bundle(config["init"]["from"])))
-        dataset = loaded.with_validation(recipe.validation, recipe.seed)
         return cls(folder, config, recipe, dataset, preprocess, net)
 
     def epochs(
@@ -169,8 +185,8 @@ class Experiment:
         model = {key: self.config["model"][key] for key in ("name", "arguments")}
         bundle = Bundle(self.net, model, dataset.classes, self.preprocess, {})
         classifier = Classifier(bundle, self.recipe.device)
-        logits = classifier.logits(dataset.test.images).cpu()
-        test = judge(logits, dataset.test.labels, dataset.classes)
+        views = make_views(self.recipe.flip) if self.recipe.test_views else None
+        test, logits = classifier.test(dataset.test, views)
         seconds = records[-1]["seconds"] if records else 0.0
         trained = {
             "convlens": version("convlens"),
@@ -183,7 +199,7 @@ class Experiment:
             "test": {key: test[key] for key in ("n", "accuracy", "accuracy_interval", "loss")},
         }
         dataclasses.replace(bundle, trained=trained).save(folder.model)
-        probabilities = logits.softmax(dim=1)
+        probabilities = logits.softmax(dim=1).cpu()
         write_predictions(folder, dataset, probabilities)
         write_json(folder.test, test)
         self._draw(records, test, probabilities)
@@ -201,7 +217,9 @@ class Experiment:
         augment = make_augment(self.recipe, len(classes))
         normalise = self.preprocess.normaliser()
         with torch.no_grad():
-            changed, _ = augment(normalise(images), labels, torch.Generator().manual_seed(self.recipe.seed))
+            turned = torch.arange(len(rows)) % 2 == 1  # every second one, as in each epoch
+            seen = mirror(normalise(images), turned) if self.recipe.flip else normalise(images)
+            changed, _ = augment(seen, labels, torch.Generator().manual_seed(self.recipe.seed))
         pixels = denormalise(changed, self.preprocess)
         plots.draw_images(folder / "augmented.png", pixels, names, "The same images as the net saw them")
         plots.draw_curves(folder / "curves.png", records)
@@ -218,6 +236,7 @@ def train(
     out: str | Path | None = None,
     init: str | Path | None = None,
     allow_unreadable: bool = False,
+    budget: float | None = None,
     show_progress: bool = False,
     **overrides: Any,
 ) -> Run:
@@ -225,13 +244,14 @@ def train(
 
     ``data`` is whatever :func:`convlens.load_dataset` takes; ``recipe`` a name, a Recipe, or None for the default
     of the data; ``overrides`` are recipe options, such as ``epochs=3, seed=1``. The run lies in ``out``, or the
-    next free ``runs/<data>-<n>``. Raises UsageError and ConvlensError with one line that says what to do.
+    next free ``runs/<data>-<n>``. ``budget`` is the seconds that all of it may take: net and length are chosen to fit.
+    Raises UsageError and ConvlensError with one line that says what to do.
     """
     threads = torch.get_num_threads()
     try:
         with torch.random.fork_rng():  # the caller's random numbers and threads stay as they are
             experiment = Experiment.create(
-                data, recipe, out=out, init=init, allow_unreadable=allow_unreadable, **overrides
+                data, recipe, out=out, init=init, allow_unreadable=allow_unreadable, budget=budget, **overrides
             )
             for _ in experiment.epochs(show_progress=show_progress):
                 pass
@@ -258,6 +278,13 @@ def describe_model(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     channels, height, width = dataset.shape
     sizes = {"channels": channels, "height": height, "width": width, "classes": len(dataset.classes)}
     return {"name": recipe.model, "arguments": {**sizes, **recipe.model_options()}}
+
+
+def make_net(model: dict[str, Any], dataset: Dataset, preprocess: Preprocess) -> nn.Module:
+    """Build a fresh net, and let it take what it wants to from the training images."""
+    net = create_model(model["name"], **model["arguments"])
+    initialise_from(net, dataset.train.images, preprocess.normaliser())
+    return net
 
 
 def describe_data(dataset: Dataset, fingerprint: str) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from typing import Any
 
 from convlens.data.catalog import load_dataset
 from convlens.errors import UsageError
-from convlens.evaluation.metrics import judge
+from convlens.evaluation.metrics import make_views
 from convlens.runfolder import RunFolder, read_json
 from convlens.runtime import use_threads
-from convlens.shipping.bundle import find_bundle
+from convlens.shipping.bundle import find_bundle, load_bundle
 from convlens.shipping.classifier import Classifier, Picture, Prediction
 
 
@@ -60,15 +60,15 @@ class Run:
         return f"Run({str(self.path)!r})"
 
 
-def evaluate_run(source: str | Path, data: Any = None) -> dict[str, Any]:
+def evaluate_run(source: str | Path, data: Any = None, *, test_views: bool = False) -> dict[str, Any]:
     """Test a run's (or model's) net again, on its own test split or on that of ``data``; nothing is written.
 
-    Returns the values that ``test.json`` has.
+    Returns the values that ``test.json`` has; with ``test_views``, those of test-time augmentation beside them.
     """
-    bundle = find_bundle(source)
-    classifier = Classifier.load(source)
+    folder = find_bundle(source)
+    classifier = Classifier(load_bundle(folder))
     preprocess = classifier.preprocess
-    run = RunFolder(bundle.parent)
+    run = RunFolder(folder.parent)
     recorded = read_json(run.config)["data"] if run.test.is_file() else classifier.bundle.trained["data"]
     own = data is None
     if own:
@@ -88,4 +88,6 @@ def evaluate_run(source: str | Path, data: Any = None) -> dict[str, Any]:
             f"the data in {named} have changed since the training, so that test images may have been trained on; "
             "put them back, or name other data with --data"
         )
-    return judge(classifier.logits(dataset.test.images), dataset.test.labels, dataset.classes)
+    views = make_views(classifier.bundle.trained["recipe"].get("flip", False)) if test_views else None
+    test, _ = classifier.test(dataset.test, views)
+    return test

@@ -55,6 +55,19 @@ def derive_seed(*numbers: int) -> int:
     return state >> 1
 
 
+def seed_global(seed: int, device: torch.device) -> None:
+    """Seed PyTorch's global generators of the CPU and of ``device``.
+
+    torch.manual_seed seeds every kind of accelerator, and where there is none of a kind it keeps a note, with a
+    stack trace, for the day one comes: a millisecond, and memory, at each call.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
 def describe_machine(device: torch.device) -> dict[str, str | int]:
     """Say what a run ran on: processor or accelerator, cores, threads, Python, PyTorch."""
     return {

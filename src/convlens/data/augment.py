@@ -27,10 +27,9 @@ def shift(x: Tensor, g: Generator, pixels: int) -> Tensor:
     return padded.permute(0, 2, 3, 1)[image, rows, columns].permute(0, 3, 1, 2)  # (N, C, H, W), channels last
 
 
-def flip(x: Tensor, g: Generator) -> Tensor:
-    """Mirror each image left to right with probability 1/2."""
-    mirrored = torch.rand(len(x), 1, 1, 1, generator=g, device=g.device) < 0.5
-    return torch.where(mirrored, x.flip(3), x)
+def mirror(x: Tensor, chosen: Tensor) -> Tensor:
+    """Mirror left to right the images (N, C, H, W) that are ``chosen``, bool (N,)."""
+    return torch.where(chosen[:, None, None, None], x.flip(3), x)
 
 
 def affine(x: Tensor, g: Generator, degrees: float, scale: float) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
 
+from convlens.data.augment import mirror
 from convlens.data.dataset import Split
 from convlens.data.preprocess import Normalise
-from convlens.runtime import derive_seed
+from convlens.runtime import derive_seed, seed_global
 
+FLIP = -1  # stands for no epoch: the stream of numbers that says which images are mirrored first
 Augment = Callable[[Tensor, Tensor, Generator], tuple[Tensor, Tensor]]
 
 
@@ -21,6 +23,13 @@ def count_batches(images: int, batch_size: int) -> int:
     """
     whole, left = divmod(images, batch_size)
     return max(whole + (left > 1), 1)
+
+
+def small_shape(shape: Sequence[int], size: int) -> tuple[int, int]:
+    """Return (height, width) scaled down so that the longer side has ``size`` pixels, if it has more."""
+    height, width = shape
+    scale = min(size / max(height, width), 1.0)
+    return max(round(height * scale), 1), max(round(width * scale), 1)
 
 
 class Batches:
@@ -35,6 +44,7 @@ class Batches:
         seed: int,
         device: torch.device,
         augment: Augment,
+        flip: bool = False,
     ):
         self._images = split.images.to(device)  # (N, C, H, W) uint8
         self._labels = split.labels.to(device)  # (N,) int64
@@ -42,6 +52,10 @@ class Batches:
         self._batch_size, self._seed, self._augment = batch_size, seed, augment
         self._generator = torch.Generator(device)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        # alternating flip (K. Jordan 2024): each image in every second epoch, so that none is seen twice the same way;
+        # whether in the odd or in the even ones is drawn for each
+        first = torch.rand(len(split), generator=torch.Generator().manual_seed(derive_seed(seed, FLIP))) < 0.5
+        self._mirrored = first.to(device) if flip else None  # (N,)
 
     def __len__(self) -> int:
         """The number of batches in an epoch."""
@@ -57,9 +71,11 @@ class Batches:
             self._order = torch.randperm(len(self._labels), generator=shuffle).to(self._labels.device)
             self._epoch = epoch
         step_seed = derive_seed(self._seed, epoch, index)
-        torch.manual_seed(step_seed)
+        seed_global(step_seed, self._labels.device)
         end = None if index == len(self) - 1 else (index + 1) * self._batch_size
         rows = self._order[index * self._batch_size : end]
         images = self._normalise(self._images[rows])
+        if self._mirrored is not None:
+            images = mirror(images, self._mirrored[rows] ^ bool(epoch % 2))
         images, labels = self._augment(images, self._labels[rows], self._generator.manual_seed(step_seed))
         return images.contiguous(memory_format=torch.channels_last), labels

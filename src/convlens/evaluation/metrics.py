@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,28 @@ from convlens.progress import Meter
 Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
 
 
+# normalised images (N, C, H, W) -> views of them, each with its weight
+Views = Callable[[Tensor], list[tuple[float, Tensor]]]
+
+
+def make_views(mirrored: bool) -> Views:
+    """Return the views of test-time augmentation: the image and its two shifts by a pixel along the diagonal.
+
+    The image counts as much as both shifts; ``mirrored`` adds the mirror image of each (K. Jordan 2024).
+    """
+
+    def views(x: Tensor) -> list[tuple[float, Tensor]]:
+        height, width = x.shape[2:]
+        padded = F.pad(x, (1, 1, 1, 1), mode="reflect" if min(height, width) > 1 else "replicate")
+        shifted = [padded[:, :, :height, :width], padded[:, :, 2:, 2:]]
+        plain = [(0.5, x), *((0.25, view) for view in shifted)]
+        if not mirrored:
+            return plain
+        return [(weight / 2, view) for weight, one in plain for view in (one, one.flip(3))]
+
+    return views
+
+
 @torch.no_grad()
 def compute_logits(
     net: nn.Module,
@@ -28,10 +51,12 @@ def compute_logits(
     *,
     batch_size: int = 500,
     autocast: AbstractContextManager[object] | None = None,
+    views: Views | None = None,
 ) -> Tensor:
     """Return the logits, float32 (N, K), of uint8 images (N, C, H, W), computed where the net's weights are.
 
-    The net is in evaluation mode meanwhile, and put back afterwards.
+    With ``views`` they are the weighted mean over several views of each image: test-time augmentation. The net is in
+    evaluation mode meanwhile, and put back afterwards.
     """
     device = next(net.parameters()).device
     normalise = normalise.to(device)
@@ -42,7 +67,8 @@ def compute_logits(
         with autocast or nullcontext(), Meter("evaluating", len(images)) as meter:
             for start in range(0, len(images), batch_size):
                 batch = normalise(images[start : start + batch_size].to(device))
-                parts.append(net(batch.contiguous(memory_format=torch.channels_last)).float())
+                seen = views(batch) if views else [(1.0, batch)]
+                parts.append(sum(w * net(x.contiguous(memory_format=torch.channels_last)).float() for w, x in seen))
                 meter.update(len(batch))
         return torch.cat(parts)
     finally:

@@ -1,7 +1,14 @@
 """The nets: the five classics, the strong defaults, their registry and the contract they keep."""
 
 from convlens.models import classic, fast  # noqa: F401 - entering their nets into the registry
-from convlens.models.contract import MODELS, ConvNet, check_model, create_model, model_options
+from convlens.models.contract import (
+    MODELS,
+    ConvNet,
+    check_model,
+    create_model,
+    initialise_from,
+    model_options,
+)
 from convlens.models.summary import LayerSummary, count_parameters, summarise
 
 register = MODELS.register
@@ -13,6 +20,7 @@ __all__ = [
     "check_model",
     "count_parameters",
     "create_model",
+    "initialise_from",
     "model_options",
     "register",
     "summarise",

@@ -27,6 +27,9 @@ class ConvNet(nn.Module):
     # (C, H, W) of the images that the net is usually shown with
     usual_shape = (1, 28, 28)
 
+    def initialise(self, x: Tensor) -> None:
+        """Set what a fresh net takes from its training images: normalised, float (N, C, H, W). Most take nothing."""
+
     def features(self, x: Tensor) -> Tensor:
         """Return the last spatial map, float (N, C', H', W'), of normalised images, float (N, C, H, W)."""
         return self.body(x)  # type: ignore[no-any-return]
@@ -38,6 +41,16 @@ class ConvNet(nn.Module):
     def stages(self) -> dict[str, nn.Module]:
         """Return the stages by name, in the order in which an image passes them."""
         return dict(self.body.named_children())
+
+
+def initialise_from(net: nn.Module, images: Tensor, normalise: Callable[[Tensor], Tensor]) -> None:
+    """Show a fresh net some of its training images, uint8 (N, C, H, W): a million pixels, evenly from all of them.
+
+    Evenly, because the images of a folder lie class by class.
+    """
+    if isinstance(net, ConvNet):
+        count = min(len(images), max(1_000_000 // (images.shape[2] * images.shape[3]), 50))
+        net.initialise(normalise(images[torch.linspace(0, len(images) - 1, count).long()]))
 
 
 # name -> constructor (channels, height, width, classes, **options), all plain numbers and strings

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from convlens.models.contract import MODELS, ConvNet, require_pixels
 
@@ -46,29 +48,85 @@ class SmallNet(ConvNet):
         self.head = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 
 
-@MODELS.register("medium")
-class MediumNet(ConvNet):
-    """A 2x2 stem and three groups of two 3x3 convolutions with BatchNorm, each group halving the image.
+@MODELS.register("tiny")
+class TinyNet(ConvNet):
+    """Three convolutions, pooled before BatchNorm: the fewest operations for 99% of MNIST's digits.
 
-    The plan (pool between the first convolution of a group and its BatchNorm, a global maximum at the end)
-    follows K. Jordan's "94% on CIFAR-10 in 3.29 seconds" (2024), with ordinary BatchNorm and initialisation.
+    Whatever comes behind a pool costs a quarter of what it costs before, so each stage pools first; the 5x5 stem with
+    stride 2 has no padding, for there is no ink at the border.
+    """
+
+    def __init__(self, channels: int, height: int, width: int, classes: int, filters: int = 16):
+        super().__init__()
+        side = (min(height, width) - 5) // 2 + 1
+        require_pixels("tiny", side, side)
+        stages: OrderedDict[str, nn.Module] = OrderedDict()
+        conv = nn.Conv2d(channels, filters, 5, stride=2, bias=False)
+        inputs = filters
+        for number, outputs in enumerate((filters, 2 * filters, 4 * filters), start=1):
+            if number > 1:
+                conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+            pools = number < 3 and side >= 2
+            stages[f"conv{number}"] = nn.Sequential(conv, *[nn.MaxPool2d(2)] * pools, Shift(outputs), nn.ReLU())
+            side, inputs = side // 2 if pools else side, outputs
+        self.body = nn.Sequential(stages)
+        self.head = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+
+
+@MODELS.register("whitened")
+class WhitenedNet(ConvNet):
+    """A frozen whitening stem and three groups of two 3x3 convolutions that start as the identity: made for Muon.
+
+    The net of K. Jordan's "94% on CIFAR-10 in 3.29 seconds" (2024) and its Muon version: the stem's filters are the
+    eigenvectors of small patches of the training images, so that training starts from decorrelated pixels; BatchNorm
+    shifts but does not scale; each group halves the image between its first convolution and BatchNorm.
     """
 
     usual_shape = (3, 32, 32)
 
     def __init__(self, channels: int, height: int, width: int, classes: int, filters: int = 64):
         super().__init__()
-        stages: OrderedDict[str, nn.Module] = OrderedDict(
-            stem=nn.Sequential(nn.Conv2d(channels, 24, 2, bias=False), nn.BatchNorm2d(24), nn.ReLU())
-        )
-        inputs, side = 24, min(height, width) - 1
-        require_pixels("medium", side, side)
-        for number, outputs in enumerate((filters, 2 * filters, 2 * filters), start=1):
-            first = conv_block(inputs, outputs)
-            if side >= 2:
-                first.insert(1, nn.MaxPool2d(2))
-                side //= 2
-            stages[f"group{number}"] = nn.Sequential(*first, *conv_block(outputs, outputs))
+        patch = 3 if channels == 1 else 2  # side of the whitened patches
+        side = min(height, width) - patch + 1
+        require_pixels("whitened", side, side)
+        inputs = 2 * channels * patch**2
+        stem = nn.Conv2d(channels, inputs, patch)
+        stem.weight.requires_grad_(False)
+        stages: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Sequential(stem, nn.GELU()))
+        for number, outputs in enumerate((filters, 4 * filters, 4 * filters), start=1):
+            pool = [nn.MaxPool2d(2)] if side >= 2 else []
+            side = max(side // 2, 1)
+            stages[f"group{number}"] = nn.Sequential(
+                identity_conv(inputs, outputs), *pool, Shift(outputs), nn.GELU(),
+                identity_conv(outputs, outputs), Shift(outputs), nn.GELU(),
+            )  # fmt: skip
             inputs = outputs
         self.body = nn.Sequential(stages)
-        self.head = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+        head = nn.Linear(inputs, classes, bias=False)
+        head.weight.data /= inputs * head.weight.data.std()  # all classes are about as likely at the start
+        self.head = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten(), head)
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """Whiten: make the stem's filters the eigenvectors of the patches of ``x``, scaled to variance 1, and -1x."""
+        stem: nn.Conv2d = self.body.stem[0]  # type: ignore[assignment, index]
+        patches = F.unfold(x, stem.kernel_size).transpose(1, 2).flatten(0, 1).double()  # (N positions, C k k)
+        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        filters = (vectors / (values + 5e-4).sqrt()).T.reshape(-1, *stem.weight.shape[1:]).flip(0)
+        stem.weight.copy_(torch.cat([filters, -filters]))
+        nn.init.zeros_(stem.bias)  # type: ignore[arg-type]
+
+
+class Shift(nn.BatchNorm2d):
+    """BatchNorm that shifts but does not scale, with statistics that settle within a few steps."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-12, momentum=0.4)
+        self.weight.requires_grad_(False)
+
+
+def identity_conv(inputs: int, outputs: int) -> nn.Conv2d:
+    """Return a 3x3 convolution without bias whose first filters pass their channel on (Zagoruyko, Komodakis 2017)."""
+    conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    nn.init.dirac_(conv.weight.data[: min(inputs, outputs)])
+    return conv

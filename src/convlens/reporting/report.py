@@ -35,10 +35,18 @@ def write_report(folder: RunFolder) -> None:
             f"{test['accuracy']:.2%}",
             f"95% interval {low:.2%} to {high:.2%}, n = {test['n']:,}",
         ),
-        ("training", format_seconds(seconds), f"{len(metrics)} epochs on {machine['device_name']}"),
+        (
+            "training",
+            format_seconds(seconds),
+            f"{len(metrics)} epoch{'s' * (len(metrics) != 1)} on {machine['device_name']}",
+        ),
         ("parameters", f"{config['model']['parameters']:,}", f"net {config['model']['name']}"),
         ("test loss", f"{test['loss']:.4f}", "cross-entropy, nats an image"),
     ]
+    if views := test.get("test_time_augmentation"):
+        low, high = views["accuracy_interval"]
+        note = f"the mean over shifted and mirrored views; 95% interval {low:.2%} to {high:.2%}"
+        figures.append(("with test-time augmentation", f"{views['accuracy']:.2%}", note))
     cards = "".join(
         f"<div>{label}<b>{value}</b><span class=quiet>{escape(note)}</span></div>" for label, value, note in figures
     )

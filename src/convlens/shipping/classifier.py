@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from convlens.data.dataset import Split
 from convlens.data.preprocess import BadImage, array_to_image, open_image
-from convlens.evaluation.metrics import compute_logits
+from convlens.evaluation.metrics import Views, compute_logits, judge
 from convlens.runtime import choose_device
 from convlens.shipping.bundle import Bundle, find_bundle, load_bundle
 
@@ -91,9 +92,22 @@ class Classifier:
             return torch.empty(0, len(self.classes))
         return self.logits(torch.stack(images)).softmax(dim=1).cpu()
 
-    def logits(self, images: Tensor) -> Tensor:
-        """Return the logits, float32 (N, K), of uint8 images (N, C, H, W)."""
-        return compute_logits(self.net, images, self.preprocess.normaliser())
+    def logits(self, images: Tensor, views: Views | None = None) -> Tensor:
+        """Return the logits, float32 (N, K), of uint8 images (N, C, H, W); with ``views``, the mean over them."""
+        return compute_logits(self.net, images, self.preprocess.normaliser(), views=views)
+
+    def test(self, split: Split, views: Views | None = None) -> tuple[dict[str, Any], Tensor]:
+        """Return every figure on ``split``, as ``test.json`` has them, and the logits, float32 (N, K).
+
+        With ``views`` the accuracy of test-time augmentation stands beside that of the plain images, by its name.
+        """
+        logits = self.logits(split.images)
+        test = judge(logits, split.labels, self.classes)
+        if views is not None:
+            averaged = judge(self.logits(split.images, views), split.labels, self.classes)
+            kept = ("accuracy", "accuracy_interval", "interval_method", "loss")
+            test["test_time_augmentation"] = {key: averaged[key] for key in kept}
+        return test, logits
 
     def describe(self, probabilities: Tensor, top: int = 1) -> list[Prediction]:
         """Return probabilities (N, K) as Predictions with the ``top`` best classes each."""

@@ -7,9 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
@@ -18,6 +16,7 @@ from convlens.errors import ConvlensError
 from convlens.runfolder import read_json, write_json
 from convlens.shipping.bundle import write_tensors
 from convlens.training.optim import WeightAverage
+from convlens.training.optimizers import Optimizer
 
 KEPT = 2
 
@@ -47,6 +46,8 @@ class TrainState:
     loss_sum: float = 0.0
     correct: int = 0
     seen: int = 0
+    # with validation, checkpoints and all: the clock of a training whose length is given in seconds
+    elapsed: float = 0.0
     records: list[EpochRecord] = field(default_factory=list)
     best_epoch: int = 0  # 0: none yet
     finished: bool = False
@@ -111,33 +112,30 @@ def read_checkpoint(manifest: Path) -> tuple[TrainState, dict[str, Tensor]]:
         raise ConvlensError(f"the checkpoint {manifest} is damaged: {error}") from None
 
 
-def pack(
-    net: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage, best: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def pack(net: nn.Module, optimizer: Optimizer, average: WeightAverage, best: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return all tensors of a training under one flat set of names."""
     tensors = {f"net.{key}": value for key, value in net.state_dict().items()}
     tensors |= {f"average.{key}": value for key, value in average.weights.items()}
     tensors |= {f"best.{key}": value for key, value in best.items()}
-    for number, slots in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{slot}": v for slot, v in slots.items() if isinstance(v, Tensor)}
+    tensors |= {f"optimizer.{key}": value for key, value in optimizer.tensors().items()}
     # tied weights would be one storage under two names, which safetensors refuses
     return {key: value.clone() for key, value in tensors.items()}
 
 
 def unpack(
-    tensors: Mapping[str, Tensor], net: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage
+    tensors: Mapping[str, Tensor], net: nn.Module, optimizer: Optimizer, average: WeightAverage
 ) -> dict[str, Tensor]:
     """Put the tensors of :func:`pack` back where they came from; return the best weights."""
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-    net.load_state_dict(part("net."))
+    try:
+        net.load_state_dict(part("net."))
+        optimizer.load_tensors(part("optimizer."))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConvlensError(f"the checkpoint does not fit this version of convlens: {reason}; train anew") from None
     device = next(net.parameters()).device
     average.weights = {key: value.to(device) for key, value in part("average.").items()}
-    slots: dict[int, dict[str, Any]] = {}
-    for key, value in part("optimizer.").items():
-        number, slot = key.split(".", 1)
-        slots.setdefault(int(number), {})[slot] = value
-    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     return {key: value.to(device) for key, value in part("best.").items()}

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convlens.data.dataset import Dataset
-from convlens.data.loader import Batches
+from convlens.data.loader import Batches, small_shape
 from convlens.data.preprocess import Preprocess
 from convlens.errors import Diverged, Interrupted, UsageError
 from convlens.evaluation.metrics import Scores, evaluate
@@ -51,15 +52,18 @@ def fit(
     weights of that moment. CPU threads are the caller's: ``recipe.threads`` is for :func:`convlens.train`.
     """
     device = choose_device(recipe.device)
-    precision = choose_precision(recipe.precision, device)
+    precision = choose_precision(recipe, device, net, dataset.shape)
     dataset = dataset.with_validation(recipe.validation, recipe.seed)
     if dataset.validation is None and (recipe.patience or recipe.select == "best"):
         raise UsageError("--patience and --select best choose by validation images; set a --validation share above 0")
     normalise = (preprocess or Preprocess.measure(dataset.train.images, dataset.style)).normaliser()
     augment = make_augment(recipe, len(dataset.classes))
-    batches = Batches(dataset.train, recipe.batch_size, normalise, seed=recipe.seed, device=device, augment=augment)
-    total_steps = recipe.total_steps(len(batches))
+    batches = Batches(
+        dataset.train, recipe.batch_size, normalise, seed=recipe.seed, device=device, augment=augment, flip=recipe.flip
+    )
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if recipe.small_size:
+        require_any_size(net, dataset.shape, recipe)
     compute_loss, clip = make_loss(recipe, net), make_clip(net, recipe)
     optimizer, average = make_optimizer(net, recipe), WeightAverage(net, recipe.ema)
 
@@ -71,47 +75,57 @@ def fit(
     elif store is not None:
         store.save(state, pack(net, optimizer, average, best))
 
-    while state.step < total_steps and not state.finished:
+    begun = time.perf_counter() - state.elapsed
+    total = recipe.total_steps(len(batches), state.step, state.elapsed)
+    while state.step < total and not state.finished:
         if should_stop():
-            raise Interrupted(f"stopped at step {state.step} of {total_steps}")
+            raise Interrupted(f"stopped at step {state.step} of {total}")
         epoch, first = divmod(state.step, len(batches))
-        end = min(len(batches), total_steps - epoch * len(batches))  # the last epoch may be a part of one
         tally = Tally(state, device)
         net.train()
-        started = time.perf_counter()
-        name = f"epoch {epoch + 1} of {math.ceil(total_steps / len(batches))}"
-        with Meter(name, end - first, shown=show_progress) as meter:
-            for index in range(first, end):
+        stopped, before = False, state.seconds
+        started = time.perf_counter() - before
+        # the last epoch may be a part of one
+        steps = min(len(batches), total - epoch * len(batches))
+        with Meter(
+            f"epoch {epoch + 1} of {math.ceil(total / len(batches))}", steps - first, shown=show_progress
+        ) as meter:
+            for index in range(first, len(batches)):
                 images, labels = batches(epoch, index)  # (N, C, H, W), (N,) or (N, K)
-                lr = learning_rate(recipe, state.step, len(batches))
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+                if recipe.small_size and state.step < recipe.small_share * total:
+                    images = shrink(images, recipe.small_size)
+                lr = learning_rate(recipe, state.step, total, len(batches))
                 with autocast(precision, device):
                     logits = net(images)  # (N, K)
                 loss = compute_loss(logits.float(), labels)
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 clip()
-                optimizer.step()
+                optimizer.step(lr)
                 average.update(state.step)
                 state.step += 1
+                state.seconds = time.perf_counter() - started
+                state.elapsed = time.perf_counter() - begun
+                total = recipe.total_steps(len(batches), state.step, state.elapsed)
                 tally.add(loss, logits, labels)
                 if state.step % LOOK_EVERY == 0:
                     tally.check(state, recipe)
-                    seconds = time.perf_counter() - started
-                    left = seconds / (index + 1 - first) * (total_steps - state.step)
-                    meter.update(LOOK_EVERY, f"{tally.describe(seconds)}  {left:,.0f} s left in all")
-                if should_stop():
+                    left = state.seconds / state.step * (total - state.step)
+                    told = f"{tally.describe(state.seconds - before)}  {left:,.0f} s left in all"
+                    meter.update(index + 1 - first - meter.done, told)
+                if state.step >= total or (stopped := should_stop()):
                     break
-        state.seconds += time.perf_counter() - started
         tally.check(state, recipe)
+        state.seconds = time.perf_counter() - started
+        state.elapsed = time.perf_counter() - begun
+        total = recipe.total_steps(len(batches), state.step, state.elapsed)
         if not all(bool(value.isfinite().all()) for value in net.state_dict().values()):
             raise diverged("a weight", state, recipe)
         tally.store_into(state)
-        if state.step < epoch * len(batches) + end:  # stopped before the epoch's end
+        if stopped and state.step < total and state.step < (epoch + 1) * len(batches):  # in the middle of an epoch
             if store is not None:
                 store.save(state, pack(net, optimizer, average, best))
-            raise Interrupted(f"stopped at step {state.step} of {total_steps}")
+            raise Interrupted(f"stopped at step {state.step} of {total}")
 
         scores: dict[str, Scores] = {}
         with average.applied():
@@ -130,12 +144,38 @@ def fit(
                     best = {key: value.detach().clone() for key, value in net.state_dict().items()}
         state.records.append(record)
         state.loss_sum, state.correct, state.seen = 0.0, 0, 0
+        state.elapsed = time.perf_counter() - begun
+        total = recipe.total_steps(len(batches), state.step, state.elapsed)
         state.finished = 0 < recipe.patience <= record.epoch - state.best_epoch and "val" in scores
         if store is not None:
             store.save(state, pack(net, optimizer, average, best))
         yield record
 
     net.load_state_dict({**net.state_dict(), **average.weights, **best})
+
+
+@torch.no_grad()
+def require_any_size(net: nn.Module, shape: tuple[int, int, int], recipe: Recipe) -> None:
+    """Raise UsageError unless ``net`` takes images of ``shape`` (C, H, W) at the recipe's small size too."""
+    image = torch.zeros(1, *shape, device=next(net.parameters()).device)
+    training = net.training
+    try:
+        net.eval()(shrink(image, recipe.small_size))
+    except RuntimeError:
+        raise UsageError(
+            f"--small-size {recipe.small_size}: the net {recipe.model} does not take images of that size"
+        ) from None
+    finally:
+        net.train(training)
+
+
+def shrink(images: Tensor, size: int) -> Tensor:
+    """Return images (N, C, H, W) scaled down so that their longer side has ``size`` pixels, if it has more."""
+    shape = small_shape(images.shape[2:], size)
+    if shape == tuple(images.shape[2:]):
+        return images
+    small = F.interpolate(images, size=shape, mode="bilinear", antialias=True, align_corners=False)
+    return small.contiguous(memory_format=torch.channels_last)
 
 
 class Tally:

@@ -13,16 +13,16 @@ from torch import Generator, Tensor, nn
 from convlens.data import augment
 from convlens.data.loader import Augment
 from convlens.errors import UsageError
+from convlens.training.optimizers import SGD, Adam, Group, Muon, Optimizer
 from convlens.training.recipe import Recipe
 
 
-def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """Return the learning rate of ``step`` (from 0): a pure function, so that resuming restores nothing.
+def learning_rate(recipe: Recipe, step: int, total: int, steps_per_epoch: int) -> float:
+    """Return the learning rate of ``step`` (from 0) of ``total``: a pure function, so that resuming restores nothing.
 
     All rise in a line over ``warmup`` of the steps; ``cosine`` and ``linear`` fall to 0 at the end; ``one-cycle``
     rises from 1/25 of the peak over the first 30% (or ``warmup``) and falls, both along a cosine (Smith 2018).
     """
-    total = recipe.total_steps(steps_per_epoch)
     rise = (recipe.warmup or (0.3 if recipe.schedule == "one-cycle" else 0.0)) * total
     if step < rise:
         share = (step + 1) / (rise + 1)
@@ -37,17 +37,35 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     return recipe.lr * (left if recipe.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
-def make_optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer; weight decay leaves biases and BatchNorm's factors alone."""
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, foreach=True)
-    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return kind(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), foreach=True)
+def make_optimizer(net: nn.Module, recipe: Recipe) -> Optimizer:
+    """Return the recipe's optimizer; weight decay leaves biases and BatchNorm's factors alone.
+
+    Filters, matrices and vectors are groups of their own: with Muon only filters go its way, the others by
+    Nesterov's SGD, and both ``head_lr`` and ``bias_lr`` take the place of ``lr`` where they are given.
+    """
+    weights = [p for p in net.parameters() if p.requires_grad]
+    filters = [p for p in weights if p.dim() > 2]
+    matrices = [p for p in weights if p.dim() == 2]
+    vectors = [p for p in weights if p.dim() < 2]
+    head_scale, bias_scale = (own / recipe.lr if own and recipe.lr else 1.0 for own in (recipe.head_lr, recipe.bias_lr))
+
+    def make(weights: list[nn.Parameter], lr_scale: float, weight_decay: float) -> Group:
+        if recipe.optimizer in ("sgd", "muon"):
+            return SGD(
+                weights,
+                lr_scale=lr_scale,
+                momentum=recipe.momentum,
+                nesterov=recipe.nesterov,
+                weight_decay=weight_decay,
+            )
+        betas, decoupled = (recipe.momentum, 0.999), recipe.optimizer == "adamw"
+        return Adam(weights, lr_scale=lr_scale, betas=betas, decoupled=decoupled, weight_decay=weight_decay)
+
+    if recipe.optimizer == "muon":
+        first: Group = Muon(filters, momentum=recipe.muon_momentum)
+    else:
+        first = make(filters, 1.0, recipe.weight_decay)
+    return Optimizer([first, make(matrices, head_scale, recipe.weight_decay), make(vectors, bias_scale, 0.0)])
 
 
 def make_loss(recipe: Recipe, net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
@@ -81,8 +99,6 @@ def make_augment(recipe: Recipe, classes: int) -> Augment:
             x = augment.affine(x, g, recipe.rotation, recipe.scale)
         if recipe.shift:
             x = augment.shift(x, g, recipe.shift)
-        if recipe.flip:
-            x = augment.flip(x, g)
         if recipe.colour_jitter:
             x = augment.colour_jitter(x, g, recipe.colour_jitter)
         if recipe.cutout:

@@ -1,42 +1,123 @@
-"""Precision of training: fp32, or bf16 where this machine computes it faster and right."""
+"""Precision of training: fp32, or bf16 where this machine computes the net's own convolutions faster and right."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-PROBES = 8
-PROBE_TOLERANCE = 0.02  # of the largest output; bf16 itself keeps about 3 digits
+from convlens.data.fetch import cache_folder
+from convlens.data.loader import small_shape
+from convlens.errors import ConvlensError
+from convlens.runfolder import read_json, write_json
+from convlens.runtime import processor_name
+from convlens.training.recipe import Recipe
+
+BATCH, ROUNDS = 64, 4
+TOLERANCE = 0.02  # of the largest value; bf16 itself keeps about 3 digits
+GAIN = 0.9  # bf16 must take less than this share of fp32's time
+
+Convolution = tuple[nn.Conv2d, tuple[int, ...]]  # a layer, and the (C, H, W) that it is given
 
 
-def choose_precision(name: str, device: torch.device) -> str:
-    """Return "fp32" or "bf16"; ``auto`` tries both on a convolution and takes bf16 if it is faster and right."""
-    if name != "auto":
-        return name
+def choose_precision(recipe: Recipe, device: torch.device, net: nn.Module, shape: tuple[int, int, int]) -> str:
+    """Return "fp32" or "bf16" for training ``net`` on images of ``shape`` (C, H, W), smaller at first or not.
+
+    ``auto`` on a CPU tries every convolution of the net, forward and backward, both ways: bf16 is taken if all are
+    right and together faster, for some shapes fall off the fast path, and some have come out wrong. What was found
+    is kept in the user's cache, by processor, PyTorch version and shape.
+    """
+    if recipe.precision != "auto":
+        return recipe.precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     if device.type != "cpu":
         return "fp32"
-    conv = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = torch.randn(16, 64, 14, 14, generator=torch.Generator().manual_seed(0))
-    x = x.contiguous(memory_format=torch.channels_last)
-
-    fastest, output = {"fp32": float("inf"), "bf16": float("inf")}, dict[str, torch.Tensor]()
+    file = cache_folder() / "precision.json"
+    known: dict[str, Any] = {}
+    with contextlib.suppress(ConvlensError):  # no file yet, or a damaged one: everything is tried again
+        known = read_json(file)
+    sizes = [shape]
+    if recipe.small_size:
+        sizes.append((shape[0], *small_shape(shape[1:], recipe.small_size)))
+    results, tried = [], False
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several would wait for each other while another program is busy
-    for _ in range(PROBES):  # in turn, and the fastest of each, for the same reason
-        for precision in fastest:
-            start = time.perf_counter()
-            with torch.no_grad(), autocast(precision, device):
-                output[precision] = conv(x)
-            fastest[precision] = min(fastest[precision], time.perf_counter() - start)
-    torch.set_num_threads(threads)
-    error = (output["fp32"] - output["bf16"].float()).abs().max()
-    right = bool(error <= PROBE_TOLERANCE * output["fp32"].abs().max())
-    return "bf16" if right and fastest["bf16"] < 0.8 * fastest["fp32"] else "fp32"
+    try:
+        for layer, given in [layer for size in sizes for layer in find_convolutions(net, size)]:
+            key = f"{processor_name()}, torch {torch.__version__}: {layer} on {given}"
+            if not is_result(known.get(key)):
+                known[key], tried = try_convolution(layer, given), True
+            results.append(known[key])
+    finally:
+        torch.set_num_threads(threads)
+    if tried:
+        with contextlib.suppress(ConvlensError):  # a full or read-only disk costs the next run a moment
+            write_json(file, known)
+    right = all(result["right"] for result in results)
+    seconds = {kind: sum(result[kind] for result in results) for kind in ("fp32", "bf16")}
+    return "bf16" if right and seconds["bf16"] < GAIN * seconds["fp32"] else "fp32"
+
+
+def is_result(value: object) -> bool:
+    """Say whether a value from the cache is what :func:`try_convolution` returns."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("right"), bool)
+        and all(isinstance(value.get(kind), float) for kind in ("fp32", "bf16"))
+    )
+
+
+def find_convolutions(net: nn.Module, shape: tuple[int, int, int]) -> list[Convolution]:
+    """Return the convolutions of ``net`` in the order in which an image (C, H, W) passes them."""
+    found: list[Convolution] = []
+
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+        if isinstance(layer, nn.Conv2d):
+            found.append((layer, tuple(inputs[0].shape[1:])))
+
+    handles = [m.register_forward_hook(hook) for m in net.modules() if isinstance(m, nn.Conv2d)]
+    training = net.training
+    try:
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, *shape, device=next(net.parameters()).device))
+    finally:
+        net.train(training)
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def try_convolution(layer: nn.Conv2d, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Return the seconds that a convolution like ``layer`` takes in fp32 and bf16, and whether bf16 is right."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(BATCH, *shape, generator=g).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(layer.weight.shape, generator=g).contiguous(memory_format=torch.channels_last)
+    weight = (weight / weight[0].numel() ** 0.5).requires_grad_()
+    slope: Tensor | None = None
+    seconds: dict[str, float] = {"fp32": float("inf"), "bf16": float("inf")}
+    values: dict[str, list[Tensor]] = {}
+    try:
+        for _ in range(ROUNDS):  # in turn, and the fastest of each: another program may be busy
+            for precision in seconds:
+                start = time.perf_counter()
+                with autocast(precision, torch.device("cpu")):
+                    y = nn.functional.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+                slope = torch.randn(y.shape, generator=g) if slope is None else slope
+                gradients = torch.autograd.grad(y.float(), [x, weight], slope)
+                seconds[precision] = min(seconds[precision], time.perf_counter() - start)
+                values[precision] = [y.detach().float(), *gradients]
+    except RuntimeError:  # a shape, or a machine, that has no bf16 convolution
+        return {"fp32": 0.0, "bf16": 0.0, "right": False}
+    right = all(
+        bool((exact - near).abs().max() <= TOLERANCE * exact.abs().max())
+        for exact, near in zip(values["fp32"], values["bf16"], strict=True)
+    )
+    return {**seconds, "right": right}
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 import types
 import typing
@@ -12,6 +13,8 @@ from typing import Any
 
 from convlens.errors import UnknownName, UsageError
 
+# the fields that say how long it trains: one of them is set
+LENGTHS = ("epochs", "iterations", "seconds")
 # the fields that are options of the net
 MODEL_OPTIONS = ("filters", "kernel_size", "pool", "output_relu")
 
@@ -39,15 +42,23 @@ class Recipe:
     # length
     epochs: int | None = option(None, "passes over the training images", low=1)
     iterations: int | None = option(None, "training steps, instead of epochs", low=1)
+    seconds: float | None = option(None, "seconds of training and validating, instead of epochs", low=0.01)
     batch_size: int = option(256, "images in a step", low=1)
+    small_size: int = option(
+        0, "side in pixels that images have in the first part of the training; 0: always whole", low=0
+    )
+    small_share: float = option(0.5, "share of the training that --small-size is for", low=0)
     # objective and optimizer
     loss: str = option("cross-entropy", "loss function", choices=("cross-entropy", "nll"))
     label_smoothing: float = option(0.0, "share of the label spread over all classes", low=0)
-    optimizer: str = option("sgd", "optimizer", choices=("sgd", "adam", "adamw"))
+    optimizer: str = option("sgd", "optimizer", choices=("sgd", "adam", "adamw", "muon"))
     lr: float = option(0.1, "learning rate (its peak, where a schedule changes it)", low=0)
+    head_lr: float = option(0.0, "learning rate of linear layers; 0: as the others", low=0)
+    bias_lr: float = option(0.0, "learning rate of biases and BatchNorm's factors; 0: as the others", low=0)
     momentum: float = option(0.9, "momentum of SGD, first beta of Adam", low=0)
     nesterov: bool = option(False, "Nesterov momentum")
-    weight_decay: float = option(0.0, "weight decay, of weights but not of biases and BatchNorm", low=0)
+    muon_momentum: float = option(0.6, "momentum of Muon's filters; --momentum is for its other weights", low=0)
+    weight_decay: float = option(0.0, "weight decay, of weights but not of biases, BatchNorm and Muon's filters", low=0)
     clip_norm: float = option(0.0, "largest norm of the gradient; 0: not clipped", low=0)
     schedule: str = option(
         "linear",
@@ -65,13 +76,17 @@ class Recipe:
     shift: int = option(0, "move images by up to so many pixels", low=0)
     rotation: float = option(0.0, "turn images by up to so many degrees", low=0)
     scale: float = option(0.0, "zoom images by up to this share", low=0)
-    flip: bool = option(False, "mirror images left to right, half of the time")
+    flip: bool = option(False, "mirror images left to right, each in every second epoch")
     crop_probability: float = option(0.0, "probability of cutting to the centre and resizing back", low=0)
     crop_fraction: float = option(22 / 28, "side of that centre, as a share of the image's", low=0)
     cutout: int = option(0, "side of a square that is blanked in each image", low=0)
     colour_jitter: float = option(0.0, "change brightness, contrast, saturation by up to this share", low=0)
     mixup: float = option(0.0, "alpha of mixup; 0: none", low=0)
     cutmix: float = option(0.0, "alpha of cutmix; 0: none", low=0)
+    # testing
+    test_views: bool = option(
+        False, "test once more, averaging over mirrored and shifted views; said beside the plain test"
+    )
     # running
     seed: int = option(0, "fixes everything random", low=0)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
@@ -81,19 +96,19 @@ class Recipe:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             object.__setattr__(self, item.name, check_value(item, getattr(self, item.name)))
-        if (self.epochs is None) == (self.iterations is None):
-            raise UsageError("a recipe needs epochs or iterations, one of the two")
-        for name in ("validation", "momentum", "ema"):
+        if sum(getattr(self, name) is not None for name in LENGTHS) != 1:
+            raise UsageError("a recipe needs epochs, iterations or seconds, one of the three")
+        for name in ("validation", "momentum", "muon_momentum", "ema"):
             if getattr(self, name) >= 1:
                 raise UsageError(f"{flag(name)} is {getattr(self, name)}; it must be below 1")
-        for name in ("label_smoothing", "scale", "crop_probability", "warmup"):
+        for name in ("label_smoothing", "scale", "crop_probability", "warmup", "small_share"):
             if getattr(self, name) > 1:
                 raise UsageError(f"{flag(name)} is {getattr(self, name)}; it must be at most 1")
-        if self.nesterov and not (self.optimizer == "sgd" and self.momentum > 0):
-            raise UsageError("--nesterov needs --optimizer sgd and a --momentum above 0")
+        if self.nesterov and not (self.optimizer in ("sgd", "muon") and self.momentum > 0):
+            raise UsageError("--nesterov needs --optimizer sgd or muon and a --momentum above 0")
 
     def override(self, **changes: Any) -> Recipe:
-        """Return the recipe with ``changes``; ``epochs`` takes the place of ``iterations`` and the reverse.
+        """Return the recipe with ``changes``; a new length takes the place of the old: epochs, iterations or seconds.
 
         Raises UsageError for an unknown key (with the nearest one) or a value that the field does not take.
         """
@@ -101,24 +116,30 @@ class Recipe:
         for key in changes:
             if key not in known:
                 raise UnknownName("recipe option", key, known)
-        if changes.get("epochs") is not None:
-            changes.setdefault("iterations", None)
-        elif changes.get("iterations") is not None:
-            changes.setdefault("epochs", None)
+        if changes.get("optimizer", self.optimizer) != self.optimizer:  # rates of another rule mean nothing to it
+            changes = {"head_lr": 0.0, "bias_lr": 0.0, **changes}
+        if any(changes.get(name) is not None for name in LENGTHS):
+            changes = {**dict.fromkeys(LENGTHS), **changes}
         return dataclasses.replace(self, **changes)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Recipe:
         """Rebuild a recipe from the values that :func:`dataclasses.asdict` gave."""
-        return cls(epochs=1).override(**{"epochs": None, "iterations": None, **values})
+        return cls(epochs=1).override(**{**dict.fromkeys(LENGTHS), **values})
 
     def model_options(self) -> dict[str, Any]:
         """Return the options of the net that this recipe sets."""
         options = {name: getattr(self, name) for name in MODEL_OPTIONS}
         return {name: value for name, value in options.items() if value is not None}
 
-    def total_steps(self, steps_per_epoch: int) -> int:
-        """Return how many steps the whole training has."""
+    def total_steps(self, steps_per_epoch: int, step: int = 0, seconds: float = 0.0) -> int:
+        """Return how many steps the whole training has.
+
+        One that is given in seconds goes by the pace of the ``step`` steps so far, which took ``seconds``; before
+        the first, an epoch is as good a guess as any.
+        """
+        if self.seconds is not None:
+            return max(math.ceil(step * self.seconds / seconds), step) if seconds else steps_per_epoch
         return self.iterations if self.iterations is not None else (self.epochs or 0) * steps_per_epoch
 
 
@@ -152,7 +173,7 @@ def check_value(item: dataclasses.Field[Any], value: Any) -> Any:
     choices, low = item.metadata["choices"], item.metadata["low"]
     if choices and value not in choices:
         raise UnknownName(f"value of {flag(item.name)}", str(value), choices)
-    if value == float("inf"):
+    if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{flag(item.name)} is {value}; it must be finite")
     if item.name == "seed" and typing.cast(int, value) >= 2**63:
         raise UsageError(f"--seed is {value}; it must be below 2**63")

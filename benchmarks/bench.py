@@ -1,0 +1,419 @@
+"""Measure speed, one section after another, and write JSON records and the tables of docs/benchmarks.md.
+
+    python benchmarks/bench.py                    # all sections
+    python benchmarks/bench.py commands overhead  # some
+
+Nothing else should run meanwhile. What is compared runs in turn within one section, so that a slow minute of the
+machine slows both; figures are medians with the fastest and the slowest, or ratios of pairs. CONVLENS_DATA names
+real data.
+"""
+
+from __future__ import annotations
+
+import convlens  # first: it says how OpenMP's threads wait, which PyTorch reads when it is loaded
+
+# isort: split
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import contenders
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+from convlens.data.augment import mirror
+from convlens.data.catalog import load_dataset
+from convlens.data.dataset import Dataset
+from convlens.data.preprocess import Preprocess
+from convlens.models import create_model, summarise
+from convlens.runtime import describe_machine, use_threads
+from convlens.shipping.classifier import Classifier
+from convlens.training.engine import fit
+from convlens.training.optim import learning_rate, make_loss, make_optimizer
+from convlens.training.precision import autocast
+from convlens.training.recipe import Recipe
+from convlens.training.recipes import get_recipe
+
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+RECORDS = Path(__file__).parent / "records"
+CPU = torch.device("cpu")
+Record = dict[str, Any]
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Return the wall seconds that ``work`` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def spread(seconds: list[float], digits: int = 2) -> str:
+    """Return median, fastest and slowest as cells of a table."""
+    return f"{statistics.median(seconds):.{digits}f} | {min(seconds):.{digits}f}, {max(seconds):.{digits}f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+# a net's pace
+
+
+def peak(precision: str, size: int = 2048, repeats: int = 12) -> float:
+    """Return the GFLOP/s of a square matrix product, the fastest of some: what this machine can do at most."""
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(size, size).to(kind), torch.randn(size, size).to(kind)
+    return 2 * size**3 / min(timed(lambda: a @ b) for _ in range(repeats)) / 1e9
+
+
+NETS = [  # net, options, image (C, H, W), batch
+    ("tiny", {}, (1, 28, 28), 512),
+    ("small", {}, (1, 28, 28), 256),
+    ("mnist-4conv", {}, (1, 28, 28), 512),
+    ("whitened", {"filters": 32}, (3, 32, 32), 1000),
+    ("whitened", {"filters": 64}, (3, 32, 32), 1000),
+]
+
+
+def arithmetic() -> tuple[list[Record], str]:
+    """Images/s and GFLOP/s of training, per net, beside the peak of a matrix product measured in the same run."""
+    records, rows = [], []
+    for name, options, shape, batch in NETS:
+        for precision in ("bf16", "fp32"):
+            top = peak(precision)
+            channels, height, width = shape
+            net = create_model(name, channels=channels, height=height, width=width, classes=10, **options)
+            flops = 3 * sum(layer.flops for layer in summarise(net, *shape))
+            step = make_step(net, Recipe(epochs=1, precision=precision), shape, batch)
+            step()
+            seconds = [timed(step) for _ in range(10)]
+            pace = batch / statistics.median(seconds)
+            share = flops * pace / 1e9 / top
+            label = " ".join([name, *(f"--{key} {value}" for key, value in options.items())])
+            records.append(
+                {"net": label, "precision": precision, "batch": batch, "seconds": seconds, "flops": flops, "peak": top}
+            )
+            rows.append(
+                [f"`{label}`", precision, f"{flops / 1e6:,.0f}", f"{pace:,.0f}", f"{flops * pace / 1e9:,.0f}",
+                 f"{top:,.0f}", f"{share:.0%}"]
+            )  # fmt: skip
+    head = ["net", "arithmetic", "MFLOPs an image (forward and backward)", "images/s", "GFLOP/s",
+            "GFLOP/s of a matrix product", "share"]  # fmt: skip
+    return records, table(head, rows)
+
+
+def make_step(net: torch.nn.Module, recipe: Recipe, shape: tuple[int, int, int], batch: int) -> Callable[[], object]:
+    """Return one training step on random images."""
+    net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    images = torch.randn(batch, *shape).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (batch,))
+    optimizer, compute_loss = make_optimizer(net, recipe), make_loss(recipe, net)
+
+    def step() -> None:
+        with autocast(recipe.precision, CPU):
+            logits = net(images)
+        optimizer.zero_grad()
+        compute_loss(logits.float(), labels).backward()
+        optimizer.step(0.01)
+
+    return step
+
+
+# fit() beside a bare loop
+
+
+def bare_loop(net: torch.nn.Module, dataset: Dataset, recipe: Recipe) -> None:
+    """Train as fit() does, written out by hand, with nothing that is not arithmetic."""
+    preprocess = Preprocess.measure(dataset.train.images, dataset.style)
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) * 255 for v in (preprocess.mean, preprocess.std))
+    images, labels = dataset.train.images, dataset.train.labels
+    net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimizer = make_optimizer(net, recipe)
+    steps = len(labels) // recipe.batch_size
+    total = recipe.total_steps(steps)
+    first = torch.rand(len(labels)) < 0.5
+    for step in range(total):
+        epoch, index = divmod(step, steps)
+        if index == 0:
+            order = torch.randperm(len(labels))
+        rows = order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
+        x = (images[rows].float() - mean) / std
+        if recipe.flip:
+            x = mirror(x, first[rows] ^ bool(epoch % 2))
+        with autocast(recipe.precision, CPU):
+            logits = net(x.contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(logits.float(), labels[rows], label_smoothing=recipe.label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(learning_rate(recipe, step, total, steps))
+
+
+def overhead() -> tuple[list[Record], str]:
+    """What fit() costs over a bare loop with the same net, images and steps: paired runs, in turn."""
+    mnist = load_dataset("mnist")
+    recipe = get_recipe("mnist-99").override(precision="bf16")
+    records: list[Record] = []
+
+    def fresh() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return create_model(recipe.model, channels=1, height=28, width=28, classes=10)
+
+    for _ in range(12):
+        pair = {}
+        net = fresh()
+        pair["bare"] = timed(lambda net=net: bare_loop(net, mnist, recipe))
+        net = fresh()
+        pair["fit"] = timed(lambda net=net: list(fit(net, mnist, recipe)))
+        records.append(pair)
+    records = records[2:]  # warmed up
+    ratios = [pair["fit"] / pair["bare"] for pair in records]
+    rows = [
+        ["bare loop", spread([pair["bare"] for pair in records])],
+        ["`fit()`", spread([pair["fit"] for pair in records])],
+        ["ratio, pair by pair", spread(ratios, 3)],
+    ]
+    return records, table(["`mnist-99`, 112 steps", "median, s", "least, most"], rows)
+
+
+# whole commands
+
+
+COMMANDS = [
+    "convlens --help",
+    "convlens predict mnist scan.png",
+    "convlens train digits --epochs 1",
+    "convlens train digits",
+    "convlens train mnist --recipe mnist-99",
+]
+
+
+def commands() -> tuple[list[Record], str]:
+    """Whole commands from shell to prompt, in an empty folder, after one that warms the disk's cache."""
+    records, rows = [], []
+    # as a user's shell has it: Python keeps its compiled files
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    with tempfile.TemporaryDirectory() as folder:
+        page = Image.new("L", (300, 400), 255)
+        ImageDraw.Draw(page).line([(150, 80), (150, 320)], fill=0, width=30)
+        page.save(Path(folder) / "scan.png")
+        for command in COMMANDS:
+
+            def run(command: str = command) -> None:
+                subprocess.run(command.split(), cwd=folder, check=True, capture_output=True, env=environment)
+
+            run()
+            seconds = [timed(run) for _ in range(5)]
+            records.append({"command": command, "seconds": seconds})
+            rows.append([f"`{command}`", spread(seconds)])
+    return records, table(["command", "median, s", "fastest, slowest"], rows)
+
+
+STAGES = """
+import time
+start = time.perf_counter()
+marks = []
+def mark(name):
+    global start
+    now = time.perf_counter()
+    marks.append((name, now - start))
+    start = now
+import convlens.experiment, convlens.cli
+mark("import PyTorch, NumPy, matplotlib and convlens")
+from convlens.experiment import Experiment
+experiment = Experiment.create("mnist", "mnist-99", out="run")
+mark("find, check and read MNIST; build the net; try bf16")
+for record in experiment.epochs(): pass
+mark(f"train, with checkpoints")
+marks[-1] = (f"train", record.seconds), ("checkpoints and the rest of the loop", marks[-1][1] - record.seconds)
+marks[-1:] = marks[-1]
+experiment.finish()
+mark("test 10,000 images in fp32; plots; report")
+import json
+print(json.dumps(marks))
+"""
+
+
+def stages() -> tuple[list[Record], str]:
+    """Where the seconds of one cold command go."""
+    records = []
+    for _ in range(5):
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run(
+                [sys.executable, "-c", STAGES], cwd=folder, capture_output=True, text=True, check=True
+            )
+            records.append(dict(json.loads(done.stdout.splitlines()[-1])))
+    rows = [[name, spread([record[name] for record in records])] for name in records[0]]
+    return records, table(["stage", "median, s", "fastest, slowest"], rows)
+
+
+# predicting
+
+
+def predict() -> tuple[list[Record], str]:
+    """Latency of one image and throughput of many, with the models that come with convlens, in PyTorch."""
+    records, rows = [], []
+    for name in ("digits", "mnist", "fashion-mnist", "cifar10"):
+        classifier = Classifier.load(name)
+        shape = (classifier.preprocess.channels, classifier.preprocess.height, classifier.preprocess.width)
+        many = torch.randint(0, 256, (2000, *shape), dtype=torch.uint8)
+        one = many[:1]
+        classifier.logits(many)
+        latency = [timed(lambda c=classifier, x=one: c.logits(x)) * 1000 for _ in range(50)]
+        pace = [len(many) / timed(lambda c=classifier, x=many: c.logits(x)) for _ in range(5)]
+        records.append({"model": name, "latency_ms": latency, "images_per_second": pace})
+        rows.append([f"`{name}`", spread(latency), f"{statistics.median(pace):,.0f}"])
+    return records, table(["model", "one image: median, ms", "least, most", "images/s in batches of 500"], rows)
+
+
+# how cost grows
+
+
+GROWTH = [  # images, side, classes
+    (2_000, 28, 10), (8_000, 28, 10), (32_000, 28, 10),
+    (2_000, 64, 10), (2_000, 128, 10),
+    (8_000, 28, 100), (8_000, 28, 1000),
+]  # fmt: skip
+
+
+def grown(images: int, side: int, classes: int) -> None:
+    """Train one epoch of the folder recipe on random images, and print its seconds and this process's peak memory."""
+    use_threads()
+    g = np.random.default_rng(0)
+    x = g.integers(0, 256, (images, side, side), dtype=np.uint8)
+    y = np.arange(images) % classes
+    with tempfile.TemporaryDirectory() as folder:
+        run = convlens.train((x, y), "folder", epochs=1, batch_size=256, out=Path(folder) / "run", precision="bf16")
+        seconds = run.metrics[-1]["seconds"]
+    print(json.dumps({"seconds": seconds, "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+
+
+def growth() -> tuple[list[Record], str]:
+    """Training seconds and peak memory against the number of images, their size and the number of classes."""
+    records, rows = [], []
+    for images, side, classes in GROWTH:
+        command = [sys.executable, __file__, "--grown", str(images), str(side), str(classes)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        record = {"images": images, "side": side, "classes": classes, **json.loads(done.stdout.splitlines()[-1])}
+        records.append(record)
+        rows.append([f"{images:,}", str(side), f"{classes:,}", f"{record['seconds']:.1f}", f"{record['mib']:,.0f}"])
+    return records, table(["images", "side", "classes", "seconds an epoch", "peak memory, MiB"], rows)
+
+
+# decoding folders
+
+
+def folders() -> tuple[list[Record], str]:
+    """How fast a folder of photos is decoded into the cache, beside plain Pillow in one process."""
+    g = np.random.default_rng(0)
+    records = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "photos"
+        for label in ("a", "b"):
+            (root / label).mkdir(parents=True)
+            for number in range(150):
+                smooth = Image.fromarray(g.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375))
+                smooth.save(root / label / f"{number}.jpg", quality=90)
+        files = sorted(root.rglob("*.jpg"))
+
+        def plain() -> None:
+            for file in files:
+                with Image.open(file) as image:
+                    np.asarray(image.convert("RGB").resize((64, 64)))
+
+        for turn in range(4):
+            os.environ["CONVLENS_CACHE"] = str(Path(folder) / f"cache-{turn}")
+            pair = {"pillow": timed(plain)}
+            pair["convlens"] = timed(lambda: load_dataset(root, image_size=64))
+            pair["again"] = timed(lambda: load_dataset(root, image_size=64))
+            records.append(pair)
+        del os.environ["CONVLENS_CACHE"]
+    labels = {"pillow": "plain Pillow, one process", "convlens": "convlens, first time", "again": "convlens, cached"}
+    rows = []
+    for key, label in labels.items():
+        pace = [len(files) / pair[key] for pair in records]
+        rows.append([label, f"{statistics.median(pace):,.0f}", f"{min(pace):,.0f}, {max(pace):,.0f}"])
+    return records, table(["300 photos of 500 x 375 to 64 x 64", "images/s, median", "least, most"], rows)
+
+
+# time to accuracy
+
+RACES = [  # data, targets, recipes for them, filters of our net in a plain loop
+    ("mnist", (0.99, 0.995), ("mnist-99", "mnist-995"), ("tiny", 32)),
+    ("fashion-mnist", (0.85, 0.92), ("mnist-99", "fashion-92"), ("whitened", 16)),
+]
+TUTORIAL_SECONDS = float(
+    os.environ.get("CONVLENS_TUTORIAL_SECONDS", "1800")
+)  # that it may train: it needs 1400 for 99%
+OTHERS_SECONDS = 120.0
+
+
+def race() -> tuple[list[Record], str]:
+    """Seconds of training to an accuracy on the test split: convlens beside what one would write or take instead."""
+    records, rows = [], []
+    for name, targets, recipes, (model, filters) in RACES:
+        data = load_dataset(name)
+        courses: dict[str, contenders.Course] = {}
+        for recipe in recipes:
+            settled = get_recipe(recipe).override(validation=0.0)
+            courses[f"convlens, recipe `{recipe}`"] = contenders.convlens(data, settled)
+        courses[f"plain loop with our net `{model}`, Adam, fp32"] = contenders.plain_loop(data, model, filters)
+        courses["scikit-learn's MLPClassifier"] = contenders.scikit_learn(data)
+        courses["the tutorial program"] = contenders.tutorial(data)
+        for label, course in courses.items():
+            seen: list[tuple[float, float]] = []
+            for seconds, accuracy in course:
+                seen.append((seconds, accuracy))
+                limit = TUTORIAL_SECONDS if "tutorial" in label else OTHERS_SECONDS
+                if seconds > limit or accuracy >= max(targets):
+                    break
+            records.append({"data": name, "who": label, "course": seen})
+            reached = [next((f"{s:.1f}" for s, a in seen if a >= target), "not reached") for target in targets]
+            best = max(accuracy for _, accuracy in seen)
+            rows.append([name, label, *reached, f"{best:.2%} within {seen[-1][0]:,.0f} s"])
+    return records, table(["data", "contender", "99%, or 85% of Fashion-MNIST: s", "99.5%, or 92%: s", "best"], rows)
+
+
+SECTIONS = {
+    "race": race,
+    "commands": commands,
+    "stages": stages,
+    "arithmetic": arithmetic,
+    "overhead": overhead,
+    "predict": predict,
+    "growth": growth,
+    "folders": folders,
+}
+
+
+def main(names: list[str]) -> None:
+    """Run some sections, or all; keep their records and put their tables on the page."""
+    RECORDS.mkdir(exist_ok=True)
+    for name in names or SECTIONS:
+        use_threads()
+        print(f"{name} ...", flush=True)
+        records, rows = SECTIONS[name]()
+        about = {"machine": describe_machine(CPU), "date": time.strftime("%Y-%m-%d"), "records": records}
+        (RECORDS / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        page = PAGE.read_text(encoding="utf-8")
+        before, rest = page.split(f"<!-- {name} -->\n")
+        _, after = rest.split(f"<!-- end {name} -->")
+        PAGE.write_text(f"{before}<!-- {name} -->\n{rows}\n<!-- end {name} -->{after}", encoding="utf-8")
+        print(rows, flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--grown"]:
+        grown(*map(int, sys.argv[2:]))
+    else:
+        main(sys.argv[1:])

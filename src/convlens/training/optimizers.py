@@ -1,0 +1,176 @@
+"""The optimizers: SGD, Adam, AdamW and Muon, each one fused update of a group of weights.
+
+torch.optim has the first three, and the same numbers come out; but its first step imports PyTorch's compiler, which
+takes 1.6 s of every command, longer than a small net trains. torch.optim.Muon takes matrices only, not filters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # K. Jordan's quintic (2024): steep at 0, so that three steps are enough
+
+
+class Group:
+    """Weights that one rule updates; ``slots`` are the rule's own tensors, by name, one for each weight."""
+
+    def __init__(self, weights: Sequence[Tensor], lr_scale: float = 1.0, slots: Sequence[str] = ()):
+        self.weights: list[Tensor] = list(weights)
+        self.lr_scale = lr_scale
+        self.slots = {name: [torch.zeros_like(w, requires_grad=False) for w in weights] for name in slots}
+
+    def update(self, lr: float) -> None:
+        """Change the weights in place from their gradients."""
+        raise NotImplementedError
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients, laid out in memory as their weights are, for the fused kernels trust in that.
+
+        A weight that the loss does not depend on has the gradient 0.
+        """
+        return [
+            torch.zeros_like(w) if w.grad is None
+            else w.grad if w.grad.stride() == w.stride()
+            else torch.empty_like(w).copy_(w.grad)
+            for w in self.weights
+        ]  # fmt: skip
+
+
+class SGD(Group):
+    """Gradient descent with momentum, Nesterov's if asked, and weight decay added to the gradient."""
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        *,
+        lr_scale: float = 1.0,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(weights, lr_scale, ("momentum",) if momentum else ())
+        self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
+
+    def update(self, lr: float) -> None:
+        """Take one step."""
+        torch._fused_sgd_(
+            self.weights,
+            self.gradients(),
+            self.slots.get("momentum", []),
+            lr=lr,
+            momentum=self.momentum,
+            dampening=0.0,
+            nesterov=self.nesterov,
+            weight_decay=self.weight_decay,
+            maximize=False,
+            is_first_step=False,
+        )
+
+
+class Adam(Group):
+    """Adam (Kingma, Ba 2015), or AdamW (Loshchilov, Hutter 2019), which decays the weights apart from the gradient."""
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        *,
+        lr_scale: float = 1.0,
+        betas: tuple[float, float],
+        decoupled: bool,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(weights, lr_scale, ("mean", "square"))
+        self.betas, self.weight_decay = betas, weight_decay
+        self.fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        self.slots["count"] = [torch.zeros((), device=w.device) for w in weights]
+
+    def update(self, lr: float) -> None:
+        """Take one step."""
+        torch._foreach_add_(self.slots["count"], 1)
+        self.fused(
+            self.weights,
+            self.gradients(),
+            self.slots["mean"],
+            self.slots["square"],
+            [],
+            self.slots["count"],
+            lr=lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=self.weight_decay,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+class Muon(Group):
+    """Muon (K. Jordan et al. 2024) for convolutions: the momentum's direction, with all its singular values made 1.
+
+    A filter bank (C', C, k, k) counts as the matrix (C', C k k). Before each step it is scaled to the norm
+    sqrt(C'), which takes the place of weight decay.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], *, lr_scale: float = 1.0, momentum: float):
+        super().__init__(weights, lr_scale, ("momentum",))
+        self.momentum = momentum
+
+    def update(self, lr: float) -> None:
+        """Take one step."""
+        for weight, gradient, buffer in zip(self.weights, self.gradients(), self.slots["momentum"], strict=True):
+            buffer.mul_(self.momentum).add_(gradient)
+            direction = orthogonalise(gradient.add(buffer, alpha=self.momentum).flatten(1))
+            weight.mul_(len(weight) ** 0.5 / weight.norm())
+            weight.add_(direction.view_as(weight), alpha=-lr)
+
+
+def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
+    """Return the matrix (M, N) with its singular values brought near 1: ``steps`` of a Newton-Schulz iteration."""
+    a, b, c = NEWTON_SCHULZ
+    wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+    wide = wide / (wide.norm() + 1e-7)
+    for _ in range(steps):
+        gram = wide @ wide.T
+        mix = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        wide = torch.addmm(wide, mix, wide, beta=a)
+    return wide if wide.shape == matrix.shape else wide.T
+
+
+class Optimizer:
+    """Groups of weights, each with its own rule."""
+
+    def __init__(self, groups: Sequence[Group]):
+        self.groups = [group for group in groups if group.weights]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update all weights from their gradients, with the learning rate ``lr`` times the group's own factor."""
+        for group in self.groups:
+            group.update(lr * group.lr_scale)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for group in self.groups:
+            for weight in group.weights:
+                weight.grad = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor that the rules keep from step to step, by name."""
+        return {
+            f"{number}.{slot}.{index}": value
+            for number, group in enumerate(self.groups)
+            for slot, values in group.slots.items()
+            for index, value in enumerate(values)
+        }
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`tensors` gave; ValueError if it was of another optimizer."""
+        own = self.tensors()
+        if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
+            raise ValueError("it was written by another optimizer, or by another version of convlens")
+        for name, value in own.items():
+            value.copy_(tensors[name])

@@ -1,0 +1,117 @@
+"""--budget: what it reads, what it picks, and that the training ends when it should."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import convlens
+from convlens.data.dataset import Dataset
+from convlens.errors import UsageError
+from convlens.training import budget
+from convlens.training.budget import candidates, fit_into, measure_pace, parse_budget
+from convlens.training.recipe import Recipe
+from convlens.training.recipes import LADDERS, RECIPES
+
+
+@pytest.fixture
+def digits() -> Dataset:
+    return convlens.load_dataset("digits")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("60", 60), ("60s", 60), (" 90 s ", 90), ("1.5m", 90), ("5min", 300), ("1h", 3600), ("0.5h", 1800)],
+)
+def test_times(text: str, seconds: float) -> None:
+    assert parse_budget(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "0s", "soon", "-5", "5 parsecs", "1e9", "nan", "inf", "1m30s"])
+def test_what_is_no_time(text: str) -> None:
+    with pytest.raises(UsageError, match="^--budget takes a time such as 60s, 5m or 1h, not "):
+        parse_budget(text)
+
+
+def test_the_ladders_are_of_recipes() -> None:
+    for names in LADDERS.values():
+        assert [RECIPES[name]().name for name in names] == list(names)
+    assert [recipe.name for recipe in candidates("mnist", None)] == list(LADDERS["mnist"])
+    assert [recipe.name for recipe in candidates("some/folder", None)] == ["folder"]
+    asked = Recipe(epochs=3)
+    assert candidates("mnist", asked) == [asked]
+
+
+def paces(monkeypatch: pytest.MonkeyPatch, *paces: float) -> None:
+    """Let the recipes, the quickest first, train so many images a second."""
+    left = list(paces)
+    monkeypatch.setattr(budget, "measure_pace", lambda *_: left.pop(0))
+
+
+# 1437 digits are 22 whole batches of 64: an epoch is 1408 images
+SHORT = Recipe(name="short", epochs=1, batch_size=64, validation=0.0)
+LONG = Recipe(name="long", epochs=10, batch_size=64, validation=0.0)
+LONGEST = Recipe(name="longest", epochs=100, batch_size=64, validation=0.0)
+
+
+@pytest.mark.parametrize(("seconds", "name"), [(6, "short"), (13, "short"), (20, "long"), (150, "longest")])
+def test_the_richest_that_fits(seconds: float, name: str, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    paces(monkeypatch, 1408, 1408, 1408)
+    recipe = fit_into(seconds, time.perf_counter(), digits, [SHORT, LONG, LONGEST])
+    assert recipe.name == name
+    # the report and the 360 test images go off
+    assert recipe.seconds == pytest.approx(seconds - budget.FINISH_SECONDS - 360 / 1408, abs=0.1)
+    assert recipe.epochs is None
+
+
+def test_what_has_been_spent_and_test_views_go_off(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    paces(monkeypatch, 1408)
+    recipe = fit_into(20, time.perf_counter() - 4, digits, [SHORT.override(flip=True, test_views=True)])
+    assert recipe.seconds == pytest.approx(20 - 4 - budget.FINISH_SECONDS - 7 * 360 / 1408, abs=0.1)
+
+
+def test_a_budget_that_is_too_short(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    paces(monkeypatch, 1408)
+    with pytest.raises(UsageError, match="^--budget 3s is too short: loading, testing and the report take 4 s here$"):
+        fit_into(3, time.perf_counter(), digits, [SHORT])
+
+
+def test_the_pace_is_measured_and_nothing_random_is_touched(digits: Dataset) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert measure_pace(digits, RECIPES["digits"]()) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_run_in_seconds_ends_then() -> None:
+    run = convlens.train("digits", seconds=1.0, threads=1, device="cpu", precision="fp32")
+    assert run.config["recipe"]["epochs"] is None
+    last = run.metrics[-1]
+    assert last["seconds"] is not None and 0 < last["seconds"] < 1.5
+    assert last["lr"] is not None and 0 <= last["lr"] < 0.05  # of 0.1: the schedule ended with it
+
+
+def test_a_run_in_seconds_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    from convlens.errors import Interrupted
+    from convlens.experiment import Experiment
+
+    options = {"seconds": 3.0, "threads": 1, "device": "cpu", "precision": "fp32"}
+    experiment = Experiment.create("digits", out="cut", **options)
+    stop: list[bool] = []
+    should_stop: Callable[[], bool] = lambda: bool(stop)  # noqa: E731
+    with pytest.raises(Interrupted):
+        for _ in experiment.epochs(should_stop=should_stop):
+            stop.append(True)
+    resumed = Experiment.resume("cut")
+    records = list(resumed.epochs())
+    assert len(records) > 1
+    assert resumed.finish().accuracy > 0.8
+
+
+def test_budget_and_a_length_are_refused() -> None:
+    for name in ("epochs", "iterations", "seconds"):
+        with pytest.raises(UsageError, match="^--budget decides the length; give no --epochs, "):
+            convlens.train("digits", budget=60, **{name: 3})
