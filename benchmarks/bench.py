@@ -81,8 +81,8 @@ NETS = [  # net, options, image (C, H, W), batch
     ("tiny", {}, (1, 28, 28), 512),
     ("small", {}, (1, 28, 28), 256),
     ("mnist-4conv", {}, (1, 28, 28), 512),
-    ("whitened", {"filters": 32}, (3, 32, 32), 1000),
-    ("whitened", {"filters": 64}, (3, 32, 32), 1000),
+    ("whitened", {"filters": 32}, (3, 32, 32), 250),
+    ("whitened", {"filters": 64}, (3, 32, 32), 250),
 ]
 
 
