@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from convlens.experiment import Experiment
+
 settings.register_profile("patient", deadline=None)  # a busy machine is no bug
 settings.load_profile("patient")
 
@@ -24,6 +26,12 @@ def own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.F
     work.mkdir()
     monkeypatch.chdir(work)
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the drawing, for tests that look at something else."""
+    monkeypatch.setattr(Experiment, "_draw", lambda *_: None)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

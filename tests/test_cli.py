@@ -86,7 +86,8 @@ def test_train_prints_the_run_and_writes_every_file(shell: Shell) -> None:
     for path in (run.config, run.metrics, run.checkpoint, run.model, run.test, run.predictions, run.report, run.split):
         assert path.exists(), path
     assert {p.name for p in run.plots.iterdir()} == {
-        "samples.png", "augmented.png", "curves.png", "confusion.png", "mistakes.png", "filters.png"
+        "samples.png", "augmented.png", "curves.png", "confusion.png", "mistakes.png", "filters.png",
+        "calibration.png",
     }  # fmt: skip
     assert run.read_config()["command"] == "convlens train digits " + " ".join(QUICK)
 
@@ -106,7 +107,8 @@ def test_evaluate_says_what_test_json_says(shell: Shell, digits_run: Path) -> No
     assert again["loss"] == pytest.approx(saved["loss"], rel=1e-5)
     _, text, _ = shell("evaluate", digits_run)
     assert f"accuracy {saved['accuracy']:.2%}" in text
-    _, table, _ = shell("evaluate", digits_run, "--format", "csv")
+    _, table, err = shell("evaluate", digits_run, "--format", "csv", "--test-views")
+    assert "with test-time augmentation (" in err  # it is no row of the table
     rows = list(csv.DictReader(io.StringIO(table)))
     assert [row["class"] for row in rows] == list("0123456789")
     assert sum(int(row["n"]) for row in rows) == saved["n"]
@@ -330,32 +332,90 @@ def test_models_and_recipes(shell: Shell) -> None:
     _, out, _ = shell("models", "mnist-4conv")
     assert out.splitlines()[-1].startswith("593,200 parameters")
     _, out, _ = shell("recipes")
-    assert len(out.splitlines()) == 12
+    assert len(out.splitlines()) == 13
     _, out, _ = shell("recipes", "mnist-4conv")
     assert json.loads(out)["batch_size"] == 512
 
 
 def test_help_has_examples_for_every_verb(shell: Shell) -> None:
-    for verb in (["train"], ["evaluate"], ["predict"], ["models"], ["recipes"], ["data", "info"]):
+    verbs = ["train", "evaluate", "mistakes", "compare", "predict", "models", "recipes", "data info", "data doctor"]
+    for verb in map(str.split, verbs):
         code, out, _ = shell(*verb, "--help")
         assert code == 0
         assert f"convlens {' '.join(verb)}" in out
 
 
+def test_seeds_compare_mistakes_and_doctor_in_the_shell(shell: Shell, tmp_path: Path) -> None:
+    _, out, _ = shell("train", "digits", *QUICK, "--seeds", "2")
+    assert out.splitlines()[0] == "series  runs/digits-seeds-1: seed-0, seed-1"
+    assert "seed-1   accuracy " in out and "all 2    " in out and " (mean +- sd), worst " in out
+    runs = [f"runs/digits-seeds-1/seed-{seed}" for seed in (0, 1)]
+    code, out, _ = shell("compare", *runs)
+    assert code == 0 and "that these 359 images show" in out and "exact McNemar test p = " in out
+    _, out, _ = shell("compare", *runs, "--format", "json")
+    assert json.loads(out)[0]["n"] == 359
+    _, out, _ = shell("compare", *runs, "--format", "csv")
+    assert out.splitlines()[0] == "a,b,n,only_a,only_b,difference,p_value,interval_low,interval_high"
+    shell.fails("compare", runs[0], code=2, says="name two runs or more to compare")
+    _, out, _ = shell("mistakes", runs[0], "--doubtful", "3")
+    assert f" wrong and 3 doubtful images in {runs[0]}/mistakes" in out
+    shell.fails("mistakes", runs[0], code=2, says="mistakes exists already; choose another place with --to")
+    code, out, err = shell("data", "doctor", "digits", "--no-labels", "--list", "remove.txt")
+    assert code == 0 and out.startswith("digits: 1,797 images") and "convlens train digits --exclude remove.txt" in err
+    shell.fails("data", "doctor", "digits", "--list", "remove.txt", code=2, says="remove.txt exists already")
+    code, out, _ = shell("train", "digits", *QUICK, "--exclude", "remove.txt")
+    assert code == 0 and "images left out on request" in Path("runs/digits-1/config.json").read_text()
+    shell.fails("train", "digits", "--seeds", "1", code=2, says="--seeds is 1; a spread needs at least 2")
+    shell.fails("train", "digits", "--seeds", "2", "--budget", "9s", code=2, says="--seeds and --folds take no --init")
+
+
+def test_predict_says_unknown_and_names_a_set(shell: Shell, digits_run: Path) -> None:
+    Image.new("L", (8, 8), 128).save("blank.png")
+    _, out, _ = shell("predict", digits_run, "blank.png", "--raw", "--coverage", "0.9")
+    assert out.startswith("blank.png: unknown (most like ") and "  set: " in out
+    _, out, _ = shell("predict", digits_run, "blank.png", "--raw", "--format", "csv", "--coverage", "0.9")
+    row = next(csv.DictReader(io.StringIO(out)))
+    assert row["known"] == "false" and set(row) == {"image", "rank", "label", "probability", "known", "set"}
+    _, out, _ = shell("predict", digits_run, "blank.png", "--raw", "--format", "json")
+    assert json.loads(out)[0]["known"] is False and "set" not in json.loads(out)[0]
+    shell.fails("predict", digits_run, "blank.png", "--coverage", "2", code=2, says="it must be from 0.5 to 0.995")
+
+
+def test_evaluate_on_spoiled_images(shell: Shell, digits_run: Path) -> None:
+    code, out, _ = shell("evaluate", digits_run, "--corruptions", "--plot", "spoiled.png")
+    assert code == 0 and out.splitlines()[-1].startswith("mean accuracy on corrupted images ")
+    assert len(out.splitlines()) == 12 and Path("spoiled.png").stat().st_size > 5000
+    shell.fails("evaluate", digits_run, "--plot", "x.png", code=2, says="--plot draws --corruptions; give both")
+    shell.fails("evaluate", digits_run, "--corruptions", "--plot", "spoiled.png", code=2, says="that file exists")
+
+
 def test_the_flags_of_train_are_the_recipe_and_these(shell: Shell) -> None:
     import inspect
 
-    own = {"data", "recipe", "config", "out", "resume", "init", "allow_unreadable", "budget"}
+    own = {
+        "data",
+        "recipe",
+        "config",
+        "out",
+        "resume",
+        "init",
+        "allow_unreadable",
+        "budget",
+        "seeds",
+        "folds",
+        "exclude",
+    }
     fields = {item.name for item in dataclasses.fields(Recipe)} - {"name"}
-    assert set(inspect.signature(cli.train).parameters) == own | fields
+    assert set(inspect.signature(cli.train.train).parameters) == own | fields
     assert {flag(name) for name in fields} == set(FROZEN_RECIPE_FLAGS.split())
 
 
 # taking a flag away, or renaming one, breaks people's scripts
 FROZEN_RECIPE_FLAGS = """
 --model --filters --kernel-size --pool --output-relu --image-size --validation --watch-test --epochs --iterations
---seconds --batch-size --small-size --small-share --loss --label-smoothing --optimizer --lr --head-lr --bias-lr
---momentum --nesterov --muon-momentum --weight-decay --clip-norm --schedule --warmup --step-epochs --step-factor --ema
+--seconds --batch-size --small-size --small-share --balance --loss --label-smoothing --optimizer --lr --head-lr
+--bias-lr --momentum --nesterov --muon-momentum --weight-decay --clip-norm --schedule --warmup --step-epochs
+--step-factor --ema
 --select --patience --shift --rotation --scale --flip --crop-probability --crop-fraction --cutout --colour-jitter
 --mixup --cutmix --test-views --seed --device --threads --precision
 """
@@ -457,7 +517,7 @@ def test_four_images_are_enough_to_run(shell: Shell, tmp_path: Path) -> None:
 def test_the_run_never_lies_in_the_data(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_folder(tmp_path / "photos", {"dark": 6, "light": 6})
     monkeypatch.chdir(root)
-    shell.fails("train", ".", *QUICK, code=2, says="the run would be written into the data in .")
+    shell.fails("train", ".", *QUICK, code=2, says="would be written into the data in .")
     shell.fails("train", root, "--out", root / "x", code=2, says="choose a place outside with --out")
     assert sorted(path.name for path in root.iterdir()) == ["dark", "light"]
 
@@ -476,7 +536,7 @@ def test_what_nobody_foresaw_is_one_line_too(shell: Shell, monkeypatch: pytest.M
     shell.fails("train", "a" * 300, code=1, says="File name too long")
     Path("bad.json").write_text('{"recipe": 3}')
     shell.fails("train", "digits", "--config", "bad.json", code=1, says="--debug shows where")
-    monkeypatch.setattr(cli, "expand", lambda _: 1 / 0)
+    monkeypatch.setattr(cli.use, "expand", lambda _: 1 / 0)
     shell.fails("predict", "mnist", "x.png", code=1, says="unexpected ZeroDivisionError: division by zero")
     _, _, err = shell("predict", "mnist", "x.png", "--debug")
     assert "Traceback" in err

@@ -19,7 +19,8 @@ from PIL import Image
 import convlens
 from convlens.data.catalog import load_dataset
 from convlens.errors import ConvlensError, Interrupted, UsageError
-from convlens.experiment import Experiment, command_line, train
+from convlens.experiment import Experiment, train
+from convlens.record import command_line
 from convlens.reporting.report import PLOTS
 from convlens.run import Run, evaluate_run
 from convlens.runfolder import RunFolder
@@ -37,12 +38,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["/usr/local/bin/convlens", "train", "digits", "--epochs", "1", "--out", "a b"])
         yield convlens.train("digits", epochs=1, seed=3, out=tmp_path_factory.mktemp("runs") / "digits-1", **QUICK)
-
-
-@pytest.fixture
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the drawing, for tests that look at something else."""
-    monkeypatch.setattr(Experiment, "_draw", lambda *_: None)
 
 
 def write_npz(path: Path, classes: int = 4, seed: int = 0) -> Path:
@@ -89,6 +84,7 @@ def test_every_file_of_the_layout_is_there(run: Run) -> None:
         "README.md",
         "config.json",
         "model.safetensors",
+        "trust.safetensors",
     ]
     assert {path.name for path in (run.path / "plots").iterdir()} == set(PLOTS)
     assert sorted(path.suffix for path in (run.path / "checkpoint").iterdir()) == 2 * [".json"] + 2 * [".safetensors"]
@@ -427,6 +423,31 @@ def test_init_helps_and_can_be_resumed(run: Run, tmp_path: Path) -> None:
     for _ in experiment.epochs():
         pass
     assert experiment.finish().test == whole.test
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_init_of_a_whitened_net_keeps_the_whitening_it_was_trained_with(tmp_path: Path) -> None:
+    data = write_npz(tmp_path / "toy.npz")
+    rules: dict[str, Any] = {"model": "whitened", "filters": 4, "epochs": 2, "batch_size": 16, "lr": 0.02, **QUICK}
+    first = train("digits", out=tmp_path / "first", **rules)
+    whole = train(data, init=first.path, out=tmp_path / "whole", **rules)
+    stem = first.classifier.net.state_dict()["body.stem.0.weight"]
+    assert torch.equal(whole.classifier.net.state_dict()["body.stem.0.weight"], stem)
+    stop(Experiment.create(data, init=first.path, out=tmp_path / "parts", **rules), 3)
+    experiment = Experiment.resume(tmp_path / "parts")
+    for _ in experiment.epochs():
+        pass
+    assert experiment.finish().test == whole.test
+
+
+def test_whitening_looks_at_every_class_of_a_set_that_lies_class_by_class() -> None:
+    images = np.zeros((4000, 32, 32), dtype=np.uint8)
+    images[2000:] = np.random.default_rng(0).integers(0, 256, (2000, 32, 32))  # the first class is blank
+    rules: dict[str, Any] = {"model": "whitened", "filters": 4, "validation": 0.0, "image_size": 32, **QUICK}
+    experiment = Experiment.create((images, np.arange(4000) // 2000), **rules)
+    stem = experiment.net.state_dict()["body.stem.0.weight"]
+    # of blank patches alone every filter would have the largest scale there is, 1 / sqrt(5e-4)
+    assert stem.flatten(1).norm(dim=1).max() < 10
 
 
 @pytest.mark.usefixtures("no_plots")

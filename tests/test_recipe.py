@@ -339,6 +339,6 @@ def test_a_recipe_says_what_came_of_it_as_the_results_page_does(name: str) -> No
     assert found is not None, told
     command, accuracy, seeds, seconds = found.groups()
     page = (Path(__file__).parent.parent / "docs" / "results.md").read_text(encoding="utf-8")
-    (row,) = [line for line in page.splitlines() if line.startswith(f"| `{command}` |")]
+    row = next(line for line in page.splitlines() if line.startswith(f"| `{command}` |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert (cells[2], cells[3], cells[8].split(", ")[1]) == (seeds, accuracy, seconds)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from convlens.experiment import train
     from convlens.models import create_model
     from convlens.run import Run
+    from convlens.series import train_series
     from convlens.shipping.classifier import Classifier, Prediction
     from convlens.training.engine import fit
     from convlens.training.recipe import Recipe
@@ -44,6 +45,7 @@ _HOMES = {
     "get_recipe": "convlens.training.recipes",
     "load_dataset": "convlens.data.catalog",
     "train": "convlens.experiment",
+    "train_series": "convlens.series",
 }
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "get_recipe",
     "load_dataset",
     "train",
+    "train_series",
 ]
 
 

@@ -8,13 +8,19 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from convlens.doctor import Findings
     from convlens.experiment import Experiment
+    from convlens.shipping.classifier import Prediction
     from convlens.training.checkpoint import EpochRecord
+
+
+SKEWED = 5.0  # so many times as many images in one class as in another are worth a warning
 
 
 class Format(StrEnum):
@@ -35,6 +41,8 @@ def say(line: str) -> None:
 
 def describe_experiment(experiment: Experiment) -> None:
     """Print what is about to be trained, on what, where."""
+    import torch
+
     from convlens.data.loader import count_batches
     from convlens.runtime import choose_device, describe_machine
 
@@ -48,11 +56,18 @@ def describe_experiment(experiment: Experiment) -> None:
     if recipe.seconds is not None:
         length = f"{recipe.seconds:,.1f} s of training"
     model, machine = config["model"], config["machine"]
+    sizes = torch.bincount(dataset.train.labels, minlength=len(dataset.classes))
     say(f"data    {dataset.name}: {counts} images {channels}x{height}x{width}, {len(dataset.classes)} classes")
     if dataset.source and Path(dataset.source).exists():
         say(f"        {dataset.note}")
     if dataset.unreadable:
         say(f"        {len(dataset.unreadable)} unreadable files skipped: {'; '.join(dataset.unreadable[:3])}")
+    if sizes.max() > SKEWED * sizes.min() and not recipe.balance:
+        most, least = (dataset.classes[int(row)] for row in (sizes.argmax(), sizes.argmin()))
+        say(
+            f"        class {most!r} has {int(sizes.max()):,} images and {least!r} {int(sizes.min()):,}: "
+            "--balance shows both as often"
+        )
     say(f"net     {model['name']}: {model['parameters']:,} parameters")
     if "init" in config:
         say(f"        started from {config['init']['from']}: {config['init']['tensors']} tensors")
@@ -89,10 +104,86 @@ def describe_test(test: dict[str, Any]) -> str:
         f"test    accuracy {test['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}, n = {test['n']:,}), "
         f"loss {test['loss']:.4f}"
     )
+    line += f"\n        balanced accuracy {test['balanced_accuracy']:.2%}, macro-F1 {test['macro_f1']:.2%}"
+    if calibration := test.get("calibration"):
+        before, after = (calibration[when]["calibration_error"] for when in ("before", "after"))
+        line += f"; calibration error {after:.2%} ({before:.2%} before)"
     if views := test.get("test_time_augmentation"):
         low, high = views["accuracy_interval"]
         line += f"\n        {views['accuracy']:.2%} with test-time augmentation ({low:.2%} to {high:.2%})"
     return line
+
+
+def describe_series(summary: dict[str, Any]) -> list[str]:
+    """Return the lines that say what came of a series."""
+    lines = []
+    for name, run in summary["runs"].items():
+        low, high = run["accuracy_interval"]
+        lines.append(f"{name:<8} accuracy {run['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%})")
+    lines.append(
+        f"all {summary['n']}    {summary['mean']:.2%} +- {100 * summary['sd']:.2f} (mean +- sd), "
+        f"worst {summary['worst']['accuracy']:.2%}, best {summary['best']['accuracy']:.2%}"
+    )
+    if together := summary.get("together"):
+        low, high = together["accuracy_interval"]
+        lines.append(
+            f"         {together['accuracy']:.2%} of all {together['n']:,} images, each tested on once "
+            f"(95% interval {low:.2%} to {high:.2%})"
+        )
+    return lines
+
+
+def describe_findings(findings: Findings) -> list[str]:
+    """Return what the doctor found, in words: the first few of each kind."""
+
+    def some(names: Sequence[str], most: int = 5) -> str:
+        return "; ".join(names[:most]) + (f"; and {len(names) - most:,} more" if len(names) > most else "")
+
+    def groups(found: list[list[str]]) -> str:
+        return some([" = ".join(group[:3]) + " = ..." * (len(group) > 3) for group in found])
+
+    lines = [f"{findings.data}: {findings.images:,} images"]
+    if findings.unreadable:
+        lines.append(f"{count(len(findings.unreadable), 'unreadable file')}: {some(findings.unreadable)}")
+    if findings.one_colour:
+        lines.append(f"{count(len(findings.one_colour), 'image')} of one colour: {some(findings.one_colour)}")
+    for label, number in findings.small_classes.items():
+        lines.append(f"class {label!r} has {count(number, 'training image')}: too few to learn from")
+    if findings.imbalance > SKEWED:
+        lines.append(f"the largest class has {findings.imbalance:.1f} times the images of the smallest; see --balance")
+    for found, kind in ((findings.copies, "exact copies"), (findings.near_copies, "near copies")):
+        if found:
+            lines.append(f"{count(len(found), 'group')} of {kind}: {groups(found)}")
+    if findings.leaks:
+        why = "what is trained on is tested on, or chosen by"
+        lines.append(f"{count(findings.leaks, 'group')} of copies in more than one split: {why}")
+    if findings.suspects:
+        told = [f"{s.image} ({s.label}? rather {s.likely})" for s in findings.suspects]
+        lines.append(f"{count(len(told), 'label')} likely wrong: {some(told)}")
+    if findings.not_judged:
+        lines.append(f"labels were not judged: {findings.not_judged}")
+    if findings.shift > 0.6:
+        lines.append(
+            f"test images differ from the others: a simple model tells them apart (AUROC {findings.shift:.2f})"
+        )
+    return lines if len(lines) > 1 else [*lines, "nothing wrong was found"]
+
+
+def print_corruptions(figures: dict[str, list[float]], format: Format) -> None:
+    """Print the accuracy at each severity of each corruption, and the mean of all."""
+    every = [value for values in figures.values() for value in values]
+    mean = sum(every) / len(every)
+    if format is Format.json:
+        print(json.dumps({"accuracy": figures, "mean": mean}, indent=2))
+        return
+    show = "{:.4f}".format if format is Format.csv else "{:.2%}".format
+    head = ("corruption", *(f"severity {number + 1}" for number in range(len(next(iter(figures.values()))))), "mean")
+    rows = [head, *((kind, *map(show, v), show(sum(v) / len(v))) for kind, v in figures.items())]
+    if format is Format.csv:
+        print_csv(rows)
+    else:
+        print_table(rows)
+        print(f"mean accuracy on corrupted images {mean:.2%}")
 
 
 class Printer:
@@ -102,17 +193,23 @@ class Printer:
         self.format, self.top = format, top
         self._rows: list[dict[str, Any]] = []
         if format is Format.csv:
-            print_csv([("image", "rank", "label", "probability")])
+            print_csv([("image", "rank", "label", "probability", "known", "set")])
 
-    def add(self, image: str, best: tuple[tuple[str, float], ...]) -> None:
+    def add(self, image: str, prediction: Prediction) -> None:
         """Print, or keep for the end, what was predicted for one image."""
+        best, labels = prediction.top, prediction.labels
         if self.format is Format.text:
-            print(f"{image}: {', '.join(f'{label} {probability:.1%}' for label, probability in best)}")
+            told = ", ".join(f"{label} {probability:.1%}" for label, probability in best)
+            told = f"unknown (most like {told})" if prediction.known is False else told
+            print(f"{image}: {told}" + ("" if labels is None else f"  set: {', '.join(labels) or 'empty'}"))
         elif self.format is Format.csv:
-            print_csv([(image, rank, label, f"{p:.6f}") for rank, (label, p) in enumerate(best, start=1)])
+            known = "" if prediction.known is None else str(prediction.known).lower()
+            rest = (known, "|".join(labels or ()))
+            print_csv([(image, rank, label, f"{p:.6f}", *rest) for rank, (label, p) in enumerate(best, start=1)])
         else:
             top = [{"label": label, "probability": round(p, 6)} for label, p in best]
-            self._rows.append({"image": image, **top[0], "top": top})
+            row = {"image": image, **top[0], "known": prediction.known, "top": top}
+            self._rows.append(row if labels is None else {**row, "set": list(labels)})
 
     def close(self) -> None:
         """Print what was kept."""

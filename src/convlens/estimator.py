@@ -14,8 +14,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from convlens.data.dataset import Dataset, Split, numbered
 from convlens.data.preprocess import PictureStyle, Preprocess
 from convlens.evaluation.metrics import compute_logits
-from convlens.models import create_model, initialise_from
 from convlens.training.engine import fit
+from convlens.training.nets import describe_net, make_net
 from convlens.training.recipe import Recipe
 
 
@@ -101,18 +101,9 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             style=PictureStyle(),
             note="",
         )
-        channels, height, width = dataset.shape
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
             torch.manual_seed(recipe.seed)
-            net = create_model(
-                self.model,
-                channels=channels,
-                height=height,
-                width=width,
-                classes=len(self.classes_),
-                **recipe.model_options(),
-            )
-            initialise_from(net, images, self.preprocess_.normaliser())
+            net = make_net(describe_net(recipe, dataset), dataset, self.preprocess_)
             for _ in fit(net, dataset, recipe, preprocess=self.preprocess_):
                 pass
         self.net_ = net

@@ -20,7 +20,12 @@ def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
 
 
 class Meter:
-    """A progress display on standard error: ``with Meter("reading", total) as meter: meter.update(n)``."""
+    """A progress display on standard error: ``with Meter("reading", total) as meter: meter.update(n)``.
+
+    Of two within each other the outer one is shown, once it shows.
+    """
+
+    _shown_one: Meter | None = None
 
     def __init__(self, what: str, total: int, *, patience: float = PATIENCE, shown: bool = True):
         self.what, self.total = what, total
@@ -36,13 +41,16 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+        if Meter._shown_one is self:
+            Meter._shown_one = None
 
     def update(self, amount: int, detail: str = "") -> None:
         """Count ``amount`` more as done; ``detail`` stands behind the bar."""
         self.done += amount
         now = time.monotonic()
-        if now - self._start < self._patience:
+        if now - self._start < self._patience or Meter._shown_one not in (None, self):
             return
+        Meter._shown_one = self
         if self._plain:
             if now - self._shown >= 10:
                 self._shown = now

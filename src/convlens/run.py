@@ -1,17 +1,22 @@
-"""A finished run: its figures, its net, and its test once more."""
+"""A finished run: its figures, its net, its test once more, and two runs beside each other."""
 
 from __future__ import annotations
 
+import csv
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from convlens.data.catalog import load_dataset
-from convlens.errors import UsageError
-from convlens.evaluation.metrics import make_views
-from convlens.runfolder import RunFolder, read_json
+from convlens.data.catalog import load_dataset, load_recorded
+from convlens.data.dataset import Dataset
+from convlens.errors import ConvlensError, UsageError
+from convlens.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from convlens.evaluation.metrics import Scores, make_views
+from convlens.evaluation.paired import Paired
+from convlens.progress import track
+from convlens.runfolder import RunFolder, read_json, read_names
 from convlens.runtime import use_threads
-from convlens.shipping.bundle import find_bundle, load_bundle
+from convlens.shipping.bundle import Bundle, find_bundle, load_bundle
 from convlens.shipping.classifier import Classifier, Picture, Prediction
 
 
@@ -38,6 +43,12 @@ class Run:
         return self.folder.read_metrics()
 
     @cached_property
+    def predictions(self) -> list[dict[str, str]]:
+        """One dict a test image: ``predictions.csv``."""
+        with open(self.folder.predictions, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            return list(csv.DictReader(file))
+
+    @cached_property
     def classifier(self) -> Classifier:
         """The trained net, ready to use."""
         return Classifier.load(self.path)
@@ -60,34 +71,90 @@ class Run:
         return f"Run({str(self.path)!r})"
 
 
-def evaluate_run(source: str | Path, data: Any = None, *, test_views: bool = False) -> dict[str, Any]:
-    """Test a run's (or model's) net again, on its own test split or on that of ``data``; nothing is written.
+def load_tested(source: str | Path, data: Any = None) -> tuple[Bundle, Dataset]:
+    """Return a run's or model's bundle, and the data set that it was tested on, or ``data`` brought to the same form.
 
-    Returns the values that ``test.json`` has; with ``test_views``, those of test-time augmentation beside them.
+    Raises UsageError if the run's own data have changed, or other data have other classes or another size.
     """
     folder = find_bundle(source)
-    classifier = Classifier(load_bundle(folder))
-    preprocess = classifier.preprocess
-    run = RunFolder(folder.parent)
-    recorded = read_json(run.config)["data"] if run.test.is_file() else classifier.bundle.trained["data"]
+    bundle, run = load_bundle(folder), RunFolder(folder.parent)
+    preprocess = bundle.preprocess
+    recorded = read_json(run.config)["data"] if run.test.is_file() else bundle.trained["data"]
     own = data is None
+    if own and recorded["source"] is None:
+        raise UsageError(f"{source} does not say where its data are; name them with --data")
+    if own and recorded.get("left_out") and not run.excluded.exists():
+        raise UsageError(f"{source} left images out, and the list of them is in its run folder; evaluate that")
+    form: dict[str, Any] = {"image_size": preprocess.height, "channels": preprocess.channels, "allow_unreadable": True}
     if own:
         data = recorded["source"]
-        if data is None:
-            raise UsageError(f"{source} does not say where its data are; name them with --data")
-    use_threads()
-    dataset = load_dataset(data, image_size=preprocess.height, channels=preprocess.channels, allow_unreadable=True)
+        left_out = read_names(run.excluded) if run.excluded.exists() else ()
+        dataset = load_recorded(recorded, without=left_out, **form)
+    else:
+        dataset = load_dataset(data, **form)
+        if recorded.get("fold") and dataset.source == recorded["source"]:
+            raise UsageError(f"{source} was trained on the test images of {data}: it is one fold; leave --data away")
     named = data if isinstance(data, (str, Path)) else dataset.name
-    if dataset.classes != classifier.classes:
+    if dataset.classes != bundle.classes:
         raise UsageError(f"{named} has other classes than {source}: {', '.join(dataset.classes)}")
-    if dataset.shape != (preprocess.channels, preprocess.height, preprocess.width):
-        expected = (preprocess.channels, preprocess.height, preprocess.width)
+    expected = (preprocess.channels, preprocess.height, preprocess.width)
+    if dataset.shape != expected:
         raise UsageError(f"{named} has images of (C, H, W) {dataset.shape}, {source} takes {expected}")
     if own and dataset.fingerprint() != recorded["fingerprint"]:
         raise UsageError(
             f"the data in {named} have changed since the training, so that test images may have been trained on; "
             "put them back, or name other data with --data"
         )
-    views = make_views(classifier.bundle.trained["recipe"].get("flip", False)) if test_views else None
-    test, _ = classifier.test(dataset.test, views)
+    return bundle, dataset
+
+
+def evaluate_run(source: str | Path, data: Any = None, *, test_views: bool = False) -> dict[str, Any]:
+    """Test a run's (or model's) net again, on its own test split or on that of ``data``; nothing is written.
+
+    Returns the values that ``test.json`` has; with ``test_views``, those of test-time augmentation beside them.
+    """
+    use_threads()
+    bundle, dataset = load_tested(source, data)
+    views = make_views(bundle.trained["recipe"].get("flip", False)) if test_views else None
+    test, _ = Classifier(bundle).test(dataset.test, views)
     return test
+
+
+def corrupt_run(source: str | Path, data: Any = None) -> dict[str, list[float]]:
+    """Return the accuracy on the test split for each corruption, at severities 1 to 5."""
+    use_threads()
+    bundle, dataset = load_tested(source, data)
+    classifier = Classifier(bundle)
+    figures: dict[str, list[float]] = {}
+    work = [(kind, severity) for kind in CORRUPTIONS for severity in SEVERITIES]
+    for kind, severity in track(work, "testing corrupted images", len(work)):
+        images = corrupt(dataset.test.images, kind, severity)
+        accuracy = Scores.of(classifier.logits(images), dataset.test.labels).accuracy
+        figures.setdefault(kind, []).append(accuracy)
+    return figures
+
+
+def compare_runs(paths: list[str]) -> list[tuple[str, str, Paired]]:
+    """Return (first, other, Paired) for each run beside the first, from their ``predictions.csv``.
+
+    Raises UsageError unless all were tested on the same images.
+    """
+    if len(paths) < 2:
+        raise UsageError("name two runs or more to compare")
+    answers = [read_answers(Run(path)) for path in paths]
+    pixels = [Run(path).config["data"].get("test_fingerprint") for path in paths]
+    results = []
+    for path, other, tested in zip(paths[1:], answers[1:], pixels[1:], strict=True):
+        if other.keys() != answers[0].keys() or tested != pixels[0]:
+            raise UsageError(f"{paths[0]} and {path} were tested on other images: they cannot be compared")
+        right = [(answers[0][image], other[image]) for image in other]
+        only_a, only_b = (sum(a and not b for a, b in right), sum(b and not a for a, b in right))
+        results.append((paths[0], path, Paired(len(right), only_a, only_b)))
+    return results
+
+
+def read_answers(run: Run) -> dict[tuple[str, str], bool]:
+    """Return which test images a run has right: (id, label) -> right?"""
+    if not run.folder.predictions.is_file():
+        raise ConvlensError(f"{run.folder.predictions} is missing: the run is not finished")
+    return {(row["id"], row["label"]): row["label"] == row["prediction"] for row in run.predictions}

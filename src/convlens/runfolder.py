@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ class RunFolder:
         self.test = self.path / "test.json"
         self.predictions = self.path / "predictions.csv"
         self.split = self.path / "split.csv"
+        self.excluded = self.path / "excluded.txt"
         self.plots = self.path / "plots"
         self.report = self.path / "report.html"
 
@@ -80,6 +82,29 @@ class RunFolder:
         """Return ``metrics.csv``, one dict an epoch; an empty cell is None."""
         with open(self.metrics, newline="", encoding="utf-8") as file:
             return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}  # in lists of names
+
+
+def write_names(path: Path, reasons: Mapping[str, str]) -> None:
+    """Write a list of names, one a line, each with a reason after a tab if there is one."""
+    lines = []
+    for name, why in reasons.items():
+        escaped = "".join(ESCAPES.get(character, character) for character in name)
+        lines.append(f"{escaped}\t{why}\n" if why else f"{escaped}\n")
+    write_text(path, "".join(lines))
+
+
+def read_names(path: str | Path) -> list[str]:
+    """Return the names in a list that :func:`write_names` wrote, or a person; ConvlensError if it cannot be read."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise ConvlensError(f"cannot read {path}: {error.strerror}") from None
+    meant = {escaped: character for character, escaped in ESCAPES.items()}
+    names = (line.removesuffix("\r").split("\t", 1)[0] for line in text.split("\n"))
+    return [re.sub(r"\\[\\tnr]", lambda match: meant[match[0]], name) for name in names if name]
 
 
 @contextlib.contextmanager

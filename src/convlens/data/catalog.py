@@ -16,6 +16,7 @@ from torch import Tensor
 
 from convlens.data.dataset import HELD_OUT, SPLIT_SEED, TEST_FRACTION, Dataset, Split, check_classes, numbered
 from convlens.data.folder import choose_form, load_folder
+from convlens.data.folds import take_fold
 from convlens.data.preprocess import (
     BadImage,
     PictureStyle,
@@ -64,6 +65,23 @@ def load_dataset(source: Any, *, image_size: int = 0, channels: int = 0, allow_u
     if is_map_style(source):
         return from_map_style(source, image_size=image_size, channels=channels)
     raise UsageError(f"cannot read data from a {type(source).__name__}; see convlens.load_dataset")
+
+
+def load_recorded(
+    recorded: Mapping[str, Any],
+    data: Any = None,
+    *,
+    without: Sequence[str] = (),
+    image_size: int = 0,
+    channels: int = 0,
+    allow_unreadable: bool = False,
+) -> Dataset:
+    """Return the data set that a run recorded: its source (or ``data``), its fold, less the images left out."""
+    source = recorded["source"] if data is None else data
+    dataset = load_dataset(source, image_size=image_size, channels=channels, allow_unreadable=allow_unreadable)
+    if recorded.get("fold") and dataset.fold is None:
+        dataset = take_fold(dataset, *recorded["fold"])
+    return dataset.without(without) if without and not dataset.left_out else dataset
 
 
 def is_map_style(source: Any) -> bool:

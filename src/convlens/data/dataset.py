@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,6 +34,12 @@ class Split:
         """Return the images at ``rows`` (int64) as a new split in memory."""
         return Split(self.images[rows], self.labels[rows], [self.ids[row] for row in rows.tolist()])
 
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hex) of pixels and labels."""
+        digest = hashlib.sha256(self.images.contiguous().numpy().data)
+        digest.update(self.labels.numpy().data)
+        return digest.hexdigest()
+
     def divide(self, fraction: float, seed: int) -> tuple[Split, Split]:
         """Return (rest, part): ``part`` has ``fraction`` of every class, chosen by ``seed``; both keep the order.
 
@@ -63,6 +69,8 @@ class Dataset:
     style: PictureStyle
     note: str  # how the splits came about, for people
     unreadable: tuple[str, ...] = ()  # files that were skipped
+    fold: tuple[int, int] | None = None  # (3, 5): the test split is the third of five folds of all images
+    left_out: int = 0  # images that were there, and were excluded on request
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -75,6 +83,28 @@ class Dataset:
         """The splits that exist, by name."""
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: split for name, split in splits.items() if split is not None}
+
+    def without(self, names: Collection[str]) -> Dataset:
+        """Return the data set without the images of these names: an id, or ``split/id``.
+
+        Raises UsageError if a name is of no image, or too little is left to train or to test.
+        """
+        asked = set(names)
+        left = set(asked)
+        parts: dict[str, Split | None] = {"train": self.train, "validation": self.validation, "test": self.test}
+        for name, split in self.splits.items():
+            own = [{image, f"{name}/{image}"} & asked for image in split.ids]
+            left -= set().union(*own)
+            kept = split.take(torch.tensor([row for row, found in enumerate(own) if not found]).long())
+            parts[name] = kept if len(kept) or name != "validation" else None
+        if left:
+            more = f" (nor {len(left) - 1} more)" if len(left) > 1 else ""
+            raise UsageError(f"{self.name} has no image {min(left)!r}{more}")
+        check_classes(self.name, self.classes, parts["train"])  # type: ignore[arg-type]
+        if not parts["test"]:
+            raise UsageError(f"{self.name}: no test image is left")
+        note = f"{self.note}; {len(asked):,} images left out on request"
+        return replace(self, **parts, note=note, left_out=len(asked))  # type: ignore[arg-type]
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of all pixels and labels: equal if and only if the data are equal."""

@@ -45,6 +45,7 @@ class Batches:
         device: torch.device,
         augment: Augment,
         flip: bool = False,
+        balance: bool = False,
     ):
         self._images = split.images.to(device)  # (N, C, H, W) uint8
         self._labels = split.labels.to(device)  # (N,) int64
@@ -56,6 +57,9 @@ class Batches:
         # whether in the odd or in the even ones is drawn for each
         first = torch.rand(len(split), generator=torch.Generator().manual_seed(derive_seed(seed, FLIP))) < 0.5
         self._mirrored = first.to(device) if flip else None  # (N,)
+        # the chance of each image to be drawn: classes alike, and images alike within a class
+        counts = torch.bincount(split.labels).double()
+        self._chances = 1 / counts[split.labels] if balance else None  # (N,)
 
     def __len__(self) -> int:
         """The number of batches in an epoch."""
@@ -68,7 +72,11 @@ class Batches:
         """
         if epoch != self._epoch:
             shuffle = torch.Generator().manual_seed(derive_seed(self._seed, epoch))
-            self._order = torch.randperm(len(self._labels), generator=shuffle).to(self._labels.device)
+            if self._chances is None:
+                order = torch.randperm(len(self._labels), generator=shuffle)
+            else:
+                order = torch.multinomial(self._chances, len(self._labels), replacement=True, generator=shuffle)
+            self._order = order.to(self._labels.device)
             self._epoch = epoch
         step_seed = derive_seed(self._seed, epoch, index)
         seed_global(step_seed, self._labels.device)

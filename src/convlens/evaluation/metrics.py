@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +43,24 @@ def make_views(mirrored: bool) -> Views:
     return views
 
 
-@torch.no_grad()
+def normalised_batches(
+    net: nn.Module, images: Tensor, normalise: Normalise, batch_size: int, autocast: AbstractContextManager[object]
+) -> Iterator[Tensor]:
+    """Yield uint8 images (N, C, H, W) in batches as ``net`` takes them, with the net in evaluation mode meanwhile."""
+    device = next(net.parameters()).device
+    normalise = normalise.to(device)
+    training = net.training
+    net.eval()
+    try:
+        with torch.no_grad(), autocast, Meter("evaluating", len(images)) as meter:
+            for start in range(0, len(images), batch_size):
+                batch = normalise(images[start : start + batch_size].to(device))
+                yield batch.contiguous(memory_format=torch.channels_last)
+                meter.update(len(batch))
+    finally:
+        net.train(training)
+
+
 def compute_logits(
     net: nn.Module,
     images: Tensor,
@@ -58,21 +75,26 @@ def compute_logits(
     With ``views`` they are the weighted mean over several views of each image: test-time augmentation. The net is in
     evaluation mode meanwhile, and put back afterwards.
     """
-    device = next(net.parameters()).device
-    normalise = normalise.to(device)
-    training = net.training
-    net.eval()
-    try:
-        parts = []
-        with autocast or nullcontext(), Meter("evaluating", len(images)) as meter:
-            for start in range(0, len(images), batch_size):
-                batch = normalise(images[start : start + batch_size].to(device))
-                seen = views(batch) if views else [(1.0, batch)]
-                parts.append(sum(w * net(x.contiguous(memory_format=torch.channels_last)).float() for w, x in seen))
-                meter.update(len(batch))
-        return torch.cat(parts)
-    finally:
-        net.train(training)
+    parts = []
+    for batch in normalised_batches(net, images, normalise, batch_size, autocast or nullcontext()):
+        seen = views(batch) if views else [(1.0, batch)]
+        parts.append(sum(w * net(x.contiguous(memory_format=torch.channels_last)).float() for w, x in seen))
+    return torch.cat(parts)
+
+
+def compute_outputs(
+    net: nn.Module, images: Tensor, normalise: Normalise, *, batch_size: int = 500
+) -> tuple[Tensor, Tensor]:
+    """Return logits, float32 (N, K), and features, float32 (N, D), of uint8 images (N, C, H, W).
+
+    The features are the means of the last spatial map over the image.
+    """
+    logits, features = [], []
+    for batch in normalised_batches(net, images, normalise, batch_size, nullcontext()):
+        maps = net.features(batch)  # type: ignore[operator]  # (N, D, H', W')
+        logits.append(net.head(maps).float())  # type: ignore[operator]
+        features.append(maps.float().mean(dim=(2, 3)))
+    return torch.cat(logits), torch.cat(features)
 
 
 @dataclass(frozen=True)
@@ -135,6 +157,8 @@ def judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str,
         "accuracy": correct / n,
         "accuracy_interval": list(wilson_interval(correct, n)),
         "interval_method": "Wilson, 95%",
+        "balanced_accuracy": float(recall[support > 0].mean()),  # the mean over classes of the share that is right
+        "macro_f1": float(f1[support > 0].mean()),
         "loss": Scores.of(logits, labels).loss,
         "classes": {
             name: {

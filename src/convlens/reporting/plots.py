@@ -167,12 +167,57 @@ def draw_mistakes(
     values, guesses = probabilities.max(dim=1)
     wrong = (guesses != labels).nonzero().squeeze(1)
     wrong = wrong[values[wrong].argsort(descending=True)][:count]
-    captions = []
-    for row in wrong.tolist():
-        truth, guess = shorten(classes[int(labels[row])], 11), shorten(classes[int(guesses[row])], 11)
-        captions.append(f"{guess} {values[row]:.0%}\nis {truth}")
-    heading = "Worst mistakes: the wrong answers it was surest of" if captions else "No mistake on the test split"
-    draw_grid(path, [to_picture(images[row]) for row in wrong.tolist()], captions, heading, columns=6, lines=2)
+    said = [(classes[int(guesses[row])], float(values[row]), classes[int(labels[row])]) for row in wrong]
+    heading = "Worst mistakes: the wrong answers it was surest of" if said else "No mistake on the test split"
+    draw_sheet(path, images[wrong], said, heading)
+
+
+def draw_sheet(path: Path, images: Tensor, said: Sequence[tuple[str, float, str]], heading: str) -> None:
+    """Draw uint8 images (N, C, H, W), each below what was said of it: (prediction, its probability, true class)."""
+    captions = [f"{shorten(guess, 11)} {share:.0%}\nis {shorten(truth, 11)}" for guess, share, truth in said]
+    draw_grid(path, [to_picture(image) for image in images], captions, heading, columns=6, lines=2)
+
+
+def draw_reliability(path: Path, calibration: dict[str, Any]) -> None:
+    """Draw what the net's confidence says against how often it is right, before and after the temperature."""
+    figure = new_figure(4.6, 4.4)
+    title(figure, "How much its certainty is worth")
+    axes = figure.subplots()
+    quiet_axes(axes)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.plot([0, 1], [0, 1], color=QUIET, lw=1, ls=":", label="as it should be")
+    for when, label, colour in (("before", "as trained", VALIDATION), ("after", "calibrated", TRAIN)):
+        bins = [b for b in calibration[when]["bins"] if b["n"]]
+        most = max((b["n"] for b in bins), default=1)
+        x, y = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
+        axes.plot(x, y, color=colour, lw=1.4, label=f"{label}: off by {calibration[when]['calibration_error']:.2%}")
+        axes.scatter(x, y, s=[12 + 90 * b["n"] / most for b in bins], color=colour, zorder=3)
+    axes.set_xlim(0, 1.03)
+    axes.set_ylim(0, 1.03)
+    percent = lambda value, _: f"{100 * value:.0f}%"  # noqa: E731
+    axes.xaxis.set_major_formatter(percent)
+    axes.yaxis.set_major_formatter(percent)
+    axes.set_xlabel("it says it is so sure", fontsize=8, color=QUIET)
+    axes.set_ylabel("it is right so often", fontsize=8, color=QUIET)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
+    save(figure, path)
+
+
+def draw_corruptions(path: Path, figures: dict[str, list[float]]) -> None:
+    """Draw the accuracy against severity, one small chart for each corruption."""
+    columns = 3
+    rows = math.ceil(len(figures) / columns)
+    figure = new_figure(9, 0.5 + 1.7 * rows)
+    title(figure, "Accuracy on spoiled images, by severity")
+    for axes, (kind, values) in zip(figure.subplots(rows, columns, sharey=True).flat, figures.items(), strict=False):
+        quiet_axes(axes)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.plot(range(1, len(values) + 1), values, color=TRAIN, marker="o", ms=3.5, lw=1.6)
+        axes.set_title(kind, fontsize=10, color=INK, loc="left")
+        axes.set_ylim(0, 1.02)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    save(figure, path)
 
 
 def draw_filters(path: Path, weight: Tensor, count: int = 64) -> None:

@@ -13,6 +13,7 @@ from convlens.shipping.bundle import UNSEEN, WATCHED
 PLOTS = {
     "confusion.png": "Each row is a true class, each column what the net said; the diagonal is right.",
     "mistakes.png": "What it said, how sure it was, and what the picture is.",
+    "calibration.png": "Dots on the dotted line would be perfect; larger dots stand for more images.",
     "curves.png": "Loss and accuracy over the epochs; in training, of the augmented images as they pass.",
     "filters.png": "What the first layer looks for.",
     "samples.png": "Images of the training split with their classes.",
@@ -65,6 +66,7 @@ def write_report(folder: RunFolder) -> None:
 <p><code>{escape(config["command"])}</code></p>
 <section class=figures>{cards}</section>
 {unreadable_note(data["unreadable"])}
+<section class=wide><h2>How far to trust it</h2><ul>{trust_items(test)}</ul></section>
 <div class=pictures>{pictures}</div>
 <section class=wide><h2>By class</h2>{class_table(test)}</section>
 <section class=wide><details><summary>Epochs</summary>{epoch_table(metrics)}</details></section>
@@ -75,6 +77,36 @@ another net.</p>
 </main></body></html>
 """
     write_text(folder.report, page)
+
+
+def trust_items(test: dict[str, Any]) -> str:
+    """Return what the test says to a person who is no statistician, as list items."""
+    low, high = test["accuracy_interval"]
+    items = [
+        f"Of {test['n']:,} images that it was not trained on it has {test['correct']:,} right. "
+        f"Its accuracy on all images of that kind lies between {low:.2%} and {high:.2%}, as far as such intervals go: "
+        "19 of 20 are right.",
+        f"If every class counted the same it would be {test['balanced_accuracy']:.2%} (balanced accuracy); "
+        f"macro-F1, which counts false alarms too, is {test['macro_f1']:.2%}.",
+    ]
+    if calibration := test.get("calibration"):
+        before, after, coverage = calibration["before"], calibration["after"], test["coverage"]
+        items += [
+            f"Its probabilities are off by {after['calibration_error']:.2%} on average (expected calibration error; "
+            f"{before['calibration_error']:.2%} before they were tempered by {calibration['temperature']:.2f}). "
+            f"Brier score {after['brier_score']:.4f}, before {before['brier_score']:.4f}; 0 is perfect.",
+            f"Asked for sets of classes that hold the right one {coverage['asked']:.0%} of the time, it gave sets of "
+            f"{coverage['classes_in_a_set']:.2f} classes on average, and they held it {coverage['measured']:.1%} of "
+            "the time.",
+            f"It would call {1 - test['known']:.1%} of these images unknown; 5% is what it was set to. Pictures of "
+            "other things should be called unknown far more often, but some will pass.",
+        ]
+    else:
+        items.append(
+            "There were no validation images: its probabilities are not calibrated, and it answers one of its classes "
+            "for every picture, also for one that shows none of them."
+        )
+    return "".join(f"<li>{escape(item)}</li>" for item in items)
 
 
 def read_base64(folder: RunFolder, file: str) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UnknownName, UsageError
+from convlens.evaluation.trust import Trust
 from convlens.models import create_model
 from convlens.runfolder import RunFolder, read_json, replacing, write_json, write_text
 
@@ -24,6 +25,7 @@ FORMAT = 1
 UNSEEN = "The test split was measured once, after training; nothing was chosen by it."
 WATCHED = "The test split was measured after every epoch, for the curves; nothing was chosen by it."
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+TRUST = "trust.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +33,7 @@ class Bundle:
     """A trained net with its architecture, classes and preprocessing.
 
     ``model`` is the name and the constructor arguments that rebuild the net; ``trained`` is what the model card
-    tells: data, recipe, machine, test figures.
+    tells: data, recipe, machine, test figures. ``trust`` was fitted on validation images, where there were any.
     """
 
     net: nn.Module
@@ -39,6 +41,7 @@ class Bundle:
     classes: tuple[str, ...]
     preprocess: Preprocess
     trained: Mapping[str, Any]
+    trust: Trust | None = None
 
     def save(self, folder: Path) -> None:
         """Write weights (safetensors), ``config.json`` and the model card; the config comes last."""
@@ -52,6 +55,8 @@ class Bundle:
             "trained": dict(self.trained),
             "sha256": sha256,
         }
+        if self.trust is not None:
+            config["trust"] = {**self.trust.to_json(), "sha256": write_tensors(folder / TRUST, self.trust.tensors())}
         write_json(folder / CONFIG, config)
 
     def card(self) -> str:
@@ -77,12 +82,24 @@ A small convolutional image classifier, trained by convlens {about["convlens"]}.
 | training | {about["seconds"]:.0f} s on {machine["device_name"]}, {machine["threads"]} thread(s) |
 
 {WATCHED if about["recipe"].get("watch_test") else UNSEEN} The interval is that of the test sample
-alone; another seed gives another net. The net answers one of its classes for
-every picture, also for one that shows none of them, and its probabilities are not calibrated. It knows only pictures
-like those it was trained on.
+alone; another seed gives another net.
+
+{self.say_trust()}
 
 Use: `convlens predict FOLDER picture.png`, or in Python `convlens.Classifier.load("FOLDER").predict("picture.png")`.
 """
+
+    def say_trust(self) -> str:
+        """Return what the card says of probabilities and of pictures of other things."""
+        if self.trust is None:
+            return """There were no validation images: its probabilities are not calibrated, and it answers one of its
+classes for every picture, also for one that shows none of them."""
+        test = self.trained["test"]
+        before, after = test["calibration_error"]
+        return f"""Its probabilities are calibrated: on the test images they are off by {after:.2%} on average
+({before:.2%} before; temperature {self.trust.temperature:.2f}, fitted on {self.trust.n:,} validation images). It says
+"unknown" of a picture that is stranger to it than 95% of the validation images are; of the test images
+{test["known"]:.1%} pass. That is a help and no proof: some strange pictures pass too."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -91,6 +108,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     with replacing(path) as temporary:
         temporary.write_bytes(content)
     return hashlib.sha256(content).hexdigest()
+
+
+def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
+    """Read a safetensors file; ConvlensError if its content is not the one with this SHA-256."""
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ConvlensError(f"{path} is damaged: its SHA-256 is not the one in {CONFIG}")
+    return load_tensors(content)
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -103,17 +128,18 @@ def load_bundle(folder: Path) -> Bundle:
             "upgrade with: pip install --upgrade convlens"
         )
     try:
-        content = (folder / WEIGHTS).read_bytes()
-        if hashlib.sha256(content).hexdigest() != config["sha256"]:
-            raise ConvlensError(f"{folder / WEIGHTS} is damaged: its SHA-256 is not the one in {CONFIG}")
         model = config["model"]
+        tensors = read_tensors(folder / WEIGHTS, config["sha256"])
         net = create_model(model["name"], **model["arguments"])
-        net.load_state_dict(load_tensors(content))
+        net.load_state_dict(tensors)
         preprocess = Preprocess.from_json(config["preprocess"])
         classes = tuple(str(name) for name in config["classes"])
         if len(classes) != model["arguments"]["classes"]:
             raise ValueError(f"{len(classes)} class names for {model['arguments']['classes']} outputs")
-        return Bundle(net.eval(), model, classes, preprocess, config["trained"])
+        trust = None
+        if (fitted := config.get("trust")) is not None:
+            trust = Trust.from_json(fitted, read_tensors(folder / TRUST, fitted["sha256"]))
+        return Bundle(net.eval(), model, classes, preprocess, config["trained"], trust)
     except FileNotFoundError as error:
         raise ConvlensError(f"{error.filename} is missing") from None
     except UnknownName as error:

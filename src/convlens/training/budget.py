@@ -12,8 +12,9 @@ import torch
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
-from convlens.models import create_model
+from convlens.evaluation.trust import FEW
 from convlens.training.engine import fit
+from convlens.training.nets import describe_net, make_net
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import LADDERS, default_recipe, get_recipe
 
@@ -47,8 +48,11 @@ def fit_into(budget: float, started: float, dataset: Dataset, choices: Sequence[
     for number, recipe in enumerate(choices):
         pace = measure_pace(dataset, recipe)  # images a second
         passes = 1 + recipe.test_views * (6 if recipe.flip else 3)
-        after = FINISH_SECONDS + passes * len(dataset.test) / pace
-        train = len(dataset.with_validation(recipe.validation, recipe.seed).train)
+        divided = dataset.with_validation(recipe.validation, recipe.seed)
+        train = len(divided.train)
+        # what Trust.fit looks at
+        looked_at = len(divided.validation) + min(train, FEW) if divided.validation is not None else 0
+        after = FINISH_SECONDS + (passes * len(dataset.test) + looked_at) / pace
         images = recipe.total_steps(max(train // recipe.batch_size, 1)) * recipe.batch_size
         if number and images / pace > budget - (time.perf_counter() - started) - after:
             break  # the one before it is as much as fits
@@ -68,19 +72,11 @@ def measure_pace(dataset: Dataset, recipe: Recipe) -> float:
     small = recipe.override(
         batch_size=batch, lr=0.0, head_lr=0.0, bias_lr=0.0, validation=0.0, select="last", patience=0, watch_test=False
     )
-    channels, height, width = dataset.shape
     preprocess = Preprocess.measure(few.train.images, dataset.style)
     seconds = []
     with torch.random.fork_rng():
         for steps in (1, 1 + PROBE_STEPS):
-            net = create_model(
-                recipe.model,
-                channels=channels,
-                height=height,
-                width=width,
-                classes=len(dataset.classes),
-                **recipe.model_options(),
-            )
+            net = make_net(describe_net(small, few), few, preprocess)
             record = list(fit(net, few, small.override(iterations=steps), preprocess=preprocess))[-1]
             seconds.append(record.seconds)
     return batch * PROBE_STEPS / max(seconds[1] - seconds[0], 1e-3)

@@ -59,8 +59,9 @@ def fit(
     normalise = (preprocess or Preprocess.measure(dataset.train.images, dataset.style)).normaliser()
     augment = make_augment(recipe, len(dataset.classes))
     batches = Batches(
-        dataset.train, recipe.batch_size, normalise, seed=recipe.seed, device=device, augment=augment, flip=recipe.flip
-    )
+        dataset.train, recipe.batch_size, normalise, seed=recipe.seed, device=device, augment=augment, flip=recipe.flip,
+        balance=recipe.balance,
+    )  # fmt: skip
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if recipe.small_size:
         require_any_size(net, dataset.shape, recipe)
@@ -79,7 +80,7 @@ def fit(
     total = recipe.total_steps(len(batches), state.step, state.elapsed)
     while state.step < total and not state.finished:
         if should_stop():
-            raise Interrupted(f"stopped at step {state.step} of {total}")
+            raise Interrupted(f"stopped at {describe_place(recipe, state.step, total)}")
         epoch, first = divmod(state.step, len(batches))
         tally = Tally(state, device)
         net.train()
@@ -87,9 +88,8 @@ def fit(
         started = time.perf_counter() - before
         # the last epoch may be a part of one
         steps = min(len(batches), total - epoch * len(batches))
-        with Meter(
-            f"epoch {epoch + 1} of {math.ceil(total / len(batches))}", steps - first, shown=show_progress
-        ) as meter:
+        title = f"epoch {epoch + 1}" + ("" if recipe.seconds else f" of {math.ceil(total / len(batches))}")
+        with Meter(title, steps - first, shown=show_progress) as meter:
             for index in range(first, len(batches)):
                 images, labels = batches(epoch, index)  # (N, C, H, W), (N,) or (N, K)
                 if recipe.small_size and state.step < recipe.small_share * total:
@@ -125,7 +125,7 @@ def fit(
         if stopped and state.step < total and state.step < (epoch + 1) * len(batches):  # in the middle of an epoch
             if store is not None:
                 store.save(state, pack(net, optimizer, average, best))
-            raise Interrupted(f"stopped at step {state.step} of {total}")
+            raise Interrupted(f"stopped at {describe_place(recipe, state.step, total)}")
 
         scores: dict[str, Scores] = {}
         with average.applied():
@@ -208,6 +208,11 @@ class Tally:
         """Raise Diverged if the loss is not a number any more."""
         if not math.isfinite(self._sums[0].item()):
             raise diverged("the loss", state, recipe)
+
+
+def describe_place(recipe: Recipe, step: int, total: int) -> str:
+    """Return where a training is; one that is given in seconds has no total that would not change."""
+    return f"step {step}" if recipe.seconds else f"step {step} of {total}"
 
 
 def diverged(what: str, state: TrainState, recipe: Recipe) -> Diverged:

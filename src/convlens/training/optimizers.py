@@ -6,6 +6,7 @@ takes 1.6 s of every command, longer than a small net trains. torch.optim.Muon t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # K. Jordan's quintic (2024): steep at 0, so that three steps are enough
 
 
-class Group:
+class Group(ABC):
     """Weights that one rule updates; ``slots`` are the rule's own tensors, by name, one for each weight."""
 
     def __init__(self, weights: Sequence[Tensor], lr_scale: float = 1.0, slots: Sequence[str] = ()):
@@ -22,9 +23,9 @@ class Group:
         self.lr_scale = lr_scale
         self.slots = {name: [torch.zeros_like(w, requires_grad=False) for w in weights] for name in slots}
 
+    @abstractmethod
     def update(self, lr: float) -> None:
         """Change the weights in place from their gradients."""
-        raise NotImplementedError
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients, laid out in memory as their weights are, for the fused kernels trust in that.

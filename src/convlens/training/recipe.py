@@ -48,6 +48,7 @@ class Recipe:
         0, "side in pixels that images have in the first part of the training; 0: always whole", low=0
     )
     small_share: float = option(0.5, "share of the training that --small-size is for", low=0)
+    balance: bool = option(False, "show every class as often as the others, however many images it has")
     # objective and optimizer
     loss: str = option("cross-entropy", "loss function", choices=("cross-entropy", "nll"))
     label_smoothing: float = option(0.0, "share of the label spread over all classes", low=0)
@@ -104,6 +105,8 @@ class Recipe:
         for name in ("label_smoothing", "scale", "crop_probability", "warmup", "small_share"):
             if getattr(self, name) > 1:
                 raise UsageError(f"{flag(name)} is {getattr(self, name)}; it must be at most 1")
+        if self.seconds is not None and self.schedule == "step":
+            raise UsageError("--schedule step counts epochs, and a training given in seconds has none; try linear")
         if self.nesterov and not (self.optimizer in ("sgd", "muon") and self.momentum > 0):
             raise UsageError("--nesterov needs --optimizer sgd or muon and a --momentum above 0")
 

@@ -1,0 +1,62 @@
+"""The ``convlens`` command: thin verbs that parse, call one function and print.
+
+Nothing heavy is imported here: each verb imports what it needs, so that ``convlens --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import threading
+from typing import NoReturn
+
+import typer
+
+from convlens.cli import train, use, lists, data  # noqa: F401  # isort: skip - in the order of --help
+from convlens.cli.app import ParseError, app
+from convlens.errors import ConvlensError
+
+
+def fail(error: BaseException, message: str, code: int, *, debug: bool) -> NoReturn:
+    """Print one line on standard error and leave with ``code``; with ``debug`` the traceback too."""
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"convlens: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def leave(*_: object) -> NoReturn:
+    """Leave at once: Ctrl-C while nothing is at stake, such as an import that must not be cut in two."""
+    print("convlens: interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+def main() -> None:
+    """Run the command; every error becomes one line and its exit code. ``--debug`` may stand anywhere."""
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, leave)
+    try:
+        code = app(arguments, standalone_mode=False)
+        raise SystemExit(code if isinstance(code, int) else 0)
+    except ConvlensError as error:
+        fail(error, str(error), error.exit_code, debug=debug)
+    except ParseError as error:
+        if not error.format_message():  # no verb at all: the help has been shown
+            raise SystemExit(2) from None
+        fail(error, error.format_message(), 2, debug=debug)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        fail(error, "interrupted", 130, debug=debug)
+    except (OSError, MemoryError) as error:
+        fail(error, str(error) or "out of memory", 1, debug=debug)
+    except Exception as error:
+        what = str(error).split("\n", 1)[0]
+        fail(error, f"unexpected {type(error).__name__}: {what} (--debug shows where)", 1, debug=debug)

@@ -1,0 +1,51 @@
+"""The ``convlens`` command and its options; each verb stands in a file beside this one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from convlens import __version__
+from convlens.errors import UsageError
+
+STARTED = time.perf_counter()  # what --budget counts from
+
+app = typer.Typer(
+    help="Train, see through and ship small convolutional image classifiers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+# what typer raises for a wrong command line; the class itself lies in click, or in typer's own copy of it
+ParseError: Any = typer.BadParameter.__mro__[1]
+
+
+def check_new_png(name: str, path: Path | None) -> None:
+    """Raise UsageError if ``path``, given with the flag ``name``, is no name for a new PNG file."""
+    if path is not None and (path.exists() or path.suffix.lower() != ".png"):
+        raise UsageError(f"{name} {path}: " + ("that file exists" if path.exists() else "the name must end in .png"))
+
+
+def show_version(value: bool) -> None:
+    """Print the version and leave."""
+    if value:
+        print(f"convlens {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
+) -> None:
+    """Options of every verb."""

@@ -1,0 +1,123 @@
+"""``convlens data``: looking at data sets."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convlens.cli.app import check_new_png, data_app
+from convlens.console import describe_findings, first_line, print_table
+from convlens.errors import UsageError
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """List the data sets that are known by name, and where they were found."""
+    from convlens.data.fetch import search_path
+    from convlens.data.published import DATASETS, whereabouts
+
+    rows = [("data set", "what", "where")]
+    rows += [(name, first_line(DATASETS[name]), whereabouts(name)) for name in DATASETS.names()]
+    print_table(rows)
+    print(f"looked in: {', '.join(map(str, search_path()))}")
+
+
+@data_app.command("info")
+def data_info(
+    data: Annotated[str, typer.Argument(help="A data set by name, a folder of class folders, or a .npz file.")],
+    to: Annotated[Path | None, typer.Option(help="File for the sample grid, instead of DATA-samples.png.")] = None,
+    image_size: Annotated[int, typer.Option(min=0, help="Side that a folder's images are fitted to.")] = 0,
+    allow_unreadable: Annotated[bool, typer.Option(help="Skip unreadable files, however many.")] = False,
+) -> None:
+    """Count a data set's images by class, and write a grid of samples as PNG.
+
+    Examples:
+      convlens data info mnist
+
+      convlens data info photos/ --to photos.png
+    """
+    import torch
+
+    from convlens.data.catalog import load_dataset
+    from convlens.data.folder import image_sizes
+    from convlens.reporting.plots import draw_images, pick_samples
+
+    check_new_png("--to", to)
+    dataset = load_dataset(data, image_size=image_size, allow_unreadable=allow_unreadable)
+    channels, height, width = dataset.shape
+    print(f"{dataset.name}: images {channels}x{height}x{width} (C x H x W), {len(dataset.classes)} classes")
+    print(dataset.note)
+    counts = {
+        name: torch.bincount(split.labels, minlength=len(dataset.classes)).tolist()
+        for name, split in dataset.splits.items()
+    }
+    rows = [("class", *counts)]
+    rows += [(label, *(f"{c[i]:,}" for c in counts.values())) for i, label in enumerate(dataset.classes)]
+    rows.append(("total", *(f"{sum(c):,}" for c in counts.values())))
+    print_table(rows)
+    for file in dataset.unreadable:
+        print(f"unreadable: {file}")
+    if Path(data).is_dir() and dataset.source == str(Path(data).resolve()):
+        sizes = ["{} x {}".format(*size) for size in image_sizes(data)]
+        print(
+            f"files are {sizes[0]} to {sizes[-1]} pixels (width x height), half of them over {sizes[len(sizes) // 2]}"
+        )
+    target = to or free_name(f"{dataset.name}-samples")
+    train = dataset.train
+    chosen = pick_samples(train.labels, len(dataset.classes))
+    captions = [dataset.classes[label] for label in train.labels[chosen].tolist()]
+    draw_images(target, train.images[chosen], captions, f"{dataset.name}: training images")
+    print(f"samples {target}")
+
+
+@data_app.command("doctor")
+def data_doctor(
+    data: Annotated[str, typer.Argument(help="A data set by name, a folder of class folders, or a .npz file.")],
+    labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Judge labels, with some nets.")] = True,
+    to: Annotated[Path | None, typer.Option(help="New folder for doctor.json and contact sheets.")] = None,
+    list_file: Annotated[Path | None, typer.Option("--list", help="New file for the names of what to remove.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    image_size: Annotated[int, typer.Option(min=0, help="Side that a folder's images are fitted to.")] = 0,
+) -> None:
+    """Look for what is wrong with a data set: copies, leaks, odd images, likely wrong labels. Changes nothing.
+
+    Examples:
+      convlens data doctor photos/ --to doctor/
+
+      convlens data doctor mnist --list remove.txt
+
+      convlens train mnist --exclude remove.txt
+    """
+    from convlens.data.catalog import load_dataset
+    from convlens.doctor import examine, write_findings, write_list
+    from convlens.runtime import use_threads
+
+    for path in (to, list_file):
+        if path is not None and path.exists():
+            raise UsageError(f"{path} exists already; choose another name")
+    use_threads()
+    dataset = load_dataset(data, image_size=image_size, allow_unreadable=True)
+    findings = examine(dataset, labels=labels)
+    if as_json:
+        print(json.dumps(findings.to_json(), indent=2, ensure_ascii=False))
+    else:
+        for line in describe_findings(findings):
+            print(line)
+    if to is not None:
+        write_findings(findings, dataset, to)
+    if list_file is not None:
+        number = write_list(findings, dataset, list_file)
+        print(f"{number:,} images in {list_file}: convlens train {data} --exclude {list_file}", file=sys.stderr)
+
+
+def free_name(stem: str) -> Path:
+    """Return STEM.png, or the first of STEM-2.png, STEM-3.png, ... that does not exist."""
+    path, number = Path(f"{stem}.png"), 1
+    while path.exists():
+        number += 1
+        path = Path(f"{stem}-{number}.png")
+    return path

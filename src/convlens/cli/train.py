@@ -1,0 +1,172 @@
+"""``convlens train``: a flag for every field of a recipe, a line an epoch, and a way back from Ctrl-C."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from convlens.cli.app import STARTED, app
+from convlens.console import describe_experiment, describe_record, describe_series, describe_test, say
+from convlens.errors import Interrupted, UsageError
+from convlens.training.recipe import FIELD_TYPES, Recipe, flag, plain_type
+
+if TYPE_CHECKING:
+    from convlens.experiment import Experiment
+    from convlens.run import Run
+    from convlens.series import Series
+
+
+def with_recipe_flags(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb one flag for every field of Recipe; they arrive as its keyword arguments."""
+    hints = get_type_hints(verb, include_extras=True)
+    declared = [p for p in inspect.signature(verb).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters = [p.replace(annotation=hints[p.name]) for p in declared]
+    for item in dataclasses.fields(Recipe):
+        if item.name == "name":
+            continue
+        kind, _ = plain_type(item.name)
+        choices = item.metadata["choices"]
+        text = item.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+        names = [f"{flag(item.name)}/--no-{flag(item.name)[2:]}"] if kind is bool else [flag(item.name)]
+        option = typer.Option(
+            *names, help=text, rich_help_panel="Recipe (default: the recipe's own)", show_default=False
+        )
+        annotation: Any = Annotated[(FIELD_TYPES[item.name] | None, option)]
+        parameters.append(
+            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+
+    def call(**values: Any) -> None:
+        verb(**values)
+
+    call.__doc__, call.__name__ = verb.__doc__, verb.__name__
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    return call
+
+
+@app.command()
+@with_recipe_flags
+def train(
+    data: Annotated[
+        str | None,
+        typer.Argument(help="digits, mnist, fashion-mnist, cifar10, a folder of class folders, or a .npz file."),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe by name; `convlens recipes` lists them.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Take the recipe from a run's config.json.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the run, instead of runs/DATA-N.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder.")] = None,
+    init: Annotated[str | None, typer.Option(help="Start from this run's or model's trained stages.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Time for all of it, such as 60s or 5m: what fits is chosen.")
+    ] = None,
+    exclude: Annotated[Path | None, typer.Option(help="Leave out the images that this file names.")] = None,
+    seeds: Annotated[int, typer.Option(min=0, help="Train so many seeds, and report mean and spread.")] = 0,
+    folds: Annotated[int, typer.Option(min=0, help="Cross-validate: as many runs, each tested on its part.")] = 0,
+    allow_unreadable: Annotated[bool, typer.Option(help="Skip unreadable files, however many.")] = False,
+    **overrides: Any,
+) -> None:
+    """Train a classifier on DATA, test it once, and write everything into a run folder.
+
+    Examples:
+      convlens train mnist
+
+      convlens train mnist --budget 60s
+
+      convlens train photos/ --epochs 40 --image-size 96
+
+      convlens train mnist --recipe mnist-4conv --lr 0.02
+
+      convlens train photos/ --folds 5
+
+      convlens train --resume runs/mnist-1
+    """
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    if (data is None) == (resume is None):
+        raise UsageError("name the data to train on, or a run to --resume, one of the two")
+    if resume is not None and (overrides or recipe or config or out or init or budget or seeds or folds or exclude):
+        raise UsageError("--resume goes on with the run's own recipe; it takes no other option")
+    if recipe is not None and config is not None:
+        raise UsageError("give --recipe or --config, not both")
+    if (seeds or folds) and (init or budget or exclude):
+        raise UsageError("--seeds and --folds take no --init, --budget or --exclude")
+    from convlens.experiment import Experiment
+    from convlens.series import Series
+
+    chosen: Any = recipe
+    if config is not None:
+        from convlens.runfolder import read_json
+
+        values = read_json(config)
+        chosen = Recipe.from_json(values.get("recipe", values))
+    if resume is not None and Series.is_one(resume):
+        run_series(Series.resume(resume, allow_unreadable=allow_unreadable))
+    elif resume is not None:
+        run_experiment(Experiment.resume(resume, allow_unreadable=allow_unreadable))
+    elif seeds or folds:
+        plan: dict[str, Any] = {"seeds": seeds, "folds": folds, "out": out, "allow_unreadable": allow_unreadable}
+        run_series(Series.create(data, chosen, **plan, **overrides))
+    else:
+        single: dict[str, Any] = {"out": out, "init": init, "budget": budget, "exclude": exclude}
+        run_experiment(
+            Experiment.create(data, chosen, started=STARTED, allow_unreadable=allow_unreadable, **single, **overrides)
+        )
+
+
+def run_series(series: Series) -> None:
+    """Train what a series still lacks, and say how far its runs lie apart."""
+    say(f"series  {series.folder}: {', '.join(series.plan['runs'])}")
+    try:
+        for experiment in series.experiments():
+            run_experiment(experiment, part_of=series.folder)
+    except KeyboardInterrupt:  # between two runs
+        raise Interrupted(f"interrupted; go on with: convlens train --resume {series.folder}") from None
+    for line in describe_series(series.finish()):
+        say(line)
+
+
+def run_experiment(experiment: Experiment, part_of: Path | None = None) -> Run:
+    """Train with a line an epoch; Ctrl-C (or a polite kill) finishes the step, saves, and says how to go on.
+
+    That is by the series that it is a part of, if it is.
+    """
+    whole = part_of or experiment.folder.path
+    describe_experiment(experiment)
+    stopping = False
+
+    def stop(*_: Any) -> None:
+        nonlocal stopping
+        if stopping:  # asked twice
+            raise KeyboardInterrupt
+        stopping = True
+        print("stopping after this step ...", file=sys.stderr)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for record in experiment.epochs(should_stop=lambda: stopping, show_progress=True):
+            say(describe_record(record))
+    except Interrupted as error:
+        raise Interrupted(f"{error}; saved. Go on with: convlens train --resume {whole}") from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        run = experiment.finish()
+    except KeyboardInterrupt:
+        raise Interrupted(f"trained, but not tested; go on with: convlens train --resume {whole}") from None
+    say(describe_test(run.test))
+    if part_of is not None:
+        return run
+    say(f"report  {run.report}")
+    program = "convlens" if shutil.which("convlens") else sys.argv[0]  # make demo uses it without a path to it
+    say(f"predict with: {program} predict {run.path} IMAGE")
+    return run

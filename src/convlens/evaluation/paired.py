@@ -1,0 +1,52 @@
+"""Which of two nets is better, from what they say of the same images."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from convlens.evaluation.metrics import Z95
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two nets A and B on ``n`` images: each was right alone on some; on the others both were right, or both wrong."""
+
+    n: int
+    only_a: int  # images that A alone has right
+    only_b: int
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of B minus that of A, -1..1."""
+        return (self.only_b - self.only_a) / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% interval of the difference: Wald's for pairs, half a pair added to each cell (Agresti, Min 2005)."""
+        b, a, n = self.only_b + 0.5, self.only_a + 0.5, self.n + 2
+        middle = (b - a) / n
+        spread = Z95 * math.sqrt(max(b + a - (b - a) ** 2 / n, 0.0)) / n
+        return max(middle - spread, -1.0), min(middle + spread, 1.0)
+
+    @property
+    def p_value(self) -> float:
+        """Exact McNemar test: how probable is so uneven a share of the images that one alone has right, by chance?
+
+        Twice the smaller tail of a binomial of ``only_a + only_b`` fair coins, at most 1.
+        """
+        total, fewer = self.only_a + self.only_b, min(self.only_a, self.only_b)
+        tail = sum(math.comb(total, k) for k in range(fewer + 1))
+        return min(2 * tail / (1 << total), 1.0)
+
+    def verdict(self, a: str, b: str, level: float = 0.05) -> str:
+        """Return the sentence that says which is better, in points of accuracy, or that these images cannot tell."""
+        low, high = (100 * end for end in self.interval)
+        if self.difference < 0:
+            return Paired(self.n, self.only_b, self.only_a).verdict(b, a, level)
+        points = f"{100 * self.difference:+.2f} points, 95% interval {low:+.2f} to {high:+.2f}"
+        if self.p_value < level and low > 0:
+            return f"{b} is better than {a}: {points}"
+        if self.p_value < level or low > 0:  # interval and test are two approximations
+            return f"{b} may be better than {a}: {points}"
+        return f"no difference between {a} and {b} that these {self.n:,} images show: {points}"

@@ -1,0 +1,112 @@
+"""What validation images say of a net: how to read its probabilities, and which pictures it does not know.
+
+A picture is strange by two signs: its features lie far from those of training images (Lee et al. 2018), and its logits
+are small (energy, Liu et al. 2020). Neither is good for every net (docs/results.md), their sum is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convlens.data.dataset import Split
+from convlens.data.preprocess import Normalise
+from convlens.evaluation.calibration import (
+    LEVELS,
+    fit_coverage,
+    fit_temperature,
+    judge_calibration,
+    prediction_sets,
+)
+from convlens.evaluation.metrics import compute_outputs
+from convlens.evaluation.unknown import FeatureSpace, energy, fit_threshold
+
+FEW = 10_000  # training images, evenly from all of them, say where the classes lie
+USUAL_COVERAGE = 0.95  # that a test tells of
+
+
+@dataclass(frozen=True, eq=False)
+class Trust:
+    """A temperature, bounds for prediction sets, and how strange a picture may be that is still known."""
+
+    temperature: float
+    bounds: tuple[float, ...]  # one for each of calibration.LEVELS; inf: every class
+    distance: tuple[float, float]  # mean and standard deviation on validation images
+    energy: tuple[float, float]
+    threshold: float  # of strangeness
+    n: int  # validation images that it was fitted on
+    space: FeatureSpace
+
+    @classmethod
+    def fit(cls, net: nn.Module, train: Split, validation: Split, classes: int, normalise: Normalise) -> Trust:
+        """Fit on what ``net`` says of validation images; of training images only the features are looked at."""
+        rows = torch.linspace(0, len(train) - 1, min(len(train), FEW)).long()
+        _, known = compute_outputs(net, train.images[rows], normalise)
+        space = FeatureSpace.fit(known.cpu(), train.labels[rows], classes)
+        logits, features = (x.cpu() for x in compute_outputs(net, validation.images, normalise))
+        temperature = fit_temperature(logits, validation.labels)
+        bounds = fit_coverage(logits / temperature, validation.labels)
+        distance, usual = mean_and_spread(space.distances(features)), mean_and_spread(energy(logits))
+        fitted = cls(temperature, tuple(bounds), distance, usual, 0.0, len(validation), space)
+        return replace(fitted, threshold=fit_threshold(fitted.strangeness(logits, features)))
+
+    def strangeness(self, logits: Tensor, features: Tensor) -> Tensor:
+        """Return how strange images are, float32 (N,), from logits (N, K) and features (N, D).
+
+        The sum of two scores, each in standard deviations from its mean on validation images.
+        """
+        scores = ((self.space.distances(features), self.distance), (energy(logits), self.energy))
+        return sum(((score - mean) / spread for score, (mean, spread) in scores), torch.zeros(len(logits)))
+
+    def knows(self, logits: Tensor, features: Tensor) -> Tensor:
+        """Say which images look like what the net was trained on, bool (N,), from logits (N, K), features (N, D)."""
+        return self.strangeness(logits, features) <= self.threshold
+
+    def sets(self, logits: Tensor, coverage: float) -> Tensor:
+        """Return the classes of each prediction set, bool (N, K), from logits (N, K) before the temperature."""
+        return prediction_sets(logits / self.temperature, self.bounds, coverage)
+
+    def judge(self, logits: Tensor, features: Tensor, labels: Tensor) -> dict[str, Any]:
+        """Return what a test says of all this, from logits (N, K), features (N, D) and labels (N,)."""
+        sets = self.sets(logits, USUAL_COVERAGE)
+        return {
+            "calibration": judge_calibration(logits, labels, self.temperature),
+            "coverage": {
+                "asked": USUAL_COVERAGE,
+                "measured": float(sets.gather(1, labels[:, None]).double().mean()),
+                "classes_in_a_set": float(sets.sum(dim=1).double().mean()),
+            },
+            "known": float(self.knows(logits, features).double().mean()),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all but the feature space as plain values."""
+        bounds = [bound if math.isfinite(bound) else None for bound in self.bounds]
+        values = {"temperature": self.temperature, "bounds": bounds, "threshold": self.threshold, "n": self.n}
+        return {**values, "distance": list(self.distance), "energy": list(self.energy)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the feature space."""
+        return {"means": self.space.means, "whitener": self.space.whitener}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Trust:
+        """Rebuild what :meth:`to_json` and :meth:`tensors` gave; ValueError, KeyError or TypeError if it cannot be."""
+        bounds = tuple(math.inf if bound is None else float(bound) for bound in values["bounds"])
+        temperature, threshold = float(values["temperature"]), float(values["threshold"])
+        distance, energy = ((float(mean), float(spread)) for mean, spread in (values["distance"], values["energy"]))
+        finite = all(map(math.isfinite, (threshold, *distance, *energy)))
+        if len(bounds) != len(LEVELS) or not finite or not (0 < temperature < math.inf):
+            raise ValueError("its calibration makes no sense")
+        space = FeatureSpace(tensors["means"], tensors["whitener"])
+        return cls(temperature, bounds, distance, energy, threshold, int(values["n"]), space)
+
+
+def mean_and_spread(scores: Tensor) -> tuple[float, float]:
+    """Return mean and standard deviation of scores (N,), never 0."""
+    return float(scores.mean()), max(float(scores.std(correction=0)), 1e-6)

@@ -1,0 +1,101 @@
+"""The images that a run has wrong, and those it was least sure of, as files."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from convlens.errors import UnknownName, UsageError
+from convlens.progress import track
+from convlens.reporting.plots import draw_sheet, to_picture
+from convlens.run import Run, load_tested
+from convlens.runfolder import write_csv
+
+SHOWN = 120  # images on the contact sheet
+
+
+def write_mistakes(
+    source: str | Path,
+    to: str | Path | None = None,
+    *,
+    data: str | None = None,
+    doubtful: int = 50,
+    true: str | None = None,
+    predicted: str | None = None,
+) -> tuple[Path, int, int]:
+    """Write a contact sheet, ``mistakes.csv`` and a PNG of every wrong test image and of the most doubtful right ones.
+
+    Into ``to``, a new folder, or the run's own ``mistakes``. ``true`` and ``predicted`` limit it to images of that
+    class and to those taken for that class. The wrong ones come first, the surest of them before the others; then the
+    right ones, the least sure first. Returns the folder and how many are wrong and doubtful. Raises UsageError if the
+    folder exists or the data have changed.
+    """
+    run = Run(source)
+    folder = Path(to) if to is not None else run.path / "mistakes"
+    if folder.exists():
+        raise UsageError(f"{folder} exists already; choose another place with --to")
+    _, dataset = load_tested(run.path, data)
+    for name in (true, predicted):
+        if name is not None and name not in dataset.classes:
+            raise UnknownName("class", name, dataset.classes)
+    row = {image: number for number, image in enumerate(dataset.test.ids)}
+    answers = [
+        answer
+        for answer in run.predictions
+        if true in (None, answer["label"]) and predicted in (None, answer["prediction"])
+    ]
+    wrong = [answer for answer in answers if answer["label"] != answer["prediction"]]
+    right = [answer for answer in answers if answer["label"] == answer["prediction"]]
+    wrong.sort(key=lambda answer: -float(answer["probability"]))
+    right.sort(key=lambda answer: float(answer["probability"]))
+    chosen = [*wrong, *right[:doubtful]]
+    kinds = ["wrong"] * len(wrong) + ["doubtful"] * (len(chosen) - len(wrong))
+    names = unique([file_name(answer) for answer in chosen])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".mistakes-") as temporary:
+        new = Path(temporary) / "new"  # it takes its name when it is whole
+        (new / "images").mkdir(parents=True)
+        for name, answer in track(zip(names, chosen, strict=True), "writing images", len(chosen)):
+            Image.fromarray(to_picture(dataset.test.images[row[answer["id"]]])).save(new / "images" / name)
+        if chosen:
+            shown = chosen[:SHOWN]
+            images = dataset.test.images[[row[answer["id"]] for answer in shown]]
+            said = [(answer["prediction"], float(answer["probability"]), answer["label"]) for answer in shown]
+            more = f"; the first {SHOWN} of {len(chosen):,}" if len(chosen) > SHOWN else ""
+            heading = f"{len(wrong):,} wrong, then the {len(chosen) - len(wrong):,} most doubtful{more}"
+            draw_sheet(new / "mistakes.png", images, said, heading)
+        columns = ("id", "label", "prediction", "probability")
+        rows = [
+            (name, *(answer[key] for key in columns), kind)
+            for name, answer, kind in zip(names, chosen, kinds, strict=True)
+        ]
+        write_csv(new / "mistakes.csv", ["file", *columns, "kind"], rows)
+        new.rename(folder)
+    return folder, len(wrong), len(chosen) - len(wrong)
+
+
+def file_name(answer: dict[str, str]) -> str:
+    """Return true_predicted_probability_id.png, with nothing in it that a file name cannot hold."""
+    identity = re.sub(r"\.\w{1,5}$", "", answer["id"])
+    parts = (answer["label"], answer["prediction"], f"{float(answer['probability']):.3f}", identity)
+    return "_".join(cut(re.sub(r"[^\w.-]+", "-", part)) for part in parts) + ".png"
+
+
+def cut(text: str, most: int = 60) -> str:
+    """Return the end of ``text``, at most so many bytes: a file name holds 255."""
+    return text.encode(errors="replace")[-most:].decode(errors="ignore")
+
+
+def unique(names: list[str]) -> list[str]:
+    """Return the names, with a number in those that are there already."""
+    taken: dict[str, str] = {}  # in small letters, for file systems that do not tell them apart
+    for name in names:
+        number, free = 1, name
+        while free.lower() in taken:
+            number += 1
+            free = f"{name[:-4]}-{number}.png"
+        taken[free.lower()] = free
+    return list(taken.values())

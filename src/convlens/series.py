@@ -1,0 +1,186 @@
+"""Several trainings of one kind, so that their spread is seen: other seeds, or the folds of a cross-validation."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convlens.data.catalog import load_dataset
+from convlens.data.dataset import Dataset
+from convlens.data.folds import deal_out, merge, take_fold
+from convlens.errors import UsageError
+from convlens.evaluation.metrics import wilson_interval
+from convlens.experiment import Experiment, data_name, refuse_inside_data
+from convlens.record import command_line
+from convlens.run import Run
+from convlens.runfolder import RunFolder, read_json, write_json
+from convlens.training.recipe import Recipe
+from convlens.training.recipes import default_recipe, get_recipe
+
+PLAN, SUMMARY = "series.json", "summary.json"
+
+
+@dataclass(eq=False)
+class Series:
+    """Runs beside each other in one folder: iterate :meth:`experiments`, train each, then call :meth:`finish`."""
+
+    folder: Path
+    plan: dict[str, Any]  # what series.json says: kind, names of the runs, how each is trained
+    data: Dataset
+    first: Experiment | None = None  # that is set up already
+
+    @classmethod
+    def create(
+        cls,
+        data: Any,
+        recipe: str | Recipe | None = None,
+        *,
+        seeds: int = 0,
+        folds: int = 0,
+        out: str | Path | None = None,
+        allow_unreadable: bool = False,
+        **overrides: Any,
+    ) -> Series:
+        """Plan ``seeds`` runs with seeds from ``overrides["seed"]`` (0) on, or one run for each of ``folds`` folds.
+
+        For folds all images, those of the test split too, are dealt out anew: each is tested on once. Options are
+        those of :func:`convlens.train`. Raises UsageError for less than two of either.
+        """
+        kind, count = ("fold", folds) if folds else ("seed", seeds)
+        if seeds and folds:
+            raise UsageError("--seeds or --folds, not both: each fold is one training")
+        if count < 2:
+            raise UsageError(f"--{kind}s is {count}; a spread needs at least 2")
+        if out is not None:
+            RunFolder.refuse_existing(out)
+        if not isinstance(recipe, Recipe):
+            recipe = get_recipe(recipe) if recipe is not None else default_recipe(data_name(data))
+        settled = recipe.override(**overrides)
+        dataset = load_dataset(data, image_size=settled.image_size, allow_unreadable=allow_unreadable)
+        refuse_inside_data(out, dataset)
+        if folds:
+            deal_out(merge(dataset)[0].labels, dataset.classes, folds)
+        plan = {
+            "kind": kind,
+            "runs": [f"{kind}-{number + (settled.seed if kind == 'seed' else 1)}" for number in range(count)],
+            "seed": settled.seed,
+            "image_size": settled.image_size,
+            "data": dataset.source,
+            "fingerprint": dataset.fingerprint(),
+            "recipe": dataclasses.asdict(recipe),
+            "overrides": {name: value for name, value in overrides.items() if name != "seed"},
+            "allow_unreadable": allow_unreadable,
+            "command": command_line(),
+        }
+        folder = RunFolder.create(out, f"{dataset.name}-{kind}s").path
+        series = cls(folder, plan, dataset)
+        try:
+            series.first = series.make(0)
+        except BaseException:  # what does not fit together leaves no folder
+            shutil.rmtree(folder)
+            raise
+        write_json(folder / PLAN, plan)
+        return series
+
+    @classmethod
+    def resume(cls, path: str | Path, data: Any = None, *, allow_unreadable: bool = False) -> Series:
+        """Set up an unfinished series to go on; ``data`` names what was trained on, if it is not on disk.
+
+        Raises UsageError if it is finished or the data have changed.
+        """
+        plan = read_json(Path(path) / PLAN)
+        if (Path(path) / SUMMARY).exists():
+            raise UsageError(f"the series {path} is finished; nothing to resume")
+        source = data if data is not None else plan.get("data")
+        if source is None:
+            raise UsageError(f"the data of {path} were objects in memory; only data on disk can be resumed")
+        allowed = allow_unreadable or plan["allow_unreadable"]
+        dataset = load_dataset(source, image_size=plan["image_size"], allow_unreadable=allowed)
+        if dataset.fingerprint() != plan["fingerprint"]:
+            raise UsageError(f"the data of {path} have changed since it was started; train anew")
+        return cls(Path(path), plan, dataset)
+
+    @staticmethod
+    def is_one(path: str | Path) -> bool:
+        """Say whether ``path`` is the folder of a series."""
+        return (Path(path) / PLAN).is_file()
+
+    def experiments(self) -> Iterator[Experiment]:
+        """Yield what is still to be trained, one after another: new runs, and those that were interrupted."""
+        for number, name in enumerate(self.plan["runs"]):
+            if not RunFolder(self.folder / name).report.exists():
+                first, self.first = self.first, None
+                yield first or self.make(number)
+
+    def make(self, number: int) -> Experiment:
+        """Set up run ``number`` (from 0), or set up to go on what there is of it."""
+        run = RunFolder(self.folder / self.plan["runs"][number])
+        data, seed = self.data, self.plan["seed"]
+        if self.plan["kind"] == "fold":
+            data = take_fold(data, number + 1, len(self.plan["runs"]))
+        else:
+            seed += number
+        if run.config.is_file():
+            return Experiment.resume(run.path, data)
+        if run.path.exists():  # interrupted before there was anything to go on with
+            shutil.rmtree(run.path)
+        recipe = Recipe.from_json(self.plan["recipe"])
+        return Experiment.create(data, recipe, out=run.path, seed=seed, **self.plan["overrides"])
+
+    def finish(self) -> dict[str, Any]:
+        """Return what came of the runs, and write it as ``summary.json``.
+
+        Mean and standard deviation of the accuracy, best and worst, and each run's Wilson interval; for folds also
+        that of all images together, each of which was tested on once.
+        """
+        runs = {name: Run(self.folder / name) for name in self.plan["runs"]}
+        accuracies = {name: run.accuracy for name, run in runs.items()}
+        worst, best = (pick(accuracies, key=accuracies.__getitem__) for pick in (min, max))
+        summary: dict[str, Any] = {
+            "kind": self.plan["kind"],
+            "n": len(runs),
+            "mean": statistics.mean(accuracies.values()),
+            "sd": statistics.stdev(accuracies.values()),
+            "worst": {"run": worst, "accuracy": accuracies[worst]},
+            "best": {"run": best, "accuracy": accuracies[best]},
+            "runs": {
+                name: {"accuracy": run.accuracy, "accuracy_interval": run.test["accuracy_interval"]}
+                for name, run in runs.items()
+            },
+            "interval_method": "Wilson, 95%",
+        }
+        if self.plan["kind"] == "fold":
+            correct, n = (sum(run.test[key] for run in runs.values()) for key in ("correct", "n"))
+            summary["together"] = {
+                "n": n, "accuracy": correct / n, "accuracy_interval": list(wilson_interval(correct, n))
+            }  # fmt: skip
+        write_json(self.folder / SUMMARY, summary)
+        return summary
+
+
+def train_series(
+    data: Any, recipe: str | Recipe | None = None, *, show_progress: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Train several seeds, or the folds of a cross-validation, and return what :meth:`Series.finish` says of them.
+
+    ``seeds=5`` or ``folds=5``, and the options of :func:`convlens.train`; the runs lie beside each other in ``out``, or
+    in the next free ``runs/<data>-seeds-<n>`` (or ``folds``). Raises what :func:`convlens.train` raises.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with torch.random.fork_rng():  # the caller's random numbers and threads stay as they are
+            series = Series.create(data, recipe, **options)
+            for experiment in series.experiments():
+                for _ in experiment.epochs(show_progress=show_progress):
+                    pass
+                experiment.finish()
+            return series.finish()
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,29 @@
+"""From a recipe and its data to a fresh net."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from convlens.data.dataset import Dataset
+from convlens.data.preprocess import Preprocess
+from convlens.models import create_model, initialise_from
+from convlens.training.recipe import Recipe
+
+
+def describe_net(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    """Return the name and the constructor arguments of the recipe's net for these images: what a run records."""
+    channels, height, width = dataset.shape
+    sizes = {"channels": channels, "height": height, "width": width, "classes": len(dataset.classes)}
+    return {"name": recipe.model, "arguments": {**sizes, **recipe.model_options()}}
+
+
+def make_net(described: dict[str, Any], dataset: Dataset, preprocess: Preprocess) -> nn.Module:
+    """Build the net that :func:`describe_net` names, and let it take what it wants to from the training images.
+
+    Weights are random, drawn from PyTorch's global generator.
+    """
+    net = create_model(described["name"], **described["arguments"])
+    initialise_from(net, dataset.train.images, preprocess.normaliser())
+    return net

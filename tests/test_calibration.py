@@ -1,0 +1,102 @@
+"""Temperature, calibration error, Brier score, prediction sets: on data whose truth is known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convlens.evaluation.calibration import (
+    LEVELS,
+    brier_score,
+    calibration_error,
+    fit_coverage,
+    fit_temperature,
+    judge_calibration,
+    prediction_sets,
+    reliability,
+)
+
+
+def draw(n: int, sharpness: float, seed: int, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits that are too sharp by a factor, and labels drawn from the right probabilities."""
+    g = torch.Generator().manual_seed(seed)
+    z = 2 * torch.randn(n, classes, generator=g)
+    labels = torch.multinomial(z.softmax(dim=1), 1, generator=g)[:, 0]
+    return z * sharpness, labels
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 1.0, 3.0])
+def test_the_temperature_is_found(sharpness: float) -> None:
+    logits, labels = draw(20_000, sharpness, 0)
+    assert fit_temperature(logits, labels) == pytest.approx(sharpness, rel=0.03)
+
+
+@given(st.floats(0.1, 5.0), st.integers(0, 50))
+def test_no_other_temperature_has_less_loss(sharpness: float, seed: int) -> None:
+    logits, labels = draw(300, sharpness, seed)
+    best = fit_temperature(logits, labels)
+    loss = [
+        torch.nn.functional.cross_entropy(logits.double() / t, labels).item() for t in (best, best * 0.9, best * 1.1)
+    ]
+    assert loss[0] <= min(loss[1:]) + 1e-9
+
+
+def test_where_every_answer_is_right_or_wrong_it_stays_sober() -> None:
+    logits, labels = 5 * torch.eye(4).repeat(10, 1), torch.arange(4).repeat(10)
+    sure = (logits / fit_temperature(logits, labels)).softmax(dim=1).max()
+    assert 1 - sure == pytest.approx(0.75 / 42, rel=0.01)  # forty right answers do not make certain
+    assert fit_temperature(logits, (torch.arange(4).repeat(10) + 1) % 4) == pytest.approx(20.0)
+
+
+def test_calibration_error_by_hand() -> None:
+    # four images at 90%, three of them right; two at 60%, none right
+    p = torch.tensor([[0.9, 0.1]] * 4 + [[0.6, 0.4]] * 2)
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    bins = reliability(p, labels)
+    assert sum(b["n"] for b in bins) == 6
+    assert calibration_error(bins) == pytest.approx((4 * 0.15 + 2 * 0.6) / 6, abs=1e-6)
+    assert brier_score(p, labels) == pytest.approx((3 * 0.02 + 1.62 + 2 * 0.72) / 6, abs=1e-6)
+
+
+def test_the_right_probabilities_are_calibrated_and_sharp_ones_are_not() -> None:
+    logits, labels = draw(50_000, 3.0, 1)
+    figures = judge_calibration(logits, labels, 3.0)
+    assert figures["after"]["calibration_error"] < 0.01 < 0.1 < figures["before"]["calibration_error"]
+    assert figures["after"]["brier_score"] < figures["before"]["brier_score"]
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.8, 0.9, 0.95, 0.99])
+def test_sets_cover_what_they_promise(coverage: float) -> None:
+    logits, labels = draw(40_000, 2.0, 2)
+    bounds = fit_coverage(logits[:20_000], labels[:20_000])
+    sets = prediction_sets(logits[20_000:], bounds, coverage)
+    measured = sets.gather(1, labels[20_000:, None]).float().mean().item()
+    assert abs(measured - coverage) < 0.01
+
+
+def test_coverage_holds_on_average_over_small_validation_sets() -> None:
+    covered = []
+    for seed in range(300):
+        logits, labels = draw(150, 2.0, seed)
+        bounds = fit_coverage(logits[:50], labels[:50])
+        covered.append(prediction_sets(logits[50:], bounds, 0.9).gather(1, labels[50:, None]).float().mean().item())
+    assert 0.895 <= np.mean(covered) <= 0.93  # between 0.9 and 0.9 + 1 / 51, but for chance
+
+
+def test_more_coverage_never_takes_a_class_away() -> None:
+    logits, labels = draw(400, 2.0, 3)
+    bounds = fit_coverage(logits, labels)
+    before = prediction_sets(logits, bounds, LEVELS[0])
+    for level in LEVELS[1:]:
+        sets = prediction_sets(logits, bounds, level)
+        assert bool((sets | ~before).all())
+        before = sets
+
+
+def test_too_few_images_give_every_class() -> None:
+    logits, labels = draw(10, 2.0, 4)
+    bounds = fit_coverage(logits, labels)
+    assert bounds[-1] == math.inf and bool(prediction_sets(logits, bounds, 0.99).all())

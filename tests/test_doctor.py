@@ -1,0 +1,203 @@
+"""The data doctor: what is planted is found, what is sound is left alone, nothing is changed."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import convlens
+from convlens.data.catalog import load_dataset
+from convlens.data.dataset import Dataset, Split
+from convlens.doctor import examine, write_findings, write_list
+from convlens.errors import UsageError
+from convlens.evaluation.duplicates import describe_images, find_copies, find_near_copies, move
+from convlens.experiment import Experiment
+from convlens.runfolder import read_names
+from convlens.training.recipe import Recipe
+
+QUICK: dict[str, Any] = {"epochs": 1, "device": "cpu", "threads": 1, "precision": "fp32"}
+
+
+def smooth(n: int, side: int, channels: int, seed: int) -> torch.Tensor:
+    """Return different smooth pictures, uint8 (N, C, side, side), as photos are."""
+    g = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, channels, 7, 7, generator=g) * 255
+    fine = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=False)
+    return fine.clamp(0, 255).round().to(torch.uint8)
+
+
+def by_jpeg(image: torch.Tensor) -> torch.Tensor:
+    """Save one image (C, H, W) as JPEG of quality 75 and read it again."""
+    file = io.BytesIO()
+    pixels = image.permute(1, 2, 0).numpy()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, "JPEG", quality=75)
+    return torch.from_numpy(np.array(Image.open(file)).reshape(pixels.shape)).permute(2, 0, 1)
+
+
+def brighter(image: torch.Tensor) -> torch.Tensor:
+    """Add 30 levels."""
+    return (image.int() + 30).clamp(0, 255).to(torch.uint8)
+
+
+def moved(image: torch.Tensor, dy: int, dx: int) -> torch.Tensor:
+    """Move by a pixel."""
+    return move(image, dy, dx)
+
+
+def pairs_of(groups: list[list[int]]) -> set[tuple[int, int]]:
+    """Return the pairs in groups of two."""
+    return {(group[0], group[1]) for group in groups}
+
+
+def test_exact_copies_are_grouped() -> None:
+    images = smooth(20, 16, 1, 0)
+    images[7], images[15], images[3] = images[2], images[2], images[19]
+    assert find_copies(images) == [[2, 7, 15], [3, 19]]
+    assert find_copies(smooth(20, 16, 1, 0)) == []
+
+
+@pytest.mark.parametrize(("side", "channels"), [(28, 1), (32, 3), (64, 3)])
+@pytest.mark.parametrize("how", ["jpeg", "brightness", "up", "down", "left", "right", "corner"])
+def test_near_copies_are_found_and_others_are_not(how: str, side: int, channels: int) -> None:
+    images = smooth(300, side, channels, 1)
+    steps = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1), "corner": (-1, 1)}
+    copies = []
+    for row in range(20):
+        original = images[10 * row]
+        if how == "jpeg":
+            copies.append(by_jpeg(original))
+        elif how == "brightness":
+            copies.append(brighter(original))
+        else:
+            copies.append(moved(original, *steps[how]))
+    everything = torch.cat([images, torch.stack(copies)])
+    found = find_near_copies(*describe_images(everything, torch.arange(len(everything))))
+    assert pairs_of(found) == {(10 * row, 300 + row) for row in range(20)}
+
+
+def test_images_of_one_colour_are_no_near_copies() -> None:
+    images = torch.arange(0, 250, 10).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 9, 9).contiguous()
+    assert find_near_copies(*describe_images(images, torch.arange(25))) == []
+
+
+def plant() -> Dataset:
+    """Return the digits with planted trouble: a leak, a copy in train, two plain images, thirty wrong labels."""
+    digits = load_dataset("digits")
+    images, labels = digits.train.images.clone(), digits.train.labels.clone()
+    images[5] = digits.test.images[9]
+    images[11] = images[10]
+    images[20], images[21] = 0, 200
+    rows = torch.arange(100, 1000, 30)
+    labels[rows] = (labels[rows] + 3) % 10
+    train = Split(images, labels, digits.train.ids)
+    return Dataset("digits", None, digits.classes, train, digits.test, None, digits.style, "")
+
+
+def test_what_is_planted_in_the_digits_is_found() -> None:
+    planted = plant()
+    before = planted.fingerprint()
+    findings = examine(planted, Recipe(batch_size=64, lr=0.1, nesterov=True, **{**QUICK, "epochs": 8}))
+    assert planted.fingerprint() == before
+    ids = planted.train.ids
+    assert findings.one_colour == [f"train/{ids[20]}", f"train/{ids[21]}"]
+    groups = {frozenset(group) for group in findings.copies}
+    leak = frozenset({f"train/{ids[5]}", f"test/{planted.test.ids[9]}"})
+    assert groups == {leak, frozenset({f"train/{ids[10]}", f"train/{ids[11]}"})}
+    assert findings.leaks >= 1
+    wrong = {f"train/{ids[row]}" for row in range(100, 1000, 30)}
+    suspected = {suspect.image for suspect in findings.suspects}
+    assert len(wrong & suspected) >= 28  # of 30
+    assert len(suspected - wrong) <= 15  # of 1,767
+    assert findings.suspects == sorted(findings.suspects, key=lambda suspect: -suspect.doubt)
+    reasons = findings.to_remove()
+    assert reasons[f"train/{ids[5]}"] == f"copy of test/{planted.test.ids[9]}"  # the test image stays
+    assert f"test/{planted.test.ids[9]}" not in reasons
+
+
+def test_sound_data_get_a_clean_bill() -> None:
+    findings = examine(load_dataset("digits"), labels=False)
+    assert (findings.copies, findings.one_colour, findings.small_classes) == ([], [], {})
+    assert len(findings.near_copies) <= 10  # 8x8 digits of the same writer
+    assert findings.shift < 0.7 and findings.imbalance < 1.2
+
+
+def test_small_and_uneven_classes_and_a_shifted_test_split() -> None:
+    images = smooth(200, 8, 1, 3)
+    labels = torch.tensor([0] * 90 + [1] * 4 + [0] * 6)
+    test_images = (images[100:].int() // 2).to(torch.uint8)
+    test_images[:, :, :2] = 255
+    train = Split(images[:100], labels, [str(i) for i in range(100)])
+    test = Split(test_images, torch.arange(100) % 2, [str(i) for i in range(100)])
+    digits = load_dataset("digits")
+    findings = examine(Dataset("toy", None, ("a", "b"), train, test, None, digits.style, ""), labels=False)
+    assert findings.small_classes == {"b": 4} and findings.imbalance == 24
+    assert findings.shift > 0.9
+
+
+def test_the_files_and_the_list_that_train_honours(capsys: pytest.CaptureFixture[str]) -> None:
+    planted = plant()
+    np.savez(
+        "digits.npz",
+        x_train=planted.train.images[:, 0].numpy(), y_train=planted.train.labels.numpy(),
+        x_test=planted.test.images[:, 0].numpy(), y_test=planted.test.labels.numpy(),
+    )  # fmt: skip
+    dataset = load_dataset("digits.npz")
+    findings = examine(dataset, labels=False)
+    write_findings(findings, dataset, Path("doctor"))
+    assert json.loads(Path("doctor/doctor.json").read_text())["one_colour"] == ["train/20", "train/21"]
+    assert (Path("doctor") / "copies.png").stat().st_size > 2000
+    number = write_list(findings, dataset, Path("remove.txt"))
+    names = read_names("remove.txt")
+    assert len(names) == number and {"train/5", "train/11", "train/20", "train/21"} <= set(names)
+    for write in (
+        lambda: write_list(findings, dataset, Path("remove.txt")),
+        lambda: write_findings(findings, dataset, Path("doctor")),
+    ):
+        with pytest.raises(UsageError, match="exists already"):
+            write()
+    run = convlens.train("digits.npz", exclude="remove.txt", validation=0.0, **QUICK)
+    assert run.config["data"]["counts"]["train"] == len(dataset.train) - sum(n.startswith("train/") for n in names)
+    split = (run.path / "split.csv").read_text().splitlines()
+    assert "train,5" not in split and "train,6" in split
+    from convlens.run import evaluate_run
+
+    assert evaluate_run(run.path)["accuracy"] == run.accuracy  # leaves out the same images
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_run_with_exclusions_goes_on() -> None:
+    digits = load_dataset("digits")
+    Path("some.txt").write_text(f"train/{digits.train.ids[1]}\twhy\n\n{digits.test.ids[2]}\n")
+    whole = convlens.train("digits", exclude="some.txt", out="whole", **QUICK)
+    experiment = Experiment.create("digits", exclude="some.txt", out="parts", **QUICK)
+    with pytest.raises(convlens.ConvlensError, match="^stopped at step 3"):
+        steps = iter(range(100))
+        for _ in experiment.epochs(should_stop=lambda: next(steps) == 3):
+            pass
+    again = Experiment.resume("parts")
+    for _ in again.epochs():
+        pass
+    assert again.finish().test == whole.test
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("train/99999\n", "^digits has no image 'train/99999'$"), ("a\nb\n", r"^digits has no image 'a' \(nor 1 more\)$")],
+)
+def test_a_list_of_other_data_is_refused(content: str, message: str) -> None:
+    Path("some.txt").write_text(content)
+    with pytest.raises(UsageError, match=message):
+        convlens.train("digits", exclude="some.txt", **QUICK)
+    assert not Path("runs").exists()
+
+
+def test_a_list_that_is_missing_is_said() -> None:
+    with pytest.raises(convlens.ConvlensError, match="^cannot read none.txt: No such file"):
+        convlens.train("digits", exclude="none.txt", **QUICK)

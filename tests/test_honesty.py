@@ -1,0 +1,91 @@
+"""Proof of honesty: the test labels reach no training artifact, and the pages say what the records say."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from convlens.data.catalog import load_dataset
+from convlens.data.dataset import Split
+from convlens.evaluation.metrics import wilson_interval
+from convlens.experiment import Experiment
+
+ROOT = Path(__file__).parent.parent
+PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
+
+
+@pytest.fixture(scope="module")
+def results() -> Iterator[ModuleType]:
+    """Return benchmarks/results.py as a module."""
+    spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["results"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["results"]
+
+
+def between(path: Path, mark: str) -> str:
+    """Return what stands between the marks of that name."""
+    return path.read_text(encoding="utf-8").split(f"<!-- {mark} -->\n")[1].split(f"\n<!-- end {mark} -->")[0]
+
+
+@pytest.mark.parametrize("mark", ["strong", "fast", "classics"])
+def test_the_tables_are_those_of_the_records(mark: str, results: ModuleType) -> None:
+    content = between(PAGE, mark)
+    assert results.table(getattr(results, mark.upper()), content) == content
+
+
+def test_the_calibration_table_is_that_of_the_records(results: ModuleType) -> None:
+    content = between(PAGE, "calibration")
+    assert results.calibration(content) == content and content.count("\n") >= 6
+
+
+def test_the_headline_of_readme_is_that_of_the_results(results: ModuleType) -> None:
+    assert results.headline(PAGE.read_text(encoding="utf-8")) == between(README, "headline")
+
+
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_shuffled_test_labels_change_no_training_artifact_by_one_bit(select: str) -> None:
+    digits = load_dataset("digits")
+    shuffled = digits.test.labels[torch.randperm(len(digits.test), generator=torch.Generator().manual_seed(0))]
+    assert not torch.equal(shuffled, digits.test.labels)
+    other = dataclasses.replace(digits, test=Split(digits.test.images, shuffled, digits.test.ids))
+    options: dict[str, Any] = {"epochs": 3, "select": select, "patience": 2, "threads": 1, "precision": "fp32"}
+    runs = []
+    for name, dataset in (("true", digits), ("shuffled", other)):
+        experiment = Experiment.create(dataset, out=name, device="cpu", **options)
+        for _ in experiment.epochs():
+            pass
+        runs.append(experiment.finish())
+    first, second = runs
+    assert first.accuracy > 0.9 and second.accuracy < 0.3
+    files = [Path("model/model.safetensors"), Path("model/trust.safetensors"), Path("split.csv")]
+    files += [path.relative_to(first.path) for path in first.folder.checkpoint.glob("*.safetensors")]
+    assert len(files) >= 4
+    for file in files:
+        assert (first.path / file).read_bytes() == (second.path / file).read_bytes(), file
+    timeless = [[{**row, "seconds": 0} for row in run.metrics] for run in runs]
+    assert timeless[0] == timeless[1]
+    trust = [run.classifier.bundle.trust for run in runs]
+    assert trust[0] is not None and trust[1] is not None and trust[0].to_json() == trust[1].to_json()
+    said = [[(row["id"], row["prediction"], row["probability"]) for row in run.predictions] for run in runs]
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(("n", "share"), [(1000, 0.9), (10_000, 0.99), (500, 0.5)])
+def test_wilson_intervals_cover_what_they_say(n: int, share: float) -> None:
+    hits = np.random.default_rng(7).binomial(n, share, size=10_000)
+    covered = [low <= share <= high for low, high in (wilson_interval(int(k), n) for k in hits)]
+    assert 0.94 <= np.mean(covered) <= 0.96

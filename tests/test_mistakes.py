@@ -1,0 +1,145 @@
+"""Mistakes as files, spoiled images, and classes that are shown as often as others."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import convlens
+from convlens.data.catalog import load_dataset
+from convlens.data.dataset import Split
+from convlens.data.loader import Batches
+from convlens.data.preprocess import PictureStyle, Preprocess
+from convlens.errors import UsageError
+from convlens.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from convlens.mistakes import file_name, unique, write_mistakes
+from convlens.run import Run, corrupt_run
+
+QUICK: dict[str, Any] = {"epochs": 1, "device": "cpu", "threads": 1, "precision": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run on the digits that has some wrong."""
+    return convlens.train("digits", out=tmp_path_factory.mktemp("mistakes") / "run", **QUICK)
+
+
+def read(folder: Path) -> list[dict[str, str]]:
+    """Return mistakes.csv."""
+    with open(folder / "mistakes.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_wrong_image_is_a_file_that_says_so(run: Run, tmp_path: Path) -> None:
+    folder, wrong, doubtful = write_mistakes(run.path, tmp_path / "wrong", doubtful=7)
+    assert wrong == run.test["n"] - run.test["correct"] and doubtful == 7
+    rows = read(folder)
+    assert [row["kind"] for row in rows] == ["wrong"] * wrong + ["doubtful"] * 7
+    assert {path.name for path in (folder / "images").iterdir()} == {row["file"] for row in rows}
+    sure = [float(row["probability"]) for row in rows]
+    assert sure[:wrong] == sorted(sure[:wrong], reverse=True) and sure[wrong:] == sorted(sure[wrong:])
+    test = load_dataset("digits").test
+    for row in rows[:5]:
+        pixels = np.asarray(Image.open(folder / "images" / row["file"]))
+        assert np.array_equal(pixels, test.images[list(test.ids).index(row["id"]), 0].numpy())
+        said = f"{row['label']}_{row['prediction']}_{float(row['probability']):.3f}_{row['id']}.png"
+        assert row["file"] == said
+    assert (folder / "mistakes.png").stat().st_size > 5000
+
+
+def test_a_pair_of_classes(run: Run, tmp_path: Path) -> None:
+    worst = next(row for row in run.predictions if row["label"] != row["prediction"])
+    pair = {"true": worst["label"], "predicted": worst["prediction"]}
+    folder, wrong, doubtful = write_mistakes(run.path, tmp_path / "pair", **pair)
+    assert wrong >= 1 and doubtful == 0
+    assert {(row["label"], row["prediction"]) for row in read(folder)} == {(pair["true"], pair["predicted"])}
+    with pytest.raises(UsageError, match="^unknown class 'x'"):
+        write_mistakes(run.path, tmp_path / "none", true="x")
+    assert not (tmp_path / "none").exists()
+
+
+def test_nothing_is_overwritten(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UsageError, match="mine exists already; choose another place with --to$"):
+        write_mistakes(run.path, tmp_path / "mine")
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_names_of_files_hold_nothing_strange() -> None:
+    answer = {"label": "a/b", "prediction": "c d:*", "probability": "0.5", "id": "../x/y z.jpeg"}
+    name = file_name(answer)
+    assert name == "a-b_c-d-_0.500_..-x-y-z.png" and "/" not in name
+    assert unique(["a.png", "b.png", "A.png", "a-2.png"]) == ["a.png", "b.png", "A-2.png", "a-2-2.png"]
+    long = file_name({"label": "x" * 300, "prediction": "\u732b" * 300, "probability": "1", "id": "\u72ac" * 300})
+    assert len(long.encode()) < 255 and long.endswith(".png")
+
+
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_corruptions_grow_and_are_always_the_same(kind: str, channels: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    coarse = torch.rand(12, channels, 6, 6, generator=g) * 200
+    images = torch.nn.functional.interpolate(coarse, size=(20, 20), mode="bilinear").to(torch.uint8)
+    before = images.clone()
+    change = []
+    for severity in SEVERITIES:
+        spoiled = corrupt(images, kind, severity, batch_size=5)
+        assert spoiled.shape == images.shape and spoiled.dtype == torch.uint8
+        assert torch.equal(spoiled, corrupt(images, kind, severity, batch_size=5))
+        change.append((spoiled.float() - images.float()).abs().mean().item())
+    assert torch.equal(images, before)
+    assert 0 < change[0] < change[2] < change[4]
+
+
+def test_corruptions_of_images_of_one_pixel() -> None:
+    for kind in CORRUPTIONS:
+        assert corrupt(torch.full((2, 1, 1, 1), 90, dtype=torch.uint8), kind, 5).shape == (2, 1, 1, 1)
+
+
+def test_a_net_is_worse_on_spoiled_images(run: Run) -> None:
+    figures = corrupt_run(run.path)
+    assert list(figures) == list(CORRUPTIONS) and all(len(values) == 5 for values in figures.values())
+    assert figures["noise"][4] < run.accuracy
+    assert np.mean([figures[kind][0] for kind in figures]) > np.mean([figures[kind][4] for kind in figures])
+
+
+def test_a_balanced_epoch_shows_every_class_as_often() -> None:
+    labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
+    images = torch.arange(1000).view(-1, 1, 1, 1).remainder(250).to(torch.uint8)
+    split = Split(images, labels, [str(i) for i in range(1000)])
+    normalise = Preprocess.measure(images, PictureStyle()).normaliser()
+
+    def shown(epoch: int, *, balance: bool) -> torch.Tensor:
+        batches = Batches(
+            split, 100, normalise, seed=0, device=torch.device("cpu"), augment=lambda x, y, _: (x, y), balance=balance
+        )
+        return torch.cat([batches(epoch, index)[1] for index in range(len(batches))])
+
+    counts = torch.bincount(shown(0, balance=True), minlength=3)
+    assert counts.sum() == 1000 and counts.min() > 270
+    assert torch.bincount(shown(0, balance=False)).tolist() == [900, 90, 10]
+    assert torch.equal(shown(3, balance=True), shown(3, balance=True))
+    assert not torch.equal(shown(3, balance=True), shown(4, balance=True))
+
+
+def test_balance_helps_the_rare_class() -> None:
+    digits = load_dataset("digits")
+    few = torch.ones(len(digits.train), dtype=torch.bool)
+    for label in range(5):
+        rows = (digits.train.labels == label).nonzero().squeeze(1)
+        few[rows[6:]] = False  # 6 images of 0 to 4, some 143 of the others
+    x, y = digits.train.images[few].numpy(), digits.train.labels[few].numpy()
+    skewed = (x, y, digits.test.images.numpy(), digits.test.labels.numpy())
+    figures = {}
+    for balance in (False, True):
+        options: dict[str, Any] = {**QUICK, "recipe": "digits", "epochs": 12, "validation": 0.0, "balance": balance}
+        figures[balance] = np.mean(
+            [convlens.train(skewed, seed=s, **options).test["balanced_accuracy"] for s in (0, 1)]
+        )
+    assert figures[True] > figures[False]

@@ -1,0 +1,165 @@
+"""Seeds, folds, and runs beside each other."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import convlens
+from convlens.data.catalog import load_dataset
+from convlens.data.folds import take_fold
+from convlens.errors import UsageError
+from convlens.run import Run, compare_runs, evaluate_run
+from convlens.series import Series
+
+QUICK: dict[str, Any] = {"epochs": 1, "device": "cpu", "threads": 1, "precision": "fp32"}
+
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+
+def test_from_python_and_the_callers_random_numbers_stay() -> None:
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    summary = convlens.train_series("digits", seeds=2, **QUICK)
+    assert summary["n"] == 2 and Path("runs/digits-seeds-1/summary.json").exists()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def train_all(series: Series) -> dict[str, Any]:
+    """Train what a series lacks."""
+    for experiment in series.experiments():
+        for _ in experiment.epochs():
+            pass
+        experiment.finish()
+    return series.finish()
+
+
+def test_seeds_differ_and_each_is_the_run_that_its_seed_makes_alone() -> None:
+    summary = train_all(Series.create("digits", seeds=3, out="series", seed=5, **QUICK))
+    runs = [Run(f"series/seed-{seed}") for seed in (5, 6, 7)]
+    assert len({(run.path / "model" / "model.safetensors").read_bytes() for run in runs}) == 3
+    alone = convlens.train("digits", seed=6, **QUICK)
+    assert alone.test == runs[1].test
+    accuracies = [run.accuracy for run in runs]
+    assert summary["mean"] == pytest.approx(np.mean(accuracies))
+    assert summary["sd"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert summary["best"]["accuracy"] == max(accuracies) and summary["worst"]["accuracy"] == min(accuracies)
+    assert summary["runs"]["seed-5"]["accuracy_interval"] == runs[0].test["accuracy_interval"]
+    assert json.loads(Path("series/summary.json").read_text()) == summary
+
+
+def test_folds_test_every_image_once() -> None:
+    digits = load_dataset("digits")
+    parts = [take_fold(digits, number, 4) for number in (1, 2, 3, 4)]
+    tested = [image for part in parts for image in part.test.ids]
+    assert len(tested) == len(set(tested)) == 1797
+    for part in parts:
+        assert not set(part.train.ids) & set(part.test.ids) and len(part.train) + len(part.test) == 1797
+        counts = torch.bincount(part.test.labels)
+        assert counts.max() - counts.min() <= 4  # classes are about as frequent in each
+    assert torch.equal(take_fold(digits, 3, 4).test.images, parts[2].test.images)
+
+
+def test_a_cross_validation_uses_the_recipe_of_its_data_and_adds_up() -> None:
+    summary = train_all(Series.create("digits", folds=2, out="folds", **QUICK))
+    runs = [Run("folds/fold-1"), Run("folds/fold-2")]
+    assert {run.config["recipe"]["name"] for run in runs} == {"digits"}
+    assert summary["together"]["n"] == 1797
+    correct = sum(run.test["correct"] for run in runs)
+    assert summary["together"]["accuracy"] == correct / 1797
+    assert summary["mean"] == statistics.mean(run.accuracy for run in runs)
+
+
+def test_a_fold_is_evaluated_on_itself_and_on_nothing_that_it_was_trained_on() -> None:
+    train_all(Series.create("digits", folds=2, out="folds", **QUICK))
+    run = Run("folds/fold-2")
+    assert evaluate_run(run.path)["accuracy"] == run.accuracy
+    with pytest.raises(UsageError, match="^folds/fold-2 was trained on the test images of digits: it is one fold"):
+        evaluate_run(run.path, "digits")
+
+
+def test_a_series_never_writes_into_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for label in "ab":
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number in range(6):
+            pixels = np.random.default_rng(number).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / label / f"{number}.png")
+    monkeypatch.chdir(tmp_path / "photos")
+    with pytest.raises(UsageError, match="would be written into the data"):
+        Series.create(".", seeds=2, **QUICK)
+    assert not (tmp_path / "photos" / "runs").exists()
+
+
+def test_changed_data_cannot_be_gone_on_with(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    np.savez("toy.npz", x=x, y=np.arange(40) % 2)
+    Series.create("toy.npz", seeds=2, out="series", **QUICK)
+    np.savez("toy.npz", x=255 - x, y=np.arange(40) % 2)
+    with pytest.raises(UsageError, match="^the data of series have changed since it was started; train anew$"):
+        Series.resume("series")
+
+
+def test_a_run_that_had_hardly_begun_is_begun_anew() -> None:
+    series = Series.create("digits", seeds=2, out="series", **QUICK)
+    Path("series/seed-1").mkdir()  # killed before its config.json was there
+    assert train_all(series)["n"] == 2
+
+
+@pytest.mark.parametrize("kind", ["seeds", "folds"])
+def test_an_interrupted_series_goes_on(kind: str) -> None:
+    options: dict[str, Any] = {kind: 2, **QUICK, "epochs": 2}
+    whole = train_all(Series.create("digits", out="whole", **options))
+    parts = Series.create("digits", out="parts", **options)
+    experiment = next(parts.experiments())
+    stopped: list[bool] = []
+    with pytest.raises(convlens.ConvlensError, match="^stopped at step"):
+        for _ in experiment.epochs(should_stop=lambda: bool(stopped)):
+            stopped.append(True)
+    assert train_all(Series.resume("parts")) == whole
+    with pytest.raises(UsageError, match="^the series parts is finished; nothing to resume$"):
+        Series.resume("parts")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": 1}, "^--seeds is 1; a spread needs at least 2$"),
+        ({"folds": 1}, "^--folds is 1; a spread needs at least 2$"),
+        ({"seeds": 2, "folds": 2}, "^--seeds or --folds, not both"),
+        ({"folds": 500}, "^class '0' has 178 images, less than one for each of 500 folds$"),
+        ({"seeds": 2, "epoch": 3}, "^unknown recipe option 'epoch'; did you mean 'epochs'"),
+        ({"seeds": 2, "model": "smal"}, "^unknown model 'smal'; did you mean 'small'"),
+        ({"seeds": 2, "image_size": 96}, "^--image-size is for folders"),
+    ],
+)
+def test_a_wrong_series_leaves_no_folder(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Series.create("digits", **options)
+    assert not list(Path().glob("runs/*"))
+
+
+def test_compare_counts_what_one_alone_has_right() -> None:
+    first = convlens.train("digits", out="first", **QUICK)
+    second = convlens.train("digits", out="second", seed=1, **{**QUICK, "epochs": 3})
+    (a, b, paired), (_, _, same) = compare_runs(["first", "second", "first"])
+    assert (a, b) == ("first", "second")
+    assert paired.n == 359 and math.isclose(paired.difference, second.accuracy - first.accuracy, abs_tol=1e-12)
+    assert (same.only_a, same.only_b, same.p_value) == (0, 0, 1.0)
+
+
+def test_only_runs_on_the_same_images_are_compared() -> None:
+    convlens.train("digits", out="first", **QUICK)
+    x = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    convlens.train((x, np.arange(40) % 2), out="other", **{**QUICK, "batch_size": 8})
+    with pytest.raises(UsageError, match="^first and other were tested on other images: they cannot be compared$"):
+        compare_runs(["first", "other"])
+    with pytest.raises(UsageError, match="^name two runs or more to compare$"):
+        compare_runs(["first"])

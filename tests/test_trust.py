@@ -1,0 +1,166 @@
+"""What a bundle says beyond a label: calibrated, in sets, or unknown; and what it cannot say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import convlens
+from convlens.data.catalog import load_dataset
+from convlens.errors import ConvlensError, UsageError
+from convlens.evaluation.calibration import LEVELS
+from convlens.evaluation.trust import Trust
+from convlens.evaluation.unknown import FeatureSpace, auroc, false_positive_rate, fit_threshold
+from convlens.run import Run
+from convlens.shipping.bundle import load_bundle
+from convlens.shipping.classifier import Classifier
+
+QUICK: dict[str, Any] = {"epochs": 6, "device": "cpu", "threads": 1, "precision": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run on the digits, with validation images."""
+    return convlens.train("digits", out=tmp_path_factory.mktemp("trust") / "run", **QUICK)
+
+
+def test_distances_are_mahalanobis() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(5000, 3, generator=g) * torch.tensor([1.0, 10.0, 0.1])
+    space = FeatureSpace.fit(x, torch.zeros(5000, dtype=torch.int64), 1)
+    # one standard deviation away along each axis
+    away = space.means[0] + torch.diag(torch.tensor([1.0, 10.0, 0.1]))
+    variance = torch.tensor([1.0, 100.0, 0.01])
+    shrunk = 0.99 * variance + 0.01 * variance.mean()  # so that what hardly varies does not decide
+    torch.testing.assert_close(space.distances(away), (variance / shrunk).sqrt(), rtol=0.03, atol=0.01)
+
+
+def test_the_threshold_lets_95_percent_pass() -> None:
+    distances = torch.arange(1000.0)
+    assert (distances <= fit_threshold(distances)).float().mean() == pytest.approx(0.95, abs=0.002)
+
+
+def test_scores_of_knowns_and_unknowns() -> None:
+    known, unknown = torch.arange(100.0), torch.arange(100.0) + 50
+    assert auroc(known, unknown + 1000) == 1.0 and auroc(known, known) == 0.5
+    assert false_positive_rate(known, unknown + 1000) == 0.0
+    assert false_positive_rate(known, unknown) == pytest.approx(0.46)  # 95 of 0..99 pass, and so 50..95 of the others
+
+
+def test_a_feature_that_never_varies_does_no_harm() -> None:
+    space = FeatureSpace.fit(torch.zeros(10, 4), torch.arange(10) % 2, 2)
+    assert bool(space.distances(torch.ones(3, 4)).isfinite().all())
+
+
+def test_a_run_says_it_all(run: Run) -> None:
+    test = run.test
+    assert set(test["calibration"]) == {"temperature", "before", "after"}
+    assert sum(b["n"] for b in test["calibration"]["after"]["bins"]) == test["n"]
+    assert test["coverage"]["asked"] == 0.95 and 0.9 <= test["coverage"]["measured"] <= 1
+    assert 0.85 <= test["known"] <= 1
+    assert 0.9 <= test["balanced_accuracy"] <= 1 and 0.9 <= test["macro_f1"] <= 1
+    page, card = run.report.read_text(), (run.path / "model" / "README.md").read_text()
+    for words in ("How far to trust it", "unknown", "balanced accuracy", "Brier score"):
+        assert words in page
+    assert "Its probabilities are calibrated" in card
+    assert (run.path / "plots" / "calibration.png").stat().st_size > 5000
+
+
+def test_probabilities_are_those_of_the_temperature(run: Run) -> None:
+    dataset, classifier = load_dataset("digits"), run.classifier
+    assert classifier.trust is not None
+    logits = classifier.logits(dataset.test.images)
+    expected = (logits / classifier.trust.temperature).softmax(dim=1).max(dim=1).values
+    said = [float(row["probability"]) for row in run.predictions]
+    np.testing.assert_allclose(said, expected.numpy(), atol=2e-6)
+
+
+def test_it_knows_digits_and_does_not_know_a_blank_or_noise(run: Run) -> None:
+    dataset = load_dataset("digits")
+    digits = [run.predict(image[0].numpy()) for image in dataset.test.images[:60]]
+    assert sum(bool(p.known) for p in digits) >= 50
+    g = np.random.default_rng(0)
+    strange = [g.integers(0, 256, (8, 8), dtype=np.uint8) for _ in range(40)]
+    assert sum(not run.predict(x, raw=True).known for x in strange) >= 20  # most; 64 pixels are few
+    blank = run.predict(np.zeros((8, 8), dtype=np.uint8), raw=True)
+    assert blank.known is False and str(blank).startswith("unknown; most like ")
+
+
+def test_sets_on_request(run: Run) -> None:
+    image = load_dataset("digits").test.images[0, 0].numpy()
+    assert run.predict(image).labels is None
+    sizes = [len(run.predict(image, coverage=c).labels or ()) for c in (0.5, 0.95, 0.995)]
+    assert sizes == sorted(sizes)
+    for coverage in (0.4, 1.0, float("nan")):
+        with pytest.raises(UsageError, match="^--coverage is .*; it must be from 0.5 to 0.995$"):
+            run.predict(image, coverage=coverage)
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_without_validation_images_it_says_that_it_cannot() -> None:
+    run = convlens.train("digits", validation=0.0, **QUICK)
+    assert "calibration" not in run.test and run.classifier.trust is None
+    image = np.zeros((8, 8), dtype=np.uint8)
+    assert run.predict(image).known is None
+    with pytest.raises(
+        UsageError, match="^this model has no prediction sets: it was trained without validation images$"
+    ):
+        run.predict(image, coverage=0.9)
+    assert "There were no validation images" in (run.path / "model" / "README.md").read_text()
+    assert "There were no validation images" in run.report.read_text()
+
+
+def test_a_bundle_brings_back_the_same_trust(run: Run) -> None:
+    own = run.classifier.trust
+    again = load_bundle(run.path / "model").trust
+    assert own is not None and again is not None
+    assert again.to_json() == own.to_json()
+    assert all(torch.equal(own.tensors()[key], value) for key, value in again.tensors().items())
+
+
+@pytest.mark.parametrize("how", ["flip", "missing", "nonsense", "short"])
+def test_a_damaged_trust_is_refused(how: str, run: Run, tmp_path: Path) -> None:
+    bundle = load_bundle(run.path / "model")
+    bundle.save(tmp_path / "copy")
+    weights, config = tmp_path / "copy" / "trust.safetensors", tmp_path / "copy" / "config.json"
+    if how == "flip":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    elif how == "missing":
+        weights.unlink()
+    else:
+        values = json.loads(config.read_text())
+        values["trust"] |= {"temperature": -1.0} if how == "nonsense" else {"bounds": [0.1]}
+        config.write_text(json.dumps(values))
+    with pytest.raises(ConvlensError, match="damaged|is missing|makes no sense"):
+        load_bundle(tmp_path / "copy")
+
+
+def test_bounds_that_are_not_finite_survive_json(run: Run) -> None:
+    own = run.classifier.trust
+    assert own is not None
+    endless = dataclasses.replace(own, bounds=(*own.bounds[:-1], float("inf")))
+    again = Trust.from_json(json.loads(json.dumps(endless.to_json())), endless.tensors())
+    assert again.bounds == endless.bounds and len(again.bounds) == len(LEVELS)
+
+
+@pytest.mark.data
+def test_the_shipped_mnist_model_does_not_know_clothes() -> None:
+    classifier = Classifier.load("mnist")
+    assert classifier.trust is not None
+    from convlens.evaluation.metrics import compute_outputs
+
+    strange = []
+    for name in ("mnist", "fashion-mnist"):
+        images = load_dataset(name).test.images[:3000]
+        outputs = compute_outputs(classifier.net, images, classifier.preprocess.normaliser())
+        strange.append(classifier.trust.strangeness(*outputs))
+    assert auroc(*strange) >= 0.99
+    assert 0.93 <= (strange[0] <= classifier.trust.threshold).float().mean() <= 0.97
