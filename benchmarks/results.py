@@ -1,7 +1,8 @@
 """Run the experiments of docs/results.md that are not there yet, write its tables, and ship the models.
 
     python benchmarks/results.py runs        # train what is missing, one run after another (hours on two cores)
-    python benchmarks/results.py table       # write what came of them into the tables and the recipes' docstrings
+    python benchmarks/results.py table       # record what came of them in records/results.json, and write it into the
+                                             # tables and the recipes' docstrings; a row without records stays as it is
     python benchmarks/results.py ship        # copy the bundles of seed 0 into the package
 
 Run it in a folder that has ``cifar10-jpeg/`` and ``hymenoptera/`` (real data sets in class folders), with
@@ -12,20 +13,25 @@ read from the run's own files.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from convlens.run import Run
 
 RUNS = Path("runs/results")
 RESULTS = Path(__file__).parent.parent / "docs" / "results.md"
 RECIPES = Path(__file__).parent.parent / "src" / "convlens" / "training" / "recipes.py"
+RECORDS = Path(__file__).parent / "records" / "results.json"
 README = Path(__file__).parent.parent / "README.md"
 WEIGHTS = Path(__file__).parent.parent / "src" / "convlens" / "weights"
 JPEG_COPY = "CIFAR-10 (JPEG copy)"
+Record = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +61,17 @@ STRONG = [
 ]
 FAST = [
     Row("mnist-99", "MNIST", "mnist --recipe mnist-99", 10),
+    Row("fashion-85", "Fashion-MNIST", "fashion-mnist --recipe fashion-85", 5),
     Row("fashion-92", "Fashion-MNIST", "fashion-mnist --recipe fashion-92", 5),
     Row("cifar10-94", JPEG_COPY, "cifar10-jpeg --recipe cifar10-94", 1),
 ]
+ROWS = [*STRONG, *FAST, *CLASSICS]  # in the order in which they are run
 SHIPPED = {"digits": "digits", "mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar10": JPEG_COPY}
 
 
 def run_missing(names: list[str]) -> None:
     """Train every run that is not finished, the quick ones first; ``names`` limits it to some rows."""
-    for row in [*STRONG, *FAST, *CLASSICS]:
+    for row in ROWS:
         if names and row.name not in names:
             continue
         for seed in range(row.seeds):
@@ -75,14 +83,51 @@ def run_missing(names: list[str]) -> None:
             subprocess.run(command, check=True)
 
 
-def finished(row: Row) -> list[Run]:
-    """Return the finished runs of a row, by seed."""
-    return [Run(folder) for folder in sorted(RUNS.glob(f"{row.name}-s[0-9]*")) if (folder / "test.json").exists()]
+def collect() -> None:
+    """Put what the finished runs here say into the records: a dict a seed, by the name of its row."""
+    records = read_records()
+    for row in ROWS:
+        folders = sorted(RUNS.glob(f"{row.name}-s[0-9]*"))
+        if runs := [Run(folder) for folder in folders if (folder / "test.json").exists()]:
+            records[row.name] = [summarise(run) for run in runs]
+    RECORDS.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
-def seconds(runs: list[Run]) -> list[float]:
+def summarise(run: Run) -> Record:
+    """Return what the tables need of a run."""
+    test, config = run.test, run.config
+    kept: Record = {key: test[key] for key in ("n", "accuracy", "accuracy_interval", "loss")}
+    for key in ("balanced_accuracy", "macro_f1", "coverage", "known"):
+        if key in test:
+            kept[key] = test[key]
+    if calibration := test.get("calibration"):
+        figures = {
+            when: {key: calibration[when][key] for key in ("calibration_error", "brier_score")}
+            for when in ("before", "after")
+        }
+        kept["calibration"] = {"temperature": calibration["temperature"], **figures}
+    if views := test.get("test_time_augmentation"):
+        kept["with_views"] = views["accuracy"]
+    return {
+        "seed": config["recipe"]["seed"],
+        "command": config["command"],
+        "parameters": config["model"]["parameters"],
+        "precision": config["recipe"]["precision"],
+        "epochs": len(run.metrics),
+        "seconds": run.metrics[-1]["seconds"],
+        "machine": config["machine"],
+        **kept,
+    }
+
+
+def read_records() -> dict[str, list[Record]]:
+    """Return the records, by the name of their row."""
+    return dict(json.loads(RECORDS.read_text(encoding="utf-8"))) if RECORDS.exists() else {}
+
+
+def seconds(runs: list[Record]) -> list[float]:
     """Return the training seconds of runs."""
-    return [float(run.metrics[-1]["seconds"] or 0) for run in runs]
+    return [float(run["seconds"] or 0) for run in runs]
 
 
 def round_seconds(value: float) -> str:
@@ -90,46 +135,77 @@ def round_seconds(value: float) -> str:
     return f"{value:.1f}" if value < 10 else f"{value:,.0f}"
 
 
-def describe_seconds(runs: list[Run]) -> str:
-    """Return the shortest training time, for whatever else the machine did made the others longer, and the median."""
-    return f"{round_seconds(min(seconds(runs)))}, {round_seconds(statistics.median(seconds(runs)))}"
-
-
-def augmented(runs: list[Run]) -> str:
-    """Return the accuracy with test-time augmentation, where the recipe declares it."""
-    values = [
-        100 * run.test["test_time_augmentation"]["accuracy"] for run in runs if "test_time_augmentation" in run.test
-    ]
-    if not values:
-        return ""
+def mean_and_spread(shares: list[float]) -> str:
+    """Return mean +- sd in per cent; without a spread if there is one."""
+    values = [100 * share for share in shares]
     return f"{statistics.mean(values):.2f}%" + (f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def table(rows: list[Row]) -> str:
-    """Return the Markdown table of some rows."""
+def keep_line(row: Row, before: str) -> list[str]:
+    """Return the line that a row has in the table ``before``, if it has one: for a row without records."""
+    return [line for line in before.splitlines() if line.startswith(f"| `{row.arguments}` |")]
+
+
+def table(rows: list[Row], before: str) -> str:
+    """Return the Markdown table of some rows; one without records keeps its line of the table ``before``."""
     lines = [
         "| command: `convlens train` | data | seeds | test accuracy, mean +- sd | worst, best | 95% interval of seed 0 "
         "| parameters | epochs | training seconds, fastest and median | arithmetic | with test-time augmentation |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    records = read_records()
     for row in rows:
-        runs = finished(row)
-        if not runs:
+        if not (runs := records.get(row.name)):
+            lines += keep_line(row, before)
             continue
-        accuracies = [100 * run.accuracy for run in runs]
-        spread = f" +- {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
-        low, high = runs[0].test["accuracy_interval"]
-        config = runs[0].config
+        accuracies = [run["accuracy"] for run in runs]
+        first, (low, high) = runs[0], runs[0]["accuracy_interval"]
+        worst, best = (f"{100 * pick(accuracies):.2f}" for pick in (min, max))
+        fastest, median = (round_seconds(pick(seconds(runs))) for pick in (min, statistics.median))
+        augmented = [run["with_views"] for run in runs if "with_views" in run]
         lines.append(
-            f"| `{row.arguments}` | {row.data} | {len(runs)} | {statistics.mean(accuracies):.2f}%{spread} "
-            f"| {min(accuracies):.2f}, {max(accuracies):.2f} | {low:.2%} to {high:.2%} (n = {runs[0].test['n']:,}) "
-            f"| {config['model']['parameters']:,} | {len(runs[0].metrics)} | {describe_seconds(runs)} "
-            f"| {config['recipe']['precision']} | {augmented(runs)} |"
+            f"| `{row.arguments}` | {row.data} | {len(runs)} | {mean_and_spread(accuracies)} "
+            f"| {worst}, {best} | {low:.2%} to {high:.2%} (n = {first['n']:,}) "
+            f"| {first['parameters']:,} | {first['epochs']} | {fastest}, {median} "
+            f"| {first['precision']} | {mean_and_spread(augmented) if augmented else ''} |"
         )
     return "\n".join(lines)
 
 
-def headline() -> str:
+def calibration(before: str) -> str:
+    """Return the table of calibration and coverage: the mean over the seeds of each row."""
+    lines = [
+        "| command: `convlens train` | seeds | temperature | calibration error before, after "
+        "| Brier score before, after | coverage asked, measured | classes in a set | test images called unknown |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    records = read_records()
+    for row in STRONG:
+        runs = [run for run in records.get(row.name, []) if "calibration" in run]
+        if not runs:
+            lines += keep_line(row, before)
+            continue
+
+        def mean(*path: str, runs: list[Record] = runs) -> float:
+            values: list[Any] = runs
+            for key in path:
+                values = [value[key] for value in values]
+            return statistics.mean(values)
+
+        error, brier = (
+            [mean("calibration", when, key) for when in ("before", "after")]
+            for key in ("calibration_error", "brier_score")
+        )
+        lines.append(
+            f"| `{row.arguments}` | {len(runs)} | {mean('calibration', 'temperature'):.2f} "
+            f"| {error[0]:.2%}, {error[1]:.2%} | {brier[0]:.4f}, {brier[1]:.4f} "
+            f"| {mean('coverage', 'asked'):.0%}, {mean('coverage', 'measured'):.1%} "
+            f"| {mean('coverage', 'classes_in_a_set'):.2f} | {1 - mean('known'):.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def headline(results: str) -> str:
     """Return README's short table: each strong default beside the classic program on the same data."""
     lines = [
         "| data | what convlens trains by default | the classic tutorial program there |",
@@ -137,45 +213,42 @@ def headline() -> str:
     ]
     classic = {row.data: row for row in reversed(CLASSICS)}
     for row in STRONG:
-        beside = f"`{classic[row.data].name}`: {short(classic[row.data])}" if row.data in classic else ""
-        lines.append(f"| {row.data} | **{short(row)}** | {beside} |")
+        beside = f"`{classic[row.data].name}`: {short(classic[row.data], results)}" if row.data in classic else ""
+        lines.append(f"| {row.data} | **{short(row, results)}** | {beside} |")
     return "\n".join(lines)
 
 
-def short(row: Row) -> str:
-    """Return accuracy and seconds of a row in a few words."""
-    runs = finished(row)
-    if not runs:
-        return ""
-    accuracies = [100 * run.accuracy for run in runs]
-    spread = f" +- {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
-    median = round_seconds(statistics.median(seconds(runs)))
-    return f"{statistics.mean(accuracies):.2f}%{spread} (n = {len(runs)}), {median} s"
+def short(row: Row, results: str) -> str:
+    """Return accuracy and seconds of a row of docs/results.md in a few words."""
+    line = next(line for line in results.splitlines() if line.startswith(f"| `{row.arguments}` |"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    return f"{cells[3]} (n = {cells[2]}), {cells[8].split(', ')[1]} s"
 
 
 def write_tables() -> None:
     """Put the tables between their marks in docs/results.md and README.md."""
-    for file, mark, content in (
-        (RESULTS, "strong", table(STRONG)),
-        (RESULTS, "fast", table(FAST)),
-        (RESULTS, "classics", table(CLASSICS)),
-        (README, "headline", headline()),
-    ):
-        start, end = f"<!-- {mark} -->\n", f"<!-- end {mark} -->"
-        before, rest = file.read_text(encoding="utf-8").split(start)
-        file.write_text(before + start + content + "\n" + end + rest.split(end, 1)[1], encoding="utf-8")
+    for mark, rows in (("strong", STRONG), ("fast", FAST), ("classics", CLASSICS)):
+        put(RESULTS, mark, lambda before, rows=rows: table(rows, before))
+    put(RESULTS, "calibration", calibration)
+    put(README, "headline", lambda _: headline(RESULTS.read_text(encoding="utf-8")))
+
+
+def put(file: Path, mark: str, make: Callable[[str], str]) -> None:
+    """Make what stands between the marks of that name in a file anew, from what stood there."""
+    start, end = f"<!-- {mark} -->\n", f"\n<!-- end {mark} -->"
+    before, rest = file.read_text(encoding="utf-8").split(start)
+    old, after = rest.split(end, 1)
+    file.write_text(before + start + make(old) + end + after, encoding="utf-8")
 
 
 def write_docstrings() -> None:
     """Say in each recipe's docstring what came of its command."""
-    text = RECIPES.read_text(encoding="utf-8")
-    for row in [*STRONG, *FAST, *CLASSICS]:
-        if not (runs := finished(row)):
+    text, records = RECIPES.read_text(encoding="utf-8"), read_records()
+    for row in ROWS:
+        if not (runs := records.get(row.name)):
             continue
-        accuracies = [100 * run.accuracy for run in runs]
-        spread = f" +- {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
-        seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
-        told = f"test accuracy {statistics.mean(accuracies):.2f}%{spread} ({seeds})"
+        told = f"test accuracy {mean_and_spread([run['accuracy'] for run in runs])}"
+        told += f" ({len(runs)} seed{'s' * (len(runs) > 1)})"
         command, median = f"`convlens train {row.arguments}`", round_seconds(statistics.median(seconds(runs)))
         paragraph = rf"    {re.escape(command)}: test accuracy [^\n]*\n"
         text = re.sub(paragraph, f"    {command}: {told}, {median} s\n", text)
@@ -197,6 +270,7 @@ if __name__ == "__main__":
     if verb == "runs":
         run_missing(sys.argv[2:])
     elif verb == "table":
+        collect()
         write_tables()
         write_docstrings()
     elif verb == "ship":

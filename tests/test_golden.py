@@ -19,7 +19,7 @@ import convlens.training.engine as engine
 from convlens.data.dataset import Dataset, Split
 from convlens.data.preprocess import PictureStyle, Preprocess
 from convlens.errors import Interrupted
-from convlens.models import create_model
+from convlens.training.nets import describe_net, make_net
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import RECIPES, get_recipe
 
@@ -31,6 +31,7 @@ DATA = {
     "digits": (1, 8, 256),
     "mnist-99": (1, 28, 512),
     "mnist-995": (1, 28, 512),
+    "fashion-85": (1, 28, 512),
     "fashion-92": (1, 28, 128),
     "fashion-94": (1, 28, 128),
     "cifar10-90": (3, 32, 128),
@@ -78,11 +79,7 @@ def ten_losses(recipe: Recipe, data: tuple[int, int, int], monkeypatch: pytest.M
     monkeypatch.setattr(engine, "make_loss", make_recording_loss)
     recipe = recipe.override(iterations=OF_STEPS, device="cpu", threads=1, precision="fp32", seed=0)
     torch.manual_seed(0)
-    net = create_model(
-        recipe.model, channels=channels, height=side, width=side, classes=CLASSES, **recipe.model_options()
-    )
-    pixels = dataset.train.images
-    net.initialise(Preprocess.measure(pixels, dataset.style).normaliser()(pixels))
+    net = make_net(describe_net(recipe, dataset), dataset, Preprocess.measure(train.images, dataset.style))
     with pytest.raises(Interrupted):
         list(engine.fit(net, dataset, recipe, should_stop=lambda: len(losses) == STEPS))
     return losses
