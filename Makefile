@@ -3,10 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test bench results clean
+.PHONY: help setup demo test bench bench-gpu results clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: .venv/installed ## make .venv and install convlens with what its checks need
 
@@ -26,13 +26,17 @@ test: setup ## lint, types, layers, tests: what CI runs
 	$(BIN)/lint-imports
 	$(BIN)/pytest
 
-bench: setup ## measure speed and write the tables of docs/benchmarks.md (minutes; an idle machine; needs MNIST)
+bench: setup ## measure speed and write the tables of docs/benchmarks.md (about two hours; an idle machine; needs the data)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/bench.py
+
+bench-gpu: setup ## the same recipes on a CUDA device, beside the published speedrun (needs the data)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/bench.py gpu
 
 results: setup ## train every run of docs/results.md, write its tables, ship the models (hours; needs the data)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/results.py runs
 	$(BIN)/python benchmarks/results.py table
 	$(BIN)/python benchmarks/results.py ship
+	$(BIN)/python benchmarks/trust.py
 
 clean: ## remove the environment and caches
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache src/*.egg-info

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
+from convlens.data.augment import mirror, shift
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
-from convlens.models import create_model, initialise_from
+from convlens.evaluation.metrics import Scores, compute_logits, make_views
+from convlens.models import create_model
 from convlens.training.engine import fit
+from convlens.training.nets import describe_net, make_net
+from convlens.training.optimizers import Muon
 from convlens.training.recipe import Recipe
 
 Course = Iterator[tuple[float, float]]
@@ -42,12 +46,8 @@ def normalised(dataset: Dataset) -> tuple[Tensor, Tensor]:
 def convlens(dataset: Dataset, recipe: Recipe) -> Course:
     """A recipe of convlens, watched at the end of every epoch."""
     torch.manual_seed(recipe.seed)
-    channels, height, width = dataset.shape
-    net = create_model(
-        recipe.model, channels=channels, height=height, width=width, classes=10, **recipe.model_options()
-    )
     preprocess = Preprocess.measure(dataset.train.images, dataset.style)
-    initialise_from(net, dataset.train.images, preprocess.normaliser())
+    net = make_net(describe_net(recipe, dataset), dataset, preprocess)
     for record in fit(net, dataset, recipe.override(watch_test=True), preprocess=preprocess):
         yield record.seconds, record.test_acc or 0.0
 
@@ -71,6 +71,26 @@ class Pictures(TorchDataset[tuple[Tensor, int]]):
         return (pixels - 0.1307) / 0.3081, self.labels[index]
 
 
+def tutorial_loop(
+    net: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    compute_loss: Callable[[Tensor, Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+) -> Course:
+    """The loop that every tutorial has; the clock stops while the test ``images`` are looked at."""
+    seconds = 0.0
+    while True:
+        start = time.perf_counter()
+        for x, y in loader:
+            optimizer.zero_grad()
+            compute_loss(net(x), y).backward()
+            optimizer.step()
+        seconds += time.perf_counter() - start
+        yield seconds, accuracy(net, images, labels)
+
+
 def tutorial(dataset: Dataset) -> Course:
     """The program of the documents in its plain style: DataLoader, transforms image by image, fp32, eager."""
     torch.manual_seed(0)
@@ -79,15 +99,7 @@ def tutorial(dataset: Dataset) -> Course:
     net = create_model("mnist-4conv", channels=1, height=28, width=28, classes=10)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
     test = (dataset.test.images.float() / 255 - 0.1307) / 0.3081
-    seconds = 0.0
-    while True:
-        start = time.perf_counter()
-        for x, y in loader:
-            optimizer.zero_grad()
-            F.nll_loss(net(x), y).backward()
-            optimizer.step()
-        seconds += time.perf_counter() - start
-        yield seconds, accuracy(net, test, dataset.test.labels)
+    yield from tutorial_loop(net, loader, optimizer, F.nll_loss, test, dataset.test.labels)
 
 
 def plain_loop(dataset: Dataset, model: str, filters: int) -> Course:
@@ -98,15 +110,63 @@ def plain_loop(dataset: Dataset, model: str, filters: int) -> Course:
     net = create_model(model, channels=1, height=28, width=28, classes=10, filters=filters)
     net.initialise(images[:1000])
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
-    seconds = 0.0
-    while True:
-        start = time.perf_counter()
-        for x, y in loader:
-            optimizer.zero_grad()
-            F.cross_entropy(net(x), y).backward()
-            optimizer.step()
-        seconds += time.perf_counter() - start
-        yield seconds, accuracy(net, test, dataset.test.labels)
+    yield from tutorial_loop(net, loader, optimizer, F.cross_entropy, test, dataset.test.labels)
+
+
+def speedrun(dataset: Dataset, device: torch.device, epochs: int = 8) -> tuple[float, float, float]:
+    """K. Jordan's published recipe for 94% on CIFAR-10, as one would write it down: 8 epochs of 2000 images with Muon.
+
+    Returns its training seconds, the accuracy of plain test images, and that with its test-time augmentation. The net
+    is our `whitened`, which is the published one; rates, batch, momenta and augmentation are its own.
+    """
+    torch.manual_seed(0)
+    batch, width = 2000, 256
+    normalise = Preprocess.measure(dataset.train.images, dataset.style).normaliser()
+    images, labels = normalise(dataset.train.images).to(device), dataset.train.labels.to(device)
+    net = create_model("whitened", channels=3, height=32, width=32, classes=10, filters=64).to(device)
+    net.initialise(images[:5000])  # type: ignore[operator]
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    stem_bias = net.body.stem[0].bias  # type: ignore[union-attr, index]
+    weights = [p for p in net.parameters() if p.requires_grad]
+    filters = [p for p in weights if p.dim() == 4]
+    biases = [p for p in weights if p.dim() == 1 and p is not stem_bias]
+    head = [p for p in weights if p.dim() == 2]
+    # for a summed loss; it divides the logits by the width, which our net has in its head's weights
+    rates = (0.053, 0.053, 0.67 / width**2)
+    groups = [
+        {"params": group, "lr": rate, "weight_decay": 2e-6 * batch / rate}
+        for group, rate in zip(([stem_bias], biases, head), rates, strict=True)
+    ]
+    sgd = torch.optim.SGD(groups, momentum=0.85, nesterov=True)
+    muon = Muon(filters, momentum=0.6)
+    per_epoch, step = len(images) // batch, 0
+    first = torch.rand(len(images), device=device) < 0.5
+    started = time.perf_counter()
+    for epoch in range(epochs):
+        flipped = mirror(images, first ^ bool(epoch % 2))
+        seen = shift(flipped, torch.Generator(device).manual_seed(epoch), 2)
+        for rows in torch.randperm(len(images), device=device).split(batch)[:per_epoch]:
+            with torch.autocast(device.type, torch.bfloat16):
+                logits = net(seen[rows].contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits.float(), labels[rows], label_smoothing=0.2, reduction="sum")
+            net.zero_grad()
+            loss.backward()
+            left = 1 - step / (epochs * per_epoch)
+            lasting = (max(1 - step / (3 * per_epoch), 0.0), left, left)  # the stem's bias learns for 3 epochs only
+            for group, rate, share in zip(sgd.param_groups, rates, lasting, strict=True):
+                group["lr"] = rate * share
+            sgd.step()
+            with torch.no_grad():
+                muon.update(0.24 * left)
+            step += 1
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    plain, averaged = (
+        Scores.of(compute_logits(net, dataset.test.images, normalise, views=views), dataset.test.labels).accuracy
+        for views in (None, make_views(True))
+    )
+    return seconds, plain, averaged
 
 
 def scikit_learn(dataset: Dataset) -> Course:
@@ -118,6 +178,6 @@ def scikit_learn(dataset: Dataset) -> Course:
     classes, seconds = list(range(10)), 0.0
     while True:
         start = time.perf_counter()
-        net.partial_fit(images, dataset.train.labels.numpy(), classes)
+        net.partial_fit(images, dataset.train.labels.numpy(), classes=classes)
         seconds += time.perf_counter() - start
         yield seconds, float(net.score(test, dataset.test.labels.numpy()))
