@@ -180,7 +180,7 @@ def draw_sheet(path: Path, images: Tensor, said: Sequence[tuple[str, float, str]
 
 def draw_reliability(path: Path, calibration: dict[str, Any]) -> None:
     """Draw what the net's confidence says against how often it is right, before and after the temperature."""
-    figure = new_figure(4.6, 4.4)
+    figure = new_figure(6.6, 5.9)
     title(figure, "How much its certainty is worth")
     axes = figure.subplots()
     quiet_axes(axes)
