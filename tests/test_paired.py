@@ -41,6 +41,9 @@ def test_the_interval_covers_what_it_says() -> None:
 def test_the_sentence() -> None:
     assert Paired(10_000, 20, 51).verdict("A", "B") == ("B is better than A: +0.31 points, 95% interval +0.14 to +0.48")
     assert Paired(10_000, 51, 20).verdict("A", "B") == ("A is better than B: +0.31 points, 95% interval +0.14 to +0.48")
+    told = Paired(1_000, 7, 5).verdict("A", "B")
+    assert told.startswith("no difference between A and B that these 1,000 images show: -0.20 points")
+    assert Paired(1_000, 3, 11).verdict("A", "B").startswith("B may be better than A: +0.80 points")
     told = Paired(1_000, 5, 7).verdict("A", "B")
     assert told.startswith("no difference between A and B that these 1,000 images show: +0.20 points, 95% interval -0.")
 

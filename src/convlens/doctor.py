@@ -17,7 +17,6 @@ from convlens.errors import UsageError
 from convlens.evaluation.duplicates import describe_images, find_copies, find_near_copies
 from convlens.evaluation.metrics import compute_logits
 from convlens.experiment import refuse_inside_data
-from convlens.progress import track
 from convlens.reporting.plots import draw_images
 from convlens.runfolder import write_json, write_names
 from convlens.runtime import choose_device, derive_seed, seed_global
@@ -182,7 +181,7 @@ def predict_unseen(dataset: Dataset, everything: Split, recipe: Recipe) -> Tenso
     fold = deal_out(everything.labels, dataset.classes, FOLDS)
     device = choose_device(recipe.device)
     probabilities = torch.zeros(len(everything), len(dataset.classes))
-    for number in track(range(FOLDS), "judging labels", FOLDS):
+    for number in range(FOLDS):
         unseen = (fold == number).nonzero().squeeze(1)
         train = everything.take((fold != number).nonzero().squeeze(1))
         part = dataclasses.replace(dataset, train=train, test=train.take(torch.arange(0)), validation=None)
@@ -190,7 +189,7 @@ def predict_unseen(dataset: Dataset, everything: Split, recipe: Recipe) -> Tenso
         with torch.random.fork_rng():
             seed_global(derive_seed(recipe.seed, number), device)
             net = make_net(describe_net(recipe, part), part, preprocess)
-            for _ in fit(net, part, recipe, preprocess=preprocess):
+            for _ in fit(net, part, recipe, preprocess=preprocess, show_progress=True):
                 pass
         logits = compute_logits(net, everything.images[unseen], preprocess.normaliser())
         probabilities[unseen] = logits.softmax(dim=1).cpu()
@@ -205,21 +204,23 @@ def write_findings(findings: Findings, dataset: Dataset, to: Path) -> None:
     everything, splits = merge(dataset)
     row = {name_image(split, image): i for i, (split, image) in enumerate(zip(splits, everything.ids, strict=True))}
     if findings.suspects:
-        shown = findings.suspects[:100]
-        images = everything.images[[row[suspect.image] for suspect in shown]]
-        captions = [f"{suspect.label}? {suspect.likely}" for suspect in shown]
+        suspects = findings.suspects[:100]
+        images = everything.images[[row[suspect.image] for suspect in suspects]]
+        captions = [f"{suspect.label}? {suspect.likely}" for suspect in suspects]
         draw_images(to / "labels.png", images, captions, "Likely wrong labels: label? what it looks like")
     groups = [*findings.copies, *findings.near_copies]
     if groups:
-        pairs = [name for group in groups[:50] for name in group[:2]]
-        images = everything.images[[row[name] for name in pairs]]
-        draw_images(to / "copies.png", images, [short(name) for name in pairs], "Copies, two by two")
+        groups.sort(key=lambda group: -len({splits[row[name]] for name in group}))  # leaks first
+        shown = [(number, name) for number, group in enumerate(groups[:40], start=1) for name in group[:4]]
+        images = everything.images[[row[name] for _, name in shown]]
+        captions = [f"{number}: {short(name)}" for number, name in shown]
+        draw_images(to / "copies.png", images, captions, "Copies, by the number of their group; leaks first")
     write_json(to / "doctor.json", findings.to_json())
 
 
 def short(name: str) -> str:
     """Return the end of an image's name, for a caption."""
-    return name if len(name) <= 12 else "…" + name[-11:]
+    return name if len(name) <= 9 else "…" + name[-8:]
 
 
 def write_list(findings: Findings, dataset: Dataset, file: Path) -> int:

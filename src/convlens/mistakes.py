@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from convlens.errors import UnknownName, UsageError
+from convlens.errors import ConvlensError, UnknownName, UsageError
 from convlens.progress import track
 from convlens.reporting.plots import draw_sheet, to_picture
 from convlens.run import Run, load_tested
@@ -54,8 +54,12 @@ def write_mistakes(
     chosen = [*wrong, *right[:doubtful]]
     kinds = ["wrong"] * len(wrong) + ["doubtful"] * (len(chosen) - len(wrong))
     names = unique([file_name(answer) for answer in chosen])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".mistakes-") as temporary:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        room = tempfile.TemporaryDirectory(dir=folder.parent, prefix=".mistakes-")
+    except OSError as error:
+        raise ConvlensError(f"cannot make the folder {folder}: {error.strerror}") from None
+    with room as temporary:
         new = Path(temporary) / "new"  # it takes its name when it is whole
         (new / "images").mkdir(parents=True)
         for name, answer in track(zip(names, chosen, strict=True), "writing images", len(chosen)):

@@ -111,7 +111,11 @@ def data_doctor(
         write_findings(findings, dataset, to)
     if list_file is not None:
         number = write_list(findings, dataset, list_file)
-        print(f"{number:,} images in {list_file}: convlens train {data} --exclude {list_file}", file=sys.stderr)
+        print(
+            f"{number:,} images in {list_file} (test images are never listed). Look at them first (--to), then: "
+            f"convlens train {data} --exclude {list_file}",
+            file=sys.stderr,
+        )
 
 
 def free_name(stem: str) -> Path:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 BINS = 15
 COLDEST, HOTTEST = 0.05, 20.0  # temperatures beyond these say that there is nothing to fit
+PROVEN = 6.63  # 1% point of chi-squared with one degree of freedom
 LEVELS = tuple(round(0.5 + 0.005 * step, 3) for step in range(100))  # coverages that a bundle has a bound for
 
 
@@ -20,6 +21,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     Guo et al. 2017. The loss is convex in the inverse of the temperature: Newton's steps find its one minimum. As
     if one image more had every class a little (Platt 1999), or a few images that are all right would make it certain.
+    It is 1 unless the images prove that another fits better (likelihood ratio, at 1%): few images would do more harm
+    than good.
     """
     z, labels = logits.double(), labels.to(logits.device)
     spread = 1 / (len(z) + 2)
@@ -35,7 +38,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         inverse = min(max(inverse - step, inverse / 2, 1 / HOTTEST), inverse * 2, 1 / COLDEST)
         if abs(step) < 1e-9 * inverse:
             break
-    return 1 / inverse
+    gain = F.cross_entropy(z, labels, reduction="sum") - F.cross_entropy(inverse * z, labels, reduction="sum")
+    return 1 / inverse if 2 * gain.item() > PROVEN else 1.0
 
 
 def reliability(probabilities: Tensor, labels: Tensor) -> list[dict[str, float]]:

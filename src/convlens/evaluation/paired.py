@@ -42,11 +42,12 @@ class Paired:
     def verdict(self, a: str, b: str, level: float = 0.05) -> str:
         """Return the sentence that says which is better, in points of accuracy, or that these images cannot tell."""
         low, high = (100 * end for end in self.interval)
-        if self.difference < 0:
-            return Paired(self.n, self.only_b, self.only_a).verdict(b, a, level)
         points = f"{100 * self.difference:+.2f} points, 95% interval {low:+.2f} to {high:+.2f}"
-        if self.p_value < level and low > 0:
+        proven, apart = self.p_value < level, low > 0 or high < 0
+        if (proven or apart) and self.difference < 0:  # named first, and with a plus, is the better one
+            return Paired(self.n, self.only_b, self.only_a).verdict(b, a, level)
+        if proven and apart:
             return f"{b} is better than {a}: {points}"
-        if self.p_value < level or low > 0:  # interval and test are two approximations
+        if proven or apart:  # interval and test are two approximations
             return f"{b} may be better than {a}: {points}"
         return f"no difference between {a} and {b} that these {self.n:,} images show: {points}"

@@ -199,7 +199,7 @@ def draw_reliability(path: Path, calibration: dict[str, Any]) -> None:
     axes.yaxis.set_major_formatter(percent)
     axes.set_xlabel("it says it is so sure", fontsize=8, color=QUIET)
     axes.set_ylabel("it is right so often", fontsize=8, color=QUIET)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
     save(figure, path)
 
 

@@ -91,10 +91,12 @@ def trust_items(test: dict[str, Any]) -> str:
     ]
     if calibration := test.get("calibration"):
         before, after, coverage = calibration["before"], calibration["after"], test["coverage"]
+        changed = f"{before['calibration_error']:.2%} before they were tempered by {calibration['temperature']:.2f}"
+        if calibration["temperature"] == 1:
+            changed = "left as the net gives them: the validation images prove no need to change them"
         items += [
             f"Its probabilities are off by {after['calibration_error']:.2%} on average (expected calibration error; "
-            f"{before['calibration_error']:.2%} before they were tempered by {calibration['temperature']:.2f}). "
-            f"Brier score {after['brier_score']:.4f}, before {before['brier_score']:.4f}; 0 is perfect.",
+            f"{changed}). Brier score {after['brier_score']:.4f}, before {before['brier_score']:.4f}; 0 is perfect.",
             f"Asked for sets of classes that hold the right one {coverage['asked']:.0%} of the time, it gave sets of "
             f"{coverage['classes_in_a_set']:.2f} classes on average, and they held it {coverage['measured']:.1%} of "
             "the time.",

@@ -96,8 +96,14 @@ Use: `convlens predict FOLDER picture.png`, or in Python `convlens.Classifier.lo
 classes for every picture, also for one that shows none of them."""
         test = self.trained["test"]
         before, after = test["calibration_error"]
-        return f"""Its probabilities are calibrated: on the test images they are off by {after:.2%} on average
-({before:.2%} before; temperature {self.trust.temperature:.2f}, fitted on {self.trust.n:,} validation images). It says
+        fitted = f"{self.trust.n:,} validation images"
+        if self.trust.temperature == 1:
+            calibrated = f"""Its probabilities are those of the net, for {fitted} prove no need to change them: on
+the test images they are off by {after:.2%} on average."""
+        else:
+            calibrated = f"""Its probabilities are calibrated: on the test images they are off by {after:.2%} on average
+({before:.2%} before; temperature {self.trust.temperature:.2f}, fitted on {fitted})."""
+        return f"""{calibrated} It says
 "unknown" of a picture that is stranger to it than 95% of the validation images are; of the test images
 {test["known"]:.1%} pass. That is a help and no proof: some strange pictures pass too."""
 
