@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from results import put
 
 from convlens.data.augment import mirror
 from convlens.data.catalog import load_dataset
@@ -463,10 +464,7 @@ def main(names: list[str]) -> None:
         device = torch.device("cuda") if name == "gpu" else CPU
         about = {"machine": describe_machine(device), "date": time.strftime("%Y-%m-%d"), "records": records}
         (RECORDS / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        page = PAGE.read_text(encoding="utf-8")
-        before, rest = page.split(f"<!-- {name} -->\n")
-        _, after = rest.split(f"<!-- end {name} -->")
-        PAGE.write_text(f"{before}<!-- {name} -->\n{rows}\n<!-- end {name} -->{after}", encoding="utf-8")
+        put(PAGE, name, lambda _, rows=rows: rows)
         print(rows, flush=True)
 
 

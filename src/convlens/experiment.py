@@ -36,7 +36,7 @@ from convlens.reporting import plots
 from convlens.reporting.report import write_report
 from convlens.run import Run
 from convlens.runfolder import RunFolder, read_names, write_json, write_names
-from convlens.runtime import available_cores, choose_device, describe_machine, use_threads
+from convlens.runtime import available_cores, callers_state_kept, choose_device, describe_machine, use_threads
 from convlens.shipping.bundle import Bundle, find_bundle, load_bundle, shipped_models
 from convlens.shipping.classifier import Classifier
 from convlens.training.budget import candidates, fit_into, parse_budget
@@ -210,7 +210,6 @@ class Experiment:
         model = {key: self.config["model"][key] for key in ("name", "arguments")}
         trust = None
         if dataset.validation is not None:
-            self.net.eval()
             normalise = self.preprocess.normaliser()
             trust = Trust.fit(self.net, dataset.train, dataset.validation, len(dataset.classes), normalise)
         bundle = Bundle(self.net, model, dataset.classes, self.preprocess, {}, trust)
@@ -281,24 +280,20 @@ def train(
     are chosen to fit. ``exclude`` is a file that names images to leave out.
     Raises UsageError and ConvlensError with one line that says what to do.
     """
-    threads = torch.get_num_threads()
-    try:
-        with torch.random.fork_rng():  # the caller's random numbers and threads stay as they are
-            experiment = Experiment.create(
-                data,
-                recipe,
-                out=out,
-                init=init,
-                allow_unreadable=allow_unreadable,
-                budget=budget,
-                exclude=exclude,
-                **overrides,
-            )
-            for _ in experiment.epochs(show_progress=show_progress):
-                pass
-            return experiment.finish()
-    finally:
-        torch.set_num_threads(threads)
+    with callers_state_kept():
+        experiment = Experiment.create(
+            data,
+            recipe,
+            out=out,
+            init=init,
+            allow_unreadable=allow_unreadable,
+            budget=budget,
+            exclude=exclude,
+            **overrides,
+        )
+        for _ in experiment.epochs(show_progress=show_progress):
+            pass
+        return experiment.finish()
 
 
 def data_name(data: Any) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+from collections.abc import Iterator
 
 import torch
 
@@ -53,6 +55,17 @@ def derive_seed(*numbers: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
         state ^= state >> 31
     return state >> 1
+
+
+@contextlib.contextmanager
+def callers_state_kept() -> Iterator[None]:
+    """Leave PyTorch's random numbers and threads as they were, whatever a training in Python does to them."""
+    threads = torch.get_num_threads()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def seed_global(seed: int, device: torch.device) -> None:

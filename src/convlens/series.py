@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from convlens.data.catalog import load_dataset
 from convlens.data.dataset import Dataset
 from convlens.data.folds import deal_out, merge, take_fold
@@ -21,6 +19,7 @@ from convlens.experiment import Experiment, data_name, refuse_inside_data
 from convlens.record import command_line
 from convlens.run import Run
 from convlens.runfolder import RunFolder, read_json, write_json
+from convlens.runtime import callers_state_kept
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import default_recipe, get_recipe
 
@@ -173,14 +172,10 @@ def train_series(
     ``seeds=5`` or ``folds=5``, and the options of :func:`convlens.train`; the runs lie beside each other in ``out``, or
     in the next free ``runs/<data>-seeds-<n>`` (or ``folds``). Raises what :func:`convlens.train` raises.
     """
-    threads = torch.get_num_threads()
-    try:
-        with torch.random.fork_rng():  # the caller's random numbers and threads stay as they are
-            series = Series.create(data, recipe, **options)
-            for experiment in series.experiments():
-                for _ in experiment.epochs(show_progress=show_progress):
-                    pass
-                experiment.finish()
-            return series.finish()
-    finally:
-        torch.set_num_threads(threads)
+    with callers_state_kept():
+        series = Series.create(data, recipe, **options)
+        for experiment in series.experiments():
+            for _ in experiment.epochs(show_progress=show_progress):
+                pass
+            experiment.finish()
+        return series.finish()
