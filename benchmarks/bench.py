@@ -349,26 +349,27 @@ def folders() -> tuple[list[Record], str]:
 
 # time to accuracy
 
-# data, targets, recipes for them, our net in a plain loop, seconds that the tutorial may train (1400 for MNIST's 99%)
-RACES = [
-    ("mnist", (0.99, 0.995), ("mnist-99", "mnist-995"), ("tiny", 32), 1500.0),
-    ("fashion-mnist", (0.85, 0.92), ("fashion-85", "fashion-92"), ("whitened", 16), 300.0),
-]
+# targets, recipes for them, our net in a plain loop, the documents' net, seconds that it may train (1400 for MNIST's 99%)
+RACES = {
+    "mnist": ((0.99, 0.995), ("mnist-99", "mnist-995"), ("tiny", 32), "mnist-4conv", 1500.0),
+    "fashion-mnist": ((0.85, 0.92), ("fashion-85", "fashion-92"), ("whitened", 16), "mnist-4conv", 300.0),
+    "cifar10": ((0.80, 0.87), ("cifar10-90",), ("whitened", 30), "cifar-lenet", 300.0),
+}
 OTHERS_SECONDS = 60.0
 
 
 def race() -> tuple[list[Record], str]:
     """Seconds of training to an accuracy on the test split: convlens beside what one would write or take instead."""
     records, rows = [], []
-    for name, targets, recipes, (model, filters), patience in RACES:
-        data = load_dataset(name)
+    for name, (targets, recipes, (model, filters), documents, patience) in RACES.items():
+        data = cifar() if name == "cifar10" else load_dataset(name)
         courses: dict[str, contenders.Course] = {}
         for recipe in recipes:
             settled = get_recipe(recipe).override(validation=0.0)
             courses[f"convlens, recipe `{recipe}`"] = contenders.convlens(data, settled)
         courses[f"plain loop with our net `{model}`, Adam, fp32"] = contenders.plain_loop(data, model, filters)
         courses["scikit-learn's MLPClassifier"] = contenders.scikit_learn(data)
-        courses["the tutorial program"] = contenders.tutorial(data)
+        courses["the tutorial program"] = contenders.tutorial(data, documents)
         for label, course in courses.items():
             seen: list[tuple[float, float]] = []
             for seconds, accuracy in course:
@@ -376,11 +377,11 @@ def race() -> tuple[list[Record], str]:
                 limit = patience if "tutorial" in label else OTHERS_SECONDS
                 if seconds > limit or accuracy >= max(targets):
                     break
-            records.append({"data": name, "who": label, "course": seen})
+            records.append({"data": data.name, "who": label, "course": seen})
             reached = [next((f"{s:.1f}" for s, a in seen if a >= target), "not reached") for target in targets]
             best = max(accuracy for _, accuracy in seen)
-            rows.append([name, label, *reached, f"{best:.2%} within {seen[-1][0]:,.0f} s"])
-    return records, table(["data", "contender", "99%, or 85% of Fashion-MNIST: s", "99.5%, or 92%: s", "best"], rows)
+            rows.append([data.name, label, *reached, f"{best:.2%} within {seen[-1][0]:,.0f} s"])
+    return records, table(["data", "contender", "99% (85, 80%): s", "99.5% (92, 87%): s", "best"], rows)
 
 
 # beside the published speedrun

@@ -56,7 +56,7 @@ class Pictures(TorchDataset[tuple[Tensor, int]]):
     """Images one by one through PIL, as the documents do it: turned, at times cut to the centre, made a tensor."""
 
     def __init__(self, images: Tensor, labels: Tensor):
-        self.images = [Image.fromarray(image[0].numpy()) for image in images]
+        self.images = [Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()) for image in images]
         self.labels = labels.tolist()
 
     def __len__(self) -> int:
@@ -65,10 +65,16 @@ class Pictures(TorchDataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image = self.images[index]
         if random.random() < 0.1:
-            image = image.crop((3, 3, 25, 25)).resize((28, 28))
+            width, height = image.size
+            image = image.crop((3, 3, width - 3, height - 3)).resize((width, height))
         image = image.rotate(random.uniform(-15, 15))
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, 28, 28).float() / 255
-        return (pixels - 0.1307) / 0.3081, self.labels[index]
+        return to_tensor(image), self.labels[index]
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Return a picture as floats (C, H, W), with the mean and deviation that the documents take for MNIST."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, -1)
+    return (pixels.permute(2, 0, 1).float() / 255 - 0.1307) / 0.3081
 
 
 def tutorial_loop(
@@ -91,15 +97,17 @@ def tutorial_loop(
         yield seconds, accuracy(net, images, labels)
 
 
-def tutorial(dataset: Dataset) -> Course:
-    """The program of the documents in its plain style: DataLoader, transforms image by image, fp32, eager."""
+def tutorial(dataset: Dataset, model: str) -> Course:
+    """A program of the documents in its plain style: DataLoader, transforms image by image, fp32, eager."""
     torch.manual_seed(0)
     random.seed(0)
     loader = DataLoader(Pictures(dataset.train.images, dataset.train.labels), batch_size=512, shuffle=True)
-    net = create_model("mnist-4conv", channels=1, height=28, width=28, classes=10)
+    channels, height, width = dataset.shape
+    net = create_model(model, channels=channels, height=height, width=width, classes=10)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
     test = (dataset.test.images.float() / 255 - 0.1307) / 0.3081
-    yield from tutorial_loop(net, loader, optimizer, F.nll_loss, test, dataset.test.labels)
+    compute_loss = F.nll_loss if net.log_probabilities else F.cross_entropy
+    yield from tutorial_loop(net, loader, optimizer, compute_loss, test, dataset.test.labels)
 
 
 def plain_loop(dataset: Dataset, model: str, filters: int) -> Course:
@@ -107,7 +115,8 @@ def plain_loop(dataset: Dataset, model: str, filters: int) -> Course:
     torch.manual_seed(0)
     images, test = normalised(dataset)
     loader = DataLoader(TensorDataset(images, dataset.train.labels), batch_size=128, shuffle=True)
-    net = create_model(model, channels=1, height=28, width=28, classes=10, filters=filters)
+    channels, height, width = dataset.shape
+    net = create_model(model, channels=channels, height=height, width=width, classes=10, filters=filters)
     net.initialise(images[:1000])
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     yield from tutorial_loop(net, loader, optimizer, F.cross_entropy, test, dataset.test.labels)
