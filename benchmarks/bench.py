@@ -349,7 +349,7 @@ def folders() -> tuple[list[Record], str]:
 
 # time to accuracy
 
-# targets, recipes for them, our net in a plain loop, the documents' net, seconds that it may train (1400 for MNIST's 99%)
+# targets, recipes for them, our net in a plain loop, the net of the documents and the seconds that it may train
 RACES = {
     "mnist": ((0.99, 0.995), ("mnist-99", "mnist-995"), ("tiny", 32), "mnist-4conv", 1500.0),
     "fashion-mnist": ((0.85, 0.92), ("fashion-85", "fashion-92"), ("whitened", 16), "mnist-4conv", 300.0),
