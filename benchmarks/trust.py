@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bench import table
+from bench import Record, run_sections, table
 from PIL import Image
-from results import RESULTS, put
+from results import RESULTS
 from torch import Tensor
 
 import convlens
@@ -34,7 +34,6 @@ from convlens.doctor import Findings, examine
 from convlens.evaluation.duplicates import move
 from convlens.evaluation.metrics import compute_outputs
 from convlens.evaluation.unknown import auroc, energy, false_positive_rate
-from convlens.runtime import use_threads
 from convlens.shipping.classifier import Classifier
 
 PLANTED = 300  # copies of each kind
@@ -53,7 +52,12 @@ def fit_images(images: Tensor, classifier: Classifier) -> Tensor:
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
-def unknown() -> str:
+def written(head: list[str], rows: list[list[str]]) -> tuple[list[Record], str]:
+    """Return the rows as records, and as a table."""
+    return [dict(zip(head, row, strict=True)) for row in rows], table(head, rows)
+
+
+def unknown() -> tuple[list[Record], str]:
     """Compare scores of being unknown: largest probability, energy, distance of features, and the last two together."""
     sets = {"mnist": load_dataset("mnist"), "fashion-mnist": load_dataset("fashion-mnist")}
     sets["cifar10"] = load_dataset("cifar10-jpeg")
@@ -89,7 +93,7 @@ def unknown() -> str:
         passed = float((known[-1] <= trust.threshold).float().mean())
         rows.append([f"`{name}`", "its own test images", "", "", "", "", f"{1 - passed:.1%}"])
     head = ["net", "pictures", "largest probability", "energy", "distance of features", "both", "called unknown"]
-    return table(head, rows)
+    return written(head, rows)
 
 
 # the doctor
@@ -161,7 +165,7 @@ def as_folder(data: Dataset, root: Path) -> None:
             Image.fromarray(image[0].numpy()).save(path)
 
 
-def doctor() -> str:
+def doctor() -> tuple[list[Record], str]:
     """Plant copies and wrong labels in MNIST and in a folder, and see what is found; then in the data as they are."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -192,13 +196,13 @@ def doctor() -> str:
         "data", "exact copies found", "moved by a pixel", "saved as JPEG", "brighter", "wrong labels: recall",
         "precision", "groups of copies, of near copies, leaks; suspects", "shift, AUROC", "s", "peak MiB so far",
     ]  # fmt: skip
-    return table(head, rows)
+    return written(head, rows)
 
 
 # classes of very different size
 
 
-def balance() -> str:
+def balance() -> tuple[list[Record], str]:
     """Train on MNIST with a hundredth of the images of 0 to 4, with and without --balance: three seeds each."""
     mnist = load_dataset("mnist")
     g = torch.Generator().manual_seed(0)
@@ -218,15 +222,10 @@ def balance() -> str:
         cells = [f"{statistics.mean(v):.2f}% +- {statistics.stdev(v):.2f}" for v in figures.values()]
         rows.append(["`--balance`" if balanced else "without", *cells])
     what = f"classes of {min(counts)} to {max(counts):,} images"
-    return table([what, "accuracy", "balanced accuracy", "macro-F1"], rows)
+    return written([what, "accuracy", "balanced accuracy", "macro-F1"], rows)
 
 
 SECTIONS = {"unknown": unknown, "doctor": doctor, "balance": balance}
 
 if __name__ == "__main__":
-    use_threads()
-    for name in sys.argv[1:] or SECTIONS:
-        print(f"{name} ...", flush=True)
-        content = SECTIONS[name]()
-        print(content, flush=True)
-        put(RESULTS, name, lambda _, content=content: content)
+    run_sections(SECTIONS, sys.argv[1:] or list(SECTIONS), RESULTS)

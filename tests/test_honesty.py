@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from convlens.evaluation.metrics import wilson_interval
 from convlens.experiment import Experiment
 
 ROOT = Path(__file__).parent.parent
-PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
+PAGE, BENCHMARKS, README = ROOT / "docs" / "results.md", ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,23 @@ def test_the_tables_are_those_of_the_records(mark: str, results: ModuleType) -> 
 def test_the_calibration_table_is_that_of_the_records(results: ModuleType) -> None:
     content = between(PAGE, "calibration")
     assert results.calibration(content) == content and content.count("\n") >= 6
+
+
+RECORDED = sorted(path for path in (ROOT / "benchmarks" / "records").glob("*.json") if path.stem != "results")
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=[path.stem for path in RECORDED])
+def test_the_tables_of_the_benchmarks_are_those_of_their_records(path: Path) -> None:
+    table = "\n".join(json.loads(path.read_text(encoding="utf-8"))["table"])
+    pages = [page for page in (PAGE, BENCHMARKS) if f"<!-- {path.stem} -->" in page.read_text(encoding="utf-8")]
+    assert [between(page, path.stem) for page in pages] == [table]
+
+
+def test_every_table_has_its_records() -> None:
+    recorded = {path.stem for path in RECORDED} | {"strong", "fast", "classics", "calibration"}
+    for page in (PAGE, BENCHMARKS):
+        for mark in re.findall("<!-- end (.*) -->", page.read_text(encoding="utf-8")):
+            assert mark in recorded or between(page, mark).startswith("Not measured"), mark
 
 
 def test_the_headline_of_readme_is_that_of_the_results(results: ModuleType) -> None:
