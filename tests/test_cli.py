@@ -404,6 +404,7 @@ def test_the_flags_of_train_are_the_recipe_and_these(shell: Shell) -> None:
         "seeds",
         "folds",
         "exclude",
+        "accept_changes",
     }
     fields = {item.name for item in dataclasses.fields(Recipe)} - {"name"}
     assert set(inspect.signature(cli.train.train).parameters) == own | fields
@@ -413,8 +414,8 @@ def test_the_flags_of_train_are_the_recipe_and_these(shell: Shell) -> None:
 # taking a flag away, or renaming one, breaks people's scripts
 FROZEN_RECIPE_FLAGS = """
 --model --filters --kernel-size --pool --output-relu --image-size --validation --watch-test --epochs --iterations
---seconds --batch-size --small-size --small-share --balance --loss --label-smoothing --optimizer --lr --head-lr
---bias-lr --momentum --nesterov --muon-momentum --weight-decay --clip-norm --schedule --warmup --step-epochs
+--seconds --batch-size --small-size --small-share --save-every --balance --loss --label-smoothing --optimizer --lr
+--head-lr --bias-lr --momentum --nesterov --muon-momentum --weight-decay --clip-norm --schedule --warmup --step-epochs
 --step-factor --ema
 --select --patience --shift --rotation --scale --flip --crop-probability --crop-fraction --cutout --colour-jitter
 --mixup --cutmix --test-views --seed --device --threads --precision
@@ -540,6 +541,16 @@ def test_what_nobody_foresaw_is_one_line_too(shell: Shell, monkeypatch: pytest.M
     shell.fails("predict", "mnist", "x.png", code=1, says="unexpected ZeroDivisionError: division by zero")
     _, _, err = shell("predict", "mnist", "x.png", "--debug")
     assert "Traceback" in err
+
+
+def test_a_reader_who_leaves_ends_what_only_prints(tmp_path: Path) -> None:
+    for number in range(3):
+        Image.new("L", (28, 28)).save(tmp_path / f"{number}.png")
+    command = [sys.executable, "-m", "convlens", "predict", "mnist", str(tmp_path), "--format", "csv"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 1)
 
 
 def test_a_reader_who_leaves_does_not_stop_the_training() -> None:

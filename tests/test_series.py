@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
@@ -163,3 +164,46 @@ def test_only_runs_on_the_same_images_are_compared() -> None:
         compare_runs(["first", "other"])
     with pytest.raises(UsageError, match="^name two runs or more to compare$"):
         compare_runs(["first"])
+
+
+@pytest.mark.parametrize("kind", ["seeds", "folds"])
+def test_images_are_left_out_of_every_run(kind: str) -> None:
+    digits = load_dataset("digits")
+    names = [f"train/{digits.train.ids[0]}", f"train/{digits.train.ids[5]}", f"test/{digits.test.ids[3]}"]
+    Path("remove.txt").write_text("\tone colour\n".join(names))
+    series = Series.create("digits", out="series", exclude="remove.txt", **{kind: 2}, **QUICK)  # type: ignore[arg-type]
+    with contextlib.closing(series.experiments()) as experiments:  # interrupted after the first
+        first = next(experiments)
+        list(first.epochs())
+        first.finish()
+    Path("remove.txt").unlink()
+    train_all(Series.resume("series"))
+    for name in series.plan["runs"]:
+        run = Run(f"series/{name}")
+        assert sum(run.config["data"]["counts"].values()) == 1797 - 3
+        assert (run.path / "excluded.txt").read_text().split() == sorted(names)
+        ids = {row.split(",")[1] for row in (run.path / "split.csv").read_text().splitlines()}
+        assert len(ids) == 1797 - 3 + 1 and not ids & {*names, *(name.split("/")[1] for name in names)}
+        assert evaluate_run(run.path)["accuracy"] == run.accuracy
+
+
+def test_a_series_goes_on_elsewhere_only_if_that_is_accepted() -> None:
+    series = Series.create("digits", seeds=2, out="series", **QUICK)
+    with contextlib.closing(series.experiments()) as experiments:
+        first = next(experiments)
+        list(first.epochs())
+        first.finish()
+    config = json.loads(first.folder.config.read_text())
+    config["machine"]["torch"] = "2.0.0"
+    first.folder.config.write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"^series was started with other version of PyTorch \(2.0.0, now "):
+        Series.resume("series")
+    assert train_all(Series.resume("series", accept_changes=True))["n"] == 2
+
+
+def test_what_is_left_out_adds_up() -> None:
+    digits = load_dataset("digits")
+    one, two, three = digits.train.ids[:2] + digits.test.ids[:1]
+    less = digits.without([one]).without([f"train/{two}", f"test/{three}"])
+    assert less.left_out == tuple(sorted([one, f"train/{two}", f"test/{three}"]))
+    assert less.without([]) is less

@@ -44,7 +44,6 @@ def describe_experiment(experiment: Experiment) -> None:
     import torch
 
     from convlens.data.loader import count_batches
-    from convlens.runtime import choose_device, describe_machine
 
     recipe, dataset, config = experiment.recipe, experiment.dataset, experiment.config
     channels, height, width = dataset.shape
@@ -74,9 +73,8 @@ def describe_experiment(experiment: Experiment) -> None:
     say(f"recipe  {recipe.name}: {length} of {steps} train batches of {recipe.batch_size}, {tests} test batches")
     threads = count(machine["threads"], "thread")
     say(f"on      {machine['device_name']}, {threads}, {recipe.precision}")
-    now = describe_machine(choose_device(recipe.device))
-    if differing := [key for key, value in machine.items() if now.get(key) != value]:
-        say(f"        this run was started elsewhere (other {', '.join(differing)}): the last digits may differ")
+    for change in config.get("resumed", []):
+        say(f"        since it was started, another {change}: the last digits may differ")
     say(f"run     {experiment.folder.path}")
 
 

@@ -19,7 +19,7 @@ from convlens.evaluation.metrics import compute_logits
 from convlens.experiment import refuse_inside_data
 from convlens.reporting.plots import draw_images
 from convlens.runfolder import write_json, write_names
-from convlens.runtime import choose_device, derive_seed, seed_global
+from convlens.runtime import callers_state_kept, choose_device, derive_seed, seed_global, use_threads
 from convlens.training.engine import fit
 from convlens.training.nets import describe_net, make_net
 from convlens.training.recipe import Recipe
@@ -181,26 +181,32 @@ def predict_unseen(dataset: Dataset, everything: Split, recipe: Recipe) -> Tenso
     fold = deal_out(everything.labels, dataset.classes, FOLDS)
     device = choose_device(recipe.device)
     probabilities = torch.zeros(len(everything), len(dataset.classes))
-    for number in range(FOLDS):
-        unseen = (fold == number).nonzero().squeeze(1)
-        train = everything.take((fold != number).nonzero().squeeze(1))
-        part = dataclasses.replace(dataset, train=train, test=train.take(torch.arange(0)), validation=None)
-        preprocess = Preprocess.measure(train.images, dataset.style)
-        with torch.random.fork_rng():
+    with callers_state_kept():
+        use_threads(recipe.threads)
+        for number in range(FOLDS):
+            unseen = (fold == number).nonzero().squeeze(1)
+            train = everything.take((fold != number).nonzero().squeeze(1))
+            part = dataclasses.replace(dataset, train=train, test=train.take(torch.arange(0)), validation=None)
+            preprocess = Preprocess.measure(train.images, dataset.style)
             seed_global(derive_seed(recipe.seed, number), device)
             net = make_net(describe_net(recipe, part), part, preprocess)
             for _ in fit(net, part, recipe, preprocess=preprocess, show_progress=True):
                 pass
-        logits = compute_logits(net, everything.images[unseen], preprocess.normaliser())
-        probabilities[unseen] = logits.softmax(dim=1).cpu()
+            logits = compute_logits(net, everything.images[unseen], preprocess.normaliser())
+            probabilities[unseen] = logits.softmax(dim=1).cpu()
     return probabilities
+
+
+def check_new(path: Path, data: Any, flag: str) -> None:
+    """Raise UsageError if ``path``, given with ``flag``, exists already or lies in the folder of the data."""
+    if path.exists():
+        raise UsageError(f"{path} exists already; choose another name for {flag}")
+    refuse_inside_data(path, data, flag)
 
 
 def write_findings(findings: Findings, dataset: Dataset, to: Path) -> None:
     """Write ``doctor.json`` and contact sheets of suspects and copies into a new folder; UsageError if it exists."""
-    if to.exists():
-        raise UsageError(f"{to} exists already; choose another place with --to")
-    refuse_inside_data(to, dataset, "--to")
+    check_new(to, dataset, "--to")
     everything, splits = merge(dataset)
     row = {name_image(split, image): i for i, (split, image) in enumerate(zip(splits, everything.ids, strict=True))}
     if findings.suspects:
@@ -225,9 +231,7 @@ def short(name: str) -> str:
 
 def write_list(findings: Findings, dataset: Dataset, file: Path) -> int:
     """Write what had better not be trained on, a name and a reason a line; return how many. UsageError if it exists."""
-    if file.exists():
-        raise UsageError(f"{file} exists already; choose another name for --list")
-    refuse_inside_data(file, dataset, "--list")
+    check_new(file, dataset, "--list")
     reasons = findings.to_remove()
     write_names(file, reasons)
     return len(reasons)

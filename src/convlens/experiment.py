@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -110,9 +110,8 @@ class Experiment:
 
         channels = start.preprocess.channels if start is not None else 0
         loaded = load_dataset(data, image_size=settled.image_size, channels=channels, allow_unreadable=allow_unreadable)
-        excluded = read_names(exclude) if exclude is not None else []
-        if excluded:
-            loaded = loaded.without(excluded)
+        if exclude is not None:
+            loaded = loaded.without(read_names(exclude))
         if settled.image_size not in (0, loaded.shape[1]):
             raise UsageError(f"--image-size is for folders; {loaded.name} has images of {loaded.shape[1]} pixels")
         if allowed is not None:
@@ -142,16 +141,24 @@ class Experiment:
             config["init"] = {"from": origin, "tensors": adopt_weights(net, start)}
         folder = RunFolder.create(out, dataset.name)
         write_split(folder, dataset)
-        if excluded:
-            write_names(folder.excluded, dict.fromkeys(excluded, ""))
+        if loaded.left_out:
+            write_names(folder.excluded, dict.fromkeys(loaded.left_out, ""))
         write_json(folder.config, config)  # last: with it, the folder is a run that can be resumed
         return cls(folder, config, settled, dataset, preprocess, net)
 
     @classmethod
-    def resume(cls, path: str | Path, data: Any = None, *, allow_unreadable: bool = False) -> Experiment:
+    def resume(
+        cls,
+        path: str | Path,
+        data: Any = None,
+        *,
+        allow_unreadable: bool = False,
+        accept_changes: bool = False,
+    ) -> Experiment:
         """Set up the unfinished training in a run folder to go on; UsageError if it is finished or data changed.
 
-        ``data`` is what it was trained on, where that is not on disk.
+        ``data`` is what it was trained on, where that is not on disk. Where this machine would compute other digits
+        than the one that it was started on, UsageError says so, unless ``accept_changes``; config.json records them.
         """
         folder = RunFolder.open(path)
         config = folder.read_config()
@@ -165,7 +172,7 @@ class Experiment:
             raise ConvlensError(f"{folder.config} is damaged: {error!r}") from None
         if data is None and recorded["source"] is None:
             raise UsageError(f"the data of {path} were objects in memory; only data on disk can be resumed")
-        use_threads(min(recipe.threads, available_cores()))
+        changes = list_changes(path, config, accept=accept_changes)
         loaded = load_recorded(
             recorded,
             data,
@@ -181,6 +188,10 @@ class Experiment:
         dataset = loaded.with_validation(recipe.validation, recipe.seed)
         torch.manual_seed(recipe.seed)  # the first weights again, should no checkpoint have been written yet
         net = make_net(model, dataset, preprocess)
+        if new := [change for change in changes if change not in config.get("resumed", [])]:
+            config["resumed"] = [*config.get("resumed", []), *new]
+            with folder.claimed():
+                write_json(folder.config, config)
         if "init" in config and not any(folder.checkpoint.glob("*.json")):
             adopt_weights(net, load_bundle(find_bundle(config["init"]["from"])))
         return cls(folder, config, recipe, dataset, preprocess, net)
@@ -190,21 +201,29 @@ class Experiment:
     ) -> Iterator[EpochRecord]:
         """Train; yield one record an epoch (those of an interrupted run first), keeping ``metrics.csv`` up to date."""
         records: list[EpochRecord] = []
-        for record in fit(
-            self.net,
-            self.dataset,
-            self.recipe,
-            preprocess=self.preprocess,
-            store=CheckpointStore(self.folder.checkpoint),
-            should_stop=should_stop,
-            show_progress=show_progress,
-        ):
-            records.append(record)
-            write_metrics(self.folder, records, watched=self.recipe.watch_test)
-            yield record
+        with self.folder.claimed():
+            for record in fit(
+                self.net,
+                self.dataset,
+                self.recipe,
+                preprocess=self.preprocess,
+                store=CheckpointStore(self.folder.checkpoint),
+                should_stop=should_stop,
+                show_progress=show_progress,
+            ):
+                records.append(record)
+                write_metrics(self.folder, records, watched=self.recipe.watch_test)
+                yield record
 
     def finish(self) -> Run:
         """Measure the test split, once; write bundle, ``test.json``, ``predictions.csv``, plots and report."""
+        with self.folder.claimed():
+            if not self.folder.report.exists():  # else another process has finished it
+                self._finish()
+        return Run(self.folder.path)
+
+    def _finish(self) -> None:
+        """Do what :meth:`finish` says."""
         dataset, folder = self.dataset, self.folder
         records = folder.read_metrics()
         model = {key: self.config["model"][key] for key in ("name", "arguments")}
@@ -233,7 +252,6 @@ class Experiment:
         write_json(folder.test, test)
         self._draw(records, test, probabilities)
         write_report(folder)  # last: its presence says that the training is finished
-        return Run(folder.path)
 
     def _draw(self, records: list[dict[str, float | None]], test: dict[str, Any], probabilities: Tensor) -> None:
         """Draw every plot of the run."""
@@ -309,6 +327,26 @@ def refuse_inside_data(out: str | Path | None, data: Any, flag: str = "--out") -
     target = Path(out) if out is not None else Path("runs")
     if target.resolve().is_relative_to(Path(data).resolve()):
         raise UsageError(f"{target} would be written into the data in {data}; choose a place outside with {flag}")
+
+
+def list_changes(path: str | Path, config: Mapping[str, Any], *, accept: bool) -> list[str]:
+    """Return what is not as it was when the run of ``config`` was started, of what decides the last digits.
+
+    It computes with that run's threads from here on, if there are as many. Raises UsageError that names the changes of
+    ``path`` unless they are accepted.
+    """
+    names = {"device_name": "processor", "threads": "number of threads", "torch": "version of PyTorch"}
+    use_threads(min(config["recipe"]["threads"], available_cores()))
+    was, now = config.get("machine", {}), describe_machine(choose_device(config["recipe"]["device"]))
+    changes = [f"{name} ({was.get(key)}, now {now[key]})" for key, name in names.items() if was.get(key) != now[key]]
+    if config.get("convlens") != (own := version("convlens")):
+        changes.append(f"version of convlens ({config.get('convlens')}, now {own})")
+    if changes and not accept:
+        raise UsageError(
+            f"{path} was started with other {'; '.join(changes)}: what comes of it would not be what one "
+            "uninterrupted training gives; go on all the same with --accept-changes"
+        )
+    return changes
 
 
 def recipe_of_model(bundle: Bundle) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def describe_data(dataset: Dataset, fingerprint: str) -> dict[str, Any]:
         "note": dataset.note,
         "unreadable": list(dataset.unreadable),
         "fold": list(dataset.fold) if dataset.fold else None,
-        "left_out": dataset.left_out,
+        "left_out": len(dataset.left_out),
         "fingerprint": fingerprint,
         "test_fingerprint": dataset.test.fingerprint(),
     }

@@ -7,12 +7,18 @@ import csv
 import json
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from convlens.errors import ConvlensError, UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 class RunFolder:
@@ -74,6 +80,28 @@ class RunFolder:
             raise UsageError(f"{path} is not a run folder: it has no config.json")
         return run
 
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other processes from training in this folder inside the block; UsageError if one does already.
+
+        The system itself gives the folder free when a process dies, however it dies. Windows and some network folders
+        have no such claim.
+        """
+        if fcntl is None:
+            yield
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"another process is training in {self.path}; wait for it, or stop it") from None
+            except OSError:  # a file system that knows no claims
+                pass
+            yield
+        finally:
+            os.close(descriptor)
+
     def read_config(self) -> dict[str, Any]:
         """Return the run's ``config.json``."""
         return read_json(self.config)
@@ -84,6 +112,7 @@ class RunFolder:
             return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
 
 
+LARGEST_JSON = 64 << 20  # bytes; a checkpoint of 10,000 epochs has 3 MB
 ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}  # in lists of names
 
 
@@ -114,7 +143,7 @@ def replacing(path: Path) -> Iterator[Path]:
     The content is on disk (fsync of file and folder) before the name points to it, so a crash leaves the old
     file or the new one, never half of one. A full or read-only disk raises ConvlensError naming the file.
     """
-    temporary = None
+    temporary, outcome = None, "nothing was changed"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
@@ -126,9 +155,10 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner reads
         sync(temporary)
         os.replace(temporary, path)
+        outcome = "it is there, but may not outlast a power failure"
         sync(path.parent)
     except OSError as error:
-        raise ConvlensError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
+        raise ConvlensError(f"cannot write {path}: {error.strerror or error}; {outcome}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -153,7 +183,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` as readable JSON, atomically."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # a file's name that is no UTF-8 becomes an escape of JSON, and is the same name again when it is read
+    write_text(path, text.encode("utf-8", errors="backslashreplace").decode("utf-8"))
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -168,9 +200,16 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; ConvlensError names the file if it is missing or not one."""
+    """Read a JSON object; ConvlensError names the file if it is missing, too large or not one."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST_JSON:
+            raise ValueError(f"it is no file of at most {LARGEST_JSON >> 20} MiB")
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except FileNotFoundError:
         raise ConvlensError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:

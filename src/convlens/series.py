@@ -15,10 +15,10 @@ from convlens.data.dataset import Dataset
 from convlens.data.folds import deal_out, merge, take_fold
 from convlens.errors import UsageError
 from convlens.evaluation.metrics import wilson_interval
-from convlens.experiment import Experiment, data_name, refuse_inside_data
+from convlens.experiment import Experiment, data_name, list_changes, refuse_inside_data
 from convlens.record import command_line
 from convlens.run import Run
-from convlens.runfolder import RunFolder, read_json, write_json
+from convlens.runfolder import RunFolder, read_json, read_names, write_json
 from convlens.runtime import callers_state_kept
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import default_recipe, get_recipe
@@ -34,6 +34,7 @@ class Series:
     plan: dict[str, Any]  # what series.json says: kind, names of the runs, how each is trained
     data: Dataset
     first: Experiment | None = None  # that is set up already
+    accept_changes: bool = False  # of the machine since its runs were started
 
     @classmethod
     def create(
@@ -45,6 +46,7 @@ class Series:
         folds: int = 0,
         out: str | Path | None = None,
         allow_unreadable: bool = False,
+        exclude: str | Path | None = None,
         **overrides: Any,
     ) -> Series:
         """Plan ``seeds`` runs with seeds from ``overrides["seed"]`` (0) on, or one run for each of ``folds`` folds.
@@ -63,6 +65,8 @@ class Series:
             recipe = get_recipe(recipe) if recipe is not None else default_recipe(data_name(data))
         settled = recipe.override(**overrides)
         dataset = load_dataset(data, image_size=settled.image_size, allow_unreadable=allow_unreadable)
+        if exclude is not None:
+            dataset = dataset.without(read_names(exclude))
         refuse_inside_data(out, dataset)
         if folds:
             deal_out(merge(dataset)[0].labels, dataset.classes, folds)
@@ -72,6 +76,7 @@ class Series:
             "seed": settled.seed,
             "image_size": settled.image_size,
             "data": dataset.source,
+            "excluded": list(dataset.left_out),
             "fingerprint": dataset.fingerprint(),
             "recipe": dataclasses.asdict(recipe),
             "overrides": {name: value for name, value in overrides.items() if name != "seed"},
@@ -89,10 +94,17 @@ class Series:
         return series
 
     @classmethod
-    def resume(cls, path: str | Path, data: Any = None, *, allow_unreadable: bool = False) -> Series:
+    def resume(
+        cls,
+        path: str | Path,
+        data: Any = None,
+        *,
+        allow_unreadable: bool = False,
+        accept_changes: bool = False,
+    ) -> Series:
         """Set up an unfinished series to go on; ``data`` names what was trained on, if it is not on disk.
 
-        Raises UsageError if it is finished or the data have changed.
+        Raises UsageError if it is finished, the data have changed, or as Experiment.resume does.
         """
         plan = read_json(Path(path) / PLAN)
         if (Path(path) / SUMMARY).exists():
@@ -102,9 +114,14 @@ class Series:
             raise UsageError(f"the data of {path} were objects in memory; only data on disk can be resumed")
         allowed = allow_unreadable or plan["allow_unreadable"]
         dataset = load_dataset(source, image_size=plan["image_size"], allow_unreadable=allowed)
+        if not dataset.left_out:
+            dataset = dataset.without(plan["excluded"])
         if dataset.fingerprint() != plan["fingerprint"]:
             raise UsageError(f"the data of {path} have changed since it was started; train anew")
-        return cls(Path(path), plan, dataset)
+        first = RunFolder(Path(path) / plan["runs"][0])
+        if first.config.is_file():  # the runs to come are to be what the first one is
+            list_changes(path, first.read_config(), accept=accept_changes)
+        return cls(Path(path), plan, dataset, accept_changes=accept_changes)
 
     @staticmethod
     def is_one(path: str | Path) -> bool:
@@ -113,10 +130,11 @@ class Series:
 
     def experiments(self) -> Iterator[Experiment]:
         """Yield what is still to be trained, one after another: new runs, and those that were interrupted."""
-        for number, name in enumerate(self.plan["runs"]):
-            if not RunFolder(self.folder / name).report.exists():
-                first, self.first = self.first, None
-                yield first or self.make(number)
+        with RunFolder(self.folder).claimed():
+            for number, name in enumerate(self.plan["runs"]):
+                if not RunFolder(self.folder / name).report.exists():
+                    first, self.first = self.first, None
+                    yield first or self.make(number)
 
     def make(self, number: int) -> Experiment:
         """Set up run ``number`` (from 0), or set up to go on what there is of it."""
@@ -127,7 +145,7 @@ class Series:
         else:
             seed += number
         if run.config.is_file():
-            return Experiment.resume(run.path, data)
+            return Experiment.resume(run.path, data, accept_changes=self.accept_changes)
         if run.path.exists():  # interrupted before there was anything to go on with
             shutil.rmtree(run.path)
         recipe = Recipe.from_json(self.plan["recipe"])

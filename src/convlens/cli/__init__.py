@@ -46,6 +46,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, leave)
     try:
         code = app(arguments, standalone_mode=False)
+        sys.stdout.flush()
         raise SystemExit(code if isinstance(code, int) else 0)
     except ConvlensError as error:
         fail(error, str(error), error.exit_code, debug=debug)
@@ -55,6 +56,9 @@ def main() -> None:
         fail(error, error.format_message(), 2, debug=debug)
     except (KeyboardInterrupt, typer.Abort) as error:
         fail(error, "interrupted", 130, debug=debug)
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has enough; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None  # as click does
     except (OSError, MemoryError) as error:
         fail(error, str(error) or "out of memory", 1, debug=debug)
     except Exception as error:

@@ -11,7 +11,6 @@ import typer
 
 from convlens.cli.app import check_new_png, data_app
 from convlens.console import describe_findings, first_line, print_table
-from convlens.errors import UsageError
 
 
 @data_app.command("list")
@@ -31,7 +30,9 @@ def data_info(
     data: Annotated[str, typer.Argument(help="A data set by name, a folder of class folders, or a .npz file.")],
     to: Annotated[Path | None, typer.Option(help="File for the sample grid, instead of DATA-samples.png.")] = None,
     image_size: Annotated[int, typer.Option(min=0, help="Side that a folder's images are fitted to.")] = 0,
-    allow_unreadable: Annotated[bool, typer.Option(help="Skip unreadable files, however many.")] = False,
+    allow_unreadable: Annotated[
+        bool, typer.Option("--allow-unreadable", help="Skip unreadable files, however many.")
+    ] = False,
 ) -> None:
     """Count a data set's images by class, and write a grid of samples as PNG.
 
@@ -93,12 +94,12 @@ def data_doctor(
       convlens train mnist --exclude remove.txt
     """
     from convlens.data.catalog import load_dataset
-    from convlens.doctor import examine, write_findings, write_list
+    from convlens.doctor import check_new, examine, write_findings, write_list
     from convlens.runtime import use_threads
 
-    for path in (to, list_file):
-        if path is not None and path.exists():
-            raise UsageError(f"{path} exists already; choose another name")
+    for name, path in (("--to", to), ("--list", list_file)):
+        if path is not None:
+            check_new(path, data, name)
     use_threads()
     dataset = load_dataset(data, image_size=image_size, allow_unreadable=True)
     findings = examine(dataset, labels=labels)

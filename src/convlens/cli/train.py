@@ -69,9 +69,22 @@ def train(
         str | None, typer.Option(help="Time for all of it, such as 60s or 5m: what fits is chosen.")
     ] = None,
     exclude: Annotated[Path | None, typer.Option(help="Leave out the images that this file names.")] = None,
-    seeds: Annotated[int, typer.Option(min=0, help="Train so many seeds, and report mean and spread.")] = 0,
-    folds: Annotated[int, typer.Option(min=0, help="Cross-validate: as many runs, each tested on its part.")] = 0,
-    allow_unreadable: Annotated[bool, typer.Option(help="Skip unreadable files, however many.")] = False,
+    seeds: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", show_default=False, help="Train so many seeds, and report mean and spread."),
+    ] = 0,
+    folds: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="K", show_default=False, help="Cross-validate: as many runs, each tested on its part."
+        ),
+    ] = 0,
+    allow_unreadable: Annotated[
+        bool, typer.Option("--allow-unreadable", help="Skip unreadable files, however many.")
+    ] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="With --resume: go on although machine or versions are others.")
+    ] = False,
     **overrides: Any,
 ) -> None:
     """Train a classifier on DATA, test it once, and write everything into a run folder.
@@ -94,10 +107,12 @@ def train(
         raise UsageError("name the data to train on, or a run to --resume, one of the two")
     if resume is not None and (overrides or recipe or config or out or init or budget or seeds or folds or exclude):
         raise UsageError("--resume goes on with the run's own recipe; it takes no other option")
+    if accept_changes and resume is None:
+        raise UsageError("--accept-changes goes with --resume")
     if recipe is not None and config is not None:
         raise UsageError("give --recipe or --config, not both")
-    if (seeds or folds) and (init or budget or exclude):
-        raise UsageError("--seeds and --folds take no --init, --budget or --exclude")
+    if (seeds or folds) and (init or budget):
+        raise UsageError("--seeds and --folds take no --init and no --budget")
     from convlens.experiment import Experiment
     from convlens.series import Series
 
@@ -107,18 +122,17 @@ def train(
 
         values = read_json(config)
         chosen = Recipe.from_json(values.get("recipe", values))
+    allowed = {"allow_unreadable": allow_unreadable, "accept_changes": accept_changes}
     if resume is not None and Series.is_one(resume):
-        run_series(Series.resume(resume, allow_unreadable=allow_unreadable))
+        run_series(Series.resume(resume, **allowed))
     elif resume is not None:
-        run_experiment(Experiment.resume(resume, allow_unreadable=allow_unreadable))
-    elif seeds or folds:
-        plan: dict[str, Any] = {"seeds": seeds, "folds": folds, "out": out, "allow_unreadable": allow_unreadable}
-        run_series(Series.create(data, chosen, **plan, **overrides))
+        run_experiment(Experiment.resume(resume, **allowed))
     else:
-        single: dict[str, Any] = {"out": out, "init": init, "budget": budget, "exclude": exclude}
-        run_experiment(
-            Experiment.create(data, chosen, started=STARTED, allow_unreadable=allow_unreadable, **single, **overrides)
-        )
+        given: dict[str, Any] = {"out": out, "allow_unreadable": allow_unreadable, "exclude": exclude, **overrides}
+        if seeds or folds:
+            run_series(Series.create(data, chosen, seeds=seeds, folds=folds, **given))
+        else:
+            run_experiment(Experiment.create(data, chosen, started=STARTED, init=init, budget=budget, **given))
 
 
 def run_series(series: Series) -> None:

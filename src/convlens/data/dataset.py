@@ -70,7 +70,7 @@ class Dataset:
     note: str  # how the splits came about, for people
     unreadable: tuple[str, ...] = ()  # files that were skipped
     fold: tuple[int, int] | None = None  # (3, 5): the test split is the third of five folds of all images
-    left_out: int = 0  # images that were there, and were excluded on request
+    left_out: tuple[str, ...] = ()  # names of images that were there, and were excluded on request
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -90,6 +90,8 @@ class Dataset:
         Raises UsageError if a name is of no image, or too little is left to train or to test.
         """
         asked = set(names)
+        if not asked:
+            return self
         left = set(asked)
         parts: dict[str, Split | None] = {"train": self.train, "validation": self.validation, "test": self.test}
         for name, split in self.splits.items():
@@ -104,7 +106,7 @@ class Dataset:
         if not parts["test"]:
             raise UsageError(f"{self.name}: no test image is left")
         note = f"{self.note}; {len(asked):,} images left out on request"
-        return replace(self, **parts, note=note, left_out=len(asked))  # type: ignore[arg-type]
+        return replace(self, **parts, note=note, left_out=tuple(sorted({*self.left_out, *asked})))  # type: ignore[arg-type]
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of all pixels and labels: equal if and only if the data are equal."""

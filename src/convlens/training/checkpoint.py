@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -18,6 +22,7 @@ from convlens.shipping.bundle import write_tensors
 from convlens.training.optim import WeightAverage
 from convlens.training.optimizers import Optimizer
 
+FORMAT = 2
 KEPT = 2
 
 
@@ -51,48 +56,80 @@ class TrainState:
     records: list[EpochRecord] = field(default_factory=list)
     best_epoch: int = 0  # 0: none yet
     finished: bool = False
+    parts: int = 1  # in which a batch goes through the net: more than one once memory has run out
 
 
 class CheckpointStore:
     """A folder of checkpoints, the last two of them kept.
 
     Each is a safetensors file named after its step, and a JSON file of the same name with the small state and the
-    SHA-256 of the tensors, which is written last: without it the tensors do not count. Whatever moment the power
-    fails at, a whole checkpoint is there.
+    SHA-256 of both, which is written last: without it the tensors do not count. Whatever moment the power fails
+    at, a whole checkpoint is there; one bit that is not what was written, and it is known for damaged.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._damaged: set[str] = set()
 
     def save(self, state: TrainState, tensors: Mapping[str, Tensor]) -> None:
         """Write a checkpoint; ConvlensError leaves the older ones as they were."""
         path = self.folder / f"step-{state.step:08d}.safetensors"
-        sha256 = write_tensors(path, tensors)
-        write_json(path.with_suffix(".json"), {"format": 1, "sha256": sha256, "state": asdict(state)})
-        others = [old for old in self._manifests() if old.stem != path.stem]
-        for old in others[KEPT - 1 :]:
-            old.unlink(missing_ok=True)
-            old.with_suffix(".safetensors").unlink(missing_ok=True)
+        values, manifest = asdict(state), path.with_suffix(".json")
+        try:
+            sha256 = seal(write_tensors(path, tensors), values)
+            write_json(manifest, {"format": FORMAT, "sha256": sha256, "state": values})
+        except ConvlensError:
+            if not manifest.exists():  # on a disk that is full, tensors that do not count are in the way
+                path.unlink(missing_ok=True)
+            raise
+        whole = [old for old in self._manifests() if old.stem not in self._damaged]
+        older = [old.stem for old in whole if step_of(old) < state.step]
+        kept = {path.stem, *older[: KEPT - 1]}
+        # with the old ones go damaged ones, and what a crash left half-written
+        with contextlib.suppress(OSError):  # what cannot be cleared away does no harm
+            for file in sorted(self.folder.iterdir(), key=lambda file: file.suffix != ".json"):  # manifests first
+                if re.match(r"\.?step-\d{8}\.", file.name) and file.stem not in kept:
+                    file.unlink(missing_ok=True)
 
     def load(self) -> tuple[TrainState, dict[str, Tensor]] | None:
         """Return the newest whole checkpoint, None if there is none yet.
 
-        One that is damaged is announced on standard error and the one before it taken; ConvlensError if all are.
+        One that is damaged is announced on standard error, with what it costs, and the one before it taken;
+        ConvlensError if all are.
         """
-        damage: ConvlensError | None = None
+        damage: list[tuple[Path, ConvlensError]] = []
+        self._damaged.clear()
         for manifest in self._manifests():
             try:
-                return read_checkpoint(manifest)
+                found = read_checkpoint(manifest)
             except ConvlensError as error:
-                damage = error
-                print(f"convlens: {error}; going on from the checkpoint before it", file=sys.stderr)
-        if damage is not None:
-            raise damage
+                damage.append((manifest, error))
+                self._damaged.add(manifest.stem)
+                continue
+            for path, why in damage:
+                lost = step_of(path) - found[0].step
+                print(
+                    f"convlens: {why}; going on from step {found[0].step}: {lost} steps are done again",
+                    file=sys.stderr,
+                )
+            return found
+        if damage:
+            raise ConvlensError(f"{damage[0][1]}; no whole checkpoint is left: train anew")
         return None
 
     def _manifests(self) -> list[Path]:
         """Return the JSON files of the checkpoints, newest first."""
-        return sorted(self.folder.glob("step-*.json"), reverse=True)
+        return sorted(self.folder.glob("step-????????.json"), reverse=True)
+
+
+def seal(sha256: str, state: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a checkpoint as a whole, from that of its tensors' file and its state."""
+    return hashlib.sha256(f"{sha256} {json.dumps(state, sort_keys=True)}".encode()).hexdigest()
+
+
+def step_of(path: Path) -> int:
+    """Return the step that a checkpoint is named after."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def read_checkpoint(manifest: Path) -> tuple[TrainState, dict[str, Tensor]]:
@@ -100,10 +137,12 @@ def read_checkpoint(manifest: Path) -> tuple[TrainState, dict[str, Tensor]]:
     path = manifest.with_suffix(".safetensors")
     values = read_json(manifest)
     try:
+        if values["format"] != FORMAT:
+            raise ConvlensError(f"{manifest} is of another version of convlens: format {values['format']}")
         content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != values["sha256"]:
-            raise ConvlensError(f"{path} is damaged: its SHA-256 is not the one that was written")
         state = dict(values["state"])
+        if seal(hashlib.sha256(content).hexdigest(), state) != values["sha256"]:
+            raise ConvlensError(f"the checkpoint {path} is damaged: its SHA-256 is not the one that was written")
         state["records"] = [EpochRecord(**record) for record in state["records"]]
         return TrainState(**state), load_tensors(content)
     except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 
 import torch
@@ -19,6 +19,7 @@ from convlens.evaluation.metrics import Scores, evaluate
 from convlens.progress import Meter
 from convlens.runtime import choose_device
 from convlens.training.checkpoint import CheckpointStore, EpochRecord, TrainState, pack, unpack
+from convlens.training.memory import in_parts
 from convlens.training.optim import (
     WeightAverage,
     learning_rate,
@@ -30,7 +31,7 @@ from convlens.training.optim import (
 from convlens.training.precision import autocast, choose_precision
 from convlens.training.recipe import Recipe
 
-LOOK_EVERY = 20  # steps between looks at the loss, which make an accelerator wait
+LOOK_EVERY = 20  # steps between looks at the figures, which make an accelerator wait
 
 
 def fit(
@@ -46,10 +47,12 @@ def fit(
     """Train ``net`` in place and yield one record an epoch; at the end it holds the weights that were chosen.
 
     ``preprocess`` normalises the images (by default measured on the training images). With a ``store`` every
-    epoch is saved, and training goes on from what the store holds, bit for bit as if it had not been
-    interrupted. When ``should_stop`` says so, the step under way is finished and saved, and Interrupted raised.
-    Raises Diverged when the loss is no longer a number. A caller who stops iterating early is left with the raw
-    weights of that moment. CPU threads are the caller's: ``recipe.threads`` is for :func:`convlens.train`.
+    epoch is saved, and every ``recipe.save_every`` steps, and training goes on from what the store holds, bit for
+    bit as if it had not been interrupted. When ``should_stop`` says so, the step under way is finished and saved,
+    and Interrupted raised. Raises Diverged at the first step whose loss, gradient or BatchNorm statistics are not
+    numbers (accelerators are asked every 20 steps), and nothing of it is saved. A caller who stops iterating early
+    is left with the raw weights of that moment. CPU threads are the caller's: ``recipe.threads`` is for
+    :func:`convlens.train`.
     """
     device = choose_device(recipe.device)
     precision = choose_precision(recipe, device, net, dataset.shape)
@@ -69,13 +72,28 @@ def fit(
     optimizer, average = make_optimizer(net, recipe), WeightAverage(net, recipe.ema)
 
     state, best = TrainState(), dict[str, Tensor]()
+
+    def save() -> None:
+        weights = {f"the weight {k}": v for k, v in net.state_dict().items() if v.is_floating_point()}
+        require_numbers({**weights, "the loss": torch.tensor(state.loss_sum)}, state, recipe)
+        if store is not None:
+            store.save(state, pack(net, optimizer, average, best))
+
+    def forward_backward(images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        with autocast(precision, device):
+            logits = net(images)  # (N, K)
+        loss = compute_loss(logits.float(), labels)
+        (loss * share).backward()  # type: ignore[no-untyped-call]
+        return loss.detach(), logits.detach()
+
     if store is not None and (saved := store.load()):
         state, tensors = saved
         best = unpack(tensors, net, optimizer, average)
         yield from state.records
-    elif store is not None:
-        store.save(state, pack(net, optimizer, average, best))
+    else:
+        save()
 
+    check_every = 1 if device.type == "cpu" else LOOK_EVERY
     begun = time.perf_counter() - state.elapsed
     total = recipe.total_steps(len(batches), state.step, state.elapsed)
     while state.step < total and not state.finished:
@@ -95,11 +113,9 @@ def fit(
                 if recipe.small_size and state.step < recipe.small_share * total:
                     images = shrink(images, recipe.small_size)
                 lr = learning_rate(recipe, state.step, total, len(batches))
-                with autocast(precision, device):
-                    logits = net(images)  # (N, K)
-                loss = compute_loss(logits.float(), labels)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss, logits, state.parts = in_parts(forward_backward, optimizer.zero_grad, images, labels, state.parts)
+                if state.step % check_every == 0:
+                    require_numbers_of(loss, net, state, recipe)
                 clip()
                 optimizer.step(lr)
                 average.update(state.step)
@@ -109,22 +125,20 @@ def fit(
                 total = recipe.total_steps(len(batches), state.step, state.elapsed)
                 tally.add(loss, logits, labels)
                 if state.step % LOOK_EVERY == 0:
-                    tally.check(state, recipe)
                     left = state.seconds / state.step * (total - state.step)
                     told = f"{tally.describe(state.seconds - before)}  {left:,.0f} s left in all"
                     meter.update(index + 1 - first - meter.done, told)
                 if state.step >= total or (stopped := should_stop()):
                     break
-        tally.check(state, recipe)
+                if recipe.save_every and state.step % recipe.save_every == 0 and index + 1 < len(batches):
+                    tally.store_into(state)
+                    save()
         state.seconds = time.perf_counter() - started
         state.elapsed = time.perf_counter() - begun
         total = recipe.total_steps(len(batches), state.step, state.elapsed)
-        if not all(bool(value.isfinite().all()) for value in net.state_dict().values()):
-            raise diverged("a weight", state, recipe)
         tally.store_into(state)
         if stopped and state.step < total and state.step < (epoch + 1) * len(batches):  # in the middle of an epoch
-            if store is not None:
-                store.save(state, pack(net, optimizer, average, best))
+            save()
             raise Interrupted(f"stopped at {describe_place(recipe, state.step, total)}")
 
         scores: dict[str, Scores] = {}
@@ -147,8 +161,7 @@ def fit(
         state.elapsed = time.perf_counter() - begun
         total = recipe.total_steps(len(batches), state.step, state.elapsed)
         state.finished = 0 < recipe.patience <= record.epoch - state.best_epoch and "val" in scores
-        if store is not None:
-            store.save(state, pack(net, optimizer, average, best))
+        save()
         yield record
 
     net.load_state_dict({**net.state_dict(), **average.weights, **best})
@@ -204,10 +217,20 @@ class Tally:
         loss, correct, seen = self._sums.tolist()
         state.loss_sum, state.correct, state.seen = loss, int(correct), int(seen)
 
-    def check(self, state: TrainState, recipe: Recipe) -> None:
-        """Raise Diverged if the loss is not a number any more."""
-        if not math.isfinite(self._sums[0].item()):
-            raise diverged("the loss", state, recipe)
+
+def require_numbers_of(loss: Tensor, net: nn.Module, state: TrainState, recipe: Recipe) -> None:
+    """Raise Diverged unless loss, gradients and buffers (BatchNorm's statistics) are numbers, after a backward pass."""
+    gradients = {f"the gradient of {name}": p.grad for name, p in net.named_parameters() if p.grad is not None}
+    statistics = {f"the buffer {name}": b for name, b in net.named_buffers() if b.is_floating_point()}
+    require_numbers({"the loss": loss, **gradients, **statistics}, state, recipe)
+
+
+def require_numbers(values: Mapping[str, Tensor], state: TrainState, recipe: Recipe) -> None:
+    """Raise Diverged that names the first of ``values`` that is not made of numbers."""
+    largest = torch._foreach_norm([value for value in values.values() if value.numel()], ord=math.inf)
+    if not bool(torch.stack(largest).isfinite().all()):
+        name = next(name for name, value in values.items() if not bool(value.isfinite().all()))
+        raise diverged(name, state, recipe)
 
 
 def describe_place(recipe: Recipe, step: int, total: int) -> str:

@@ -48,6 +48,7 @@ class Recipe:
         0, "side in pixels that images have in the first part of the training; 0: always whole", low=0
     )
     small_share: float = option(0.5, "share of the training that --small-size is for", low=0)
+    save_every: int = option(0, "save every so many steps too; 0: after each epoch only", low=0)
     balance: bool = option(False, "show every class as often as the others, however many images it has")
     # objective and optimizer
     loss: str = option("cross-entropy", "loss function", choices=("cross-entropy", "nll"))
