@@ -405,10 +405,9 @@ def bad_sparse_map() -> bytes:
         gzip.compress(b"not a tar" * 100),
         archive({"a.bin": b"A" * 5000})[:60],
         gzip.compress(archive({"a.bin": b"A" * 5000}, "w")[:3000]),
-        archive({"a.bin": b"A"}, "w"),
         bad_sparse_map(),
     ],
-    ids=["empty", "text", "empty-gzip", "no-tar", "cut", "cut-inside", "not-gzipped", "sparse-map"],
+    ids=["empty", "text", "empty-gzip", "no-tar", "cut", "cut-inside", "sparse-map"],
 )
 def test_a_bad_archive_is_named(content: bytes, tmp_path: Path) -> None:
     path = put(tmp_path / "a.tar.gz", content)

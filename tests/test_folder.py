@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from convlens.data import folder as folder_module
+from convlens.data import preprocess
 from convlens.data.catalog import load_dataset
 from convlens.data.dataset import Dataset
 from convlens.data.folder import load_folder, scan
@@ -385,7 +386,7 @@ def test_the_pixels_stay_with_their_names_when_files_are_skipped(root: Path) -> 
 def test_a_picture_of_too_many_pixels_is_unreadable(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(root, "a", "b")
     paint(root / "a" / "bomb.png", size=(40, 40))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr(preprocess, "LARGEST", 1000)
     dataset = load_folder(root, allow_unreadable=True)
     assert dataset.unreadable == ("a/bomb.png has too many pixels (over 1,000)",)
 
@@ -422,9 +423,18 @@ def test_an_empty_folder(root: Path) -> None:
     assert str(caught.value) == message
 
 
-def test_empty_class_folders_are_no_classes(root: Path) -> None:
-    fill(root, "a", "b")
-    (root / "c").mkdir()
+@pytest.mark.parametrize("split", ["", "train"])
+def test_an_empty_class_folder_is_named(split: str, root: Path) -> None:
+    fill(root / split, "a", "b")
+    (root / split / "c" / ".hidden").mkdir(parents=True)
+    with pytest.raises(UsageError, match="the class folder '(train/)?c' is empty; put images into it, or remove it$"):
+        load_folder(root)
+
+
+def test_a_test_split_may_lack_a_class(root: Path) -> None:
+    fill(root / "train", "a", "b")
+    fill(root / "test", "a")
+    (root / "test" / "b").mkdir()
     assert load_folder(root).classes == ("a", "b")
 
 
@@ -591,7 +601,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
         def fail(*_: object, **__: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(np, "save", fail)
+        monkeypatch.setattr(np.lib.format, "write_array_header_1_0", fail)
     else:
         cache.write_text("")
     for _ in range(2):

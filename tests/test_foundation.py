@@ -39,6 +39,12 @@ def leftovers(folder: Path) -> list[str]:
 # errors and registry
 
 
+def test_a_message_is_one_line_of_bearable_length() -> None:
+    assert str(ConvlensError("a\nb\r\nc")) == "a\\nb\\r\\nc"
+    message = str(UsageError("start " + "x" * 100_000 + " end"))
+    assert message.startswith("start xxx") and message.endswith("xxx end") and len(message) < 1600
+
+
 @pytest.mark.parametrize(
     ("kind", "code"), [(ConvlensError, 1), (UsageError, 2), (UnknownName, 2), (Diverged, 3), (Interrupted, 130)]
 )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import threading
 import warnings
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 from PIL import Image, ImageDraw, ImageOps
 
+from convlens.data import preprocess
 from convlens.data.preprocess import (
     BadImage,
     Normalise,
@@ -180,18 +182,32 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("side", [9500, 15_000, 60_000], ids=["warned-of", "refused", "far-too-large"])
+@pytest.mark.parametrize("side", [7100, 15_000, 60_000], ids=["large", "larger", "far-too-large"])
 def test_a_decompression_bomb(side: int) -> None:
     with pytest.raises(BadImage) as caught:
         open_image(png_header(side, side))
-    assert str(caught.value) == f"the image has too many pixels (over {Image.MAX_IMAGE_PIXELS:,})"
+    assert str(caught.value) == "the image has too many pixels (over 50,000,000)"
 
 
 def test_an_image_just_below_the_limit_opens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(preprocess, "LARGEST", 100)
     assert open_image(encode(Image.new("L", (10, 10)), "PNG")).size == (10, 10)
     with pytest.raises(BadImage, match=r"too many pixels \(over 100\)"):
         open_image(encode(Image.new("L", (11, 10)), "PNG"))
+
+
+def test_a_jpeg_over_the_limit_is_decoded_at_an_eighth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preprocess, "LARGEST", 1000)
+    assert open_image(encode(Image.new("RGB", (80, 64), (9, 200, 9)), "JPEG")).size == (10, 8)
+    with pytest.raises(BadImage, match="too many pixels"):
+        open_image(encode(Image.new("RGB", (800, 640)), "JPEG"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(BadImage, match="pipe.png is a pipe or a device, not a file$"):
+        open_image(tmp_path / "pipe.png")
 
 
 def test_a_warning_of_pillow_is_no_error_and_not_shown(recwarn: pytest.WarningsRecorder) -> None:
@@ -561,11 +577,22 @@ def test_a_constant_channel_is_normalised_without_infinity() -> None:
     st.booleans(),
 )
 def test_json_round_trip(c: int, h: int, w: int, mean: float, std: float, box: int, by_mass: bool) -> None:
-    preprocess = Preprocess(c, h, w, (mean,) * c, (std,) * c, PictureStyle(box, by_mass))
+    preprocess = Preprocess(c, h, w, (mean,) * c, (std,) * c, PictureStyle(min(box, h, w), by_mass))
     assert Preprocess.from_json(json.loads(json.dumps(preprocess.to_json()))) == preprocess
 
 
-@pytest.mark.parametrize("change", [{"mean": 3}, {"style": None}, {"channels": "x"}, {"std": ["a"]}, {"height": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mean": 3},
+        {"mean": [0.1] * 2},
+        {"width": 0},
+        {"style": None},
+        {"channels": "x"},
+        {"std": ["a"]},
+        {"height": None},
+    ],
+)
 def test_json_of_something_else(change: dict[str, Any]) -> None:
     values = Preprocess(1, 2, 3, (0.5,), (0.5,), MNIST_STYLE).to_json()
     with pytest.raises((KeyError, TypeError, ValueError)):

@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+LONGEST = 1500  # characters of a message; libraries quote whole files
+
 
 class ConvlensError(Exception):
-    """A failure that a person can act on: what happened, to which file or flag, what to do. Exit code 1."""
+    """A failure that a person can act on: what happened, to which file or flag, what to do. Exit code 1.
+
+    It is one line, whatever a library's own message or a file's name brings along.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str):
+        line = message.replace("\r", "\\r").replace("\n", "\\n")
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
 
 
 class UsageError(ConvlensError):

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -46,7 +50,11 @@ SPLIT_NAMES = {
 }
 LARGEST_OWN_SIZE = 64  # images up to this size keep it; larger photos are reduced to it unless --image-size asks
 MOST_UNREADABLE = 0.01
-CACHE_VERSION = 1  # raise when decoding changes, so that old caches are not used
+CACHE_VERSION = 2  # raise when decoding changes, so that old caches are not used
+
+A = TypeVar("A")
+B = TypeVar("B")
+Decoded = tuple[Tensor, dict[int, str]]  # images, uint8 (N, C, H, W), and why others cannot be read, by their place
 
 
 @dataclass(frozen=True)
@@ -71,14 +79,24 @@ def scan(root: Path) -> list[Entry]:
         splits = {root: "all"}
     elif len(set(splits.values())) < len(splits):
         raise UsageError(f"{root} has two folders for one split: {', '.join(sorted(p.name for p in splits))}")
-    entries = []
+    entries: list[Entry] = []
+    empty: list[str] = []
+    closed: list[Path] = []
     for base, split in splits.items():
         for label in (p for p in visible(base) if p.is_dir()):
-            for parent, subfolders, files in os.walk(label):
+            before = len(entries)
+            # a folder that cannot be looked into is an entry itself, so that it is counted and named
+            for parent, subfolders, files in os.walk(label, onerror=lambda error: closed.append(Path(error.filename))):
                 subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
                 for file in sorted(f for f in files if not f.startswith(".")):
                     relative = (Path(parent) / file).relative_to(root).as_posix()
                     entries.append(Entry(split, label.name, relative))
+            entries += [Entry(split, label.name, folder.relative_to(root).as_posix()) for folder in closed]
+            closed.clear()
+            if split in ("train", "all") and len(entries) == before:
+                empty.append(label.relative_to(root).as_posix())
+    if entries and empty:
+        raise UsageError(f"{root}: the class folder {empty[0]!r} is empty; put images into it, or remove it")
     if not entries:
         raise UsageError(f"{root} has no class folders with images: make one folder a class, images inside")
     return entries
@@ -87,7 +105,10 @@ def scan(root: Path) -> list[Entry]:
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's content, or a mark for one that cannot be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait forever
+            return "unreadable: no file"
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         return f"unreadable: {error.strerror}"
 
@@ -95,6 +116,8 @@ def hash_file(path: Path) -> str:
 def inspect(path: Path) -> tuple[int, bool] | None:
     """Return (shorter side in pixels, grey?) from a file's header alone; None if it is no image."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return None
         with Image.open(path, formats=FORMATS) as image:
             return min(image.size), is_grey(image)
     except Exception:  # whatever it is, decoding it will say so
@@ -104,9 +127,11 @@ def inspect(path: Path) -> tuple[int, bool] | None:
 def image_sizes(root: str | Path) -> list[tuple[int, int]]:
     """Return (width, height) of every image file of a folder, from the headers, smallest area first."""
     sizes = []
-    for entry in scan(Path(root)):
-        with contextlib.suppress(Exception), Image.open(Path(root) / entry.path, formats=FORMATS) as image:
-            sizes.append(image.size)
+    for path in (Path(root) / entry.path for entry in scan(Path(root))):
+        with contextlib.suppress(Exception):
+            if path.is_file():
+                with Image.open(path, formats=FORMATS) as image:
+                    sizes.append(image.size)
     return sorted(sizes, key=lambda size: size[0] * size[1])
 
 
@@ -131,21 +156,22 @@ def load_folder(root: str | Path, *, image_size: int = 0, channels: int = 0, all
     root = Path(root).resolve()
     entries = scan(root)
     paths = [root / entry.path for entry in entries]
-    with ThreadPoolExecutor(available_cores()) as pool:
-        hashes = list(track(pool.map(hash_file, paths), "reading files", len(paths)))
-        key = hashlib.sha256(repr((CACHE_VERSION, entries, hashes)).encode()).hexdigest()
-        cache = cache_folder() / "folders" / key[:32]
-        side, planes = settle_form(cache, image_size, channels, lambda: pool.map(inspect, paths))
-        folder = cache / f"{side}-{planes}"
-        if cached := read_cache(folder):
-            images, unreadable = cached
-        else:
-            work = pool.map(lambda entry: decode(root, entry.path, planes, side), entries)
-            decoded = list(track(work, "decoding images", len(paths)))
-            pixels = [d for d in decoded if isinstance(d, Tensor)]
-            images = torch.stack(pixels) if pixels else torch.empty(0, planes, side, side, dtype=torch.uint8)
-            unreadable = {i: d for i, d in enumerate(decoded) if isinstance(d, str)}
-            images = write_cache(folder, images, unreadable)
+    hashes = list(track(by_threads(hash_file, paths), "reading files", len(paths)))
+    key = hashlib.sha256(repr((CACHE_VERSION, entries, hashes)).encode()).hexdigest()
+    cache = cache_folder() / "folders" / key[:32]
+    side, planes = settle_form(cache, image_size, channels, lambda: by_threads(inspect, paths))
+    folder, shape = cache / f"{side}-{planes}", (len(entries), planes, side, side)
+
+    def decode_all() -> Iterator[Tensor | str]:
+        work = by_threads(lambda entry: decode(root, entry.path, planes, side), entries)
+        return track(work, "decoding images", len(entries))
+
+    found = read_cache(folder)
+    if found is None:
+        with contextlib.suppress(OSError):
+            write_cache(folder, decode_all(), shape)
+        found = read_cache(folder) or keep_in_memory(decode_all(), shape)
+    images, unreadable = found
     check_unreadable(root, unreadable, len(entries), allow_unreadable)
     kept = [entry for i, entry in enumerate(entries) if i not in unreadable]
     classes = tuple(sorted({entry.label for entry in entries if entry.split in ("train", "all")}))
@@ -228,35 +254,65 @@ def make_dataset(
     return Dataset(root.name, str(root), classes, train, test, validation, PictureStyle(), note, unreadable)
 
 
-def read_cache(folder: Path) -> tuple[Tensor, dict[int, str]] | None:
+def read_cache(folder: Path) -> Decoded | None:
     """Return the memory-mapped images and the unreadable files of an earlier decoding, if there was one."""
     try:
         unreadable = json.loads((folder / "unreadable.json").read_text(encoding="utf-8"))
         # copy-on-write: PyTorch wants writable memory, and nothing may ever write to the cache
         images = torch.from_numpy(np.load(folder / "images.npy", mmap_mode="c", allow_pickle=False))
-        return images, {int(i): why for i, why in unreadable.items()}
+        return images[: len(images) - len(unreadable)], {int(i): why for i, why in unreadable.items()}
     except (OSError, ValueError, EOFError, AttributeError):
         return None
 
 
-def write_cache(folder: Path, images: Tensor, unreadable: dict[int, str]) -> Tensor:
-    """Store decoded images so that ``folder`` appears whole or not at all; return them memory-mapped.
+def write_cache(folder: Path, decoded: Iterable[Tensor | str], shape: tuple[int, int, int, int]) -> None:
+    """Store decoded images as they come, so that ``folder`` appears whole or not at all; OSError if there is no room.
 
-    Where the cache cannot be written (full, read-only) the images stay in memory.
+    ``shape`` is that of all of them, (N, C, H, W); the last rows stay empty where some cannot be read.
     """
-    temporary = None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
-        np.save(temporary / "images.npy", images.numpy())
+        unreadable: dict[int, str] = {}
+        with open(temporary / "images.npy", "wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for number, image in enumerate(decoded):
+                if isinstance(image, str):
+                    unreadable[number] = image
+                else:
+                    file.write(image.contiguous().numpy().data)
+            file.truncate(file.tell() + len(unreadable) * math.prod(shape[1:]))
         (temporary / "unreadable.json").write_text(json.dumps(unreadable), encoding="utf-8")
         for path in (temporary / "images.npy", temporary / "unreadable.json", temporary):
             sync(path)
-        temporary.rename(folder)
+        if read_cache(folder) is None:  # else another process was first
+            shutil.rmtree(folder, ignore_errors=True)  # it is damaged, if it is there at all
+            with contextlib.suppress(OSError):
+                temporary.rename(folder)
         sync(folder.parent)
-    except OSError:  # another process was first, or there is no room: what is in memory serves as well
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return images
-    cached = read_cache(folder)
-    return images if cached is None else cached[0]
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def keep_in_memory(decoded: Iterable[Tensor | str], shape: tuple[int, int, int, int]) -> Decoded:
+    """Return decoded images, and why others are not, where the cache cannot be written (full, read-only)."""
+    images, unreadable = torch.empty(shape, dtype=torch.uint8), {}
+    for number, image in enumerate(decoded):
+        if isinstance(image, str):
+            unreadable[number] = image
+        else:
+            images[number - len(unreadable)] = image
+    return images[: len(images) - len(unreadable)], unreadable
+
+
+def by_threads(work: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
+    """Yield ``work`` of every item, in order, done by as many threads as there are cores; few results wait."""
+    waiting: deque[Future[B]] = deque()
+    with ThreadPoolExecutor(available_cores()) as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 16 * available_cores():
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
+import os
+import stat
 import threading
 import warnings
 from collections.abc import Mapping
@@ -16,9 +19,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
-from convlens.errors import ConvlensError
+from convlens.errors import ConvlensError, UsageError
 
 Pixels = NDArray[np.uint8]
+LARGEST = 50_000_000  # pixels; Pillow takes 4 bytes for each
+LARGEST_SIDE = 4096  # of the images that a net takes
 # Pillow would hand an EPS to Ghostscript: only formats that it decodes itself
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 
@@ -67,16 +72,20 @@ class PictureStyle:
 def open_image(source: str | Path | bytes) -> Image.Image:
     """Open a file's path or content as a PIL image, fully decoded and turned as its EXIF tag says.
 
-    The format is decided by content. Raises BadImage for what is missing, not an image, cut short, or so large
-    that Pillow warns of a decompression bomb (about 89 million pixels).
+    The format is decided by content. Raises BadImage for what is missing, not an image, cut short, or of more than 50
+    million pixels, which is refused before it is decoded; a JPEG of up to 178 million is decoded at an eighth of its
+    size.
     """
     name = "the image" if isinstance(source, bytes) else str(source)
     try:
         with QUIET:
+            if not isinstance(source, bytes) and not stat.S_ISREG(mode := os.stat(source).st_mode):
+                raise IsADirectoryError if stat.S_ISDIR(mode) else BadImage(f"{name} is a pipe or a device, not a file")
             file = io.BytesIO(source) if isinstance(source, bytes) else source
             with Image.open(file, formats=FORMATS) as image:
-                limit = Image.MAX_IMAGE_PIXELS
-                if limit is not None and image.width * image.height > limit:
+                if image.width * image.height > LARGEST:
+                    image.draft(image.mode, (1, 1))
+                if image.width * image.height > LARGEST:
                     raise Image.DecompressionBombError
                 image.load()
                 return ImageOps.exif_transpose(image)
@@ -87,9 +96,11 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise BadImage(f"{name} is not an image (JPEG, PNG, GIF, WebP, BMP, TIFF or PPM)") from None
     except Image.DecompressionBombError:
-        raise BadImage(f"{name} has too many pixels (over {Image.MAX_IMAGE_PIXELS:,})") from None
+        raise BadImage(f"{name} has too many pixels (over {LARGEST:,})") from None
     except PermissionError:
         raise BadImage(f"{name} cannot be read: permission denied") from None
+    except BadImage:
+        raise
     except Exception as error:  # decoders raise many kinds of error (OSError, SyntaxError, struct.error, ...)
         raise BadImage(f"{name} cannot be decoded: {error or type(error).__name__}") from None
 
@@ -239,8 +250,13 @@ class Preprocess:
 
     @classmethod
     def measure(cls, images: Tensor, style: PictureStyle) -> Preprocess:
-        """Take size and per-channel mean and standard deviation from training images, uint8 (N, C, H, W)."""
+        """Take size and per-channel mean and standard deviation from training images, uint8 (N, C, H, W).
+
+        Raises UsageError for images of more than 4096 pixels a side, which no bundle may ask for.
+        """
         channels, height, width = images.shape[1:]
+        if max(height, width) > LARGEST_SIDE:
+            raise UsageError(f"images of {width} x {height} pixels; nets take at most {LARGEST_SIDE} a side")
         # counting the 256 values is exact, quick, and needs no float copy of the data
         counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(channels)])
         levels = torch.arange(256, dtype=torch.float64) / 255
@@ -270,7 +286,7 @@ class Preprocess:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Preprocess:
         """Rebuild what :meth:`to_json` gave; KeyError, TypeError or ValueError if it is something else."""
-        return cls(
+        made = cls(
             channels=int(values["channels"]),
             height=int(values["height"]),
             width=int(values["width"]),
@@ -278,6 +294,13 @@ class Preprocess:
             std=tuple(float(v) for v in values["std"]),
             style=PictureStyle(int(values["style"]["ink_box"]), bool(values["style"]["centre_by_mass"])),
         )
+        sides = made.channels in (1, 3) and 1 <= made.height <= LARGEST_SIDE and 1 <= made.width <= LARGEST_SIDE
+        # an ink box that is larger than the image cannot be placed in it
+        fits = 0 <= made.style.ink_box <= min(made.height, made.width)
+        finite = all(map(math.isfinite, (*made.mean, *made.std))) and all(std > 0 for std in made.std)
+        if not (sides and fits and finite and len(made.mean) == len(made.std) == made.channels):
+            raise ValueError("its preprocessing makes no sense")
+        return made
 
 
 class Normalise(nn.Module):

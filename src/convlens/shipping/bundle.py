@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
@@ -21,6 +23,7 @@ from convlens.models import create_model
 from convlens.runfolder import RunFolder, read_json, replacing, write_json, write_text
 
 FORMAT = 1
+SIDES = ("channels", "height", "width")
 # how the test split was used: said on the model card and in the report
 UNSEEN = "The test split was measured once, after training; nothing was chosen by it."
 WATCHED = "The test split was measured after every epoch, for the curves; nothing was chosen by it."
@@ -134,14 +137,21 @@ def load_bundle(folder: Path) -> Bundle:
             "upgrade with: pip install --upgrade convlens"
         )
     try:
-        model = config["model"]
+        model, arguments = config["model"], config["model"]["arguments"]
         tensors = read_tensors(folder / WEIGHTS, config["sha256"])
-        net = create_model(model["name"], **model["arguments"])
-        net.load_state_dict(tensors)
         preprocess = Preprocess.from_json(config["preprocess"])
         classes = tuple(str(name) for name in config["classes"])
-        if len(classes) != model["arguments"]["classes"]:
-            raise ValueError(f"{len(classes)} class names for {model['arguments']['classes']} outputs")
+        if len(classes) != arguments["classes"]:
+            raise ValueError(f"{len(classes)} class names for {arguments['classes']} outputs")
+        if (preprocess.channels, preprocess.height, preprocess.width) != tuple(arguments[side] for side in SIDES):
+            raise ValueError("its net takes images of another size than its preprocessing makes")
+        # numbers that make no sense must not fill the memory; nets that cannot be built without any are built at once
+        with contextlib.suppress(RuntimeError), torch.device("meta"):
+            shapes = {key: value.shape for key, value in create_model(model["name"], **arguments).state_dict().items()}
+            if {key: value.shape for key, value in tensors.items()} != shapes:
+                raise ValueError(f"its weights are not those of {model['name']} with {arguments}")
+        net = create_model(model["name"], **arguments)
+        net.load_state_dict(tensors)
         trust = None
         if (fitted := config.get("trust")) is not None:
             trust = Trust.from_json(fitted, read_tensors(folder / TRUST, fitted["sha256"]))
@@ -150,8 +160,10 @@ def load_bundle(folder: Path) -> Bundle:
         raise ConvlensError(f"{error.filename} is missing") from None
     except UnknownName as error:
         raise ConvlensError(f"{folder}: {error}; import the module that registers it first") from None
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (
+        OSError, KeyError, TypeError, ValueError, OverflowError, RuntimeError, SafetensorError, UsageError
+    ) as error:  # fmt: skip
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise ConvlensError(f"{folder} is not a bundle that can be read: {reason}") from None
 
 
