@@ -50,6 +50,7 @@ SPLIT_NAMES = {
 }
 LARGEST_OWN_SIZE = 64  # images up to this size keep it; larger photos are reduced to it unless --image-size asks
 MOST_UNREADABLE = 0.01
+SMALL_FILE = 10_000  # bytes
 CACHE_VERSION = 2  # raise when decoding changes, so that old caches are not used
 
 A = TypeVar("A")
@@ -156,14 +157,15 @@ def load_folder(root: str | Path, *, image_size: int = 0, channels: int = 0, all
     root = Path(root).resolve()
     entries = scan(root)
     paths = [root / entry.path for entry in entries]
-    hashes = list(track(by_threads(hash_file, paths), "reading files", len(paths)))
+    threads = pick_threads(paths)
+    hashes = list(track(by_threads(threads, hash_file, paths), "reading files", len(paths)))
     key = hashlib.sha256(repr((CACHE_VERSION, entries, hashes)).encode()).hexdigest()
     cache = cache_folder() / "folders" / key[:32]
-    side, planes = settle_form(cache, image_size, channels, lambda: by_threads(inspect, paths))
+    side, planes = settle_form(cache, image_size, channels, lambda: by_threads(threads, inspect, paths))
     folder, shape = cache / f"{side}-{planes}", (len(entries), planes, side, side)
 
     def decode_all() -> Iterator[Tensor | str]:
-        work = by_threads(lambda entry: decode(root, entry.path, planes, side), entries)
+        work = by_threads(threads, lambda entry: decode(root, entry.path, planes, side), entries)
         return track(work, "decoding images", len(entries))
 
     found = read_cache(folder)
@@ -306,13 +308,28 @@ def keep_in_memory(decoded: Iterable[Tensor | str], shape: tuple[int, int, int, 
     return images[: len(images) - len(unreadable)], unreadable
 
 
-def by_threads(work: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
-    """Yield ``work`` of every item, in order, done by as many threads as there are cores; few results wait."""
+def pick_threads(paths: Sequence[Path]) -> int:
+    """Return how many threads read these files best: as many as there are cores, but for small files one.
+
+    Python runs one thread at a time: where decoding itself takes next to nothing, threads only wait for each other.
+    """
+    sizes = []
+    for path in paths[:: len(paths) // 100 + 1]:
+        with contextlib.suppress(OSError):
+            sizes.append(path.stat().st_size)
+    return available_cores() if sum(sizes) > SMALL_FILE * len(sizes) else 1
+
+
+def by_threads(threads: int, work: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
+    """Yield ``work`` of every item, in order, done by so many threads; few results wait."""
+    if threads == 1:
+        yield from map(work, items)
+        return
     waiting: deque[Future[B]] = deque()
-    with ThreadPoolExecutor(available_cores()) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         for item in items:
             waiting.append(pool.submit(work, item))
-            if len(waiting) > 16 * available_cores():
+            if len(waiting) > 16 * threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

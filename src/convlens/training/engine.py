@@ -93,6 +93,7 @@ def fit(
     else:
         save()
 
+    numbers = NumberWatch(net)
     check_every = 1 if device.type == "cpu" else LOOK_EVERY
     begun = time.perf_counter() - state.elapsed
     total = recipe.total_steps(len(batches), state.step, state.elapsed)
@@ -115,7 +116,7 @@ def fit(
                 lr = learning_rate(recipe, state.step, total, len(batches))
                 loss, logits, state.parts = in_parts(forward_backward, optimizer.zero_grad, images, labels, state.parts)
                 if state.step % check_every == 0:
-                    require_numbers_of(loss, net, state, recipe)
+                    numbers.check(loss, state, recipe)
                 clip()
                 optimizer.step(lr)
                 average.update(state.step)
@@ -218,11 +219,18 @@ class Tally:
         state.loss_sum, state.correct, state.seen = loss, int(correct), int(seen)
 
 
-def require_numbers_of(loss: Tensor, net: nn.Module, state: TrainState, recipe: Recipe) -> None:
-    """Raise Diverged unless loss, gradients and buffers (BatchNorm's statistics) are numbers, after a backward pass."""
-    gradients = {f"the gradient of {name}": p.grad for name, p in net.named_parameters() if p.grad is not None}
-    statistics = {f"the buffer {name}": b for name, b in net.named_buffers() if b.is_floating_point()}
-    require_numbers({"the loss": loss, **gradients, **statistics}, state, recipe)
+class NumberWatch:
+    """Looks whether a training still computes with numbers: its loss, its gradients, BatchNorm's statistics."""
+
+    def __init__(self, net: nn.Module):
+        # listed once: to walk through a net costs more than to look at its figures
+        self._parameters = [(f"the gradient of {name}", p) for name, p in net.named_parameters() if p.requires_grad]
+        self._buffers = {f"the buffer {name}": b for name, b in net.named_buffers() if b.is_floating_point()}
+
+    def check(self, loss: Tensor, state: TrainState, recipe: Recipe) -> None:
+        """Raise Diverged after a backward pass unless everything is a number."""
+        gradients = {name: p.grad for name, p in self._parameters if p.grad is not None}
+        require_numbers({"the loss": loss, **gradients, **self._buffers}, state, recipe)
 
 
 def require_numbers(values: Mapping[str, Tensor], state: TrainState, recipe: Recipe) -> None:
