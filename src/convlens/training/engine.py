@@ -235,10 +235,11 @@ class NumberWatch:
 
 def require_numbers(values: Mapping[str, Tensor], state: TrainState, recipe: Recipe) -> None:
     """Raise Diverged that names the first of ``values`` that is not made of numbers."""
-    largest = torch._foreach_norm([value for value in values.values() if value.numel()], ord=math.inf)
-    if not bool(torch.stack(largest).isfinite().all()):
-        name = next(name for name, value in values.items() if not bool(value.isfinite().all()))
-        raise diverged(name, state, recipe)
+    norms = torch._foreach_norm([value for value in values.values() if value.numel()])
+    if not bool(torch.stack(norms).isfinite().all()):  # one of them is no number, or its square is none
+        for name, value in values.items():
+            if not bool(value.isfinite().all()):
+                raise diverged(name, state, recipe)
 
 
 def describe_place(recipe: Recipe, step: int, total: int) -> str:
