@@ -196,7 +196,7 @@ def test_a_series_goes_on_elsewhere_only_if_that_is_accepted() -> None:
     config = json.loads(first.folder.config.read_text())
     config["machine"]["torch"] = "2.0.0"
     first.folder.config.write_text(json.dumps(config))
-    with pytest.raises(UsageError, match=r"^series was started with other version of PyTorch \(2.0.0, now "):
+    with pytest.raises(UsageError, match=r"^series was started with another version of PyTorch \(2.0.0, now "):
         Series.resume("series")
     assert train_all(Series.resume("series", accept_changes=True))["n"] == 2
 

@@ -73,6 +73,8 @@ def describe_experiment(experiment: Experiment) -> None:
     say(f"recipe  {recipe.name}: {length} of {steps} train batches of {recipe.batch_size}, {tests} test batches")
     threads = count(machine["threads"], "thread")
     say(f"on      {machine['device_name']}, {threads}, {recipe.precision}")
+    if any(experiment.folder.checkpoint.glob("*.json")):
+        say("        goes on from its last checkpoint; the epochs that it has behind it are told again first")
     for change in config.get("resumed", []):
         say(f"        since it was started, another {change}: the last digits may differ")
     say(f"run     {experiment.folder.path}")
@@ -105,7 +107,7 @@ def describe_test(test: dict[str, Any]) -> str:
     line += f"\n        balanced accuracy {test['balanced_accuracy']:.2%}, macro-F1 {test['macro_f1']:.2%}"
     if calibration := test.get("calibration"):
         before, after = (calibration[when]["calibration_error"] for when in ("before", "after"))
-        line += f"; calibration error {after:.2%} ({before:.2%} before)"
+        line += f"; calibration error {after:.2%}" + (f" ({before:.2%} before)" if before != after else "")
     if views := test.get("test_time_augmentation"):
         low, high = views["accuracy_interval"]
         line += f"\n        {views['accuracy']:.2%} with test-time augmentation ({low:.2%} to {high:.2%})"

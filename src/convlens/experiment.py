@@ -343,7 +343,7 @@ def list_changes(path: str | Path, config: Mapping[str, Any], *, accept: bool) -
         changes.append(f"version of convlens ({config.get('convlens')}, now {own})")
     if changes and not accept:
         raise UsageError(
-            f"{path} was started with other {'; '.join(changes)}: what comes of it would not be what one "
+            f"{path} was started with another {', another '.join(changes)}: what comes of it would not be what one "
             "uninterrupted training gives; go on all the same with --accept-changes"
         )
     return changes

@@ -156,5 +156,5 @@ def compare_runs(paths: list[str]) -> list[tuple[str, str, Paired]]:
 def read_answers(run: Run) -> dict[tuple[str, str], bool]:
     """Return which test images a run has right: (id, label) -> right?"""
     if not run.folder.predictions.is_file():
-        raise ConvlensError(f"{run.folder.predictions} is missing: the run is not finished")
+        raise ConvlensError(f"{run.path} is not finished: go on with `convlens train --resume {run.path}`")
     return {(row["id"], row["label"]): row["label"] == row["prediction"] for row in run.predictions}

@@ -113,7 +113,9 @@ def data_doctor(
     if list_file is not None:
         number = write_list(findings, dataset, list_file)
         print(
-            f"{number:,} images in {list_file} (test images are never listed). Look at them first (--to), then: "
+            f"nothing to leave out: {list_file} is empty"
+            if not number
+            else f"{number:,} images in {list_file} (test images are never listed). Look at them first (--to), then: "
             f"convlens train {data} --exclude {list_file}",
             file=sys.stderr,
         )

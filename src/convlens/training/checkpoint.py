@@ -107,10 +107,8 @@ class CheckpointStore:
                 self._damaged.add(manifest.stem)
                 continue
             for path, why in damage:
-                lost = step_of(path) - found[0].step
                 print(
-                    f"convlens: {why}; going on from step {found[0].step}: {lost} steps are done again",
-                    file=sys.stderr,
+                    f"convlens: {why}; going on from step {found[0].step} instead of {step_of(path)}", file=sys.stderr
                 )
             return found
         if damage:
