@@ -52,6 +52,6 @@ def in_parts(
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether an error is that of an allocation, of Python, of PyTorch on a CPU, or on an accelerator."""
-    # Apple's, Windows' and Linux' words, then those of C++ and of oneDNN, whose convolutions ask for memory of their own
+    # Apple's, Windows' and Linux' words, then those of C++ and of oneDNN, whose convolutions need memory of their own
     told = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "could not create a ")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in told)
