@@ -112,13 +112,13 @@ def data_doctor(
         write_findings(findings, dataset, to)
     if list_file is not None:
         number = write_list(findings, dataset, list_file)
-        print(
-            f"nothing to leave out: {list_file} is empty"
-            if not number
-            else f"{number:,} images in {list_file} (test images are never listed). Look at them first (--to), then: "
-            f"convlens train {data} --exclude {list_file}",
-            file=sys.stderr,
-        )
+        told = f"nothing to leave out: {list_file} is empty"
+        if number:
+            told = (
+                f"{number:,} images in {list_file} (test images are never listed). Look at them first (--to), then: "
+                f"convlens train {data} --exclude {list_file}"
+            )
+        print(told, file=sys.stderr)
 
 
 def free_name(stem: str) -> Path:
