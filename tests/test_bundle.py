@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from convlens.data.preprocess import BadImage, PictureStyle, Preprocess
+from convlens.data.pictures import BadImage, PictureStyle
+from convlens.data.preprocess import Preprocess
 from convlens.data.published import DATASETS
 from convlens.errors import ConvlensError, UnknownName, UsageError
 from convlens.models import MODELS, create_model, register

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import convlens.training.engine as engine
 from convlens.data.dataset import Dataset, Split
 from convlens.data.loader import Batches
-from convlens.data.preprocess import PictureStyle, Preprocess
+from convlens.data.pictures import PictureStyle
+from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, Diverged, Interrupted, UsageError
 from convlens.evaluation.metrics import Scores, evaluate
 from convlens.models import ConvNet, create_model

@@ -4,6 +4,9 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+from convlens.data import decode, pictures
 from convlens.data import folder as folder_module
-from convlens.data import preprocess
 from convlens.data.catalog import load_dataset
 from convlens.data.dataset import Dataset
 from convlens.data.folder import load_folder, scan
@@ -386,7 +389,7 @@ def test_the_pixels_stay_with_their_names_when_files_are_skipped(root: Path) -> 
 def test_a_picture_of_too_many_pixels_is_unreadable(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(root, "a", "b")
     paint(root / "a" / "bomb.png", size=(40, 40))
-    monkeypatch.setattr(preprocess, "LARGEST", 1000)
+    monkeypatch.setattr(pictures, "LARGEST", 1000)
     dataset = load_folder(root, allow_unreadable=True)
     assert dataset.unreadable == ("a/bomb.png has too many pixels (over 1,000)",)
 
@@ -527,8 +530,7 @@ def test_the_second_time_nothing_is_decoded(root: Path, cache: Path, monkeypatch
     mixture(root)
     spoil(root / "one" / "bad.jpg")
     first = load_folder(root, allow_unreadable=True)
-    monkeypatch.setattr(folder_module, "decode", refuse)
-    monkeypatch.setattr(folder_module, "inspect", refuse)
+    monkeypatch.setattr(folder_module, "decode_files", refuse)
     second = load_folder(root, allow_unreadable=True)
     assert second.fingerprint() == first.fingerprint()
     assert second.unreadable == first.unreadable
@@ -608,7 +610,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
         assert load_folder(root, image_size=10).fingerprint() == expected
     if how == "no room":
         left = [p.name for p in cache.rglob("*") if p.is_file() or p.name.startswith(".")]
-        assert left == ["form-10-0.json"]  # which says what to decode to, and no images
+        assert left == []
 
 
 @pytest.mark.parametrize(
@@ -646,6 +648,85 @@ def test_writing_to_the_images_never_changes_the_cache(root: Path, cache: Path) 
 def test_the_cache_holds_whole_folders_only(root: Path, cache: Path) -> None:
     load_folder(fill(root, "a", "b"))
     names = sorted(p.name for p in cache.rglob("*") if p.is_file())
-    assert names == ["form-0-0.json", "images.npy", "unreadable.json"]
+    assert names == ["images.npy", "unreadable.json"]
     assert json.loads(next(cache.rglob("unreadable.json")).read_text()) == {}
     assert not list(cache.rglob(".new-*"))
+
+
+def test_caches_that_nobody_uses_are_removed(root: Path, cache: Path) -> None:
+    def age(folder: Path, days: float) -> None:
+        os.utime(folder, (time.time() - days * 86400,) * 2)
+
+    load_folder(fill(root, "a", "b"))
+    (old,) = (path.parent for path in cache.rglob("images.npy"))
+    (old.parent / ".new-begun").mkdir()
+    (old.parent / ".new-left").mkdir()
+    age(old.parent / ".new-left", 1.1)
+    age(old, 31)
+    load_folder(root)  # which uses it
+    load_folder(root, image_size=5)
+    assert sorted(path.name for path in old.parent.iterdir()) == [".new-begun", "5-1", "8-1"]
+    age(old, 31)
+    load_folder(root, image_size=6)
+    assert sorted(path.name for path in old.parent.iterdir()) == [".new-begun", "5-1", "6-1"]
+
+
+def test_many_files_are_read_by_processes_and_come_out_the_same(
+    root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(root, "a", "b", "c", count=60)
+    for name in ("a/007.png", "b/050.png", "c/059.png"):
+        spoil(root / name)
+    paint(root / "a" / "photo.jpg", size=(31, 17))
+    alone = load_folder(root, allow_unreadable=True)
+    shutil.rmtree(cache)
+    monkeypatch.setattr(decode, "MANY", 1)
+    together = load_folder(root, allow_unreadable=True)
+    assert together.fingerprint() == alone.fingerprint()
+    assert together.unreadable == alone.unreadable == tuple(
+        f"{name} is not an image (JPEG, PNG, GIF, WebP, BMP, TIFF or PPM)"
+        for name in ("a/007.png", "b/050.png", "c/059.png")
+    )  # fmt: skip
+
+
+def test_a_helper_that_is_killed_is_told_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(root, "a", "b")
+    monkeypatch.setattr(decode, "MANY", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(decode.Helper, "ask", lambda self, *question: (self.kill(), ask(self, *question))[1])
+        with pytest.raises(ConvlensError, match="^a process that reads images was killed, perhaps for want of memory"):
+            load_folder(root)
+    assert len(load_folder(root).train) == 8
+
+
+ask = decode.Helper.ask
+
+
+def test_helpers_end_with_the_one_who_asks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{number}.png" for number in range(2000)]
+    monkeypatch.setattr(decode, "CHUNK", 1)
+    before = helpers_now()
+    parts = decode.decode_files(root, names, 1, 8)
+    assert next(parts)[1] == {0: "0.png: there is no such file"}
+    assert helpers_now() > before
+    parts.close()
+    assert helpers_now() == before
+
+    code = "import os, sys; from convlens.data.decode import *; f = decode_files(Path(), ['x'] * 2000, 1, 8); next(f)"
+    subprocess.run([sys.executable, "-c", f"{code}; os.kill(os.getpid(), 9)"], check=False)
+    deadline = time.monotonic() + 10
+    while helpers_now() > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert helpers_now() == before
+
+
+def helpers_now() -> int:
+    """Count the helper processes of this machine."""
+    lines = (path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline"))
+    return sum(b"convlens.data.decode import serve" in line for line in lines)
+
+
+def test_reading_files_needs_no_pytorch() -> None:
+    code = "import sys, convlens.data.decode; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

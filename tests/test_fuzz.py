@@ -28,7 +28,8 @@ from hypothesis import strategies as st
 from convlens.data.catalog import load_npz
 from convlens.data.fetch import read_verified, unpack_members
 from convlens.data.parsers import CIFAR_RECORD, parse_cifar10, parse_idx
-from convlens.data.preprocess import PictureStyle, Preprocess
+from convlens.data.pictures import PictureStyle
+from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError
 from convlens.models import create_model
 from convlens.runfolder import read_json, read_names

@@ -542,7 +542,7 @@ def check_bad_files(folder: Path, count: int) -> dict[str, int]:
 
     from test_durable import fork, wait
 
-    from convlens.data.preprocess import BadImage, open_image, to_mode
+    from convlens.data.pictures import BadImage, open_image, to_mode
 
     tally = folder / "tally.json"
 

@@ -15,7 +15,8 @@ import convlens
 from convlens.data.catalog import load_dataset
 from convlens.data.dataset import Split
 from convlens.data.loader import Batches
-from convlens.data.preprocess import PictureStyle, Preprocess
+from convlens.data.pictures import PictureStyle
+from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
 from convlens.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from convlens.mistakes import file_name, unique, write_mistakes

@@ -19,20 +19,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 from PIL import Image, ImageDraw, ImageOps
 
-from convlens.data import preprocess
-from convlens.data.preprocess import (
+from convlens.data import pictures
+from convlens.data.pictures import (
     BadImage,
-    Normalise,
     PictureStyle,
-    Preprocess,
     array_to_image,
     fit_ink,
     fit_photo,
-    image_to_tensor,
+    image_pixels,
     open_image,
     to_bytes,
     to_mode,
 )
+from convlens.data.preprocess import Normalise, Preprocess
 from convlens.errors import ConvlensError
 
 quick = settings(max_examples=50, deadline=None, database=None, derandomize=True)
@@ -190,14 +189,14 @@ def test_a_decompression_bomb(side: int) -> None:
 
 
 def test_an_image_just_below_the_limit_opens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preprocess, "LARGEST", 100)
+    monkeypatch.setattr(pictures, "LARGEST", 100)
     assert open_image(encode(Image.new("L", (10, 10)), "PNG")).size == (10, 10)
     with pytest.raises(BadImage, match=r"too many pixels \(over 100\)"):
         open_image(encode(Image.new("L", (11, 10)), "PNG"))
 
 
 def test_a_jpeg_over_the_limit_is_decoded_at_an_eighth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preprocess, "LARGEST", 1000)
+    monkeypatch.setattr(pictures, "LARGEST", 1000)
     assert open_image(encode(Image.new("RGB", (80, 64), (9, 200, 9)), "JPEG")).size == (10, 8)
     with pytest.raises(BadImage, match="too many pixels"):
         open_image(encode(Image.new("RGB", (800, 640)), "JPEG"))
@@ -219,7 +218,7 @@ def test_a_warning_of_pillow_is_no_error_and_not_shown(recwarn: pytest.WarningsR
 
 
 def test_two_threads_leave_the_warning_filters_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder is decoded by several threads: one must not undo, or keep, what the other has set."""
+    """Pictures may be opened by several threads: one must not undo, or keep, what the other has set."""
     content = encode(Image.new("L", (4, 4)), "PNG")
     inside = {name: threading.Event() for name in "ab"}
     leave = {name: threading.Event() for name in "ab"}
@@ -386,9 +385,9 @@ def test_a_16_bit_png_keeps_its_shades() -> None:
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12), st.integers(1, 12), st.sampled_from([1, 3]))
 def test_fit_photo_covers_any_size(width: int, height: int, to_h: int, to_w: int, channels: int) -> None:
     image = Image.new("L" if channels == 1 else "RGB", (width, height), "white")
-    tensor = image_to_tensor(fit_photo(image, to_h, to_w))
-    assert tensor.shape == (channels, to_h, to_w)
-    assert tensor.unique().tolist() == [255]  # covered: no border is left
+    pixels = image_pixels(fit_photo(image, to_h, to_w))
+    assert pixels.shape == (channels, to_h, to_w)
+    assert np.unique(pixels).tolist() == [255]  # covered: no border is left
 
 
 def test_fit_photo_of_the_right_size_is_the_image_itself() -> None:

@@ -144,7 +144,7 @@ def predict(
 
       find . -name '*.jpg' | convlens predict runs/photos-1 -
     """
-    from convlens.data.preprocess import BadImage, open_image
+    from convlens.data.pictures import BadImage, open_image
     from convlens.runtime import use_threads
     from convlens.shipping.classifier import Classifier
 

@@ -14,14 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 from convlens.data.dataset import HELD_OUT, SPLIT_SEED, TEST_FRACTION, Dataset, Split, check_classes, numbered
+from convlens.data.decode import Header
 from convlens.data.folder import choose_form, load_folder
 from convlens.data.folds import take_fold
-from convlens.data.preprocess import (
+from convlens.data.pictures import (
     BadImage,
     PictureStyle,
     array_to_image,
     fit_photo,
-    image_to_tensor,
+    image_pixels,
     is_grey,
     to_bytes,
     to_mode,
@@ -205,12 +206,12 @@ def from_map_style(dataset: Any, test: Any = None, *, image_size: int = 0, chann
     images, labels = read_pairs(dataset, name)
     test_images, test_labels = read_pairs(test, f"{name} (test)") if test is not None else ([], [])
     everything = images + test_images
-    side, planes = choose_form([(min(image.size), is_grey(image)) for image in everything], image_size, channels)
+    side, planes = choose_form([Header(*image.size, is_grey(image)) for image in everything], image_size, channels)
     same = len({image.size for image in everything}) == 1 and not image_size
     width, height = images[0].size if same else (side, side)
 
     def pixels(pictures: list[Image.Image]) -> Any:
-        return torch.stack([image_to_tensor(fit_photo(to_mode(p, planes), height, width)) for p in pictures]).numpy()
+        return np.stack([image_pixels(fit_photo(to_mode(p, planes), height, width)) for p in pictures])
 
     classes = [str(c) for c in getattr(dataset, "classes", ())]
     arrays = [pixels(images), np.array(labels)]

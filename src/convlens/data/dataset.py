@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from convlens.data.preprocess import PictureStyle
+from convlens.data.pictures import PictureStyle
 from convlens.errors import UsageError
 from convlens.runtime import derive_seed
 

@@ -4,40 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import math
 import os
-import shutil
-import stat
-import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from convlens.data.cache import keep_in_memory, read_cache, write_cache
 from convlens.data.dataset import HELD_OUT, SPLIT_SEED, TEST_FRACTION, Dataset, Split, check_classes
+from convlens.data.decode import Header, decode_files, survey_files
 from convlens.data.fetch import cache_folder
-from convlens.data.preprocess import (
-    FORMATS,
-    BadImage,
-    PictureStyle,
-    fit_photo,
-    image_to_tensor,
-    is_grey,
-    open_image,
-    to_mode,
-)
+from convlens.data.pictures import PictureStyle
 from convlens.errors import ConvlensError, UsageError
-from convlens.progress import track
-from convlens.runfolder import sync, write_text
-from convlens.runtime import available_cores
 
 SPLIT_NAMES = {
     "train": "train",
@@ -50,12 +30,7 @@ SPLIT_NAMES = {
 }
 LARGEST_OWN_SIZE = 64  # images up to this size keep it; larger photos are reduced to it unless --image-size asks
 MOST_UNREADABLE = 0.01
-SMALL_FILE = 10_000  # bytes
 CACHE_VERSION = 2  # raise when decoding changes, so that old caches are not used
-
-A = TypeVar("A")
-B = TypeVar("B")
-Decoded = tuple[Tensor, dict[int, str]]  # images, uint8 (N, C, H, W), and why others cannot be read, by their place
 
 
 @dataclass(frozen=True)
@@ -89,9 +64,9 @@ def scan(root: Path) -> list[Entry]:
             # a folder that cannot be looked into is an entry itself, so that it is counted and named
             for parent, subfolders, files in os.walk(label, onerror=lambda error: closed.append(Path(error.filename))):
                 subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
-                for file in sorted(f for f in files if not f.startswith(".")):
-                    relative = (Path(parent) / file).relative_to(root).as_posix()
-                    entries.append(Entry(split, label.name, relative))
+                inside = Path(parent).relative_to(root).as_posix()
+                shown = sorted(f for f in files if not f.startswith("."))
+                entries += [Entry(split, label.name, f"{inside}/{file}") for file in shown]
             entries += [Entry(split, label.name, folder.relative_to(root).as_posix()) for folder in closed]
             closed.clear()
             if split in ("train", "all") and len(entries) == before:
@@ -103,46 +78,11 @@ def scan(root: Path) -> list[Entry]:
     return entries
 
 
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file's content, or a mark for one that cannot be read."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait forever
-            return "unreadable: no file"
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return f"unreadable: {error.strerror}"
-
-
-def inspect(path: Path) -> tuple[int, bool] | None:
-    """Return (shorter side in pixels, grey?) from a file's header alone; None if it is no image."""
-    try:
-        if not path.is_file():  # a pipe would be waited for
-            return None
-        with Image.open(path, formats=FORMATS) as image:
-            return min(image.size), is_grey(image)
-    except Exception:  # whatever it is, decoding it will say so
-        return None
-
-
 def image_sizes(root: str | Path) -> list[tuple[int, int]]:
     """Return (width, height) of every image file of a folder, from the headers, smallest area first."""
-    sizes = []
-    for path in (Path(root) / entry.path for entry in scan(Path(root))):
-        with contextlib.suppress(Exception):
-            if path.is_file():
-                with Image.open(path, formats=FORMATS) as image:
-                    sizes.append(image.size)
+    names = [entry.path for entry in scan(Path(root))]
+    sizes = [(header.width, header.height) for _, header in survey_files(Path(root), names) if header]
     return sorted(sizes, key=lambda size: size[0] * size[1])
-
-
-def decode(root: Path, name: str, channels: int, side: int) -> Tensor | str:
-    """Return an image file as uint8 (C, side, side), or why it cannot be read, naming it as in the folder."""
-    path = root / name
-    try:
-        return image_to_tensor(fit_photo(to_mode(open_image(path), channels), side, side))
-    except BadImage as error:
-        return str(error).replace(str(path), name)
 
 
 def load_folder(root: str | Path, *, image_size: int = 0, channels: int = 0, allow_unreadable: bool = False) -> Dataset:
@@ -156,57 +96,34 @@ def load_folder(root: str | Path, *, image_size: int = 0, channels: int = 0, all
     """
     root = Path(root).resolve()
     entries = scan(root)
-    paths = [root / entry.path for entry in entries]
-    threads = pick_threads(paths)
-    hashes = list(track(by_threads(threads, hash_file, paths), "reading files", len(paths)))
+    names = [entry.path for entry in entries]
+    hashes, headers = zip(*survey_files(root, names), strict=True)
     key = hashlib.sha256(repr((CACHE_VERSION, entries, hashes)).encode()).hexdigest()
-    cache = cache_folder() / "folders" / key[:32]
-    side, planes = settle_form(cache, image_size, channels, lambda: by_threads(threads, inspect, paths))
-    folder, shape = cache / f"{side}-{planes}", (len(entries), planes, side, side)
-
-    def decode_all() -> Iterator[Tensor | str]:
-        work = by_threads(threads, lambda entry: decode(root, entry.path, planes, side), entries)
-        return track(work, "decoding images", len(entries))
-
+    side, planes = choose_form(headers, image_size, channels)
+    folder = cache_folder() / "folders" / key[:32] / f"{side}-{planes}"
+    shape = (len(entries), planes, side, side)
     found = read_cache(folder)
     if found is None:
         with contextlib.suppress(OSError):
-            write_cache(folder, decode_all(), shape)
-        found = read_cache(folder) or keep_in_memory(decode_all(), shape)
-    images, unreadable = found
+            write_cache(folder, decode_files(root, names, planes, side), shape)
+        found = read_cache(folder) or keep_in_memory(decode_files(root, names, planes, side), shape)
+    pixels, unreadable = found
     check_unreadable(root, unreadable, len(entries), allow_unreadable)
     kept = [entry for i, entry in enumerate(entries) if i not in unreadable]
     classes = tuple(sorted({entry.label for entry in entries if entry.split in ("train", "all")}))
     for entry in kept:
         if entry.label not in classes:
             raise UsageError(f"{root}: class {entry.label!r} is in {entry.split} but not in train")
-    return make_dataset(root, kept, images, classes, tuple(unreadable.values()))
+    return make_dataset(root, kept, torch.from_numpy(pixels), classes, tuple(unreadable.values()))
 
 
-def settle_form(
-    cache: Path, image_size: int, channels: int, inspect_all: Callable[[], Iterable[tuple[int, bool] | None]]
-) -> tuple[int, int]:
-    """Return the (side, channels) that are asked for, or else fit the files, remembered from the first time."""
-    if image_size and channels:
-        return image_size, channels
-    remembered = cache / f"form-{image_size}-{channels}.json"
-    try:
-        side, planes = json.loads(remembered.read_text(encoding="utf-8"))
-        return int(side), int(planes)
-    except (OSError, ValueError, TypeError):
-        form = choose_form(list(inspect_all()), image_size, channels)
-        with contextlib.suppress(ConvlensError):  # a cache that cannot be written is done without
-            write_text(remembered, json.dumps(form))
-        return form
-
-
-def choose_form(headers: Sequence[tuple[int, bool] | None], image_size: int, channels: int) -> tuple[int, int]:
-    """Choose (side, channels) that all images are brought to, from their headers' (shorter side, grey?)."""
+def choose_form(headers: Sequence[Header | None], image_size: int, channels: int) -> tuple[int, int]:
+    """Choose (side, channels) that all images are brought to, unless they are asked for, from the files' headers."""
     known = [header for header in headers if header is not None]
     if not known:
         return image_size or LARGEST_OWN_SIZE, channels or 3
-    median = sorted(side for side, _ in known)[len(known) // 2]
-    grey = all(grey for _, grey in known)
+    median = sorted(min(header.width, header.height) for header in known)[len(known) // 2]
+    grey = all(header.grey for header in known)
     return image_size or min(median, LARGEST_OWN_SIZE), channels or (1 if grey else 3)
 
 
@@ -254,82 +171,3 @@ def make_dataset(
             train, test = train.divide(TEST_FRACTION, SPLIT_SEED)
             note = f"no test folder: {HELD_OUT}"
     return Dataset(root.name, str(root), classes, train, test, validation, PictureStyle(), note, unreadable)
-
-
-def read_cache(folder: Path) -> Decoded | None:
-    """Return the memory-mapped images and the unreadable files of an earlier decoding, if there was one."""
-    try:
-        unreadable = json.loads((folder / "unreadable.json").read_text(encoding="utf-8"))
-        # copy-on-write: PyTorch wants writable memory, and nothing may ever write to the cache
-        images = torch.from_numpy(np.load(folder / "images.npy", mmap_mode="c", allow_pickle=False))
-        return images[: len(images) - len(unreadable)], {int(i): why for i, why in unreadable.items()}
-    except (OSError, ValueError, EOFError, AttributeError):
-        return None
-
-
-def write_cache(folder: Path, decoded: Iterable[Tensor | str], shape: tuple[int, int, int, int]) -> None:
-    """Store decoded images as they come, so that ``folder`` appears whole or not at all; OSError if there is no room.
-
-    ``shape`` is that of all of them, (N, C, H, W); the last rows stay empty where some cannot be read.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
-    try:
-        unreadable: dict[int, str] = {}
-        with open(temporary / "images.npy", "wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for number, image in enumerate(decoded):
-                if isinstance(image, str):
-                    unreadable[number] = image
-                else:
-                    file.write(image.contiguous().numpy().data)
-            file.truncate(file.tell() + len(unreadable) * math.prod(shape[1:]))
-        (temporary / "unreadable.json").write_text(json.dumps(unreadable), encoding="utf-8")
-        for path in (temporary / "images.npy", temporary / "unreadable.json", temporary):
-            sync(path)
-        if read_cache(folder) is None:  # else another process was first
-            shutil.rmtree(folder, ignore_errors=True)  # it is damaged, if it is there at all
-            with contextlib.suppress(OSError):
-                temporary.rename(folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def keep_in_memory(decoded: Iterable[Tensor | str], shape: tuple[int, int, int, int]) -> Decoded:
-    """Return decoded images, and why others are not, where the cache cannot be written (full, read-only)."""
-    images, unreadable = torch.empty(shape, dtype=torch.uint8), {}
-    for number, image in enumerate(decoded):
-        if isinstance(image, str):
-            unreadable[number] = image
-        else:
-            images[number - len(unreadable)] = image
-    return images[: len(images) - len(unreadable)], unreadable
-
-
-def pick_threads(paths: Sequence[Path]) -> int:
-    """Return how many threads read these files best: as many as there are cores, but for small files one.
-
-    Python runs one thread at a time: where decoding itself takes next to nothing, threads only wait for each other.
-    """
-    sizes = []
-    for path in paths[:: len(paths) // 100 + 1]:
-        with contextlib.suppress(OSError):
-            sizes.append(path.stat().st_size)
-    return available_cores() if sum(sizes) > SMALL_FILE * len(sizes) else 1
-
-
-def by_threads(threads: int, work: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
-    """Yield ``work`` of every item, in order, done by so many threads; few results wait."""
-    if threads == 1:
-        yield from map(work, items)
-        return
-    waiting: deque[Future[B]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > 16 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()

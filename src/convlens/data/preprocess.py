@@ -1,240 +1,20 @@
-"""From any picture to what a net was trained on: decoding, adapting, normalising. It travels with the model."""
+"""What stands between a picture and a net, and travels with the model: adapting to its size, normalising."""
 
 from __future__ import annotations
 
-import io
 import math
-import os
-import stat
-import threading
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
-from convlens.errors import ConvlensError, UsageError
+from convlens.data.pictures import PictureStyle, fit_ink, fit_photo, image_pixels, to_mode
+from convlens.errors import UsageError
 
-Pixels = NDArray[np.uint8]
-LARGEST = 50_000_000  # pixels; Pillow takes 4 bytes for each
-LARGEST_SIDE = 4096  # of the images that a net takes
-# Pillow would hand an EPS to Ghostscript: only formats that it decodes itself
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
-
-
-class Quiet:
-    """Silences warnings while any thread is inside; warnings.catch_warnings alone is not safe between threads."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
-        self._catch = warnings.catch_warnings()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._catch = warnings.catch_warnings()
-                self._catch.__enter__()
-                warnings.simplefilter("ignore")
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._catch.__exit__(None, None, None)
-
-
-QUIET = Quiet()
-
-
-class BadImage(ConvlensError):
-    """A file or object that is not an image that can be read."""
-
-
-@dataclass(frozen=True)
-class PictureStyle:
-    """What the pictures of a data set look like, beyond their size.
-
-    A photo fills its frame. Ink (MNIST, Fashion-MNIST, digits) is light on black, scaled to fit into a square of
-    ``ink_box`` pixels and centred in the image, by mass or by its bounding box.
-    """
-
-    ink_box: int = 0  # 0: a photo
-    centre_by_mass: bool = False
-
-
-def open_image(source: str | Path | bytes) -> Image.Image:
-    """Open a file's path or content as a PIL image, fully decoded and turned as its EXIF tag says.
-
-    The format is decided by content. Raises BadImage for what is missing, not an image, cut short, or of more than 50
-    million pixels, which is refused before it is decoded; a JPEG of up to 178 million is decoded at an eighth of its
-    size.
-    """
-    name = "the image" if isinstance(source, bytes) else str(source)
-    try:
-        with QUIET:
-            if not isinstance(source, bytes) and not stat.S_ISREG(mode := os.stat(source).st_mode):
-                raise IsADirectoryError if stat.S_ISDIR(mode) else BadImage(f"{name} is a pipe or a device, not a file")
-            file = io.BytesIO(source) if isinstance(source, bytes) else source
-            with Image.open(file, formats=FORMATS) as image:
-                if image.width * image.height > LARGEST:
-                    image.draft(image.mode, (1, 1))
-                if image.width * image.height > LARGEST:
-                    raise Image.DecompressionBombError
-                image.load()
-                return ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise BadImage(f"{name}: there is no such file") from None
-    except IsADirectoryError:
-        raise BadImage(f"{name} is a folder, not an image") from None
-    except UnidentifiedImageError:
-        raise BadImage(f"{name} is not an image (JPEG, PNG, GIF, WebP, BMP, TIFF or PPM)") from None
-    except Image.DecompressionBombError:
-        raise BadImage(f"{name} has too many pixels (over {LARGEST:,})") from None
-    except PermissionError:
-        raise BadImage(f"{name} cannot be read: permission denied") from None
-    except BadImage:
-        raise
-    except Exception as error:  # decoders raise many kinds of error (OSError, SyntaxError, struct.error, ...)
-        raise BadImage(f"{name} cannot be decoded: {error or type(error).__name__}") from None
-
-
-def array_to_image(array: NDArray[Any]) -> Image.Image:
-    """Return a uint8, or a float in 0..1, array (H, W), (H, W, 1|3|4) or (1|3, H, W) as a PIL image."""
-    array = np.asarray(array)
-    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3, 4):
-        array = array.transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
-        raise BadImage(f"an array of shape {array.shape} is not an image; give (H, W), (H, W, C) or (C, H, W)")
-    return Image.fromarray(to_bytes(array))
-
-
-def to_bytes(array: NDArray[Any]) -> Pixels:
-    """Return whole numbers 0..255, booleans or floats 0..1 as uint8; BadImage for any other values."""
-    if array.size == 0:
-        raise BadImage(f"an array of shape {array.shape} and type {array.dtype} holds no pixels")
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == bool:
-        return array.astype(np.uint8) * np.uint8(255)
-    if not np.issubdtype(array.dtype, np.number) or np.iscomplexobj(array):
-        raise BadImage(f"an array of shape {array.shape} and type {array.dtype} holds no pixels")
-    low, high = float(array.min()), float(array.max())
-    top = 1.0 if np.issubdtype(array.dtype, np.floating) else 255.0
-    if not (0 <= low and high <= top):  # a NaN fails too
-        raise BadImage(
-            f"pixel values run from {low:g} to {high:g}; give uint8 (or whole numbers 0 to 255), or floats 0 to 1"
-        )
-    return np.round(array * (255.0 / top)).astype(np.uint8)
-
-
-def is_grey(image: Image.Image) -> bool:
-    """Say whether a picture's mode has no colour."""
-    return image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
-
-
-def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """Return ``image`` in grey (1 channel) or RGB (3), whatever its mode: 16-bit, palette, CMYK, alpha, 1-bit.
-
-    16-bit and 32-bit whole numbers are read as 0..65535, floats as 0..1; transparent parts become white.
-    """
-    target = "L" if channels == 1 else "RGB"
-    if image.mode.startswith("I") or image.mode == "F":
-        top = 1.0 if image.mode == "F" else 65535.0
-        values = np.asarray(image, dtype=np.float64)
-        if np.nanmax(values, initial=0.0) <= 255 and image.mode == "I":
-            top = 255.0  # 8-bit values in a 32-bit image
-        scaled = np.nan_to_num(values / top * 255.0).clip(0, 255)
-        image = Image.fromarray(np.round(scaled).astype(np.uint8))
-    if image.mode == "La":
-        image = image.convert("LA")
-    if image.mode == "LAB":
-        image = image.convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == target else image.convert(target)
-
-
-def fit_photo(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Resize ``image`` to cover height x width and cut what stands over, equally on both sides."""
-    if image.size == (width, height):
-        return image
-    return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR, centering=(0.5, 0.5))
-
-
-def fit_ink(image: Image.Image, height: int, width: int, style: PictureStyle) -> Image.Image:
-    """Make a grey picture of ink on paper (or light on dark) look as MNIST's makers made theirs.
-
-    The background is taken from the border and becomes black, the ink is cropped, scaled into the style's box
-    with its proportions kept, and centred by its mass or its bounding box (LeCun et al. 1998, section III.A).
-    A picture that has the size and the black border already is left as it is.
-    """
-    values = np.asarray(image, dtype=np.float32)  # (H, W), 0..255
-    paper = estimate_paper(values)
-    brightness = float(np.median(paper))
-    if values.shape == (height, width) and brightness < 64:
-        return image
-    ink = paper - values if brightness > 127 else values - paper
-    # not the single darkest pixel, which may be dust; nor a share of the page, for a digit on a whole sheet is small
-    rank = min(ink.size // 40 + 1, 20)
-    peak = float(np.partition(ink, -rank, axis=None)[-rank])
-    if peak < 16:  # nothing stands out: an empty page
-        return Image.new("L", (width, height))
-    ink = (ink / peak).clip(0, 1)
-    ink[ink < 0.25] = 0  # the grain of paper and the noise of a camera
-    rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
-    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    scale = style.ink_box / max(ink.shape)
-    size = (max(round(ink.shape[1] * scale), 1), max(round(ink.shape[0] * scale), 1))
-    small = Image.fromarray((ink * 255).astype(np.uint8)).resize(size, Image.Resampling.BOX)
-    pixels = np.asarray(small, dtype=np.float32)
-    pixels = pixels * (255 / max(float(pixels.max()), 1.0))  # thin strokes grow pale when they shrink
-    y, x = (pixels.shape[0] - 1) / 2, (pixels.shape[1] - 1) / 2
-    if style.centre_by_mass:
-        total = pixels.sum()
-        y = float((pixels.sum(axis=1) * np.arange(pixels.shape[0])).sum() / total)
-        x = float((pixels.sum(axis=0) * np.arange(pixels.shape[1])).sum() / total)
-    top = min(max(round((height - 1) / 2 - y), 0), height - pixels.shape[0])
-    left = min(max(round((width - 1) / 2 - x), 0), width - pixels.shape[1])
-    page = np.zeros((height, width), dtype=np.uint8)
-    page[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels.astype(np.uint8)
-    return Image.fromarray(page)
-
-
-def estimate_paper(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the background (H, W) of a grey picture: the plane through its border, for a lamp shines from a side.
-
-    Fitted twice by least squares, the second time without what stands out, such as ink that runs over the edge.
-    """
-    height, width = values.shape
-    y, x = np.arange(height, dtype=np.float32) / height, np.arange(width, dtype=np.float32) / width
-    # the border, one row a pixel: brightness, y, x
-    edges = [(values[0], 0 * x, x), (values[-1], 0 * x + y[-1], x), (values[:, 0], y, 0 * y)]
-    edges.append((values[:, -1], y, 0 * y + x[-1]))
-    seen, rows, columns = (np.concatenate(parts) for parts in zip(*edges, strict=True))
-    terms = np.stack([np.ones_like(seen), rows, columns], axis=1)
-    kept = np.abs(seen - np.median(seen)) < 96
-    for _ in range(2):
-        plane, *_ = np.linalg.lstsq(terms[kept], seen[kept], rcond=None)
-        distance = np.abs(seen - terms @ plane)
-        kept = distance <= max(3 * float(np.median(distance)), 4.0)
-    level, down, right = plane
-    return (level + down * y[:, None] + right * x[None, :]).astype(np.float32)  # type: ignore[no-any-return]
-
-
-def image_to_tensor(image: Image.Image) -> Tensor:
-    """Return a grey or RGB image as a uint8 tensor (C, H, W)."""
-    pixels = np.array(image)  # (H, W) or (H, W, 3)
-    return torch.from_numpy(pixels).unsqueeze(0) if pixels.ndim == 2 else torch.from_numpy(pixels).permute(2, 0, 1)
+LARGEST_SIDE = 4096  # pixels, of the images that a net takes
 
 
 @dataclass(frozen=True)
@@ -272,8 +52,10 @@ class Preprocess:
         """
         image = to_mode(image, self.channels)
         if raw or not self.style.ink_box:
-            return image_to_tensor(fit_photo(image, self.height, self.width))
-        return image_to_tensor(fit_ink(image, self.height, self.width, self.style))
+            image = fit_photo(image, self.height, self.width)
+        else:
+            image = fit_ink(image, self.height, self.width, self.style)
+        return torch.from_numpy(image_pixels(image))
 
     def normaliser(self) -> Normalise:
         """Return the module that turns uint8 pixels into the net's input."""

@@ -22,7 +22,7 @@ from convlens.data.fetch import (
     unpack_members,
 )
 from convlens.data.parsers import CIFAR_RECORD, parse_cifar10, parse_idx
-from convlens.data.preprocess import PictureStyle
+from convlens.data.pictures import PictureStyle
 from convlens.errors import ConvlensError
 from convlens.registry import Registry
 from convlens.runfolder import replacing

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from convlens.data.dataset import Split
-from convlens.data.preprocess import BadImage, array_to_image, open_image
+from convlens.data.pictures import BadImage, array_to_image, open_image
 from convlens.errors import UsageError
 from convlens.evaluation.calibration import LEVELS
 from convlens.evaluation.metrics import Views, compute_logits, compute_outputs, judge

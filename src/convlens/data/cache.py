@@ -1,0 +1,79 @@
+"""Decoded images on disk: memory-mapped, there whole or not at all, safe beside other processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from convlens.data.decode import Decoded
+from convlens.runfolder import sync
+
+
+def read_cache(folder: Path) -> Decoded | None:
+    """Return the memory-mapped images and the unreadable files of an earlier decoding, if there was one."""
+    try:
+        unreadable = json.loads((folder / "unreadable.json").read_text(encoding="utf-8"))
+        # copy-on-write: PyTorch wants writable memory, and nothing may ever write to the cache
+        os.utime(folder)  # it is in use
+        images = np.load(folder / "images.npy", mmap_mode="c", allow_pickle=False)
+        return images[: len(images) - len(unreadable)], {int(i): why for i, why in unreadable.items()}
+    except (OSError, ValueError, EOFError, AttributeError):
+        return None
+
+
+def write_cache(folder: Path, decoded: Iterable[Decoded], shape: tuple[int, int, int, int]) -> None:
+    """Store decoded images as they come, so that ``folder`` appears whole or not at all; OSError if there is no room.
+
+    ``shape`` is that of all of them, (N, C, H, W); the last rows stay empty where some cannot be read.
+    """
+    remove_old(folder.parent.parent)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
+    try:
+        unreadable: dict[int, str] = {}
+        with open(temporary / "images.npy", "wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for images, reasons in decoded:
+                unreadable |= reasons
+                file.write(images.data)
+            file.truncate(file.tell() + len(unreadable) * math.prod(shape[1:]))
+        (temporary / "unreadable.json").write_text(json.dumps(unreadable), encoding="utf-8")
+        for path in (temporary / "images.npy", temporary / "unreadable.json", temporary):
+            sync(path)
+        if read_cache(folder) is None:  # else another process was first
+            shutil.rmtree(folder, ignore_errors=True)  # it is damaged, if it is there at all
+            with contextlib.suppress(OSError):
+                temporary.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_old(caches: Path) -> None:
+    """Remove what has not been used for a month, and what was left half written, by Ctrl-C, a day ago or before."""
+    for folder in caches.glob("*/*"):
+        days = 1 if folder.name.startswith(".new-") else 30
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > days * 24 * 3600:
+                shutil.rmtree(folder)
+                folder.parent.rmdir()  # if nothing else is in it
+
+
+def keep_in_memory(decoded: Iterable[Decoded], shape: tuple[int, int, int, int]) -> Decoded:
+    """Return decoded images, and why others are not, where the cache cannot be written (full, read-only)."""
+    everything, number, unreadable = np.empty(shape, np.uint8), 0, dict[int, str]()
+    for images, reasons in decoded:
+        unreadable |= reasons
+        everything[number : number + len(images)] = images
+        number += len(images)
+    return everything[:number], unreadable

@@ -1,0 +1,193 @@
+"""Image files read and decoded: a few right here, many by helpers, processes that start at once without PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from convlens.data.pictures import (
+    FORMATS,
+    QUIET,
+    BadImage,
+    Pixels,
+    fit_photo,
+    image_pixels,
+    is_grey,
+    open_image,
+    read_file,
+    to_mode,
+)
+from convlens.errors import ConvlensError
+from convlens.progress import Meter
+
+MANY = 1000  # files from which on it pays to start helpers
+CHUNK = 250  # files that a helper is given at a time
+
+Decoded = tuple[Pixels, dict[int, str]]  # images (N, C, H, W), and why others cannot be read, by their place
+Part = tuple[Pixels, list[Any]]  # what is made of a chunk of files: pixels, and plain values for JSON
+
+
+class Header(NamedTuple):
+    """What an image file says of itself."""
+
+    width: int
+    height: int
+    grey: bool
+
+
+def survey_files(root: Path, names: Sequence[str]) -> Iterator[tuple[str, Header | None]]:
+    """Yield each file's SHA-256, or why it cannot be read, and its header, or None if it is no image."""
+    for _, found in by_chunks("reading files", survey_chunk, root, names):
+        yield from ((digest, header and Header(*header)) for digest, header in found)
+
+
+def decode_files(root: Path, names: Sequence[str], channels: int, side: int) -> Iterator[Decoded]:
+    """Yield the images of these files, uint8 (n, C, side, side), in chunks.
+
+    Of each chunk the images that can be read, and why the others cannot, by their place among all ``names``.
+    """
+    start = 0
+    for images, unreadable in by_chunks("decoding images", decode_chunk, root, names, channels, side):
+        yield images, {start + place: why for place, why in unreadable}
+        start += len(images) + len(unreadable)
+
+
+def survey_chunk(root: Path, names: Sequence[str]) -> Part:
+    """Return no pixels, and of each file what :func:`survey_files` yields."""
+    found: list[tuple[str, Header | None]] = []
+    for name in names:
+        try:
+            content = read_file(f"{root}/{name}")
+        except BadImage as error:
+            found.append((f"unreadable: {error}", None))
+            continue
+        header = None
+        # whatever is wrong with it, decoding it will say so
+        with contextlib.suppress(Exception), QUIET, Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            header = Header(*image.size, is_grey(image))
+        found.append((hashlib.sha256(content).hexdigest(), header))
+    return np.empty(0, np.uint8), found
+
+
+def decode_chunk(root: Path, names: Sequence[str], channels: int, side: int) -> Part:
+    """Return the images of these files, and of the others their place and why they cannot be read."""
+    images = np.empty((len(names), channels, side, side), np.uint8)
+    unreadable: list[tuple[int, str]] = []
+    for place, name in enumerate(names):
+        path = f"{root}/{name}"  # quicker than a Path
+        try:
+            image = fit_photo(to_mode(open_image(path), channels), side, side)
+            images[place - len(unreadable)] = image_pixels(image)
+        except BadImage as error:
+            unreadable.append((place, str(error).replace(path, name)))
+    return images[: len(names) - len(unreadable)], unreadable
+
+
+WORK: dict[str, Callable[..., Part]] = {work.__name__: work for work in (survey_chunk, decode_chunk)}
+
+
+def by_chunks(title: str, work: Callable[..., Part], root: Path, names: Sequence[str], *form: int) -> Iterator[Part]:
+    """Yield ``work`` of all the files, some at a time, in order; few results wait."""
+    many = len(names) >= MANY
+    size = CHUNK if many else 1
+    chunks = [names[start : start + size] for start in range(0, len(names), size)]
+    with contextlib.ExitStack() as stack:
+        meter = stack.enter_context(Meter(title, len(names)))
+        results: Iterator[Part] = (work(root, chunk, *form) for chunk in chunks)
+        if many:
+            results = stack.enter_context(contextlib.closing(by_helpers(work.__name__, root, chunks, *form)))
+        for chunk, result in zip(chunks, results, strict=True):
+            yield result
+            meter.update(len(chunk))
+
+
+def by_helpers(work: str, root: Path, chunks: Sequence[Sequence[str]], *form: int) -> Generator[Part, None, None]:
+    """Yield the work of the chunks, in order, done by as many helpers as there are cores."""
+    from convlens.runtime import available_cores  # which imports PyTorch
+
+    count = available_cores()
+    idle: SimpleQueue[Helper] = SimpleQueue()
+    waiting: deque[Future[Part]] = deque()
+
+    def ask(chunk: Sequence[str]) -> Part:
+        helper = idle.get()
+        try:
+            return helper.ask(work, str(root), chunk, *form)
+        finally:
+            idle.put(helper)
+
+    helpers = [Helper() for _ in range(count)]
+    pool = ThreadPoolExecutor(count)
+    try:
+        for helper in helpers:
+            idle.put(helper)
+        for chunk in chunks:
+            waiting.append(pool.submit(ask, chunk))
+            if len(waiting) > 2 * count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for helper in helpers:
+            helper.kill()
+        pool.shutdown(cancel_futures=True)
+        for helper in helpers:
+            helper.close()
+
+
+class Helper:
+    """A process that works on chunks of files. It ends when this one does, however that ends."""
+
+    def __init__(self) -> None:
+        code = f"import sys; sys.path = {sys.path}; from convlens.data.decode import serve; serve()"
+        self._process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def ask(self, *question: Any) -> Part:
+        """Return what the helper makes of (name of the work, root, names, ...)."""
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.write(json.dumps(question).encode() + b"\n")
+            self._process.stdin.flush()
+            shape, values = json.loads(self._process.stdout.readline())
+            pixels = np.frombuffer(self._process.stdout.read(math.prod(shape)), np.uint8).reshape(shape)
+        except (OSError, ValueError):
+            raise ConvlensError(
+                "a process that reads images was killed, perhaps for want of memory; try again with less else running"
+            ) from None
+        return pixels, values
+
+    def kill(self) -> None:
+        """End it, whatever it is doing; who waits for its answer gets an error."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """Clear up after it, when nobody waits for it any more."""
+        with contextlib.suppress(OSError):
+            self._process.communicate()
+
+
+def serve() -> None:
+    """Answer questions on standard input, a line each, until there are no more: what a helper does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    with contextlib.suppress(BrokenPipeError):
+        for line in sys.stdin.buffer:
+            work, root, names, *form = json.loads(line)
+            pixels, values = WORK[work](Path(root), names, *form)
+            sys.stdout.buffer.write(json.dumps([pixels.shape, values]).encode() + b"\n")
+            sys.stdout.buffer.write(pixels.data)
+            sys.stdout.buffer.flush()
