@@ -104,7 +104,8 @@ def test_corruptions_of_images_of_one_pixel() -> None:
 
 
 def test_a_net_is_worse_on_spoiled_images(run: Run) -> None:
-    figures = corrupt_run(run.path)
+    clean, figures = corrupt_run(run.path)
+    assert clean == pytest.approx(run.accuracy)  # which is rounded
     assert list(figures) == list(CORRUPTIONS) and all(len(values) == 5 for values in figures.values())
     assert figures["noise"][4] < run.accuracy
     assert np.mean([figures[kind][0] for kind in figures]) > np.mean([figures[kind][4] for kind in figures])

@@ -169,12 +169,12 @@ def describe_findings(findings: Findings) -> list[str]:
     return lines if len(lines) > 1 else [*lines, "nothing wrong was found"]
 
 
-def print_corruptions(figures: dict[str, list[float]], format: Format) -> None:
-    """Print the accuracy at each severity of each corruption, and the mean of all."""
+def print_corruptions(model: str, clean: float, figures: dict[str, list[float]], format: Format) -> None:
+    """Print a model's accuracy at each severity of each corruption, the mean of all, and that on clean images."""
     every = [value for values in figures.values() for value in values]
     mean = sum(every) / len(every)
     if format is Format.json:
-        print(json.dumps({"accuracy": figures, "mean": mean}, indent=2))
+        print(json.dumps({"clean": clean, "accuracy": figures, "mean": mean}, indent=2))
         return
     show = "{:.4f}".format if format is Format.csv else "{:.2%}".format
     head = ("corruption", *(f"severity {number + 1}" for number in range(len(next(iter(figures.values()))))), "mean")
@@ -183,7 +183,7 @@ def print_corruptions(figures: dict[str, list[float]], format: Format) -> None:
         print_csv(rows)
     else:
         print_table(rows)
-        print(f"mean accuracy on corrupted images {mean:.2%}")
+        print(f"{model}: accuracy {mean:.2%} on average of these, {clean:.2%} on the test images as they are")
 
 
 class Printer:

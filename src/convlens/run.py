@@ -120,18 +120,19 @@ def evaluate_run(source: str | Path, data: Any = None, *, test_views: bool = Fal
     return test
 
 
-def corrupt_run(source: str | Path, data: Any = None) -> dict[str, list[float]]:
-    """Return the accuracy on the test split for each corruption, at severities 1 to 5."""
+def corrupt_run(source: str | Path, data: Any = None) -> tuple[float, dict[str, list[float]]]:
+    """Return the accuracy on the test split as it is, and for each corruption at severities 1 to 5."""
     use_threads()
     bundle, dataset = load_tested(source, data)
     classifier = Classifier(bundle)
+    clean = Scores.of(classifier.logits(dataset.test.images), dataset.test.labels).accuracy
     figures: dict[str, list[float]] = {}
     work = [(kind, severity) for kind in CORRUPTIONS for severity in SEVERITIES]
     for kind, severity in track(work, "testing corrupted images", len(work)):
         images = corrupt(dataset.test.images, kind, severity)
         accuracy = Scores.of(classifier.logits(images), dataset.test.labels).accuracy
         figures.setdefault(kind, []).append(accuracy)
-    return figures
+    return clean, figures
 
 
 def compare_runs(paths: list[str]) -> list[tuple[str, str, Paired]]:

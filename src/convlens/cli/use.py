@@ -42,12 +42,12 @@ def evaluate(
         if test_views:
             raise UsageError("--corruptions and --test-views do not go together")
         check_new_png("--plot", plot)
-        figures = corrupt_run(run, data)
-        print_corruptions(figures, format)
+        clean, figures = corrupt_run(run, data)
+        print_corruptions(run, clean, figures, format)
         if plot is not None:
             from convlens.reporting.plots import draw_corruptions
 
-            draw_corruptions(plot, figures)
+            draw_corruptions(plot, clean, figures)
         return
     if plot is not None:
         raise UsageError("--plot draws --corruptions; give both")

@@ -203,8 +203,8 @@ def draw_reliability(path: Path, calibration: dict[str, Any]) -> None:
     save(figure, path)
 
 
-def draw_corruptions(path: Path, figures: dict[str, list[float]]) -> None:
-    """Draw the accuracy against severity, one small chart for each corruption."""
+def draw_corruptions(path: Path, clean: float, figures: dict[str, list[float]]) -> None:
+    """Draw the accuracy against severity, from 0, the clean images, one small chart for each corruption."""
     columns = 3
     rows = math.ceil(len(figures) / columns)
     figure = new_figure(9, 0.5 + 1.7 * rows)
@@ -212,7 +212,7 @@ def draw_corruptions(path: Path, figures: dict[str, list[float]]) -> None:
     for axes, (kind, values) in zip(figure.subplots(rows, columns, sharey=True).flat, figures.items(), strict=False):
         quiet_axes(axes)
         axes.grid(axis="y", color=GRID, linewidth=0.8)
-        axes.plot(range(1, len(values) + 1), values, color=TRAIN, marker="o", ms=3.5, lw=1.6)
+        axes.plot(range(len(values) + 1), [clean, *values], color=TRAIN, marker="o", ms=3.5, lw=1.6)
         axes.set_title(kind, fontsize=10, color=INK, loc="left")
         axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
