@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from convlens.data import augment
 from convlens.data.dataset import Split
 from convlens.data.loader import Batches
-from convlens.data.preprocess import Normalise
+from convlens.data.normalise import Normalise
 
 quick = settings(max_examples=50, deadline=None, database=None, derandomize=True)
 CPU = torch.device("cpu")

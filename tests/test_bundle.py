@@ -17,9 +17,11 @@ from convlens.data.preprocess import Preprocess
 from convlens.data.published import DATASETS
 from convlens.errors import ConvlensError, UnknownName, UsageError
 from convlens.models import MODELS, create_model, register
-from convlens.shipping import bundle as bundle_module
-from convlens.shipping.bundle import Bundle, find_bundle, load_bundle, shipped_models
-from convlens.shipping.classifier import Classifier, Prediction
+from convlens.shipping import places
+from convlens.shipping.bundle import Bundle, load_bundle
+from convlens.shipping.classifier import Classifier
+from convlens.shipping.places import find_bundle, shipped_models
+from convlens.shipping.prediction import Prediction
 
 TRAINED: dict[str, Any] = {
     "convlens": "0.1.0",
@@ -225,7 +227,7 @@ def test_find_bundle(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     other.mkdir()
     with pytest.raises(UsageError, match=f"^{other} is neither a run folder nor a model bundle$"):
         find_bundle(other)
-    monkeypatch.setattr(bundle_module, "shipped_models", lambda: {"mnist": run / "model", "cifar10": run})
+    monkeypatch.setattr(places, "shipped_models", lambda: {"mnist": run / "model", "cifar10": run})
     assert find_bundle("mnist") == run / "model"
     with pytest.raises(UnknownName, match=r"^unknown run folder or model 'mnits'; did you mean 'mnist'\?$"):
         find_bundle("mnits")

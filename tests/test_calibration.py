@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convlens.evaluation.calibration import (
-    LEVELS,
     brier_score,
     calibration_error,
     fit_coverage,
     fit_temperature,
     judge_calibration,
-    prediction_sets,
     reliability,
+    surprise,
 )
+from convlens.evaluation.coverage import LEVELS, prediction_sets
 
 
 def draw(n: int, sharpness: float, seed: int, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,11 +76,15 @@ def test_the_right_probabilities_are_calibrated_and_sharp_ones_are_not() -> None
     assert figures["after"]["brier_score"] < figures["before"]["brier_score"]
 
 
+def sets_of(logits: torch.Tensor, bounds: list[float], coverage: float) -> torch.Tensor:
+    return torch.from_numpy(prediction_sets(surprise(logits).numpy(), bounds, coverage))
+
+
 @pytest.mark.parametrize("coverage", [0.5, 0.8, 0.9, 0.95, 0.99])
 def test_sets_cover_what_they_promise(coverage: float) -> None:
     logits, labels = draw(40_000, 2.0, 2)
     bounds = fit_coverage(logits[:20_000], labels[:20_000])
-    sets = prediction_sets(logits[20_000:], bounds, coverage)
+    sets = sets_of(logits[20_000:], bounds, coverage)
     measured = sets.gather(1, labels[20_000:, None]).float().mean().item()
     assert abs(measured - coverage) < 0.01
 
@@ -90,16 +94,16 @@ def test_coverage_holds_on_average_over_small_validation_sets() -> None:
     for seed in range(300):
         logits, labels = draw(150, 2.0, seed)
         bounds = fit_coverage(logits[:50], labels[:50])
-        covered.append(prediction_sets(logits[50:], bounds, 0.9).gather(1, labels[50:, None]).float().mean().item())
+        covered.append(sets_of(logits[50:], bounds, 0.9).gather(1, labels[50:, None]).float().mean().item())
     assert 0.895 <= np.mean(covered) <= 0.93  # between 0.9 and 0.9 + 1 / 51, but for chance
 
 
 def test_more_coverage_never_takes_a_class_away() -> None:
     logits, labels = draw(400, 2.0, 3)
     bounds = fit_coverage(logits, labels)
-    before = prediction_sets(logits, bounds, LEVELS[0])
+    before = sets_of(logits, bounds, LEVELS[0])
     for level in LEVELS[1:]:
-        sets = prediction_sets(logits, bounds, level)
+        sets = sets_of(logits, bounds, level)
         assert bool((sets | ~before).all())
         before = sets
 
@@ -107,4 +111,4 @@ def test_more_coverage_never_takes_a_class_away() -> None:
 def test_too_few_images_give_every_class() -> None:
     logits, labels = draw(10, 2.0, 4)
     bounds = fit_coverage(logits, labels)
-    assert bounds[-1] == math.inf and bool(prediction_sets(logits, bounds, 0.99).all())
+    assert bounds[-1] == math.inf and bool(sets_of(logits, bounds, 0.99).all())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from convlens.data.dataset import Split
-from convlens.data.preprocess import Normalise
+from convlens.data.normalise import Normalise
 from convlens.evaluation.metrics import Scores, compute_logits, evaluate, judge, make_views, wilson_interval
 from convlens.models import create_model
 

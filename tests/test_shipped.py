@@ -7,8 +7,9 @@ import pytest
 from safetensors import safe_open
 
 from convlens.run import evaluate_run
-from convlens.shipping.bundle import load_bundle, shipped_models
+from convlens.shipping.bundle import load_bundle
 from convlens.shipping.classifier import Classifier
+from convlens.shipping.places import shipped_models
 
 NAMES = ["cifar10", "digits", "fashion-mnist", "mnist"]
 

@@ -14,7 +14,7 @@ import torch
 import convlens
 from convlens.data.catalog import load_dataset
 from convlens.errors import ConvlensError, UsageError
-from convlens.evaluation.calibration import LEVELS
+from convlens.evaluation.coverage import LEVELS
 from convlens.evaluation.trust import Trust
 from convlens.evaluation.unknown import FeatureSpace, auroc, false_positive_rate, fit_threshold
 from convlens.run import Run

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from convlens.models import create_model
     from convlens.run import Run
     from convlens.series import train_series
-    from convlens.shipping.classifier import Classifier, Prediction
+    from convlens.shipping.classifier import Classifier
+    from convlens.shipping.prediction import Prediction
     from convlens.training.engine import fit
     from convlens.training.recipe import Recipe
     from convlens.training.recipes import get_recipe
@@ -35,7 +36,7 @@ _HOMES = {
     "ConvClassifier": "convlens.estimator",
     "ConvlensError": "convlens.errors",
     "Dataset": "convlens.data.dataset",
-    "Prediction": "convlens.shipping.classifier",
+    "Prediction": "convlens.shipping.prediction",
     "Recipe": "convlens.training.recipe",
     "Run": "convlens.run",
     "Split": "convlens.data.dataset",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from convlens.doctor import Findings
     from convlens.experiment import Experiment
-    from convlens.shipping.classifier import Prediction
+    from convlens.shipping.prediction import Prediction
     from convlens.training.checkpoint import EpochRecord
 
 

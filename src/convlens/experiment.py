@@ -37,8 +37,9 @@ from convlens.reporting.report import write_report
 from convlens.run import Run
 from convlens.runfolder import RunFolder, read_names, write_json, write_names
 from convlens.runtime import available_cores, callers_state_kept, choose_device, describe_machine, use_threads
-from convlens.shipping.bundle import Bundle, find_bundle, load_bundle, shipped_models
+from convlens.shipping.bundle import Bundle, load_bundle
 from convlens.shipping.classifier import Classifier
+from convlens.shipping.places import find_bundle, shipped_models
 from convlens.training.budget import candidates, fit_into, parse_budget
 from convlens.training.checkpoint import CheckpointStore, EpochRecord
 from convlens.training.engine import fit
@@ -267,7 +268,7 @@ class Experiment:
             turned = torch.arange(len(rows)) % 2 == 1  # every second one, as in each epoch
             seen = mirror(normalise(images), turned) if self.recipe.flip else normalise(images)
             changed, _ = augment(seen, labels, torch.Generator().manual_seed(self.recipe.seed))
-        pixels = denormalise(changed, self.preprocess)
+        pixels = normalise.invert(changed)
         plots.draw_images(folder / "augmented.png", pixels, names, "The same images as the net saw them")
         plots.draw_curves(folder / "curves.png", records)
         plots.draw_confusion(folder / "confusion.png", test["confusion_matrix"], classes)
@@ -368,9 +369,3 @@ def adopt_weights(net: nn.Module, bundle: Bundle) -> str:
         raise UsageError(f"--init: no weight of its {bundle.model['name']} fits a net {type(net).__name__} here")
     net.load_state_dict({**own, **fitting})
     return f"{len(fitting)} of {len(own)}"
-
-
-def denormalise(x: Tensor, preprocess: Preprocess) -> Tensor:
-    """Return normalised images (N, C, H, W) as uint8 pixels again."""
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (preprocess.mean, preprocess.std))
-    return ((x * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

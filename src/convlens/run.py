@@ -16,8 +16,10 @@ from convlens.evaluation.paired import Paired
 from convlens.progress import track
 from convlens.runfolder import RunFolder, read_json, read_names
 from convlens.runtime import use_threads
-from convlens.shipping.bundle import Bundle, find_bundle, load_bundle
-from convlens.shipping.classifier import Classifier, Picture, Prediction
+from convlens.shipping.bundle import Bundle, load_bundle
+from convlens.shipping.classifier import Classifier
+from convlens.shipping.places import find_bundle
+from convlens.shipping.prediction import Picture, Prediction
 
 
 class Run:

@@ -31,7 +31,7 @@ def models(
       convlens models small --size 64 --channels 3
     """
     from convlens.models import MODELS, create_model, summarise
-    from convlens.shipping.bundle import shipped_models
+    from convlens.shipping.places import shipped_models
 
     if name is None:
         print("nets")

@@ -145,13 +145,14 @@ def predict(
       find . -name '*.jpg' | convlens predict runs/photos-1 -
     """
     from convlens.data.pictures import BadImage, open_image
+    from convlens.evaluation.coverage import require_coverage
     from convlens.runtime import use_threads
     from convlens.shipping.classifier import Classifier
 
     use_threads()
     classifier = Classifier.load(model)
     if coverage is not None:
-        classifier.require_coverage(coverage)
+        require_coverage(coverage, classifier.bounds)
     files = expand(images)
     batch: list[tuple[str, Any]] = []
     bad, printer = 0, Printer(format, top)

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from convlens.data.augment import mirror
 from convlens.data.dataset import Split
-from convlens.data.preprocess import Normalise
+from convlens.data.normalise import Normalise
 from convlens.runtime import derive_seed, seed_global
 
 FLIP = -1  # stands for no epoch: the stream of numbers that says which images are mirrored first

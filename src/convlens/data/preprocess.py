@@ -1,18 +1,22 @@
-"""What stands between a picture and a net, and travels with the model: adapting to its size, normalising."""
+"""What stands between a picture and a net, and travels with the model: adapting to its size, mean and spread."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 from PIL import Image
-from torch import Tensor, nn
 
-from convlens.data.pictures import PictureStyle, fit_ink, fit_photo, image_pixels, to_mode
+from convlens.data.pictures import PictureStyle, Pixels, fit_ink, fit_photo, image_pixels, to_mode
 from convlens.errors import UsageError
+
+if TYPE_CHECKING:  # who only predicts does without PyTorch
+    from torch import Tensor
+
+    from convlens.data.normalise import Normalise
 
 LARGEST_SIDE = 4096  # pixels, of the images that a net takes
 
@@ -37,15 +41,18 @@ class Preprocess:
         channels, height, width = images.shape[1:]
         if max(height, width) > LARGEST_SIDE:
             raise UsageError(f"images of {width} x {height} pixels; nets take at most {LARGEST_SIDE} a side")
-        # counting the 256 values is exact, quick, and needs no float copy of the data
-        counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(channels)])
-        levels = torch.arange(256, dtype=torch.float64) / 255
-        share = counts.double() / counts.sum(dim=1, keepdim=True)  # (C, 256)
-        mean = (share * levels).sum(dim=1)
-        std = ((share * levels**2).sum(dim=1) - mean**2).clamp(min=0).sqrt().clamp(min=1e-3)
+        # counting the 256 values is exact, and needs no float copy of the data
+        counts = np.zeros((channels, 256))
+        for part in images.split(4096):  # type: ignore[no-untyped-call]  # NumPy counts whole numbers of 8 bytes
+            pixels = part.numpy()
+            counts += [np.bincount(pixels[:, c].ravel(), minlength=256) for c in range(channels)]
+        levels = np.arange(256) / 255
+        share = counts / counts.sum(axis=1, keepdims=True)  # (C, 256)
+        mean = share @ levels
+        std = np.sqrt((share @ levels**2 - mean**2).clip(0)).clip(1e-3)
         return cls(channels, height, width, tuple(mean.tolist()), tuple(std.tolist()), style)
 
-    def adapt(self, image: Image.Image, *, raw: bool = False) -> Tensor:
+    def adapt(self, image: Image.Image, *, raw: bool = False) -> Pixels:
         """Return any PIL image as the pixels this net was trained on, uint8 (C, H, W).
 
         ``raw`` only converts the colour mode and resizes, without looking for ink.
@@ -55,10 +62,12 @@ class Preprocess:
             image = fit_photo(image, self.height, self.width)
         else:
             image = fit_ink(image, self.height, self.width, self.style)
-        return torch.from_numpy(image_pixels(image))
+        return image_pixels(image)
 
     def normaliser(self) -> Normalise:
         """Return the module that turns uint8 pixels into the net's input."""
+        from convlens.data.normalise import Normalise
+
         return Normalise(self.mean, self.std)
 
     def to_json(self) -> dict[str, Any]:
@@ -83,20 +92,3 @@ class Preprocess:
         if not (sides and fits and finite and len(made.mean) == len(made.std) == made.channels):
             raise ValueError("its preprocessing makes no sense")
         return made
-
-
-class Normalise(nn.Module):
-    """(pixels / 255 - mean) / std: from uint8 (N, C, H, W) to float32 of the same shape."""
-
-    scale: Tensor
-    offset: Tensor
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
-        super().__init__()
-        mean_, std_ = torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
-        self.register_buffer("scale", 1 / (255 * std_), persistent=False)
-        self.register_buffer("offset", -mean_ / std_, persistent=False)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return the net's input for uint8 pixels (N, C, H, W)."""
-        return pixels.to(self.scale.dtype) * self.scale + self.offset

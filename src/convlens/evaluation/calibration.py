@@ -1,4 +1,4 @@
-"""Probabilities that mean what they say: a temperature, calibration error, and prediction sets of a stated coverage."""
+"""Probabilities that mean what they say: a temperature, calibration error, and bounds for prediction sets."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convlens.evaluation.coverage import LEVELS
+
 BINS = 15
 COLDEST, HOTTEST = 0.05, 20.0  # temperatures beyond these say that there is nothing to fit
 PROVEN = 6.63  # 1% point of chi-squared with one degree of freedom
-LEVELS = tuple(round(0.5 + 0.005 * step, 3) for step in range(100))  # coverages that a bundle has a bound for
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -99,13 +100,3 @@ def fit_coverage(logits: Tensor, labels: Tensor) -> list[float]:
     scores = surprise(logits).gather(1, labels[:, None])[:, 0].sort().values  # (N,)
     ranks = [math.ceil((len(scores) + 1) * level) for level in LEVELS]
     return [scores[rank - 1].item() if rank <= len(scores) else math.inf for rank in ranks]
-
-
-def prediction_sets(logits: Tensor, bounds: Sequence[float], coverage: float) -> Tensor:
-    """Return which classes are in the prediction set of each image, bool (N, K), for logits (N, K).
-
-    ``coverage`` between two levels counts as the higher. A set may be empty: the image is then less like any class
-    than that share of known images are like their own.
-    """
-    level = next(i for i, level in enumerate(LEVELS) if level >= coverage - 1e-9)
-    return surprise(logits) <= bounds[level]

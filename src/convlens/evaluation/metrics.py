@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from convlens.data.dataset import Split
-from convlens.data.preprocess import Normalise
+from convlens.data.normalise import Normalise
 from convlens.progress import Meter
 
 Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution

@@ -15,14 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from convlens.data.dataset import Split
-from convlens.data.preprocess import Normalise
-from convlens.evaluation.calibration import (
-    LEVELS,
-    fit_coverage,
-    fit_temperature,
-    judge_calibration,
-    prediction_sets,
-)
+from convlens.data.normalise import Normalise
+from convlens.evaluation.calibration import fit_coverage, fit_temperature, judge_calibration, surprise
+from convlens.evaluation.coverage import LEVELS, prediction_sets
 from convlens.evaluation.metrics import compute_outputs
 from convlens.evaluation.unknown import FeatureSpace, energy, fit_threshold
 
@@ -35,7 +30,7 @@ class Trust:
     """A temperature, bounds for prediction sets, and how strange a picture may be that is still known."""
 
     temperature: float
-    bounds: tuple[float, ...]  # one for each of calibration.LEVELS; inf: every class
+    bounds: tuple[float, ...]  # one for each of coverage.LEVELS; inf: every class
     distance: tuple[float, float]  # mean and standard deviation on validation images
     energy: tuple[float, float]
     threshold: float  # of strangeness
@@ -69,7 +64,7 @@ class Trust:
 
     def sets(self, logits: Tensor, coverage: float) -> Tensor:
         """Return the classes of each prediction set, bool (N, K), from logits (N, K) before the temperature."""
-        return prediction_sets(logits / self.temperature, self.bounds, coverage)
+        return torch.from_numpy(prediction_sets(surprise(logits / self.temperature).numpy(), self.bounds, coverage))
 
     def judge(self, logits: Tensor, features: Tensor, labels: Tensor) -> dict[str, Any]:
         """Return what a test says of all this, from logits (N, K), features (N, D) and labels (N,)."""

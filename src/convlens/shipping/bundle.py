@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,14 @@ from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UnknownName, UsageError
 from convlens.evaluation.trust import Trust
 from convlens.models import create_model
-from convlens.runfolder import RunFolder, read_json, replacing, write_json, write_text
+from convlens.runfolder import read_json, replacing, write_json, write_text
+from convlens.shipping.places import CARD, CONFIG, TRUST, WEIGHTS
 
 FORMAT = 1
 SIDES = ("channels", "height", "width")
 # how the test split was used: said on the model card and in the report
 UNSEEN = "The test split was measured once, after training; nothing was chosen by it."
 WATCHED = "The test split was measured after every epoch, for the curves; nothing was chosen by it."
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-TRUST = "trust.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,31 +163,3 @@ def load_bundle(folder: Path) -> Bundle:
     ) as error:  # fmt: skip
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise ConvlensError(f"{folder} is not a bundle that can be read: {reason}") from None
-
-
-def shipped_models() -> dict[str, Path]:
-    """Return the bundles that come with convlens, by name."""
-    root = Path(str(resources.files("convlens") / "weights"))
-    return {path.name: path for path in sorted(root.iterdir())} if root.is_dir() else {}
-
-
-def find_bundle(source: str | Path) -> Path:
-    """Return the bundle's folder for a run folder, a bundle's folder, or the name of a shipped model.
-
-    A folder goes before a shipped model of the same name only if it is written as a path (``./mnist``).
-    """
-    if str(source) in (shipped := shipped_models()):
-        return shipped[str(source)]
-    path = Path(source)
-    if (path / WEIGHTS).is_file() and (path / CONFIG).is_file():
-        return path
-    run = RunFolder(path)
-    if (path / CARD).is_file() and run.config.is_file():
-        return path  # a bundle that has lost its weights: reading it says so
-    if run.config.is_file():
-        if not (run.model / CONFIG).is_file():
-            raise UsageError(f"the training of {path} is not finished: go on with `convlens train --resume {path}`")
-        return run.model
-    if path.exists():
-        raise UsageError(f"{path} is neither a run folder nor a model bundle")
-    raise UnknownName("run folder or model", str(source), shipped)

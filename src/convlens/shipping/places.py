@@ -1,0 +1,40 @@
+"""Where bundles lie: in run folders, in folders of their own, in the package. Without PyTorch."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from convlens.errors import UnknownName, UsageError
+from convlens.runfolder import RunFolder
+
+# the files of a bundle
+WEIGHTS, CONFIG, CARD, TRUST = "model.safetensors", "config.json", "README.md", "trust.safetensors"
+
+
+def shipped_models() -> dict[str, Path]:
+    """Return the bundles that come with convlens, by name."""
+    root = Path(str(resources.files("convlens") / "weights"))
+    return {path.name: path for path in sorted(root.iterdir())} if root.is_dir() else {}
+
+
+def find_bundle(source: str | Path) -> Path:
+    """Return the bundle's folder for a run folder, a bundle's folder, or the name of a shipped model.
+
+    A folder goes before a shipped model of the same name only if it is written as a path (``./mnist``).
+    """
+    if str(source) in (shipped := shipped_models()):
+        return shipped[str(source)]
+    path = Path(source)
+    if (path / WEIGHTS).is_file() and (path / CONFIG).is_file():
+        return path
+    run = RunFolder(path)
+    if (path / CARD).is_file() and run.config.is_file():
+        return path  # a bundle that has lost its weights: reading it says so
+    if run.config.is_file():
+        if not (run.model / CONFIG).is_file():
+            raise UsageError(f"the training of {path} is not finished: go on with `convlens train --resume {path}`")
+        return run.model
+    if path.exists():
+        raise UsageError(f"{path} is neither a run folder nor a model bundle")
+    raise UnknownName("run folder or model", str(source), shipped)

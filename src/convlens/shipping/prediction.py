@@ -1,0 +1,104 @@
+"""What a trained net says of any picture, whatever computes it. Without PyTorch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from convlens.data.pictures import BadImage, Pixels, array_to_image, open_image
+from convlens.data.preprocess import Preprocess
+from convlens.evaluation.coverage import prediction_sets, require_coverage
+
+Picture = str | Path | bytes | Image.Image | NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a net says of one picture."""
+
+    label: str
+    probability: float  # 0..1
+    top: tuple[tuple[str, float], ...]  # the most probable classes, best first
+    known: bool | None = None  # does it look like what the net was trained on? None: the bundle cannot say
+    labels: tuple[str, ...] | None = None  # the prediction set, where a coverage was asked for
+
+    def __str__(self) -> str:
+        told = f"{self.label} ({self.probability:.1%})"
+        return f"unknown; most like {told}" if self.known is False else told
+
+
+class Predictor(ABC):
+    """Any picture in, label and probability out, with the preprocessing that the net was trained with."""
+
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    bounds: tuple[float, ...] | None  # of prediction sets, one for each of coverage.LEVELS
+
+    @abstractmethod
+    def run(self, pixels: Pixels) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+        """Return probabilities (N, K), calibrated if the model can, and which images are known (N,), of (N, C, H, W).
+
+        The pixels are uint8 as :meth:`adapt` gives them.
+        """
+
+    @overload
+    def predict(
+        self, pictures: Picture, *, top: int = ..., raw: bool = ..., coverage: float | None = ...
+    ) -> Prediction: ...
+    @overload
+    def predict(
+        self, pictures: list[Picture], *, top: int = ..., raw: bool = ..., coverage: float | None = ...
+    ) -> list[Prediction]: ...
+
+    def predict(
+        self, pictures: Picture | list[Picture], *, top: int = 1, raw: bool = False, coverage: float | None = None
+    ) -> Prediction | list[Prediction]:
+        """Classify one picture (a Prediction) or a list of them (a list of Predictions).
+
+        A picture is a path, a file's content, a PIL image, or an array: (H, W), (H, W, C) or (C, H, W), uint8 or
+        float 0..1. It is adapted to what the net was trained on; ``raw`` only resizes. ``top`` is the number of
+        classes in ``Prediction.top``. With ``coverage`` (0.5 to 0.995) ``Prediction.labels`` is a set of classes that
+        holds the right one for that share of pictures like the training images. Raises BadImage for what cannot be
+        read, UsageError for a coverage that the bundle cannot give.
+        """
+        several = pictures if isinstance(pictures, list) else [pictures]
+        predictions = self.describe([self.adapt(p, raw=raw) for p in several], top, coverage)
+        return predictions if isinstance(pictures, list) else predictions[0]
+
+    def adapt(self, picture: Picture, *, raw: bool = False) -> Pixels:
+        """Return a picture as the pixels that the net sees, uint8 (C, H, W)."""
+        if isinstance(picture, (str, Path, bytes)):
+            image = open_image(picture)
+        elif isinstance(picture, Image.Image):
+            image = picture
+        elif isinstance(picture, np.ndarray):
+            image = array_to_image(picture)
+        else:
+            raise BadImage(f"a {type(picture).__name__} is not a picture: give a path, a PIL image or an array")
+        return self.preprocess.adapt(image, raw=raw)
+
+    def describe(self, pixels: Sequence[Pixels], top: int = 1, coverage: float | None = None) -> list[Prediction]:
+        """Return a Prediction for each of uint8 images (C, H, W) as :meth:`adapt` gives them; see :meth:`predict`."""
+        if coverage is not None:
+            require_coverage(coverage, self.bounds)
+        if not pixels:
+            return []
+        probabilities, known = self.run(np.stack(pixels))
+        sets = None
+        if coverage is not None and self.bounds is not None:
+            with np.errstate(divide="ignore"):
+                sets = prediction_sets(-np.log(probabilities.astype(np.float64)), self.bounds, coverage)
+        predictions = []
+        orders = np.argsort(-probabilities, axis=1, kind="stable").tolist()
+        for number, (row, order) in enumerate(zip(probabilities.tolist(), orders, strict=True)):
+            best = tuple((self.classes[i], row[i]) for i in order[: max(top, 1)])
+            labels = None if sets is None else tuple(self.classes[i] for i in order if sets[number, i])
+            predictions.append(Prediction(*best[0], best, None if known is None else bool(known[number]), labels))
+        return predictions
