@@ -282,7 +282,7 @@ def test_npz_without_the_arrays(tmp_path: Path) -> None:
 
 def test_npz_names_the_file_in_what_is_wrong_with_its_arrays(tmp_path: Path) -> None:
     np.savez(tmp_path / "mine.npz", x=X, y=Y[:3])
-    with pytest.raises(UsageError, match=r"^mine: 20 images but labels of shape \(3,\)$"):
+    with pytest.raises(UsageError, match=r"mine.npz: 20 images but labels of shape \(3,\)$"):
         load_dataset(tmp_path / "mine.npz")
 
 

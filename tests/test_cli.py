@@ -535,6 +535,30 @@ def test_data_info_replaces_no_file(shell: Shell) -> None:
         assert out.splitlines()[-1] == f"samples digits-samples{number}.png"
 
 
+def test_nothing_is_written_into_the_data(shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "photos", {"dark": 9, "light": 9})
+    monkeypatch.chdir(root)
+    shell.fails(
+        "data", "info", ".", code=2, says="would be written into the data in .; choose a place outside with --to"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert shell("train", "photos", *QUICK, "--out", "run")[0] == 0
+    shell.fails("mistakes", "run", "--to", "photos/dark/m", code=2, says="choose a place outside with --to")
+    assert sorted(path.name for path in root.iterdir()) == ["dark", "light"]
+
+
+def test_a_list_of_files_may_hold_any_name(tmp_path: Path) -> None:
+    draw_one(tmp_path / "a.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    done = subprocess.run(
+        [sys.executable, "-m", "convlens", "predict", "mnist", "-"],
+        input=os.fsencode(tmp_path) + b"/caf\xe9.png\n",
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"") and b"caf\\udce9.png: 1 " in done.stdout
+
+
 def test_what_nobody_foresaw_is_one_line_too(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     shell.fails("train", "a" * 300, code=1, says="File name too long")
     Path("bad.json").write_text('{"recipe": 3}')

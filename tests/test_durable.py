@@ -416,6 +416,8 @@ def test_a_save_that_fails_says_so_and_changes_nothing(
             assert f": {os.strerror(code)}; " in str(error)
             synced = operation == "os.fsync" and call % 2 == 0  # that of the folder: the file has its name by then
             assert str(error).endswith("may not outlast a power failure" if synced else "nothing was changed")
+        else:
+            assert calls < call, "it failed, and nobody was told"
     if calls < call:  # a save has not so many of them
         assert load_step(store) == 20
     else:
@@ -593,6 +595,26 @@ def test_asked_to_stop_at_random_instants_it_saves_and_goes(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_asked_to_stop_at_100_random_instants_it_saves_and_goes(tmp_path: Path) -> None:
     check_signals(tmp_path, 100)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_in_the_last_step_it_goes_too(
+    stop: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, said = engine.make_record, tmp_path / "said"
+
+    def asked(*arguments: Any) -> Any:
+        sys.stderr = open(said, "w", buffering=1)
+        os.kill(os.getpid(), stop)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "make_record", asked)
+        assert command("train", "digits", *SHORT, "--epochs", "1", "--seeds", "2", "--out", tmp_path / "s") == 130
+    assert "trained, but not tested; go on with: convlens train --resume" in said.read_text()
+    assert not (tmp_path / "s" / "seed-0" / "report.html").exists() and not (tmp_path / "s" / "seed-1").exists()
+    assert command("train", "--resume", tmp_path / "s") == 0
+    assert (tmp_path / "s" / "seed-1" / "report.html").exists()
 
 
 # numbers that are none

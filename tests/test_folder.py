@@ -1,5 +1,7 @@
 """Folders of class folders as people have them: any image, any mess; only ever read, decoded once."""
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -681,6 +683,7 @@ def test_many_files_are_read_by_processes_and_come_out_the_same(
     alone = load_folder(root, allow_unreadable=True)
     shutil.rmtree(cache)
     monkeypatch.setattr(decode, "MANY", 1)
+    monkeypatch.setattr(decode, "CHUNK", 7)  # so that the order of chunks counts
     together = load_folder(root, allow_unreadable=True)
     assert together.fingerprint() == alone.fingerprint()
     assert together.unreadable == alone.unreadable == tuple(
@@ -702,31 +705,131 @@ def test_a_helper_that_is_killed_is_told_of(root: Path, monkeypatch: pytest.Monk
 ask = decode.Helper.ask
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="it looks for processes where Linux lists them")
 def test_helpers_end_with_the_one_who_asks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [f"{number}.png" for number in range(2000)]
+    """Also in the middle of a picture, and also when that one is killed."""
+    path = paint(root / "large.png", size=(6000, 6000))
+    names = ["large.png"] * 2000
     monkeypatch.setattr(decode, "CHUNK", 1)
-    before = helpers_now()
-    parts = decode.decode_files(root, names, 1, 8)
-    assert next(parts)[1] == {0: "0.png: there is no such file"}
-    assert helpers_now() > before
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    parts = decode.decode_files(root, names, [digest] * 2000, 1, 8)
+    assert next(parts)[0].shape == (1, 1, 8, 8)
+    helpers = children(os.getpid())
+    assert helpers
     parts.close()
-    assert helpers_now() == before
+    assert not alive(helpers)
 
-    code = "import os, sys; from convlens.data.decode import *; f = decode_files(Path(), ['x'] * 2000, 1, 8); next(f)"
-    subprocess.run([sys.executable, "-c", f"{code}; os.kill(os.getpid(), 9)"], check=False)
+    code = f"from convlens.data import decode; from pathlib import Path; decode.CHUNK = 1; root = Path({str(root)!r})"
+    code += f"; parts = decode.decode_files(root, ['large.png'] * 2000, ['{digest}'] * 2000, 1, 8); next(parts)"
+    asking = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; print('begun', flush=True); list(parts)"], stdout=subprocess.PIPE
+    )
+    assert asking.stdout and asking.stdout.readline() == b"begun\n"
+    helpers = children(asking.pid)
+    assert helpers
+    asking.kill()
+    asking.communicate()
     deadline = time.monotonic() + 10
-    while helpers_now() > before and time.monotonic() < deadline:
+    while alive(helpers) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert helpers_now() == before
+    assert not alive(helpers)
 
 
-def helpers_now() -> int:
-    """Count the helper processes of this machine."""
-    lines = (path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline"))
-    return sum(b"convlens.data.decode import serve" in line for line in lines)
+def children(parent: int) -> list[Path]:
+    """Return the places in /proc of the processes that ``parent`` has started."""
+    return [path.parent for path in Path("/proc").glob("[0-9]*/stat") if stat_of(path).split()[1:2] == [str(parent)]]
+
+
+def stat_of(path: Path) -> str:
+    """Return what the system says of a process, behind its name: its state, its parent, ..."""
+    with contextlib.suppress(OSError):
+        return path.read_text().rpartition(")")[2]
+    return ""
+
+
+def alive(processes: list[Path]) -> list[Path]:
+    return [path for path in processes if stat_of(path / "stat").split()[:1] not in ([], ["Z"], ["X"])]
 
 
 def test_reading_files_needs_no_pytorch() -> None:
     code = "import sys, convlens.data.decode; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_file_that_changes_meanwhile_is_never_cached(
+    root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(root, "a", "b")
+    survey = folder_module.survey_files
+
+    def then_changed(*arguments: object) -> Iterable[object]:
+        found = list(survey(*arguments))  # type: ignore[arg-type]
+        paint(root / "a" / "002.png", 200, "L")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "survey_files", then_changed)
+        with pytest.raises(ConvlensError, match=r"^a/002.png changed while .* was read; try again"):
+            load_folder(root)
+    assert not list(cache.rglob("images.npy")) and not list(cache.rglob(".new-*"))
+    assert look(load_folder(root), "a/002.png").unique().tolist() == [200]
+
+
+def test_want_of_memory_says_nothing_of_an_image(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(root, "a", "b")
+
+    def fail(image: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures.ImageOps, "exif_transpose", fail)
+        patch.setattr(Image.Image, "load", fail)
+        patch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+        with pytest.raises(MemoryError):
+            load_folder(root, allow_unreadable=True)
+    assert load_folder(root).unreadable == ()
+
+
+def test_a_link_to_a_folder_is_named(root: Path, tmp_path: Path) -> None:
+    fill(root, "a", "b")
+    fill(tmp_path / "elsewhere", "more")
+    (root / "a" / "more").symlink_to(tmp_path / "elsewhere" / "more")
+    assert load_folder(root, allow_unreadable=True).unreadable == ("a/more is a folder, not an image",)
+
+
+def test_names_are_shown_without_what_a_terminal_obeys(root: Path) -> None:
+    fill(root, "a", "b")
+    spoil(root / "a" / "x\n\x1b[31m.png")
+    (said,) = load_folder(root, allow_unreadable=True).unreadable
+    assert said == "a/x\\n\\x1b[31m.png is not an image (JPEG, PNG, GIF, WebP, BMP, TIFF or PPM)"
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        np.zeros((10, 1, 8, 8), np.float32),
+        np.zeros((10, 3, 5, 5), np.uint8),
+        np.zeros((7, 1, 8, 8), np.uint8),
+        np.zeros(4, np.uint8),
+    ],
+    ids=["floats", "another size", "too few", "no images"],
+)
+def test_a_foreign_cache_is_not_believed(foreign: np.ndarray, root: Path, cache: Path) -> None:
+    expected = load_folder(fill(root, "a", "b")).fingerprint()
+    (path,) = cache.rglob("images.npy")
+    np.save(path, foreign)
+    assert load_folder(root).fingerprint() == expected
+    (path.parent / "unreadable.json").write_text("null")
+    assert load_folder(root).fingerprint() == expected
+
+
+def test_a_cache_of_another_user_is_used(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = load_folder(fill(root, "a", "b")).fingerprint()
+
+    def fail(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", fail)
+    monkeypatch.setattr(folder_module, "decode_files", refuse)
+    assert load_folder(root).fingerprint() == expected

@@ -1,5 +1,6 @@
 """The ground floor: errors, registry, seeds, device and threads, run folders and atomic files, progress."""
 
+import errno
 import io
 import json
 import os
@@ -15,10 +16,11 @@ from hypothesis import strategies as st
 
 from convlens import runfolder
 from convlens.errors import ConvlensError, Diverged, Interrupted, UnknownName, UsageError
+from convlens.machine import available_cores
 from convlens.progress import Meter, track
 from convlens.registry import Registry
 from convlens.runfolder import RunFolder, read_json, replacing, write_csv, write_json, write_text
-from convlens.runtime import available_cores, choose_device, derive_seed, describe_machine, use_threads
+from convlens.runtime import choose_device, derive_seed, describe_machine, use_threads
 
 quick = settings(max_examples=50, deadline=None, database=None, derandomize=True)
 
@@ -482,3 +484,22 @@ def test_on_a_terminal_a_bar_is_drawn_and_taken_away(monkeypatch: pytest.MonkeyP
         assert meter._bar is not None
         meter.update(1)
     assert "reading" in terminal.getvalue()
+
+
+def test_a_disk_that_becomes_read_only_in_between_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    (tmp_path / "a.txt").write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(runfolder.os, "fsync", fail)
+        patch.setattr(Path, "unlink", fail)
+        with pytest.raises(ConvlensError, match="^cannot write .*a.txt: Read-only file system; nothing was changed$"):
+            runfolder.write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_lists_of_names_hold_any_name_and_any_reason(tmp_path: Path) -> None:
+    reasons = {"a\nb\t.png": "copy of two\nlines\\.png", "c.png": ""}
+    runfolder.write_names(tmp_path / "list.txt", reasons)
+    assert runfolder.read_names(tmp_path / "list.txt") == list(reasons)

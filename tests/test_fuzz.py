@@ -8,6 +8,7 @@ Inputs grow out of the seeds below by flips, cuts, insertions, numbers at their 
 fails is shrunk and printed by hypothesis, and kept in ``.hypothesis`` to be tried first the next time.
 """
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -37,7 +38,6 @@ from convlens.shipping.bundle import Bundle, load_bundle
 from convlens.training.checkpoint import CheckpointStore, TrainState, read_checkpoint, seal
 from convlens.training.recipe import Recipe
 
-resource = pytest.importorskip("resource")  # not on Windows
 MOST_SECONDS, MOST_MIB = 1.0, 200
 WORDS = [
     b"null", b"NaN", b"-1", b"0", b"1e999", b"999999999999", b"[]", b"{}", b'""', b"true", b'"channels"', b'"shape"',
@@ -174,6 +174,17 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[by
     return made
 
 
+def feed_one(read: Target, content: bytes) -> None:
+    """Feed one input: what comes of it is a result, or a line for a person, soon and without much memory."""
+    before, started = memory("VmRSS", forget_peak=True), time.process_time()
+    try:
+        read(content)
+    except ConvlensError as error:
+        assert "\n" not in str(error) and len(str(error)) < 2000
+    assert time.process_time() - started < MOST_SECONDS
+    assert memory("VmHWM") - before < MOST_MIB + len(content) / 2**20
+
+
 def feed(target: tuple[list[bytes], Target], examples: int, start: int | None = None) -> None:
     """Feed so many mutated inputs; with a ``start`` others than usual."""
     seeds, read = target
@@ -181,21 +192,40 @@ def feed(target: tuple[list[bytes], Target], examples: int, start: int | None = 
     @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=start is None)
     @given(st.sampled_from(seeds), edits)
     def check(content: bytes, changes: list[tuple[float | int, str, bytes]]) -> None:
-        mutated = mutate(content, changes)
-        before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-        try:
-            read(mutated)
-        except ConvlensError as error:
-            assert "\n" not in str(error) and len(str(error)) < 2000
-        assert time.process_time() - started < MOST_SECONDS
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        assert grown < MOST_MIB + len(mutated) / 2**20
+        feed_one(read, mutate(content, changes))
         counted[0] += 1
 
     (check if start is None else seed(start)(check))()
 
 
 counted = [0]
+
+
+def memory(kind: str, forget_peak: bool = False) -> float:
+    """Return how much memory this process has (VmRSS), or has had at most since that was forgotten (VmHWM), in MiB.
+
+    0 on systems that do not say.
+    """
+    with contextlib.suppress(OSError):
+        if forget_peak:
+            Path("/proc/self/clear_refs").write_text("5")
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+        return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def dawdle(content: bytes) -> None:
+    begun = time.process_time()
+    while time.process_time() - begun < 1.1 * MOST_SECONDS:
+        pass
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell of memory")
+def test_greed_and_slowness_are_seen() -> None:
+    with pytest.raises(AssertionError, match="VmHWM"):
+        feed_one(lambda content: np.ones(220 << 20, np.uint8).sum(), b"x")
+    with pytest.raises(AssertionError, match="process_time"):
+        feed_one(dawdle, b"x")
 
 
 @pytest.mark.parametrize("name", NAMES)

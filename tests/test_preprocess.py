@@ -196,6 +196,33 @@ def test_an_image_just_below_the_limit_opens(monkeypatch: pytest.MonkeyPatch) ->
         open_image(encode(Image.new("L", (11, 10)), "PNG"))
 
 
+def test_a_jpeg_of_endless_scans_is_refused() -> None:
+    content = encode(noise(64, 64), "JPEG", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    repeated = content[:-2] + content[last:-2] * 200 + content[-2:]
+    with pytest.raises(BadImage, match=r"^the image has 2\d\d scans, too many for a JPEG \(over 100\)$"):
+        open_image(repeated)
+    assert open_image(content).size == (64, 64)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell of memory")
+@pytest.mark.parametrize("kind", ["I;16", "RGBA"])
+def test_the_largest_pictures_need_bounded_memory(kind: str) -> None:
+    """A hundred kilobytes may be 49 million pixels."""
+    image = Image.new(kind, (7000, 7000)) if kind == "RGBA" else Image.fromarray(np.zeros((7000, 7000), np.uint16))
+    content = encode(image, "PNG", compress_level=1)
+    del image
+
+    def told(name: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = told("VmRSS")
+    assert to_mode(open_image(content), 1).size == (7000, 7000)
+    assert told("VmHWM") - before < 650  # MiB
+
+
 def test_a_jpeg_over_the_limit_is_decoded_at_an_eighth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "LARGEST", 1000)
     assert open_image(encode(Image.new("RGB", (80, 64), (9, 200, 9)), "JPEG")).size == (10, 8)

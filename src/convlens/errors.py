@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -11,13 +12,13 @@ LONGEST = 1500  # characters of a message; libraries quote whole files
 class ConvlensError(Exception):
     """A failure that a person can act on: what happened, to which file or flag, what to do. Exit code 1.
 
-    It is one line, whatever a library's own message or a file's name brings along.
+    It is one line of what can be shown, whatever a library's own message or a file's name brings along.
     """
 
     exit_code = 1
 
     def __init__(self, message: str):
-        line = message.replace("\r", "\\r").replace("\n", "\\n")
+        line = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], message)
         super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
 
 

@@ -21,6 +21,7 @@ from convlens.data.published import DATASETS
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.metrics import make_views
 from convlens.evaluation.trust import Trust
+from convlens.machine import available_cores
 from convlens.models import count_parameters, model_options
 from convlens.record import (
     command_line,
@@ -36,7 +37,7 @@ from convlens.reporting import plots
 from convlens.reporting.report import write_report
 from convlens.run import Run
 from convlens.runfolder import RunFolder, read_names, write_json, write_names
-from convlens.runtime import available_cores, callers_state_kept, choose_device, describe_machine, use_threads
+from convlens.runtime import callers_state_kept, choose_device, describe_machine, use_threads
 from convlens.shipping.bundle import Bundle, load_bundle
 from convlens.shipping.classifier import Classifier
 from convlens.shipping.places import find_bundle, shipped_models

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from convlens.errors import ConvlensError, UnknownName, UsageError
+from convlens.experiment import refuse_inside_data
 from convlens.progress import track
 from convlens.reporting.plots import draw_sheet, to_picture
 from convlens.run import Run, load_tested
@@ -38,6 +39,7 @@ def write_mistakes(
     if folder.exists():
         raise UsageError(f"{folder} exists already; choose another place with --to")
     _, dataset = load_tested(run.path, data)
+    refuse_inside_data(folder, dataset, "--to")
     for name in (true, predicted):
         if name is not None and name not in dataset.classes:
             raise UnknownName("class", name, dataset.classes)

@@ -120,8 +120,8 @@ def write_names(path: Path, reasons: Mapping[str, str]) -> None:
     """Write a list of names, one a line, each with a reason after a tab if there is one."""
     lines = []
     for name, why in reasons.items():
-        escaped = "".join(ESCAPES.get(character, character) for character in name)
-        lines.append(f"{escaped}\t{why}\n" if why else f"{escaped}\n")
+        name, why = ("".join(ESCAPES.get(character, character) for character in text) for text in (name, why))
+        lines.append(f"{name}\t{why}\n" if why else f"{name}\n")
     write_text(path, "".join(lines))
 
 
@@ -161,7 +161,8 @@ def replacing(path: Path) -> Iterator[Path]:
         raise ConvlensError(f"cannot write {path}: {error.strerror or error}; {outcome}") from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # on a disk that has become read-only it stays
+                temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -170,7 +171,10 @@ def sync(path: Path) -> None:
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes only what it may write
     try:
-        os.fsync(descriptor)
+        if hasattr(fcntl, "F_FULLFSYNC"):  # on a Mac, fsync stops at the disk's own memory
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -1,15 +1,15 @@
-"""The machine a run uses: device, threads, and seeds that are functions of (seed, epoch, step)."""
+"""What a run computes on, and with: device, threads, and seeds that are functions of (seed, epoch, step)."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 from collections.abc import Iterator
 
 import torch
 
 from convlens.errors import UsageError
+from convlens.machine import available_cores, processor_name
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -35,11 +35,6 @@ def use_threads(count: int = 0) -> int:
         raise UsageError(f"--threads is {count}; this machine lets convlens use 1 to {available_cores()} (0: all)")
     torch.set_num_threads(count or available_cores())
     return torch.get_num_threads()
-
-
-def available_cores() -> int:
-    """Return the number of CPU cores this process may use (containers often get fewer than the machine has)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def derive_seed(*numbers: int) -> int:
@@ -92,12 +87,3 @@ def describe_machine(device: torch.device) -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def processor_name() -> str:
-    """Return the processor's name where the system tells it, else its architecture."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -172,11 +172,14 @@ def run_experiment(experiment: Experiment, part_of: Path | None = None) -> Run:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    untested = f"trained, but not tested; go on with: convlens train --resume {whole}"
+    if stopping:  # in the last step, or behind it
+        raise Interrupted(untested)
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         run = experiment.finish()
     except KeyboardInterrupt:
-        raise Interrupted(f"trained, but not tested; go on with: convlens train --resume {whole}") from None
+        raise Interrupted(untested) from None
     say(describe_test(run.test))
     if part_of is not None:
         return run

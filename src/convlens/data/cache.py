@@ -18,22 +18,28 @@ from convlens.data.decode import Decoded
 from convlens.runfolder import sync
 
 
-def read_cache(folder: Path) -> Decoded | None:
-    """Return the memory-mapped images and the unreadable files of an earlier decoding, if there was one."""
+def read_cache(folder: Path, shape: tuple[int, int, int, int]) -> Decoded | None:
+    """Return the memory-mapped images and the unreadable files of an earlier decoding, if there was one.
+
+    ``shape`` is that of all of them, (N, C, H, W); the last rows are empty where some cannot be read.
+    """
     try:
         unreadable = json.loads((folder / "unreadable.json").read_text(encoding="utf-8"))
         # copy-on-write: PyTorch wants writable memory, and nothing may ever write to the cache
-        os.utime(folder)  # it is in use
+        with contextlib.suppress(OSError):  # it may be another user's
+            os.utime(folder)  # it is in use
         images = np.load(folder / "images.npy", mmap_mode="c", allow_pickle=False)
-        return images[: len(images) - len(unreadable)], {int(i): why for i, why in unreadable.items()}
-    except (OSError, ValueError, EOFError, AttributeError):
+        if images.dtype != np.uint8 or images.shape != shape or len(unreadable) > len(images):
+            return None
+        return images[: len(images) - len(unreadable)], {int(i): str(why) for i, why in unreadable.items()}
+    except (OSError, ValueError, EOFError, AttributeError, TypeError):
         return None
 
 
 def write_cache(folder: Path, decoded: Iterable[Decoded], shape: tuple[int, int, int, int]) -> None:
     """Store decoded images as they come, so that ``folder`` appears whole or not at all; OSError if there is no room.
 
-    ``shape`` is that of all of them, (N, C, H, W); the last rows stay empty where some cannot be read.
+    ``shape`` is that of all of them, (N, C, H, W).
     """
     remove_old(folder.parent.parent)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +56,7 @@ def write_cache(folder: Path, decoded: Iterable[Decoded], shape: tuple[int, int,
         (temporary / "unreadable.json").write_text(json.dumps(unreadable), encoding="utf-8")
         for path in (temporary / "images.npy", temporary / "unreadable.json", temporary):
             sync(path)
-        if read_cache(folder) is None:  # else another process was first
+        if read_cache(folder, shape) is None:  # else another process was first
             shutil.rmtree(folder, ignore_errors=True)  # it is damaged, if it is there at all
             with contextlib.suppress(OSError):
                 temporary.rename(folder)

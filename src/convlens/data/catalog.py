@@ -32,6 +32,7 @@ from convlens.errors import ConvlensError, UnknownName, UsageError
 from convlens.progress import track
 
 MOST_PACKED = 100  # times that a .npz file may grow when it is unpacked
+MOST_CLASSES = 100_000
 
 
 def load_dataset(source: Any, *, image_size: int = 0, channels: int = 0, allow_unreadable: bool = False) -> Dataset:
@@ -152,6 +153,8 @@ def make_split(x: Any, y: Any, name: str) -> Split:
         raise UsageError(f"{name}: labels must be whole numbers from 0, not {y.dtype}")
     if y.min() < 0:
         raise UsageError(f"{name}: labels must be whole numbers from 0, not {y.dtype} from {y.min()}")
+    if y.max() >= MOST_CLASSES:
+        raise UsageError(f"{name}: labels must be the numbers of classes, from 0; {y.max()} is too large for one")
     try:
         pixels = to_bytes(x)
     except BadImage as error:
@@ -170,8 +173,8 @@ def load_npz(path: Path) -> Dataset:
         raise ConvlensError(f"{path} cannot be read as .npz: {error}") from None
     for keys in (("x_train", "y_train", "x_test", "y_test"), ("x", "y")):
         if set(keys) <= set(arrays):
-            dataset = from_arrays(*(arrays[key] for key in keys), name=path.stem)
-            return replace(dataset, source=str(path.resolve()))
+            dataset = from_arrays(*(arrays[key] for key in keys), name=str(path))
+            return replace(dataset, name=path.stem, source=str(path.resolve()))
     raise ConvlensError(f"{path} holds {', '.join(arrays) or 'nothing'}; it needs x and y, or x_train, y_train, ...")
 
 

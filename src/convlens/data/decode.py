@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import math
-import signal
+import os
 import subprocess
 import sys
 from collections import deque
@@ -33,10 +33,12 @@ from convlens.data.pictures import (
     to_mode,
 )
 from convlens.errors import ConvlensError
+from convlens.machine import available_cores
 from convlens.progress import Meter
 
 MANY = 1000  # files from which on it pays to start helpers
-CHUNK = 250  # files that a helper is given at a time
+CHUNK = 250  # files that a helper is given at a time,
+CHUNK_BYTES = 8 << 20  # if their pixels are no more than that
 
 Decoded = tuple[Pixels, dict[int, str]]  # images (N, C, H, W), and why others cannot be read, by their place
 Part = tuple[Pixels, list[Any]]  # what is made of a chunk of files: pixels, and plain values for JSON
@@ -56,15 +58,21 @@ def survey_files(root: Path, names: Sequence[str]) -> Iterator[tuple[str, Header
         yield from ((digest, header and Header(*header)) for digest, header in found)
 
 
-def decode_files(root: Path, names: Sequence[str], channels: int, side: int) -> Iterator[Decoded]:
+def decode_files(
+    root: Path, names: Sequence[str], digests: Sequence[str], channels: int, side: int
+) -> Iterator[Decoded]:
     """Yield the images of these files, uint8 (n, C, side, side), in chunks.
 
-    Of each chunk the images that can be read, and why the others cannot, by their place among all ``names``.
+    Of each chunk the images that can be read, and why the others cannot, by their place among all ``names``. Raises
+    ConvlensError if a file is not the one with its SHA-256 among ``digests``, as :func:`survey_files` gave it.
     """
     start = 0
-    for images, unreadable in by_chunks("decoding images", decode_chunk, root, names, channels, side):
-        yield images, {start + place: why for place, why in unreadable}
-        start += len(images) + len(unreadable)
+    for images, found in by_chunks("decoding images", decode_chunk, root, names, channels, side):
+        for place, (digest, _) in enumerate(found, start):
+            if digest != digests[place]:
+                raise ConvlensError(f"{names[place]} changed while {root} was read; try again when nobody writes there")
+        yield images, {place: why for place, (_, why) in enumerate(found, start) if why}
+        start += len(found)
 
 
 def survey_chunk(root: Path, names: Sequence[str]) -> Part:
@@ -72,9 +80,9 @@ def survey_chunk(root: Path, names: Sequence[str]) -> Part:
     found: list[tuple[str, Header | None]] = []
     for name in names:
         try:
-            content = read_file(f"{root}/{name}")
+            content = read_file(f"{root}/{name}", name)
         except BadImage as error:
-            found.append((f"unreadable: {error}", None))
+            found.append((str(error), None))
             continue
         header = None
         # whatever is wrong with it, decoding it will say so
@@ -85,26 +93,31 @@ def survey_chunk(root: Path, names: Sequence[str]) -> Part:
 
 
 def decode_chunk(root: Path, names: Sequence[str], channels: int, side: int) -> Part:
-    """Return the images of these files, and of the others their place and why they cannot be read."""
+    """Return the images of these files, and of each file its SHA-256 and, if it cannot be read, why."""
     images = np.empty((len(names), channels, side, side), np.uint8)
-    unreadable: list[tuple[int, str]] = []
-    for place, name in enumerate(names):
-        path = f"{root}/{name}"  # quicker than a Path
+    number, found = 0, []
+    for name in names:
+        digest, why = "", ""
         try:
-            image = fit_photo(to_mode(open_image(path), channels), side, side)
-            images[place - len(unreadable)] = image_pixels(image)
+            content = read_file(f"{root}/{name}", name)
+            digest = hashlib.sha256(content).hexdigest()
+            images[number] = image_pixels(fit_photo(to_mode(open_image(content, name), channels), side, side))
+            number += 1
         except BadImage as error:
-            unreadable.append((place, str(error).replace(path, name)))
-    return images[: len(names) - len(unreadable)], unreadable
+            why = str(error)
+        found.append((digest or why, why))
+    return images[:number], found
 
 
 WORK: dict[str, Callable[..., Part]] = {work.__name__: work for work in (survey_chunk, decode_chunk)}
 
 
 def by_chunks(title: str, work: Callable[..., Part], root: Path, names: Sequence[str], *form: int) -> Iterator[Part]:
-    """Yield ``work`` of all the files, some at a time, in order; few results wait."""
+    """Yield ``work`` of all the files, some at a time, in order; few results wait, for (channels, side) of ``form``."""
     many = len(names) >= MANY
-    size = CHUNK if many else 1
+    size = 1
+    if many:
+        size = max(min(CHUNK, CHUNK_BYTES // math.prod((*form, *form[1:]))), 1)
     chunks = [names[start : start + size] for start in range(0, len(names), size)]
     with contextlib.ExitStack() as stack:
         meter = stack.enter_context(Meter(title, len(names)))
@@ -118,9 +131,7 @@ def by_chunks(title: str, work: Callable[..., Part], root: Path, names: Sequence
 
 def by_helpers(work: str, root: Path, chunks: Sequence[Sequence[str]], *form: int) -> Generator[Part, None, None]:
     """Yield the work of the chunks, in order, done by as many helpers as there are cores."""
-    from convlens.runtime import available_cores  # which imports PyTorch
-
-    count = available_cores()
+    count = min(available_cores(), len(chunks))
     idle: SimpleQueue[Helper] = SimpleQueue()
     waiting: deque[Future[Part]] = deque()
 
@@ -131,11 +142,12 @@ def by_helpers(work: str, root: Path, chunks: Sequence[Sequence[str]], *form: in
         finally:
             idle.put(helper)
 
-    helpers = [Helper() for _ in range(count)]
+    helpers: list[Helper] = []
     pool = ThreadPoolExecutor(count)
     try:
-        for helper in helpers:
-            idle.put(helper)
+        for _ in range(count):
+            helpers.append(Helper())
+            idle.put(helpers[-1])
         for chunk in chunks:
             waiting.append(pool.submit(ask, chunk))
             if len(waiting) > 2 * count:
@@ -154,8 +166,16 @@ class Helper:
     """A process that works on chunks of files. It ends when this one does, however that ends."""
 
     def __init__(self) -> None:
-        code = f"import sys; sys.path = {sys.path}; from convlens.data.decode import serve; serve()"
-        self._process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # Ctrl-C is for the process that asks
+        first = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+        path = [entry for entry in sys.path if isinstance(entry, str)]
+        code = f"{first}; sys.path = {path}; from convlens.data.decode import serve; serve()"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # NumPy computes nothing there
+        )
 
     def ask(self, *question: Any) -> Part:
         """Return what the helper makes of (name of the work, root, names, ...)."""
@@ -166,8 +186,10 @@ class Helper:
             shape, values = json.loads(self._process.stdout.readline())
             pixels = np.frombuffer(self._process.stdout.read(math.prod(shape)), np.uint8).reshape(shape)
         except (OSError, ValueError):
+            code = self._process.wait()
+            ended = "was killed" if code < 0 else f"ended with exit code {code}"
             raise ConvlensError(
-                "a process that reads images was killed, perhaps for want of memory; try again with less else running"
+                f"a process that reads images {ended}, perhaps for want of memory; try again with less else running"
             ) from None
         return pixels, values
 
@@ -183,7 +205,6 @@ class Helper:
 
 def serve() -> None:
     """Answer questions on standard input, a line each, until there are no more: what a helper does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     with contextlib.suppress(BrokenPipeError):
         for line in sys.stdin.buffer:
             work, root, names, *form = json.loads(line)

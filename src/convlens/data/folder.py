@@ -66,6 +66,8 @@ def scan(root: Path) -> list[Entry]:
                 subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
                 inside = Path(parent).relative_to(root).as_posix()
                 shown = sorted(f for f in files if not f.startswith("."))
+                # nor is a link to a folder followed, which may lead round in circles
+                shown += [s for s in subfolders if (Path(parent) / s).is_symlink()]
                 entries += [Entry(split, label.name, f"{inside}/{file}") for file in shown]
             entries += [Entry(split, label.name, folder.relative_to(root).as_posix()) for folder in closed]
             closed.clear()
@@ -97,17 +99,17 @@ def load_folder(root: str | Path, *, image_size: int = 0, channels: int = 0, all
     root = Path(root).resolve()
     entries = scan(root)
     names = [entry.path for entry in entries]
-    hashes, headers = zip(*survey_files(root, names), strict=True)
-    key = hashlib.sha256(repr((CACHE_VERSION, entries, hashes)).encode()).hexdigest()
+    digests, headers = zip(*survey_files(root, names), strict=True)
+    key = hashlib.sha256(repr((CACHE_VERSION, entries, digests)).encode()).hexdigest()
     side, planes = choose_form(headers, image_size, channels)
     folder = cache_folder() / "folders" / key[:32] / f"{side}-{planes}"
     shape = (len(entries), planes, side, side)
-    found = read_cache(folder)
+    found = read_cache(folder, shape)
     if found is None:
         with contextlib.suppress(OSError):
-            write_cache(folder, decode_files(root, names, planes, side), shape)
-        found = read_cache(folder) or keep_in_memory(decode_files(root, names, planes, side), shape)
-    pixels, unreadable = found
+            write_cache(folder, decode_files(root, names, digests, planes, side), shape)
+        found = read_cache(folder, shape)
+    pixels, unreadable = found or keep_in_memory(decode_files(root, names, digests, planes, side), shape)
     check_unreadable(root, unreadable, len(entries), allow_unreadable)
     kept = [entry for i, entry in enumerate(entries) if i not in unreadable]
     classes = tuple(sorted({entry.label for entry in entries if entry.split in ("train", "all")}))

@@ -20,6 +20,7 @@ from convlens.errors import ConvlensError
 Pixels = NDArray[np.uint8]
 LARGEST = 50_000_000  # pixels; Pillow takes 4 bytes for each
 LARGEST_FILE = 400_000_000  # bytes: so many pixels of four 16-bit numbers, not compressed
+MOST_SCANS = 100  # of a progressive JPEG, each of which goes over all its pixels; encoders write about ten
 ORIENTATION = 0x0112  # EXIF's tag
 # Pillow would hand an EPS to Ghostscript: only formats that it decodes itself
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
@@ -66,24 +67,28 @@ class PictureStyle:
     centre_by_mass: bool = False
 
 
-def read_file(path: str | Path) -> bytes:
-    """Return what is in an image file; BadImage if it is missing, closed to us, no file, or of over 400 MB."""
+def read_file(path: str | Path, name: str = "") -> bytes:
+    """Return what is in an image file; BadImage if it is missing, closed to us, no file, or of over 400 MB.
+
+    ``name`` is what messages call it, if not by its path.
+    """
+    name = name or str(path)
     try:
         with open(path, "rb", opener=without_waiting) as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
-                raise BadImage(f"{path} is a pipe or a device, not a file")
+                raise BadImage(f"{name} is a pipe or a device, not a file")
             if about.st_size > LARGEST_FILE:
-                raise BadImage(f"{path} has {about.st_size:,} bytes, too many for an image (over {LARGEST_FILE:,})")
+                raise BadImage(f"{name} has {about.st_size:,} bytes, too many for an image (over {LARGEST_FILE:,})")
             return file.read()
     except FileNotFoundError:
-        raise BadImage(f"{path}: there is no such file") from None
+        raise BadImage(f"{name}: there is no such file") from None
     except IsADirectoryError:
-        raise BadImage(f"{path} is a folder, not an image") from None
+        raise BadImage(f"{name} is a folder, not an image") from None
     except PermissionError:
-        raise BadImage(f"{path} cannot be read: permission denied") from None
+        raise BadImage(f"{name} cannot be read: permission denied") from None
     except OSError as error:
-        raise BadImage(f"{path} cannot be read: {error.strerror}") from None
+        raise BadImage(f"{name} cannot be read: {error.strerror}") from None
 
 
 def without_waiting(path: str, flags: int) -> int:
@@ -91,15 +96,18 @@ def without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def open_image(source: str | Path | bytes) -> Image.Image:
+def open_image(source: str | Path | bytes, name: str = "the image") -> Image.Image:
     """Open a file's path or content as a PIL image, fully decoded and turned as its EXIF tag says.
 
-    The format is decided by content. Raises BadImage for what is missing, not an image, cut short, or of more than 50
-    million pixels, which is refused before it is decoded; a JPEG of up to 178 million is decoded at an eighth of its
-    size.
+    The format is decided by content, and ``name`` is what messages call that. Raises BadImage for what is missing, not
+    an image, cut short, or of more than 50 million pixels, which is refused before it is decoded; a JPEG of up to 178
+    million is decoded at an eighth of its size, and one of more than 100 scans is refused.
     """
-    name = "the image" if isinstance(source, bytes) else str(source)
-    content = source if isinstance(source, bytes) else read_file(source)
+    if not isinstance(source, bytes):
+        return open_image(read_file(source), str(source))
+    content = source
+    if content.startswith(b"\xff\xd8") and (scans := content.count(b"\xff\xda")) > MOST_SCANS:
+        raise BadImage(f"{name} has {scans:,} scans, too many for a JPEG (over {MOST_SCANS})")
     try:
         # from memory, for Pillow reads a file in many small pieces
         with QUIET, Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -113,8 +121,10 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         raise BadImage(f"{name} is not an image (JPEG, PNG, GIF, WebP, BMP, TIFF or PPM)") from None
     except Image.DecompressionBombError:
         raise BadImage(f"{name} has too many pixels (over {LARGEST:,})") from None
+    except MemoryError:  # which says nothing of the image
+        raise
     except Exception as error:  # decoders raise many kinds of error (OSError, SyntaxError, struct.error, ...)
-        raise BadImage(f"{name} cannot be decoded: {error or type(error).__name__}") from None
+        raise BadImage(f"{name} cannot be decoded: {str(error) or type(error).__name__}") from None
 
 
 def array_to_image(array: NDArray[Any]) -> Image.Image:
@@ -161,17 +171,18 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
     target = "L" if channels == 1 else "RGB"
     if image.mode.startswith("I") or image.mode == "F":
         top = 1.0 if image.mode == "F" else 65535.0
-        values = np.asarray(image, dtype=np.float64)
-        if np.nanmax(values, initial=0.0) <= 255 and image.mode == "I":
+        values = np.array(image, dtype=np.float32)  # (H, W); worked on in place, for it may be large
+        if image.mode == "I" and np.nanmax(values, initial=0.0) <= 255:
             top = 255.0  # 8-bit values in a 32-bit image
-        scaled = np.nan_to_num(values / top * 255.0).clip(0, 255)
-        image = Image.fromarray(np.round(scaled).astype(np.uint8))
+        values *= 255.0 / top
+        np.nan_to_num(values, copy=False)
+        image = Image.fromarray(np.round(values, out=values).clip(0, 255, out=values).astype(np.uint8))
     if image.mode == "La":
         image = image.convert("LA")
     if image.mode == "LAB":
         image = image.convert("RGB")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == target else image.convert(target)
 

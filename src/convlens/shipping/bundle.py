@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -125,6 +124,22 @@ def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
     return load_tensors(content)
 
 
+def require_fitting(tensors: Mapping[str, Tensor], name: str, arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError unless these are the weights of the net, as far as that is known without building it.
+
+    Numbers that make no sense must not fill the memory. A net that reads its own weights cannot do without any.
+    """
+    try:
+        with torch.device("meta"):
+            shapes = {key: value.shape for key, value in create_model(name, **arguments).state_dict().items()}
+    except RuntimeError as error:
+        if "meta tensor" not in str(error):
+            raise
+    else:
+        if {key: value.shape for key, value in tensors.items()} != shapes:
+            raise ValueError(f"its weights are not those of {name} with {arguments}")
+
+
 def load_bundle(folder: Path) -> Bundle:
     """Read a bundle; ConvlensError says what is missing, damaged, or made by a newer convlens."""
     config = read_json(folder / CONFIG)
@@ -143,11 +158,7 @@ def load_bundle(folder: Path) -> Bundle:
             raise ValueError(f"{len(classes)} class names for {arguments['classes']} outputs")
         if (preprocess.channels, preprocess.height, preprocess.width) != tuple(arguments[side] for side in SIDES):
             raise ValueError("its net takes images of another size than its preprocessing makes")
-        # numbers that make no sense must not fill the memory; nets that cannot be built without any are built at once
-        with contextlib.suppress(RuntimeError), torch.device("meta"):
-            shapes = {key: value.shape for key, value in create_model(model["name"], **arguments).state_dict().items()}
-            if {key: value.shape for key, value in tensors.items()} != shapes:
-                raise ValueError(f"its weights are not those of {model['name']} with {arguments}")
+        require_fitting(tensors, model["name"], arguments)
         net = create_model(model["name"], **arguments)
         net.load_state_dict(tensors)
         trust = None

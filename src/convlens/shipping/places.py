@@ -10,6 +10,7 @@ from convlens.runfolder import RunFolder
 
 # the files of a bundle
 WEIGHTS, CONFIG, CARD, TRUST = "model.safetensors", "config.json", "README.md", "trust.safetensors"
+GRAPH = "graph.onnx"  # its ONNX, without weights: not every bundle has one
 
 
 def shipped_models() -> dict[str, Path]:

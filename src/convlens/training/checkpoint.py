@@ -80,7 +80,8 @@ class CheckpointStore:
             write_json(manifest, {"format": FORMAT, "sha256": sha256, "state": values})
         except ConvlensError:
             if not manifest.exists():  # on a disk that is full, tensors that do not count are in the way
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
             raise
         whole = [old for old in self._manifests() if old.stem not in self._damaged]
         older = [old.stem for old in whole if step_of(old) < state.step]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from convlens.data.fetch import cache_folder
 from convlens.data.loader import small_shape
 from convlens.errors import ConvlensError
+from convlens.machine import processor_name
 from convlens.runfolder import read_json, write_json
-from convlens.runtime import processor_name
 from convlens.training.recipe import Recipe
 
 BATCH, ROUNDS = 64, 4
