@@ -258,11 +258,13 @@ def write_docstrings() -> None:
 def ship() -> None:
     """Copy the bundles of seed 0 into the package, under the data's full name."""
     from convlens.shipping.bundle import load_bundle
+    from convlens.shipping.onnx_graph import add_graph, build_onnx
 
     for name, title in SHIPPED.items():
         bundle = load_bundle(RUNS / f"{name}-s0" / "model")
         data = {**bundle.trained["data"], "name": title}
         dataclasses.replace(bundle, trained={**bundle.trained, "data": data}).save(WEIGHTS / name)
+        add_graph(build_onnx(WEIGHTS / name), WEIGHTS / name)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import typer
 
-from convlens.cli import train, use, lists, data  # noqa: F401  # isort: skip - in the order of --help
+from convlens.cli import train, use, ship, lists, data  # noqa: F401  # isort: skip - in the order of --help
 from convlens.cli.app import ParseError, app
 from convlens.errors import ConvlensError
 
@@ -39,9 +39,14 @@ def main() -> None:
     """Run the command; every error becomes one line and its exit code. ``--debug`` may stand anywhere."""
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # file names may hold what the terminal cannot show
-            stream.reconfigure(errors="backslashreplace")
+    # file names may hold what a terminal cannot show, or what is no text
+    for stream, errors in (
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+        (sys.stdin, "surrogateescape"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, leave)
     try:

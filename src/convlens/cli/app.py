@@ -28,10 +28,14 @@ app.add_typer(data_app, name="data")
 ParseError: Any = typer.BadParameter.__mro__[1]
 
 
-def check_new_png(name: str, path: Path | None) -> None:
-    """Raise UsageError if ``path``, given with the flag ``name``, is no name for a new PNG file."""
-    if path is not None and (path.exists() or path.suffix.lower() != ".png"):
-        raise UsageError(f"{name} {path}: " + ("that file exists" if path.exists() else "the name must end in .png"))
+def check_new_file(path: Path | None, flag: str, suffix: str) -> None:
+    """Raise UsageError if ``path``, given with ``flag``, is no name for a new file of this kind, such as "png"."""
+    if path is None:
+        return
+    if path.exists():
+        raise UsageError(f"{flag} {path}: that file exists")
+    if path.suffix.lower() != f".{suffix}":
+        raise UsageError(f"{flag} {path}: the name must end in .{suffix}")
 
 
 def show_version(value: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.app import check_new_png, data_app
+from convlens.cli.app import check_new_file, data_app
 from convlens.console import describe_findings, first_line, print_table
 
 
@@ -45,9 +45,10 @@ def data_info(
 
     from convlens.data.catalog import load_dataset
     from convlens.data.folder import image_sizes
+    from convlens.experiment import refuse_inside_data
     from convlens.reporting.plots import draw_images, pick_samples
 
-    check_new_png("--to", to)
+    check_new_file(to, "--to", "png")
     dataset = load_dataset(data, image_size=image_size, allow_unreadable=allow_unreadable)
     channels, height, width = dataset.shape
     print(f"{dataset.name}: images {channels}x{height}x{width} (C x H x W), {len(dataset.classes)} classes")
@@ -68,6 +69,7 @@ def data_info(
             f"files are {sizes[0]} to {sizes[-1]} pixels (width x height), half of them over {sizes[len(sizes) // 2]}"
         )
     target = to or free_name(f"{dataset.name}-samples")
+    refuse_inside_data(target, data, "--to")
     train = dataset.train
     chosen = pick_samples(train.labels, len(dataset.classes))
     captions = [dataset.classes[label] for label in train.labels[chosen].tolist()]

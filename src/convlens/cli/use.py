@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from convlens.cli.app import app, check_new_png
+from convlens.cli.app import app, check_new_file
 from convlens.console import Format, Printer, describe_test, print_corruptions, print_csv, print_table
 from convlens.errors import ConvlensError, UsageError
 
@@ -41,7 +41,7 @@ def evaluate(
     if corruptions:
         if test_views:
             raise UsageError("--corruptions and --test-views do not go together")
-        check_new_png("--plot", plot)
+        check_new_file(plot, "--plot", "png")
         clean, figures = corrupt_run(run, data)
         print_corruptions(run, clean, figures, format)
         if plot is not None:
@@ -124,7 +124,7 @@ def compare(
 
 @app.command()
 def predict(
-    model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a model by name.")],
+    model: Annotated[str, typer.Argument(help="A run folder, a model folder, a .onnx file, or a model by name.")],
     images: Annotated[list[str], typer.Argument(help="Files, folders, globs; - reads a list of files.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 1,
     format: Annotated[Format, typer.Option(help="How to print.")] = Format.text,
@@ -146,24 +146,22 @@ def predict(
     """
     from convlens.data.pictures import BadImage, open_image
     from convlens.evaluation.coverage import require_coverage
-    from convlens.runtime import use_threads
-    from convlens.shipping.classifier import Classifier
+    from convlens.shipping.onnx_predictor import load_predictor
 
-    use_threads()
-    classifier = Classifier.load(model)
+    predictor = load_predictor(model)
     if coverage is not None:
-        require_coverage(coverage, classifier.bounds)
+        require_coverage(coverage, predictor.bounds)
     files = expand(images)
     batch: list[tuple[str, Any]] = []
     bad, printer = 0, Printer(format, top)
     for number, file in enumerate(files, start=1):
         try:
-            batch.append((file, classifier.preprocess.adapt(open_image(file), raw=raw)))
+            batch.append((file, predictor.preprocess.adapt(open_image(file), raw=raw)))
         except BadImage as error:
             bad += 1
             print(f"convlens: {error}", file=sys.stderr)
         if batch and (len(batch) == 256 or number == len(files)):
-            predictions = classifier.describe([pixels for _, pixels in batch], top, coverage)
+            predictions = predictor.describe([pixels for _, pixels in batch], top, coverage)
             for (name, _), prediction in zip(batch, predictions, strict=True):
                 printer.add(name, prediction)
             batch = []

@@ -1,0 +1,280 @@
+"""A trained net as an ONNX graph that takes raw pixels and answers by itself, from their colours to "unknown"."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import copy
+import hashlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from convlens.data.preprocess import Preprocess
+from convlens.errors import ConvlensError, UsageError
+from convlens.runfolder import read_json, replacing, write_json
+from convlens.shipping.bundle import load_bundle
+from convlens.shipping.classifier import Classifier
+from convlens.shipping.onnx_predictor import FORMAT, METADATA, OnnxPredictor
+from convlens.shipping.places import CONFIG, GRAPH, TRUST, WEIGHTS
+
+OPSET = 20  # the first with GELU
+INSTALL = "ONNX files are written by: pip install 'convlens[export]'"
+
+# from uint8 images of any size, grey or RGB, to what the net takes: cut at the middle to its proportions, then resized
+FRONT = """
+front (uint8[N, H, W, C] images) => (float[N, c, h, w] net_input)
+<int64[2] size = {{{height}, {width}}}, int64[2] other_size = {{{width}, {height}}}, int64[2] swapped = {{1, 0}},
+ int64[2] inner = {{1, 2}}, int64 one = {{1}}, int64 two = {{2}},
+ {constants}, float least = {{0}}, float most = {{255}}>
+{{
+    shape = Shape<start = 1, end = 3>(images)
+    other = Gather(shape, swapped)
+    wide = Mul(other, size)
+    half_wide = Div(other_size, two)
+    raised_wide = Add(wide, half_wide)
+    fitting = Div(raised_wide, other_size)
+    fitting_some = Max(fitting, one)
+    kept = Min(shape, fitting_some)
+    over = Sub(shape, kept)
+    begin = Div(over, two)
+    end = Add(begin, kept)
+    middle = Slice(images, begin, end, inner)
+    levels = Cast<to = 1>(middle)
+    {colour}
+    planes = Transpose<perm = [0, 3, 1, 2]>(coloured)
+    resized = Resize<mode = "linear", antialias = 1, axes = [2, 3]>(planes, , , size)
+    rounded = Round(resized)
+    pixels = Clip(rounded, least, most)
+    scaled = Mul(pixels, scale)
+    net_input = Add(scaled, offset)
+}}
+"""
+# by the number of channels: constants, nodes. Grey is ITU-R 601 in whole numbers, as Pillow has it
+COLOURS = {
+    1: (
+        "int64[1] last = {-1}, float[3] luma = {19595, 38470, 7471}, float half = {32768}, float whole = {65536}",
+        """weighted = Mul(levels, luma)
+    summed = ReduceSum<keepdims = 1>(weighted, last)
+    raised = Add(summed, half)
+    shared = Div(raised, whole)
+    coloured = Floor(shared)""",
+    ),
+    3: ("float[3] each = {1, 1, 1}", "coloured = Mul(levels, each)"),  # which makes three channels of one
+}
+
+# from logits and features to the answer; see Trust.strangeness
+ANSWER = """
+back (float[N, K] logits, float[N, D] features) => (float[N, K] probabilities, int64[N] label)
+<float temperature = {{{temperature!r}}}>
+{{
+    tempered = Div(logits, temperature)
+    probabilities = Softmax<axis = -1>(tempered)
+    label = ArgMax<axis = -1, keepdims = 0>(tempered)
+}}
+"""
+KNOWN = """
+known (float[N, K] logits, float[N, D] features) => (bool[N] known)
+<int64[1] classes = {{1}}, int64[1] along = {{-1}}, float threshold = {{{threshold!r}}},
+ float far = {{{distance[0]!r}}}, float far_spread = {{{distance[1]!r}}},
+ float high = {{{energy[0]!r}}}, float high_spread = {{{energy[1]!r}}}>
+{{
+    white = MatMul(features, whitener)
+    centres = MatMul(means, whitener)
+    beside = Unsqueeze(white, classes)
+    apart = Sub(beside, centres)
+    distances = ReduceL2<keepdims = 0>(apart, along)
+    nearest = ReduceMin<keepdims = 0>(distances, along)
+    farther = Sub(nearest, far)
+    strange_place = Div(farther, far_spread)
+    total = ReduceLogSumExp<keepdims = 0>(logits, along)
+    energy = Neg(total)
+    higher = Sub(energy, high)
+    strange_energy = Div(higher, high_spread)
+    strangeness = Add(strange_place, strange_energy)
+    known = LessOrEqual(strangeness, threshold)
+}}
+"""
+
+
+class WithFeatures(nn.Module):
+    """A net that returns its logits (N, K) and its features (N, D), the means of the last spatial map."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and features of normalised images (N, C, H, W)."""
+        maps = self.net.features(x)  # type: ignore[operator]
+        return self.net.head(maps), maps.mean(dim=(2, 3))  # type: ignore[operator]
+
+
+def build_onnx(folder: Path) -> Any:
+    """Return the ONNX model, a protobuf, of the bundle in ``folder``, with all its weights inside.
+
+    Raises UsageError where the packages that it takes are not installed, ConvlensError for a net that ONNX has no
+    words for.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  # PyTorch's exporter needs it
+        from onnx import helper, numpy_helper, parser
+    except ImportError:
+        raise UsageError(INSTALL) from None
+    bundle = load_bundle(folder)
+    classifier = Classifier(bundle)
+    net = export_net(WithFeatures(bundle.net).eval(), bundle.preprocess)
+
+    def graph(text: str) -> Any:
+        return parser.parse_model(f'<ir_version: 10, opset_import: ["" : {OPSET}]>{text}').graph
+
+    shape, trust = bundle.preprocess, bundle.trust
+    normalise = shape.normaliser()
+    constants_of_colour, colour = COLOURS[shape.channels]
+    front = FRONT.format(height=shape.height, width=shape.width, constants=constants_of_colour, colour=colour)
+    constants: dict[str, Tensor] = {"scale": normalise.scale, "offset": normalise.offset}
+    parts = [graph(front), net.graph, graph(ANSWER.format(temperature=trust.temperature if trust else 1.0))]
+    if trust is not None:
+        spread = {"distance": trust.distance, "energy": trust.energy, "threshold": trust.threshold}
+        parts.append(graph(KNOWN.format(**spread)))
+        constants |= trust.tensors()
+    whole = helper.make_graph(
+        [node for part in parts for node in part.node],
+        "convlens",
+        parts[0].input,
+        [output for part in parts[2:] for output in part.output],
+        [tensor for part in parts for tensor in part.initializer],
+    )
+    for name, value in constants.items():
+        whole.initializer.append(numpy_helper.from_array(value.numpy(), name))
+    for node in whole.node:  # the exporter's notes say where in PyTorch each node comes from, at length
+        del node.metadata_props[:]
+        node.doc_string = ""
+    model = helper.make_model(whole, opset_imports=net.opset_import, ir_version=10, producer_name="convlens")
+    about = {"format": FORMAT, **describe_bundle(folder), "golden": golden_answers(classifier)}
+    helper.set_model_props(model, {METADATA: json.dumps(about, separators=(",", ":"))})
+    onnx.checker.check_model(model)
+    return model
+
+
+def export_net(net: nn.Module, shape: Preprocess) -> Any:
+    """Return PyTorch's ONNX of a net of (logits, features), for normalised images (N, C, H, W), as ``net_input``."""
+    example = torch.zeros(2, shape.channels, shape.height, shape.width)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                net,
+                (example,),
+                input_names=["net_input"],
+                output_names=["logits", "features"],
+                dynamic_shapes=({0: torch.export.Dim("N")},),
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=False,  # it would mix BatchNorm into the weights, as what runs the graph does anyway
+                verbose=False,
+            )
+    except Exception as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise ConvlensError(f"this net cannot be exported to ONNX: {reason}") from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    assert program is not None
+    return program.model_proto
+
+
+def describe_bundle(folder: Path) -> dict[str, Any]:
+    """Return what the file says of the bundle: all that predicting takes but the graph, and what it was trained on."""
+    config = read_json(folder / CONFIG)
+    kept = ("classes", "preprocess", "sha256")
+    data, test = config["trained"]["data"], config["trained"]["test"]
+    about = {"data": data["name"], "n": test["n"], "accuracy": test["accuracy"]}
+    bounds = config["trust"]["bounds"] if "trust" in config else None
+    return {**{key: config[key] for key in kept}, "bounds": bounds, "trained": about}
+
+
+def golden_answers(classifier: Classifier) -> dict[str, Any]:
+    """Return made-up images, uint8 (N, H, W, C) in base64, and what PyTorch says of them."""
+    images = golden_images(classifier.preprocess)
+    probabilities, known = classifier.run(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    encoded = base64.b64encode(images.tobytes()).decode()
+    answers: dict[str, Any] = {"shape": images.shape, "images": encoded, "probabilities": probabilities.tolist()}
+    return answers if known is None else {**answers, "known": known.tolist()}
+
+
+def golden_images(shape: Preprocess) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return 8 images (N, H, W, C) of a net's size: black, grey, noise, clouds, strokes. Nobody's own pictures."""
+    g = np.random.default_rng(0)
+    height, width, channels = shape.height, shape.width, shape.channels
+    y, x = np.mgrid[0:height, 0:width] / max(height, width)
+    black, grey = np.zeros((channels, height, width)), np.full((channels, height, width), 0.5)
+    noise = g.uniform(size=(2, channels, height, width))
+    turns = g.uniform(0, 2.5, (2, 2, channels, 4, 1, 1))
+    starts, heights = g.uniform(size=(2, channels, 4, 1, 1)), g.normal(size=(2, channels, 4, 1, 1))
+    waves = np.sin(2 * np.pi * (turns[0] * x + turns[1] * y + starts)) * heights
+    clouds = waves.sum(axis=2) / 4 + 0.5
+    slopes = np.array([0.0, 0.8])[:, None, None, None]  # a stroke, and a slanting one
+    strokes = np.exp(-(((x - 0.45 - slopes * (y - 0.5)) / 0.07) ** 2)) * (np.abs(y - 0.5) < 0.35)
+    images = np.concatenate([black[None], grey[None], noise, clouds, strokes.repeat(channels, axis=1)])  # (8, C, H, W)
+    return (images.clip(0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def add_graph(model: Any, folder: Path) -> None:
+    """Add an ONNX model to the bundle that it was made of: a graph without weights, which stay where they are.
+
+    So it takes little room, and what predicts without PyTorch finds it. Other programs can load it too: the weights
+    are external data of ONNX, at their places in the bundle's safetensors files.
+    """
+    from onnx.external_data_helper import set_external_data
+
+    model = copy.deepcopy(model)
+    places = {tensor: place for file in (WEIGHTS, TRUST) for tensor, place in tensor_places(folder / file)}
+    outside = {}
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) >= 64 and tensor.raw_data in places:
+            key, location, offset = places[tensor.raw_data]
+            set_external_data(tensor, location, offset=offset, length=len(tensor.raw_data))
+            tensor.ClearField("raw_data")
+            outside[tensor.name] = key
+    content = model.SerializeToString()
+    with replacing(folder / GRAPH) as temporary:
+        temporary.write_bytes(content)
+    sha256 = hashlib.sha256(content).hexdigest()
+    write_json(folder / CONFIG, {**read_json(folder / CONFIG), "onnx": {"sha256": sha256, "outside": outside}})
+
+
+def tensor_places(path: Path) -> Iterator[tuple[bytes, tuple[str, str, int]]]:
+    """Yield of each tensor in a safetensors file its bytes, and its name, the file's name, where it begins there."""
+    if path.exists():
+        content = path.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        for name, about in json.loads(content[8:start]).items():
+            if name != "__metadata__":
+                begin, end = (start + offset for offset in about["data_offsets"])
+                yield content[begin:end], (name, path.name, begin)
+
+
+def write_onnx(model: Any, path: Path) -> float:
+    """Write an ONNX model as one file; return how far its answers are off, see OnnxPredictor.verify.
+
+    Raises ConvlensError if that is too far: then nothing is written.
+    """
+    content = model.SerializeToString()
+    drift = OnnxPredictor(content, str(path)).verify()
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+    return drift

@@ -1,0 +1,142 @@
+"""Predicting with ONNX Runtime: a cold start without PyTorch."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from convlens.data.pictures import Pixels
+from convlens.data.preprocess import Preprocess
+from convlens.errors import ConvlensError
+from convlens.machine import available_cores
+from convlens.runfolder import read_json
+from convlens.shipping.places import CONFIG, GRAPH, TRUST, WEIGHTS, find_bundle
+from convlens.shipping.prediction import Predictor
+
+METADATA = "convlens"  # the entry of the file's metadata that says what the net is
+FORMAT = 1
+LARGEST = 1 << 30  # bytes of a file
+DRIFT = 1e-4  # the most that a probability may be off from what PyTorch gave
+BATCH = 500
+
+
+class OnnxPredictor(Predictor):
+    """A net in an ONNX file that convlens wrote, ready to use."""
+
+    def __init__(self, content: bytes, name: str, tensors: Mapping[str, NDArray[np.float32]] | None = None):
+        """Load a serialised model, called ``name`` in messages; ``tensors`` are weights that it leaves outside.
+
+        Raises ConvlensError for what convlens did not write, and for a model that names other files.
+        """
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = available_cores()
+        options.log_severity_level = 4
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # weights come from the bundle's own files, never from a path that a model names
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/nonexistent")
+        try:
+            if tensors:
+                values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in tensors.values()]
+                options.add_external_initializers(list(tensors), values)
+            self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            about = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA])
+            if about["format"] > FORMAT:
+                raise ConvlensError(f"{name} was made by a newer convlens; pip install --upgrade convlens")
+            self.classes = tuple(map(str, about["classes"]))
+            self.preprocess = Preprocess.from_json(about["preprocess"])
+            bounds = about["bounds"]
+            self.bounds = bounds and tuple(math.inf if bound is None else float(bound) for bound in bounds)
+            self.golden = about["golden"]
+        except ConvlensError:
+            raise
+        except KeyError:
+            raise ConvlensError(f"{name} does not say what its net answers: it was not made by convlens") from None
+        except Exception as error:  # ONNX Runtime's own kinds have no common one
+            raise ConvlensError(f"{name} cannot be loaded: {str(error).splitlines()[0][:300]}") from None
+        self.name = name
+
+    @classmethod
+    def load(cls, path: Path) -> OnnxPredictor:
+        """Load an ONNX file that ``convlens export`` wrote."""
+        try:
+            if path.stat().st_size > LARGEST:
+                raise ConvlensError(f"{path} has over {LARGEST:,} bytes")
+            return cls(path.read_bytes(), str(path))
+        except OSError as error:
+            raise ConvlensError(f"cannot read {path}: {error.strerror}") from None
+
+    @classmethod
+    def of_bundle(cls, folder: Path) -> OnnxPredictor:
+        """Load the graph that lies in a bundle's folder, with the weights of its safetensors files.
+
+        Raises ConvlensError if a file is missing or is not the one that ``config.json`` names.
+        """
+        config = read_json(folder / CONFIG)
+        try:
+            graph = config["onnx"]
+            sums = {GRAPH: graph["sha256"], WEIGHTS: config["sha256"]}
+            if "trust" in config:
+                sums[TRUST] = config["trust"]["sha256"]
+            files = {name: (folder / name).read_bytes() for name in sums}
+            for name, content in files.items():
+                if hashlib.sha256(content).hexdigest() != sums[name]:
+                    raise ConvlensError(f"{folder / name} is damaged: its SHA-256 is not the one in {CONFIG}")
+            tensors = {key: value for name in files if name != GRAPH for key, value in load(files[name]).items()}
+            return cls(files[GRAPH], str(folder), {name: tensors[key] for name, key in graph["outside"].items()})
+        except OSError as error:
+            raise ConvlensError(f"cannot read {error.filename}: {error.strerror}") from None
+        except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
+            raise ConvlensError(f"{folder} is not a bundle that can be read: {error!r}") from None
+
+    def run(self, pixels: Pixels) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+        """Return probabilities (N, K) and which images are known (N,); see :meth:`Predictor.run`."""
+        names = [output.name for output in self._session.get_outputs() if output.name != "label"]
+        images = pixels.transpose(0, 2, 3, 1)
+        parts = [
+            self._session.run(names, {"images": np.ascontiguousarray(images[start : start + BATCH])})
+            for start in range(0, len(images), BATCH)
+        ]
+        probabilities, *known = (np.concatenate(values) for values in zip(*parts, strict=True))
+        return probabilities, known[0] if known else None
+
+    def verify(self) -> float:
+        """Return by how much a probability is off, at most, from what PyTorch said of the made-up images in the file.
+
+        Raises ConvlensError if that is over 1e-4, or an image is not known that was, or the other way round.
+        """
+        images = np.frombuffer(base64.b64decode(self.golden["images"]), np.uint8).reshape(self.golden["shape"])
+        probabilities, known = self.run(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        drift = float(np.abs(probabilities - np.array(self.golden["probabilities"])).max())
+        if not drift <= DRIFT:
+            raise ConvlensError(f"{self.name} answers otherwise than PyTorch did: a probability is off by {drift:.2g}")
+        if known is not None and known.tolist() != self.golden["known"]:
+            raise ConvlensError(f"{self.name} knows other images than PyTorch did")
+        return drift
+
+
+def load_predictor(source: str | Path) -> Predictor:
+    """Load what predicts soonest: an ONNX file, or the ONNX graph of a run or model, or else its net in PyTorch.
+
+    Raises UsageError if there is no such thing and ConvlensError if it cannot be read.
+    """
+    path = Path(source)
+    if path.suffix == ".onnx" and path.is_file():
+        return OnnxPredictor.load(path)
+    folder = find_bundle(source)
+    if (folder / GRAPH).is_file():
+        return OnnxPredictor.of_bundle(folder)
+    from convlens.runtime import use_threads
+    from convlens.shipping.classifier import Classifier
+
+    use_threads()
+    return Classifier.load(source)

@@ -1,0 +1,363 @@
+"""ONNX: the file answers as the net does, from raw pixels, without PyTorch and without convlens; others are refused."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from onnx.external_data_helper import set_external_data
+from PIL import Image
+from test_bundle import make_bundle
+
+from convlens import cli
+from convlens.data.dataset import Split
+from convlens.data.pictures import PictureStyle
+from convlens.errors import ConvlensError, UsageError
+from convlens.evaluation.metrics import compute_outputs
+from convlens.evaluation.trust import Trust
+from convlens.models import MODELS
+from convlens.shipping import onnx_graph
+from convlens.shipping.bundle import Bundle, load_bundle
+from convlens.shipping.classifier import Classifier
+from convlens.shipping.onnx_graph import add_graph, build_onnx, write_onnx
+from convlens.shipping.onnx_predictor import OnnxPredictor, load_predictor
+from convlens.shipping.places import shipped_models
+
+SHAPES = {"cifar-lenet": (3, 32), "fashion-2conv": (1, 28), "mnist-4conv": (1, 28), "folder-cnn": (3, 32)}
+
+
+def some_images(channels: int, side: int, n: int = 40, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, channels, side, side), dtype=np.uint8)
+
+
+def with_trust(bundle: Bundle) -> Bundle:
+    """Return the bundle with a Trust, fitted on noise, so that some of it is unknown."""
+    shape = bundle.preprocess
+    images = torch.from_numpy(some_images(shape.channels, shape.height, 60, seed=1))
+    split = Split(images, torch.arange(60) % 3, [str(i) for i in range(60)])
+    trust = Trust.fit(bundle.net, split, split, 3, shape.normaliser())
+    trained = {**bundle.trained, "test": {**bundle.trained["test"], "known": 0.95, "calibration_error": [0.1, 0.01]}}
+    return replace(bundle, trust=replace(trust, temperature=1.7), trained=trained)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a small colour net with all there is."""
+    path = tmp_path_factory.mktemp("bundle") / "pets"
+    with_trust(make_bundle(filters=4)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return build_onnx(folder)
+
+
+@pytest.fixture
+def file(model: Any, tmp_path: Path) -> Path:
+    write_onnx(model, tmp_path / "pets.onnx")
+    return tmp_path / "pets.onnx"
+
+
+# the same answers
+
+
+@pytest.mark.parametrize("name", ["small", "tiny", "whitened", *SHAPES])
+def test_every_net_answers_alike(name: str, tmp_path: Path) -> None:
+    channels, side = SHAPES.get(name, (1, 14))
+    images = some_images(channels, side)
+    bundle = with_trust(make_bundle(channels, side, name))
+    assert bundle.trust is not None
+    normalise = bundle.preprocess.normaliser()
+    strange = bundle.trust.strangeness(*compute_outputs(bundle.net, torch.from_numpy(images), normalise))
+    # between two images, so that no rounding decides
+    threshold = float(strange.sort().values[19:21].mean())
+    bundle = replace(bundle, trust=replace(bundle.trust, threshold=threshold))
+    bundle.save(tmp_path / "bundle")
+    built = build_onnx(tmp_path / "bundle")
+    assert write_onnx(built, tmp_path / "net.onnx") < 1e-5
+    add_graph(built, tmp_path / "bundle")
+    expected, known = Classifier(load_bundle(tmp_path / "bundle")).run(images)
+    assert known is not None and known.sum() == 20
+    for predictor in (OnnxPredictor.load(tmp_path / "net.onnx"), OnnxPredictor.of_bundle(tmp_path / "bundle")):
+        for n in (len(images), 1):
+            probabilities, says = predictor.run(images[:n])
+            assert np.abs(probabilities - expected[:n]).max() < 1e-5
+            assert says is not None and says.tolist() == known[:n].tolist()
+    assert (tmp_path / "bundle" / "graph.onnx").stat().st_size < 60_000
+    assert set(MODELS.names()) >= {name}
+
+
+@pytest.mark.parametrize("name", sorted(shipped_models()))
+def test_the_shipped_nets_do(name: str) -> None:
+    predictor, classifier = OnnxPredictor.of_bundle(shipped_models()[name]), Classifier.load(name)
+    assert predictor.verify() < 1e-5
+    shape = predictor.preprocess
+    assert (shape, predictor.classes) == (classifier.preprocess, classifier.classes)
+    assert predictor.bounds == pytest.approx(classifier.bounds)
+    picture = Image.radial_gradient("L").rotate(20).resize((70, 50)).convert("RGB")
+    for how in ({}, {"raw": True}, {"top": 3, "coverage": 0.9}):
+        a, b = predictor.predict(picture, **how), classifier.predict(picture, **how)  # type: ignore[call-overload]
+        assert (a.label, a.known, a.labels) == (b.label, b.known, b.labels)
+        assert [label for label, _ in a.top] == [label for label, _ in b.top]
+        assert a.probability == pytest.approx(b.probability, abs=1e-5)
+
+
+def test_without_validation_images_there_is_no_known(tmp_path: Path) -> None:
+    make_bundle(filters=4).save(tmp_path)
+    model = build_onnx(tmp_path)
+    assert [output.name for output in model.graph.output] == ["probabilities", "label"]
+    predictor = OnnxPredictor(model.SerializeToString(), "it")
+    assert predictor.run(some_images(3, 8, 2))[1] is None and predictor.bounds is None
+    with pytest.raises(UsageError, match="this model has no prediction sets"):
+        predictor.predict(Image.new("L", (8, 8)), coverage=0.9)
+
+
+def answers(model: Any, images: np.ndarray) -> list[np.ndarray]:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"images": images})  # type: ignore[no-any-return]
+
+
+def test_grey_pictures_go_into_a_colour_net(model: Any) -> None:
+    grey = some_images(1, 8).transpose(0, 2, 3, 1)
+    for a, b in zip(answers(model, grey), answers(model, grey.repeat(3, axis=3)), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_colours_become_the_grey_that_pillow_makes(tmp_path: Path) -> None:
+    make_bundle(1, 8, filters=4).save(tmp_path)
+    model = build_onnx(tmp_path)
+    colour = some_images(3, 8, 200).transpose(0, 2, 3, 1)
+    grey = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in colour])[..., None]
+    for a, b in zip(answers(model, colour), answers(model, grey), strict=True):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (40, 30), (30, 40), (9, 8), (5, 5), (3, 16), (200, 8), (1, 1)])
+def test_other_sizes_are_fitted_as_pillow_does(size: tuple[int, int], model: Any, folder: Path) -> None:
+    waves = np.sin(np.arange(size[0])[None, :] / 9) * np.cos(np.arange(size[1])[:, None] / 7) * 100 + 120
+    picture = Image.fromarray(waves.astype(np.uint8)).convert("RGB")
+    expected, _ = Classifier(load_bundle(folder)).run(Classifier(load_bundle(folder)).adapt(picture, raw=True)[None])
+    assert np.abs(answers(model, np.asarray(picture)[None])[0] - expected).max() < 0.04
+
+
+# alone
+
+
+FIVE_LINES = """
+import sys
+for name in ("torch", "convlens"):
+    sys.modules[name] = None  # as if they were not installed
+# the five lines of README
+import json, numpy, onnxruntime, PIL.Image
+session = onnxruntime.InferenceSession("pets.onnx")
+image = numpy.asarray(PIL.Image.open("photo.png").convert("RGB"))[None]  # (N, H, W, C)
+probabilities, label, known = session.run(None, {"images": image})
+print(json.loads(session.get_modelmeta().custom_metadata_map["convlens"])["classes"][label[0]])
+"""
+
+
+def test_five_lines_without_convlens_or_torch(file: Path, folder: Path) -> None:
+    Image.fromarray(some_images(1, 8)[0, 0]).save(file.parent / "photo.png")
+    done = subprocess.run(
+        [sys.executable, "-c", FIVE_LINES], cwd=file.parent, capture_output=True, text=True, check=False
+    )
+    expected = Classifier(load_bundle(folder)).predict(file.parent / "photo.png")
+    assert (done.stdout.strip(), done.stderr) == (expected.label, "")
+
+
+def test_those_lines_stand_in_the_readme() -> None:
+    lines = FIVE_LINES.split("README\n")[1].strip().splitlines()
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(lines).replace("pets.onnx", "mnist-1.onnx").replace("photo.png", "scan.png") in readme
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+sys.argv = ["convlens", *sys.argv[1:]]
+from convlens import cli
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("kind", ["a model by name", "a bundle", "a file"])
+def test_predict_and_verify_without_torch(kind: str, model: Any, folder: Path, file: Path, tmp_path: Path) -> None:
+    Image.radial_gradient("L").resize((28, 28)).save(tmp_path / "x.png")
+    add_graph(model, folder)
+    source = {"a model by name": "mnist", "a bundle": folder, "a file": file}[kind]
+    told = []
+    for arguments in (["predict", source, tmp_path / "x.png", "--top", "2", "--coverage", "0.9"], ["verify", file]):
+        command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        told.append(done.stdout)
+    expected = Classifier.load(folder if kind == "a file" else source).predict(tmp_path / "x.png")
+    assert expected.label in told[0]
+    assert told[1].startswith("proved  no probability is off by more than ")
+
+
+# the commands
+
+
+def run(*arguments: object) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["convlens", *map(str, arguments)])
+        with pytest.raises(SystemExit) as leaving:
+            cli.main()
+    return int(leaving.value.code or 0)
+
+
+def test_export_writes_one_file_and_makes_predict_quick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with_trust(make_bundle(filters=4)).save(Path("runs") / "pets-1")
+    assert isinstance(load_predictor("runs/pets-1"), Classifier)
+    assert run("export", "runs/pets-1") == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("wrote   pets-1.onnx (")
+    assert isinstance(load_predictor("runs/pets-1"), OnnxPredictor)
+    assert isinstance(load_predictor("pets-1.onnx"), OnnxPredictor)
+    assert load_bundle(Path("runs") / "pets-1").classes == ("cat", "dog", "owl")
+    onnx.checker.check_model("pets-1.onnx", full_check=True)
+    before = Path("pets-1.onnx").read_bytes()
+    assert run("export", "runs/pets-1") == 2
+    assert "--out pets-1.onnx: that file exists" in capsys.readouterr().err
+    assert run("export", "runs/pets-1", "--out", "x.txt") == 2
+    assert Path("pets-1.onnx").read_bytes() == before and not Path("x.txt").exists()
+
+
+def test_the_graph_of_a_bundle_is_for_other_programs_too(folder: Path, model: Any) -> None:
+    import onnxruntime
+
+    add_graph(model, folder)
+    session = onnxruntime.InferenceSession(folder / "graph.onnx")
+    images = some_images(3, 8).transpose(0, 2, 3, 1)
+    assert np.array_equal(session.run(None, {"images": images})[0], answers(model, images)[0])
+
+
+def test_what_is_missing_is_said(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert run("export", folder, "--out", tmp_path / "x.onnx") == 2
+    assert capsys.readouterr().err == "convlens: ONNX files are written by: pip install 'convlens[export]'\n"
+    assert not (tmp_path / "x.onnx").exists()
+
+
+def test_a_net_without_words_in_onnx_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(self: object, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum().item() > 0 else -x  # which no graph can say
+
+    monkeypatch.setattr("convlens.models.fast.SmallNet.features", odd)
+    with pytest.raises(ConvlensError, match="^this net cannot be exported to ONNX: "):
+        onnx_graph.export_net(onnx_graph.WithFeatures(make_bundle().net), make_bundle().preprocess)
+
+
+# what is not as it should be
+
+
+def test_drift_is_found_and_nothing_is_written(model: Any, tmp_path: Path) -> None:
+    changed = onnx.ModelProto.FromString(model.SerializeToString())
+    weight = next(tensor for tensor in changed.graph.initializer if tensor.name == "net.head.2.weight")
+    weight.raw_data = (np.frombuffer(weight.raw_data, np.float32) * 1.01).tobytes()
+    with pytest.raises(ConvlensError, match="answers otherwise than PyTorch did: a probability is off by 0.0"):
+        write_onnx(changed, tmp_path / "new" / "x.onnx")
+    assert not (tmp_path / "new").exists()
+
+
+def test_verify_fails_on_drift(model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = onnx.ModelProto.FromString(model.SerializeToString())
+    about = json.loads(changed.metadata_props[0].value)
+    about["golden"]["probabilities"][3][0] += 0.001
+    changed.metadata_props[0].value = json.dumps(about)
+    (tmp_path / "x.onnx").write_bytes(changed.SerializeToString())
+    assert run("verify", tmp_path / "x.onnx") == 1
+    assert f"{tmp_path / 'x.onnx'} answers otherwise than PyTorch did" in capsys.readouterr().err
+
+
+def foreign(**metadata: str) -> bytes:
+    """Return an honest ONNX file of somebody else's."""
+    node = helper.make_node("Identity", ["images"], ["out"])
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N"]) for name in ("images", "out")]
+    made = helper.make_model(helper.make_graph([node], "g", values[:1], values[1:]), ir_version=10)
+    made.opset_import[0].version = 20
+    helper.set_model_props(made, metadata)
+    return made.SerializeToString()
+
+
+def outside(model: Any, location: str) -> bytes:
+    """Return the model with its first large weight in another file."""
+    changed = onnx.ModelProto.FromString(model.SerializeToString())
+    weight = max(changed.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    set_external_data(weight, location, offset=0, length=len(weight.raw_data))
+    weight.ClearField("raw_data")
+    return changed.SerializeToString()
+
+
+HOSTILE = {
+    "nothing": lambda model: b"",
+    "no ONNX": lambda model: b"\x80\x04\x95pickle",
+    "half a file": lambda model: model.SerializeToString()[: model.ByteSize() // 2],
+    "another program's": lambda model: foreign(),
+    "metadata that are no JSON": lambda model: foreign(convlens="{"),
+    "metadata of a newer convlens": lambda model: foreign(convlens='{"format": 99}'),
+    "weights in a file beside it": lambda model: outside(model, "secret.bin"),
+    "weights in a file above it": lambda model: outside(model, "../secret.bin"),
+    "weights in any file": lambda model: outside(model, "/etc/passwd"),
+    "weights under a name like ours": lambda model: outside(model, "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused(name: str, model: Any, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for place in (tmp_path / "secret.bin", tmp_path / "in" / "secret.bin", tmp_path / "in" / "model.safetensors"):
+        place.write_bytes(bytes(100_000))
+    path = tmp_path / "in" / "x.onnx"
+    path.write_bytes(HOSTILE[name](model))
+    with pytest.raises(ConvlensError) as caught:
+        load_predictor(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("file", ["graph.onnx", "model.safetensors", "trust.safetensors"])
+def test_a_bundle_whose_files_were_changed_is_refused(file: str, folder: Path, model: Any, tmp_path: Path) -> None:
+    add_graph(model, folder)
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    content = bytearray((tmp_path / file).read_bytes())
+    content[-3] ^= 1
+    (tmp_path / file).write_bytes(bytes(content))
+    with pytest.raises(ConvlensError, match=rf"{file} is damaged: its SHA-256 is not the one in config.json"):
+        load_predictor(tmp_path)
+
+
+def test_a_graph_in_a_bundle_takes_no_other_files(folder: Path, model: Any, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    content = outside(model, "config.json")
+    (tmp_path / "graph.onnx").write_bytes(content)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["onnx"] = {"sha256": hashlib.sha256(content).hexdigest(), "outside": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConvlensError, match="cannot be loaded: "):
+        load_predictor(tmp_path)
+
+
+def test_made_up_images_are_of_every_kind() -> None:
+    for channels in (1, 3):
+        bundle = make_bundle(channels, 20, filters=4)
+        images = onnx_graph.golden_images(replace(bundle.preprocess, style=PictureStyle()))
+        assert images.shape == (8, 20, 20, channels) and images.dtype == np.uint8
+        assert [len(np.unique(image)) > 3 for image in images] == [False, False, *[True] * 6]
+        assert np.array_equal(images, onnx_graph.golden_images(bundle.preprocess))
