@@ -40,6 +40,7 @@ from convlens.data.preprocess import Preprocess
 from convlens.models import create_model, summarise
 from convlens.runtime import describe_machine, use_threads
 from convlens.shipping.classifier import Classifier
+from convlens.shipping.onnx_predictor import load_predictor
 from convlens.training.engine import fit
 from convlens.training.optim import learning_rate, make_loss, make_optimizer
 from convlens.training.precision import autocast
@@ -264,19 +265,26 @@ def stages() -> tuple[list[Record], str]:
 
 
 def predict() -> tuple[list[Record], str]:
-    """Latency of one image and throughput of many, with the models that come with convlens, in PyTorch."""
+    """Latency of one image and throughput of many, with the models that come with convlens, in PyTorch and in ONNX."""
     records, rows = [], []
     for name in ("digits", "mnist", "fashion-mnist", "cifar10"):
-        classifier = Classifier.load(name)
-        shape = (classifier.preprocess.channels, classifier.preprocess.height, classifier.preprocess.width)
-        many = torch.randint(0, 256, (2000, *shape), dtype=torch.uint8)
-        one = many[:1]
-        classifier.logits(many)
-        latency = [timed(lambda c=classifier, x=one: c.logits(x)) * 1000 for _ in range(50)]
-        pace = [len(many) / timed(lambda c=classifier, x=many: c.logits(x)) for _ in range(5)]
-        records.append({"model": name, "latency_ms": latency, "images_per_second": pace})
-        rows.append([f"`{name}`", spread(latency), f"{statistics.median(pace):,.0f}"])
-    return records, table(["model", "one image: median, ms", "least, most", "images/s in batches of 500"], rows)
+        images = (cifar() if name == "cifar10" else load_dataset(name)).test.images.numpy()
+        engines = {"PyTorch": Classifier.load(name), "ONNX Runtime": load_predictor(name)}
+        many = np.resize(images, (2000, *images.shape[1:]))
+        answers: dict[str, np.ndarray[Any, Any]] = {}
+        for engine, predictor in engines.items():
+            answers[engine], _ = predictor.run(images)
+            latency = [timed(lambda p=predictor, x=images[:1]: p.run(x)) * 1000 for _ in range(50)]
+            pace = [2000 / timed(lambda p=predictor, x=many: p.run(x)) for _ in range(5)]
+            record = {"model": name, "engine": engine, "latency_ms": latency, "images_per_second": pace}
+            rows.append([f"`{name}`", engine, spread(latency), f"{statistics.median(pace):,.0f}", "", ""])
+            records.append(record)
+        one, other = answers.values()
+        record["n"], record["drift"] = len(images), float(np.abs(one - other).max())
+        record["same_label"] = float((one.argmax(axis=1) == other.argmax(axis=1)).mean())
+        rows[-1][-2:] = [f"{record['drift']:.1e}", f"{record['same_label']:.2%} of {len(images):,}"]
+    head = ["model", "engine", "one image: median, ms", "least, most", "images/s in batches of 500"]
+    return records, table([*head, "largest difference of a probability", "same label"], rows)
 
 
 # how cost grows
