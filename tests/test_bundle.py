@@ -123,6 +123,9 @@ def test_model_card(saved: Path) -> None:
         'convlens.Classifier.load("FOLDER").predict("picture.png")',
     ):
         assert fact in card
+    top = card.split("---\n")[1].splitlines()
+    assert top[:2] == ["library_name: convlens", "pipeline_tag: image-classification"]
+    assert '      name: "pets"' in top and "      value: 0.9123" in top
     assert "pixels, grey" in make_bundle(channels=1).card()
 
 

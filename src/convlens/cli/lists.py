@@ -46,7 +46,8 @@ def models(
         print_table(trained_rows, head=False)
         return
     if name not in MODELS and name in shipped_models():
-        print((shipped_models()[name] / "README.md").read_text(encoding="utf-8"))
+        card = (shipped_models()[name] / "README.md").read_text(encoding="utf-8")
+        print(card.split("---\n\n", 1)[1])  # without what is for machines
         return
     usual = getattr(MODELS[name], "usual_shape", (1, 28, 28))
     channels, side = channels or usual[0], size or usual[1]

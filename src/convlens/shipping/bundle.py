@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,8 @@ class Bundle:
         low, high = test["accuracy_interval"]
         counts = ", ".join(f"{count:,} {name}" for name, count in data["counts"].items())
         colour = "grey" if shape.channels == 1 else "RGB"
-        return f"""# {data["name"]}: {self.model["name"]}
+        return f"""{self.card_metadata()}
+# {data["name"]}: {self.model["name"]}
 
 A small convolutional image classifier, trained by convlens {about["convlens"]}.
 
@@ -87,6 +89,29 @@ alone; another seed gives another net.
 {self.say_trust()}
 
 Use: `convlens predict FOLDER picture.png`, or in Python `convlens.Classifier.load("FOLDER").predict("picture.png")`.
+"""
+
+    def card_metadata(self) -> str:
+        """Return what stands above the card for hubs of models, in YAML as Hugging Face's has it."""
+        name = json.dumps(self.trained["data"]["name"])  # a string of JSON is one of YAML
+        return f"""---
+library_name: convlens
+pipeline_tag: image-classification
+tags:
+- image-classification
+model-index:
+- name: {json.dumps(self.model["name"])}
+  results:
+  - task:
+      type: image-classification
+    dataset:
+      name: {name}
+      type: {name}
+      split: test
+    metrics:
+    - type: accuracy
+      value: {self.trained["test"]["accuracy"]:.4f}
+---
 """
 
     def say_trust(self) -> str:
