@@ -168,6 +168,8 @@ def build_onnx(folder: Path) -> Any:
 
 def export_net(net: nn.Module, shape: Preprocess) -> Any:
     """Return PyTorch's ONNX of a net of (logits, features), for normalised images (N, C, H, W), as ``net_input``."""
+    from onnxscript import optimizer
+
     example = torch.zeros(2, shape.channels, shape.height, shape.width)
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]
@@ -194,6 +196,8 @@ def export_net(net: nn.Module, shape: Preprocess) -> Any:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
     assert program is not None
+    optimizer.fold_constants(program.model)
+    optimizer.remove_unused_nodes(program.model)
     return program.model_proto
 
 
