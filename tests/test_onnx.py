@@ -250,7 +250,7 @@ def test_what_is_missing_is_said(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert run("export", folder, "--out", tmp_path / "x.onnx") == 2
-    assert capsys.readouterr().err == "convlens: ONNX files are written by: pip install 'convlens[export]'\n"
+    assert capsys.readouterr().err == "convlens: this needs two packages more: pip install 'convlens[export]'\n"
     assert not (tmp_path / "x.onnx").exists()
 
 
@@ -260,7 +260,7 @@ def test_a_net_without_words_in_onnx_is_one_line(folder: Path, monkeypatch: pyte
 
     monkeypatch.setattr("convlens.models.fast.SmallNet.features", odd)
     with pytest.raises(ConvlensError, match="^this net cannot be exported to ONNX: "):
-        onnx_graph.export_net(onnx_graph.WithFeatures(make_bundle().net), make_bundle().preprocess)
+        onnx_graph.export_net(make_bundle().net, make_bundle().preprocess)
 
 
 # what is not as it should be

@@ -27,7 +27,6 @@ from convlens.shipping.onnx_predictor import FORMAT, METADATA, OnnxPredictor
 from convlens.shipping.places import CONFIG, GRAPH, TRUST, WEIGHTS
 
 OPSET = 20  # the first with GELU
-INSTALL = "ONNX files are written by: pip install 'convlens[export]'"
 
 # from uint8 images of any size, grey or RGB, to what the net takes: cut at the middle to its proportions, then resized
 FRONT = """
@@ -105,6 +104,15 @@ known (float[N, K] logits, float[N, D] features) => (bool[N] known)
 """
 
 
+def require_exporter() -> None:
+    """Raise UsageError unless the packages that PyTorch's exporter takes are installed."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise UsageError("this needs two packages more: pip install 'convlens[export]'") from None
+
+
 class WithFeatures(nn.Module):
     """A net that returns its logits (N, K) and its features (N, D), the means of the last spatial map."""
 
@@ -124,15 +132,13 @@ def build_onnx(folder: Path) -> Any:
     Raises UsageError where the packages that it takes are not installed, ConvlensError for a net that ONNX has no
     words for.
     """
-    try:
-        import onnx
-        import onnxscript  # noqa: F401  # PyTorch's exporter needs it
-        from onnx import helper, numpy_helper, parser
-    except ImportError:
-        raise UsageError(INSTALL) from None
+    require_exporter()
+    import onnx
+    from onnx import helper, numpy_helper, parser
+
     bundle = load_bundle(folder)
     classifier = Classifier(bundle)
-    net = export_net(WithFeatures(bundle.net).eval(), bundle.preprocess)
+    net = export_net(bundle.net, bundle.preprocess)
 
     def graph(text: str) -> Any:
         return parser.parse_model(f'<ir_version: 10, opset_import: ["" : {OPSET}]>{text}').graph
@@ -167,7 +173,7 @@ def build_onnx(folder: Path) -> Any:
 
 
 def export_net(net: nn.Module, shape: Preprocess) -> Any:
-    """Return PyTorch's ONNX of a net of (logits, features), for normalised images (N, C, H, W), as ``net_input``."""
+    """Return the ONNX of a net, from normalised images (N, C, H, W), ``net_input``, to ``logits`` and ``features``."""
     from onnxscript import optimizer
 
     example = torch.zeros(2, shape.channels, shape.height, shape.width)
@@ -179,7 +185,7 @@ def export_net(net: nn.Module, shape: Preprocess) -> Any:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                net,
+                WithFeatures(net).eval(),
                 (example,),
                 input_names=["net_input"],
                 output_names=["logits", "features"],

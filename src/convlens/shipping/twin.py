@@ -1,0 +1,202 @@
+"""The html twin: one page that holds a trained net and runs it in any browser, with no network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convlens.data.pictures import Pixels
+from convlens.errors import ConvlensError
+from convlens.evaluation.trust import Trust
+from convlens.runfolder import write_text
+from convlens.shipping.bundle import Bundle, load_bundle
+from convlens.shipping.classifier import Classifier
+from convlens.shipping.onnx_graph import export_net, golden_answers, require_exporter
+
+SMALL = 256  # numbers; longer tensors are kept as 16-bit whole numbers, with a scale for each row
+SPACE = ({2, 3}, {-2, -1})  # the axes that a pooling head may reduce
+PLAIN = ("Relu", "LogSoftmax")
+
+
+def write_page(folder: Path, path: Path, samples: Sequence[tuple[str, Pixels]] = ()) -> None:
+    """Write the page of the bundle in ``folder``, with ``samples`` to try: classes, and images uint8 (C, H, W).
+
+    Raises UsageError where the packages that it takes are not installed, ConvlensError for a net with a layer that the
+    page cannot compute.
+    """
+    require_exporter()
+    write_text(path, make_page(load_bundle(folder), samples))
+
+
+def make_page(bundle: Bundle, samples: Sequence[tuple[str, Pixels]] = ()) -> str:
+    """Return the page as HTML; see :func:`write_page`."""
+    model, weights = describe_net(bundle)
+    data, test = bundle.trained["data"], bundle.trained["test"]
+    low, high = test["accuracy_interval"]
+    model |= {
+        "name": data["name"],
+        "classes": bundle.classes,
+        "preprocess": bundle.preprocess.to_json(),
+        "temperature": bundle.trust.temperature if bundle.trust else 1.0,
+        "golden": golden_answers(Classifier(bundle)),
+        "samples": [
+            {"label": label, "pixels": base64.b64encode(pixels.tobytes()).decode()} for label, pixels in samples
+        ],
+        "facts": {
+            "parameters": bundle.trained["parameters"],
+            "train": data["counts"]["train"],
+            "accuracy": test["accuracy"],
+            "interval": [low, high],
+            "n": test["n"],
+            "net": bundle.model["name"],
+        },
+    }
+    parts = {name: read_part(name) for name in ("engine.js", "picture.js", "page.js", "page.css")}
+    fill = {
+        "TITLE": html.escape(f"{data['name']}: a small net at work"),
+        "STYLE": parts["page.css"],
+        "SCRIPT": parts["engine.js"] + parts["picture.js"] + parts["page.js"],
+        "MODEL": json.dumps(model, separators=(",", ":")).replace("<", "\\u003c"),
+        "WEIGHTS": weights,
+    }
+    page = read_part("page.html")
+    for name, content in fill.items():
+        page = page.replace(f"[{name}]", content)
+    return page
+
+
+def read_part(name: str) -> str:
+    """Return a file of the page."""
+    return resources.files("convlens.shipping").joinpath("page", name).read_text(encoding="utf-8")
+
+
+def describe_net(bundle: Bundle) -> tuple[dict[str, Any], str]:
+    """Return the net for the page's engine: layers, steps and small tensors as plain values, large ones in base64."""
+    from onnx import helper, numpy_helper
+
+    graph = export_net(bundle.net, bundle.preprocess).graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            value = helper.get_attribute_value(node.attribute[0])
+            is_tensor = node.attribute[0].name == "value"
+            constants[node.output[0]] = numpy_helper.to_array(value) if is_tensor else np.array(value)
+    layers = list_layers(graph, constants)
+    if bundle.trust is not None:
+        constants |= describe_space(bundle.trust)
+    used = {name for layer in layers for name in layer["inputs"]} | {"whitener", "centres"}
+    tensors, packed = pack({name: value for name, value in constants.items() if name in used})
+    last_map = next(layer["inputs"][0] for layer in layers if layer["output"] == "features")
+    model: dict[str, Any] = {"layers": layers, "steps": list_steps(layers, last_map), "last_map": last_map}
+    model["tensors"], model["trust"] = tensors, None
+    if bundle.trust is not None:
+        told = bundle.trust.to_json()
+        model["trust"] = {key: told[key] for key in ("distance", "energy", "threshold")}
+    return model, base64.b64encode(packed).decode()
+
+
+def describe_space(trust: Trust) -> dict[str, NDArray[Any]]:
+    """Return what the engine measures distances of features with."""
+    centres = trust.space.means @ trust.space.whitener
+    return {"whitener": trust.space.whitener.numpy(), "centres": centres.numpy()}
+
+
+def list_layers(graph: Any, constants: dict[str, NDArray[Any]]) -> list[dict[str, Any]]:
+    """Return the layers of an ONNX graph as the engine has them; constants that they take are added.
+
+    Raises ConvlensError for a layer that the engine does not have.
+    """
+    from onnx import helper
+
+    layers: list[dict[str, Any]] = []
+    computed, other_names = {"net_input"}, dict[str, str]()
+    for node in graph.node:
+        inputs = [other_names.get(name, name) for name in node.input]
+        if not (set(inputs) & computed):
+            continue  # it computes with shapes, which are fixed here
+        attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+        layer: dict[str, Any] = {"op": node.op_type, "inputs": inputs, "output": node.output[0]}
+        axes = set(constants[inputs[1]].tolist()) if node.op_type.startswith("Reduce") and len(inputs) > 1 else None
+        match node.op_type:
+            case "Shape":
+                continue
+            case "Identity" | "Dropout":
+                other_names[node.output[0]] = inputs[0]
+                continue
+            case "Conv" if attributes.get("group", 1) == 1 and set(attributes.get("dilations", [1])) == {1}:
+                layer |= {"pads": attributes.get("pads", [0] * 4), "strides": attributes.get("strides", [1, 1])}
+            case "MaxPool" | "AveragePool" if (
+                not attributes.get("ceil_mode")
+                and set(attributes.get("dilations", [1])) == {1}
+                and (node.op_type == "MaxPool" or not any(attributes.get("pads", [])))
+            ):
+                layer |= {"pads": attributes.get("pads", [0] * 4), "strides": attributes.get("strides", [1, 1])}
+                layer["kernel"] = attributes["kernel_shape"]
+            case "BatchNormalization":
+                weight, bias, mean, variance = (constants[name].astype(np.float64) for name in inputs[1:5])
+                factor = weight / np.sqrt(variance + attributes.get("epsilon", 1e-5))
+                names = [f"{node.output[0]}.{part}" for part in ("factor", "offset")]
+                constants |= dict(zip(names, (factor, bias - mean * factor), strict=True))
+                layer |= {"op": "Affine", "inputs": [inputs[0], *names]}
+            case "Gelu" if attributes.get("approximate", b"none") == b"none":
+                pass
+            case "ReduceMax" | "ReduceMean" if axes in SPACE:
+                layer["inputs"] = inputs[:1]
+            case "GlobalMaxPool" | "GlobalAveragePool":
+                layer["op"] = "ReduceMax" if node.op_type == "GlobalMaxPool" else "ReduceMean"
+            case "Reshape" | "Flatten":
+                layer |= {"op": "Reshape", "inputs": inputs[:1]}
+            case "Gemm" if attributes.get("transB") == 1 and not attributes.get("transA"):
+                pass
+            case name if name in PLAIN:
+                pass
+            case name:
+                raise ConvlensError(f"the page cannot compute {name} as this net has it; export it to ONNX")
+        computed.add(node.output[0])
+        layers.append(layer)
+    return layers
+
+
+def list_steps(layers: list[dict[str, Any]], last_map: str) -> list[dict[str, Any]]:
+    """Return what is shown of the net's inside: what each convolution finds, and what is left of it where it is pooled.
+
+    What is found is shown behind the activation, unless that comes behind the pooling.
+    """
+    steps: list[dict[str, Any]] = []
+    for layer in layers:
+        pooled = layer["op"] in ("MaxPool", "AveragePool")
+        if layer["op"] == "Conv" or pooled:
+            steps.append({"pooled": pooled})
+        if steps:
+            steps[-1]["output"] = layer["output"]
+        if layer["output"] == last_map:
+            break
+    return steps
+
+
+def pack(constants: dict[str, NDArray[Any]]) -> tuple[dict[str, dict[str, Any]], bytes]:
+    """Return the tensors' descriptions, small ones with their values, and the others as 16-bit numbers in a row.
+
+    A row (an output channel) is scaled so that its largest number is 32767: each is off by 1 / 65534 of that at most.
+    """
+    described, parts, at = {}, [], 0
+    for name, value in constants.items():
+        about: dict[str, Any] = {"shape": list(value.shape)}
+        described[name] = about
+        if value.size <= SMALL:
+            about["values"] = [float(f"{number:.9g}") for number in value.ravel().tolist()]
+            continue
+        rows = value.reshape(len(value), -1).astype(np.float64)
+        scales = np.maximum(np.abs(rows).max(axis=1), 1e-30) / 32767
+        parts.append(np.round(rows / scales[:, None]).astype("<i2").tobytes())
+        about |= {"at": at, "scales": [float(f"{scale:.9g}") for scale in scales.tolist()]}
+        at += value.size
+    return described, b"".join(parts)

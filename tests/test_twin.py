@@ -1,0 +1,206 @@
+"""The html twin: it answers as the net does, in a real browser, from the same pictures, and asks for no network."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from test_bundle import make_bundle
+from test_onnx import SHAPES, run, with_trust
+
+import convlens
+from convlens.data.pictures import PictureStyle
+from convlens.data.preprocess import Preprocess
+from convlens.errors import ConvlensError
+from convlens.shipping.bundle import Bundle, load_bundle
+from convlens.shipping.classifier import Classifier
+from convlens.shipping.places import shipped_models
+from convlens.shipping.twin import make_page, pack, read_part, write_page
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome") or ""
+in_browser = pytest.mark.skipif(not BROWSER, reason="there is no Chromium here")
+
+
+def open_page(page: str, folder: Path) -> str:
+    """Open a page in a browser, from disk; return what it has become."""
+    path = folder / "page.html"
+    path.write_text(page, encoding="utf-8")
+    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
+    done = subprocess.run(
+        [*command, f"--user-data-dir={folder / 'profile'}", path.as_uri()], capture_output=True, timeout=120, check=True
+    )
+    return done.stdout.decode()
+
+
+def proof_of(page: str, folder: Path) -> tuple[float, bool]:
+    """Open a page; return how far it says that its answers are off, and whether it calls that good."""
+    found = re.search(r'id="proof" data-drift="([^"]*)" data-good="(\w+)"', open_page(page, folder))
+    assert found, "the page did not come to its self-check"
+    return float(found[1]), found[2] == "true"
+
+
+def made(name: str, **options: Any) -> Bundle:
+    channels, side = SHAPES.get(name, (1, 14))
+    return with_trust(make_bundle(channels, side, name, **options))
+
+
+# in a browser
+
+
+@in_browser
+@pytest.mark.parametrize("name", ["small", "tiny", "whitened", *SHAPES, "fashion-2conv with average pooling"])
+def test_every_net_answers_alike(name: str, tmp_path: Path) -> None:
+    average = {"pool": "avg"} if name.endswith("pooling") else {}
+    drift, good = proof_of(make_page(made(name.split()[0], **average)), tmp_path)
+    assert drift < 1e-3 and good
+
+
+@in_browser
+@pytest.mark.parametrize("name", sorted(shipped_models()))
+def test_the_shipped_nets_do(name: str, tmp_path: Path) -> None:
+    write_page(shipped_models()[name], tmp_path / "net.html")
+    assert (tmp_path / "net.html").stat().st_size < 1_500_000
+    drift, good = proof_of((tmp_path / "net.html").read_text(encoding="utf-8"), tmp_path)
+    assert drift < 3e-4 and good
+
+
+@in_browser
+def test_a_page_that_answers_otherwise_says_so(tmp_path: Path) -> None:
+    page = make_page(made("tiny"))
+    golden = json.loads(model_of(page))["golden"]["probabilities"][0][0]
+    drift, good = proof_of(page.replace(f"{golden!r}", f"{golden + 0.01!r}", 1), tmp_path)
+    assert drift == pytest.approx(0.01, abs=1e-4) and not good
+
+
+def model_of(page: str) -> str:
+    return page.split('id="model">')[1].split("</script>")[0]
+
+
+def pictures() -> dict[str, Image.Image]:
+    """Return a photo, a page with a digit in uneven light, strokes as on the pad, and what is small or see-through."""
+    y, x = np.mgrid[0:90, 0:130]
+    photo = np.stack([x * 1.9, y * 2.7, 128 + 100 * np.sin(x / 9) * np.cos(y / 7)], axis=2).clip(0, 255)
+    page = Image.fromarray((235 - x[:, :130] * 0.5).astype(np.uint8))
+    ImageDraw.Draw(page).line([(60, 20), (75, 40), (58, 70)], fill=30, width=7)
+    pad = Image.new("RGB", (280, 280), "white")
+    ImageDraw.Draw(pad).line([(90, 70), (190, 70), (130, 220)], fill=(17, 17, 17), width=22, joint="curve")
+    clear = Image.new("RGBA", (40, 60))
+    ImageDraw.Draw(clear).ellipse([10, 10, 30, 50], fill=(200, 30, 60, 180))
+    return {
+        "photo": Image.fromarray(photo.astype(np.uint8)),
+        "page": page,
+        "pad": pad,
+        "small": Image.fromarray(photo[::9, ::9].astype(np.uint8)),
+        "see-through": clear,
+        "blank": Image.new("RGB", (60, 60), "white"),
+        "right size": page.resize((28, 28)),
+    }
+
+
+@in_browser
+def test_pictures_are_adapted_as_in_python(tmp_path: Path) -> None:
+    styles = {
+        "photo": Preprocess(3, 28, 28, (0.5,) * 3, (0.5,) * 3, PictureStyle()),
+        "wide grey photo": Preprocess(1, 12, 30, (0.5,), (0.5,), PictureStyle()),
+        "ink by mass": Preprocess(1, 28, 28, (0.5,), (0.5,), PictureStyle(20, True)),
+        "ink by box": Preprocess(1, 28, 28, (0.5,), (0.5,), PictureStyle(28, False)),
+    }
+    cases = [(style, name) for style in styles for name in pictures()]
+    given = []
+    for style, name in cases:
+        image = pictures()[name].convert("RGBA")
+        data = {"width": image.width, "height": image.height, "data": list(image.tobytes())}
+        given.append({"image": data, "shape": styles[style].to_json()})
+    page = f"""<pre id="out"></pre><script>{read_part("picture.js")}
+const given = {json.dumps(given)};
+const adapted = given.map((one) => Array.from(adapt(one.image, one.shape)));
+document.getElementById("out").textContent = JSON.stringify(adapted);
+</script>"""
+    out = re.search(r'<pre id="out">(.*?)</pre>', open_page(page, tmp_path))
+    assert out
+    for (style, name), pixels in zip(cases, json.loads(html.unescape(out[1])), strict=True):
+        expected = styles[style].adapt(pictures()[name])
+        apart = np.abs(np.array(pixels).reshape(expected.shape) - expected.astype(int))
+        # rounding of grey levels and sub-pixel places; a single stroke's edge may fall on the other side of a bound
+        assert np.mean(apart) < 0.5 and np.quantile(apart, 0.98) <= 3, (style, name, apart.max())
+
+
+@in_browser
+def test_what_is_on_the_page(tmp_path: Path) -> None:
+    bundle = load_bundle(shipped_models()["mnist"])
+    page = open_page(make_page(bundle, [("7", np.zeros((1, 28, 28), np.uint8))]), tmp_path)
+    text = re.sub(r"<script.*?</script>|<style.*?</style>", "", page, flags=re.S)
+    assert 'class="answer">7</p>' in text and "It is sure." in text  # it begins with a seven
+    assert text.count('class="bar"') == 10 and 'aria-label="Try a picture of: 7"' in text
+    assert "Step 1: 32 maps of 12 × 12" in text and "Step 2: shrunk to 6 × 6" in text
+    assert "94,698 numbers" in text and "it was right 99.54% of the time" in text
+    ids = re.findall(r'<(?:canvas|video|input)[^>]*id="(\w+)"[^>]*>', text)
+    named = re.findall(r'<(?:canvas|input)[^>]*id="(\w+)"[^>]*aria-label', text)
+    assert set(ids) - set(named) == {"video"}
+
+
+# without a browser
+
+
+def test_the_page_asks_for_nothing_from_outside() -> None:
+    page = make_page(made("tiny"))
+    assert "default-src 'none'" in page
+    assert not re.search(r"https?:|//[a-z]+\.[a-z]|src=|href=|fetch\(|XMLHttpRequest|import\(|eval\(", page)
+    assert not re.search(r"\[[A-Z]{3,}\]", page)  # no part was left to fill in
+
+
+def test_names_cannot_become_code() -> None:
+    evil = "</script><script>alert(1)</script>"
+    bundle = made("tiny")
+    trained = {**bundle.trained, "data": {**bundle.trained["data"], "name": evil}}
+    page = make_page(replace(bundle, classes=(evil, "dog", "owl"), trained=trained))
+    assert evil not in page and page.count("<script") == 3
+    assert json.loads(model_of(page))["classes"][0] == evil
+
+
+def test_large_tensors_are_kept_in_16_bits() -> None:
+    g = np.random.default_rng(0)
+    weight = (g.normal(size=(16, 8, 3, 3)) * 10.0 ** g.integers(-4, 4, (16, 1, 1, 1))).astype(np.float32)
+    told, packed = pack({"small": np.array([[1.5], [2.25]], np.float32), "weight": weight, "zero": np.zeros((4, 100))})
+    assert told["small"] == {"shape": [2, 1], "values": [1.5, 2.25]}
+    numbers = np.frombuffer(packed, "<i2")
+    assert len(numbers) == weight.size + 400 and told["zero"]["at"] == weight.size
+    rows = numbers[: weight.size].reshape(16, -1) * np.array(told["weight"]["scales"])[:, None]
+    most = np.abs(weight).reshape(16, -1).max(axis=1)
+    assert (np.abs(rows - weight.reshape(16, -1)).max(axis=1) <= most / 65_000).all()
+
+
+def test_a_layer_that_the_page_has_not_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.ReLU, "forward", lambda self, x: torch.sigmoid(x))
+    with pytest.raises(ConvlensError, match="^the page cannot compute Sigmoid as this net has it; export it to ONNX$"):
+        make_page(made("tiny"))
+
+
+def test_export_takes_samples_from_the_runs_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    g = np.random.default_rng(0)
+    for label, level in (("dark", 40), ("light", 200)):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number in range(12):
+            pixels = (g.integers(0, 40, (9, 9, 3)) + level).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / label / f"{number}.png")
+    trained = convlens.train(tmp_path / "photos", out=tmp_path / "run", epochs=1, device="cpu", threads=1)
+    assert run("export", trained.path, "--format", "html", "--out", tmp_path / "a.html") == 0
+    assert capsys.readouterr().out.startswith(
+        "samples 2 test images, one of a class; --no-samples leaves them out\nwrote"
+    )
+    samples = json.loads(model_of((tmp_path / "a.html").read_text(encoding="utf-8")))["samples"]
+    assert [sample["label"] for sample in samples] == ["dark", "light"]
+    assert run("export", trained.path, "--format", "html", "--out", tmp_path / "b.html", "--no-samples") == 0
+    assert json.loads(model_of((tmp_path / "b.html").read_text(encoding="utf-8")))["samples"] == []
+    shutil.rmtree(tmp_path / "photos")
+    assert run("export", trained.path, "--format", "html", "--out", tmp_path / "c.html") == 0
+    assert "convlens: no sample pictures on the page: " in capsys.readouterr().err
+    assert isinstance(Classifier.load(trained.path), Classifier)
