@@ -13,10 +13,12 @@ from __future__ import annotations
 import convlens  # first: it says how OpenMP's threads wait, which PyTorch reads when it is loaded
 
 # isort: split
+import base64
 import json
 import multiprocessing
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -39,8 +41,11 @@ from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
 from convlens.models import create_model, summarise
 from convlens.runtime import describe_machine, use_threads
+from convlens.shipping.bundle import load_bundle
 from convlens.shipping.classifier import Classifier
 from convlens.shipping.onnx_predictor import load_predictor
+from convlens.shipping.places import find_bundle
+from convlens.shipping.twin import make_page, read_part
 from convlens.training.engine import fit
 from convlens.training.optim import learning_rate, make_loss, make_optimizer
 from convlens.training.precision import autocast
@@ -287,6 +292,52 @@ def predict() -> tuple[list[Record], str]:
     return records, table([*head, "largest difference of a probability", "same label"], rows)
 
 
+# in the browser
+
+IN_BROWSER = """<pre id="out"></pre><script>%(engine)s
+const net = new Net(%(model)s, "%(weights)s");
+const pixels = Uint8Array.from(atob("%(images)s"), (letter) => letter.charCodeAt(0));
+const size = pixels.length / %(n)d, out = new Float32Array(%(n)d * (net.model.classes.length + 1));
+const started = performance.now();
+for (let i = 0; i < %(n)d; i++) {
+  const { probabilities, known } = net.run(pixels.subarray(i * size, (i + 1) * size));
+  out.set([...probabilities, known], i * (probabilities.length + 1));
+}
+const ms = (performance.now() - started) / %(n)d, bytes = new Uint8Array(out.buffer);
+let text = "";
+for (let i = 0; i < bytes.length; i += 1000) text += String.fromCharCode(...bytes.subarray(i, i + 1000));
+document.getElementById("out").textContent = ms + " " + btoa(text);
+</script>"""
+
+
+def twin() -> tuple[list[Record], str]:
+    """The html twins of the models that come with convlens, on all their test images, in a headless Chromium."""
+    records, rows = [], []
+    browser = shutil.which("chromium") or shutil.which("google-chrome") or sys.exit("bench.py twin needs Chromium")
+    for name in ("digits", "mnist", "fashion-mnist", "cifar10"):
+        images = (cifar() if name == "cifar10" else load_dataset(name)).test.images.numpy()
+        expected, known = load_predictor(name).run(images)
+        page = make_page(load_bundle(find_bundle(name)))
+        model, weights = (page.split(f'id="{part}">')[1].split("</script>")[0] for part in ("model", "weights"))
+        parts = {"engine": read_part("engine.js"), "model": model, "weights": weights, "n": len(images)}
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "page.html"
+            file.write_text(IN_BROWSER % {**parts, "images": base64.b64encode(images.tobytes()).decode()})
+            command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", file.as_uri()]
+            dom = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        ms, encoded = dom.split('<pre id="out">')[1].split("</pre>")[0].split()
+        answers = np.frombuffer(base64.b64decode(encoded), np.float32).reshape(len(images), -1)
+        drift = np.abs(answers[:, :-1] - expected).max()
+        same = (answers[:, :-1].argmax(axis=1) == expected.argmax(axis=1)).mean()
+        alike = (answers[:, -1].astype(bool) == known).mean()
+        about = {"model": name, "n": len(images), "bytes": len(page.encode()), "ms": float(ms)}
+        records.append({**about, "drift": float(drift), "same_label": float(same), "same_known": float(alike)})
+        figures = [f"{about['bytes']:,}", f"{float(ms):.1f}", f"{drift:.1e}", f"{same:.2%}", f"{alike:.2%}"]
+        rows.append([f"`{name}`", *figures])
+    head = ["model", "bytes of the page", "ms an image", "largest difference of a probability"]
+    return records, table([*head, "same label", "same known or unknown"], rows)
+
+
 # how cost grows
 
 
@@ -505,6 +556,7 @@ SECTIONS = {
     "arithmetic": arithmetic,
     "overhead": overhead,
     "predict": predict,
+    "twin": twin,
     "growth": growth,
     "folders": folders,
     "many": many,
