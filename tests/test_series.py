@@ -32,6 +32,11 @@ def test_from_python_and_the_callers_random_numbers_stay() -> None:
     summary = convlens.train_series("digits", seeds=2, **QUICK)
     assert summary["n"] == 2 and Path("runs/digits-seeds-1/summary.json").exists()
     assert torch.equal(torch.get_rng_state(), state)
+    for use in (Run, convlens.Classifier.load):  # what takes one run says so
+        with pytest.raises(
+            UsageError, match="^runs/digits-seeds-1 is a series of runs: name one of them, a folder in it$"
+        ):
+            use("runs/digits-seeds-1")  # type: ignore[operator]
 
 
 def train_all(series: Series) -> dict[str, Any]:

@@ -70,12 +70,19 @@ class RunFolder:
         if os.path.lexists(out):
             raise UsageError(f"{out} exists already; choose another --out, or continue it with --resume {out}")
 
+    @staticmethod
+    def refuse_series(path: str | Path) -> None:
+        """Raise UsageError if ``path`` is a series of runs, where one run is asked for."""
+        if (Path(path) / SERIES).is_file():
+            raise UsageError(f"{path} is a series of runs: name one of them, a folder in it")
+
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
         """Open an existing run; UsageError if ``path`` is not one."""
         run = cls(path)
         if not run.path.is_dir():
             raise UsageError(f"there is no run folder {path}; `convlens train` makes one")
+        cls.refuse_series(path)
         if not run.config.is_file():
             raise UsageError(f"{path} is not a run folder: it has no config.json")
         return run
@@ -112,6 +119,7 @@ class RunFolder:
             return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
 
 
+SERIES = "series.json"  # makes a folder a series of runs
 LARGEST_JSON = 64 << 20  # bytes; a checkpoint of 10,000 epochs has 3 MB
 ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}  # in lists of names
 

@@ -18,12 +18,12 @@ from convlens.evaluation.metrics import wilson_interval
 from convlens.experiment import Experiment, data_name, list_changes, refuse_inside_data
 from convlens.record import command_line
 from convlens.run import Run
-from convlens.runfolder import RunFolder, read_json, read_names, write_json
+from convlens.runfolder import SERIES, RunFolder, read_json, read_names, write_json
 from convlens.runtime import callers_state_kept
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import default_recipe, get_recipe
 
-PLAN, SUMMARY = "series.json", "summary.json"
+SUMMARY = "summary.json"
 
 
 @dataclass(eq=False)
@@ -90,7 +90,7 @@ class Series:
         except BaseException:  # what does not fit together leaves no folder
             shutil.rmtree(folder)
             raise
-        write_json(folder / PLAN, plan)
+        write_json(folder / SERIES, plan)
         return series
 
     @classmethod
@@ -106,7 +106,7 @@ class Series:
 
         Raises UsageError if it is finished, the data have changed, or as Experiment.resume does.
         """
-        plan = read_json(Path(path) / PLAN)
+        plan = read_json(Path(path) / SERIES)
         if (Path(path) / SUMMARY).exists():
             raise UsageError(f"the series {path} is finished; nothing to resume")
         source = data if data is not None else plan.get("data")
@@ -126,7 +126,7 @@ class Series:
     @staticmethod
     def is_one(path: str | Path) -> bool:
         """Say whether ``path`` is the folder of a series."""
-        return (Path(path) / PLAN).is_file()
+        return (Path(path) / SERIES).is_file()
 
     def experiments(self) -> Iterator[Experiment]:
         """Yield what is still to be trained, one after another: new runs, and those that were interrupted."""

@@ -37,5 +37,6 @@ def find_bundle(source: str | Path) -> Path:
             raise UsageError(f"the training of {path} is not finished: go on with `convlens train --resume {path}`")
         return run.model
     if path.exists():
+        RunFolder.refuse_series(path)
         raise UsageError(f"{path} is neither a run folder nor a model bundle")
     raise UnknownName("run folder or model", str(source), shipped)
