@@ -55,7 +55,7 @@ CLASSICS = [
 STRONG = [
     Row("digits", "digits", "digits", 10),
     Row("mnist", "MNIST", "mnist", 5),
-    Row("fashion-mnist", "Fashion-MNIST", "fashion-mnist", 2),
+    Row("fashion-mnist", "Fashion-MNIST", "fashion-mnist", 3),
     Row("cifar10", JPEG_COPY, "cifar10-jpeg --recipe cifar10-90", 3),
     Row("folder", "hymenoptera photos", "hymenoptera", 5),
 ]

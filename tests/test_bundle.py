@@ -222,7 +222,7 @@ def test_find_bundle(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match="is not finished: go on with `convlens train --resume"):
+    with pytest.raises(UsageError, match="is not finished: go on with: convlens train --resume"):
         find_bundle(run)
     saved.rename(run / "model")
     assert find_bundle(run) == run / "model"

@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+import convlens
 from convlens import cli
 from convlens.runfolder import RunFolder
 from convlens.training.recipe import Recipe, flag
@@ -533,6 +534,43 @@ def test_data_info_replaces_no_file(shell: Shell) -> None:
     for number in ("", "-2"):
         _, out, _ = shell("data", "info", "digits")
         assert out.splitlines()[-1] == f"samples digits-samples{number}.png"
+
+
+def test_commands_that_are_printed_can_be_pasted(shell: Shell) -> None:
+    name = "my run; echo $(x)"
+    code, out, _ = shell("train", "digits", *QUICK, "--out", name)
+    assert code == 0 and f"predict '{name}' IMAGE" in out
+    code, out, _ = shell("train", "digits", *QUICK, "--out", "-x")
+    assert code == 0 and "predict ./-x IMAGE" in out
+
+
+def test_what_helps_is_said(shell: Shell, digits_run: Path) -> None:
+    shell.fails("train", digits_run, code=2, says="is a run, and no data; go on with it with --resume")
+    Path("mine.txt").write_text("mine")
+    line = shell.fails("train", "digits", "--out", "mine.txt", code=2, says="mine.txt exists already; choose another")
+    assert "--resume" not in line
+    shell.fails("train", "digits", "--filters", 10**8, code=2, says="not enough memory for this net small; try fewer")
+    assert not Path("runs").exists()
+
+
+def test_a_run_without_its_checkpoints_begins_anew_and_says_so(shell: Shell) -> None:
+    convlens.train("digits", out="run", epochs=1, device="cpu", threads=1, precision="fp32")
+    Path("run/report.html").unlink()
+    Path("run/split.csv").unlink()
+    shutil.rmtree("run/checkpoint")
+    code, out, err = shell("train", "--resume", "run")
+    assert code == 0, err
+    assert "its checkpoints are gone: it begins anew" in out and Path("run/split.csv").exists()
+
+
+def test_ctrl_c_before_a_run_has_begun_leaves_nothing(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def press(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    monkeypatch.setattr("convlens.experiment.write_split", press)
+    assert shell("train", "digits", *QUICK)[0] == 130
+    assert not list(Path("runs").iterdir())
 
 
 def test_nothing_is_written_into_the_data(shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

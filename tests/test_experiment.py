@@ -338,7 +338,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_stopped(tmp_path: Path) -> Non
     for steps in (2, 5):
         out = tmp_path / f"parts-{steps}"
         stop(Experiment.create(data, TINY, out=out, shift=1), steps)
-        with pytest.raises(UsageError, match="is not finished: go on with `convlens train --resume"):
+        with pytest.raises(UsageError, match="is not finished: go on with: convlens train --resume"):
             Classifier.load(out)
         torch.manual_seed(99)
         experiment = Experiment.resume(out)

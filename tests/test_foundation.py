@@ -355,7 +355,7 @@ def test_an_existing_out_is_refused(what: str, folder: Path) -> None:
         out.write_text("mine")
     with pytest.raises(UsageError) as caught:
         RunFolder.create(out, "mnist")
-    assert str(caught.value) == f"{out} exists already; choose another --out, or continue it with --resume {out}"
+    assert str(caught.value) == f"{out} exists already; choose another --out"
     assert leftovers(folder) == ["out"]
 
 

@@ -28,7 +28,7 @@ from convlens.shipping import onnx_graph
 from convlens.shipping.bundle import Bundle, load_bundle
 from convlens.shipping.classifier import Classifier
 from convlens.shipping.onnx_graph import add_graph, build_onnx, write_onnx
-from convlens.shipping.onnx_predictor import OnnxPredictor, load_predictor
+from convlens.shipping.onnx_predictor import OnnxPredictor, load_predictor, seal
 from convlens.shipping.places import shipped_models
 
 SHAPES = {"cifar-lenet": (3, 32), "fashion-2conv": (1, 28), "mnist-4conv": (1, 28), "folder-cnn": (3, 32)}
@@ -115,7 +115,7 @@ def test_without_validation_images_there_is_no_known(tmp_path: Path) -> None:
     make_bundle(filters=4).save(tmp_path)
     model = build_onnx(tmp_path)
     assert [output.name for output in model.graph.output] == ["probabilities", "label"]
-    predictor = OnnxPredictor(model.SerializeToString(), "it")
+    predictor = OnnxPredictor(seal(model.SerializeToString()), "it")
     assert predictor.run(some_images(3, 8, 2))[1] is None and predictor.bounds is None
     with pytest.raises(UsageError, match="this model has no prediction sets"):
         predictor.predict(Image.new("L", (8, 8)), coverage=0.9)
@@ -279,10 +279,37 @@ def test_verify_fails_on_drift(model: Any, tmp_path: Path, capsys: pytest.Captur
     changed = onnx.ModelProto.FromString(model.SerializeToString())
     about = json.loads(changed.metadata_props[0].value)
     about["golden"]["probabilities"][3][0] += 0.001
-    changed.metadata_props[0].value = json.dumps(about)
-    (tmp_path / "x.onnx").write_bytes(changed.SerializeToString())
+    changed.metadata_props[0].value = json.dumps(about, separators=(",", ":"))
+    (tmp_path / "x.onnx").write_bytes(seal(changed.SerializeToString()))
     assert run("verify", tmp_path / "x.onnx") == 1
     assert f"{tmp_path / 'x.onnx'} answers otherwise than PyTorch did" in capsys.readouterr().err
+
+
+def test_a_single_bit_is_found(file: Path) -> None:
+    content, luck = file.read_bytes(), np.random.default_rng(0)
+    OnnxPredictor(content, "it")
+    for at in luck.integers(0, len(content), 300).tolist():
+        damaged = bytearray(content)
+        damaged[at] ^= 1 << int(luck.integers(8))
+        with pytest.raises(ConvlensError, match="^it was damaged or changed since|^it is no ONNX file that convlens"):
+            OnnxPredictor(bytes(damaged), "it")
+
+
+def test_other_names_of_classes_are_found(file: Path) -> None:
+    file.write_bytes(file.read_bytes().replace(b'"cat","dog"', b'"dog","cat"'))
+    with pytest.raises(ConvlensError, match="was damaged or changed since convlens wrote it"):
+        load_predictor(file)
+
+
+def test_what_is_no_model_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], file: Path) -> None:
+    for words, says in (
+        (("predict", "no.onnx", "x.png"), "there is no file no.onnx"),
+        (("verify", "no.onnx"), "there is no file no.onnx"),
+        (("verify", tmp_path), "it takes the .onnx file that `convlens export` wrote"),
+        (("evaluate", file), "is an ONNX file, for `predict` and `verify`; name the run or model that it is of"),
+    ):
+        assert run(*words) == 2
+        assert says in capsys.readouterr().err
 
 
 def foreign(**metadata: str) -> bytes:
@@ -292,7 +319,7 @@ def foreign(**metadata: str) -> bytes:
     made = helper.make_model(helper.make_graph([node], "g", values[:1], values[1:]), ir_version=10)
     made.opset_import[0].version = 20
     helper.set_model_props(made, metadata)
-    return made.SerializeToString()
+    return sealed(made)
 
 
 def outside(model: Any, location: str) -> bytes:
@@ -301,7 +328,13 @@ def outside(model: Any, location: str) -> bytes:
     weight = max(changed.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     set_external_data(weight, location, offset=0, length=len(weight.raw_data))
     weight.ClearField("raw_data")
-    return changed.SerializeToString()
+    return sealed(changed)
+
+
+def sealed(model: Any) -> bytes:
+    """Return a serialised model with a right seal, if it has a place for one."""
+    content: bytes = model.SerializeToString()
+    return seal(content) if b'"seal":"' in content else content
 
 
 HOSTILE = {
@@ -309,8 +342,9 @@ HOSTILE = {
     "no ONNX": lambda model: b"\x80\x04\x95pickle",
     "half a file": lambda model: model.SerializeToString()[: model.ByteSize() // 2],
     "another program's": lambda model: foreign(),
-    "metadata that are no JSON": lambda model: foreign(convlens="{"),
-    "metadata of a newer convlens": lambda model: foreign(convlens='{"format": 99}'),
+    "metadata that are no JSON": lambda model: foreign(convlens=f'{{"seal":"{"0" * 64}"'),
+    "metadata that say nothing": lambda model: foreign(convlens=f'{{"seal":"{"0" * 64}", "format": 1}}'),
+    "metadata of a newer convlens": lambda model: foreign(convlens=f'{{"seal":"{"0" * 64}", "format": 99}}'),
     "weights in a file beside it": lambda model: outside(model, "secret.bin"),
     "weights in a file above it": lambda model: outside(model, "../secret.bin"),
     "weights in any file": lambda model: outside(model, "/etc/passwd"),

@@ -75,6 +75,8 @@ def describe_experiment(experiment: Experiment) -> None:
     say(f"on      {machine['device_name']}, {threads}, {recipe.precision}")
     if any(experiment.folder.checkpoint.glob("*.json")):
         say("        goes on from its last checkpoint; the epochs that it has behind it are told again first")
+    elif experiment.folder.metrics.exists():
+        say("        its checkpoints are gone: it begins anew")
     for change in config.get("resumed", []):
         say(f"        since it was started, another {change}: the last digits may differ")
     say(f"run     {experiment.folder.path}")

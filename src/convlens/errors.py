@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 LONGEST = 1500  # characters of a message; libraries quote whole files
+
+
+def quoted(path: object) -> str:
+    """Return a path as it must be typed into a shell, so that a command with it can be pasted."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 class ConvlensError(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -142,10 +143,14 @@ class Experiment:
             origin = str(init) if str(init) in shipped_models() else str(Path(init).resolve())
             config["init"] = {"from": origin, "tensors": adopt_weights(net, start)}
         folder = RunFolder.create(out, dataset.name)
-        write_split(folder, dataset)
-        if loaded.left_out:
-            write_names(folder.excluded, dict.fromkeys(loaded.left_out, ""))
-        write_json(folder.config, config)  # last: with it, the folder is a run that can be resumed
+        try:
+            write_split(folder, dataset)
+            if loaded.left_out:
+                write_names(folder.excluded, dict.fromkeys(loaded.left_out, ""))
+            write_json(folder.config, config)  # last: with it, the folder is a run that can be resumed
+        except BaseException:  # Ctrl-C too
+            shutil.rmtree(folder.path, ignore_errors=True)
+            raise
         return cls(folder, config, settled, dataset, preprocess, net)
 
     @classmethod
@@ -190,6 +195,8 @@ class Experiment:
         dataset = loaded.with_validation(recipe.validation, recipe.seed)
         torch.manual_seed(recipe.seed)  # the first weights again, should no checkpoint have been written yet
         net = make_net(model, dataset, preprocess)
+        if not folder.split.exists():
+            write_split(folder, dataset)
         if new := [change for change in changes if change not in config.get("resumed", [])]:
             config["resumed"] = [*config.get("resumed", []), *new]
             with folder.claimed():

@@ -9,7 +9,7 @@ from typing import Any
 
 from convlens.data.catalog import load_dataset, load_recorded
 from convlens.data.dataset import Dataset
-from convlens.errors import ConvlensError, UsageError
+from convlens.errors import ConvlensError, UsageError, quoted
 from convlens.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from convlens.evaluation.metrics import Scores, make_views
 from convlens.evaluation.paired import Paired
@@ -159,5 +159,5 @@ def compare_runs(paths: list[str]) -> list[tuple[str, str, Paired]]:
 def read_answers(run: Run) -> dict[tuple[str, str], bool]:
     """Return which test images a run has right: (id, label) -> right?"""
     if not run.folder.predictions.is_file():
-        raise ConvlensError(f"{run.path} is not finished: go on with `convlens train --resume {run.path}`")
+        raise ConvlensError(f"{run.path} is not finished: go on with: convlens train --resume {quoted(run.path)}")
     return {(row["id"], row["label"]): row["label"] == row["prediction"] for row in run.predictions}

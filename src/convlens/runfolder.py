@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convlens.errors import ConvlensError, UsageError
+from convlens.errors import ConvlensError, UsageError, quoted
 
 try:
     import fcntl
@@ -68,7 +68,9 @@ class RunFolder:
     def refuse_existing(out: str | Path) -> None:
         """Raise UsageError if there is something called ``out`` already."""
         if os.path.lexists(out):
-            raise UsageError(f"{out} exists already; choose another --out, or continue it with --resume {out}")
+            is_run = (Path(out) / "config.json").is_file() or (Path(out) / SERIES).is_file()
+            more = f", or continue it with --resume {quoted(out)}" if is_run else ""
+            raise UsageError(f"{out} exists already; choose another --out{more}")
 
     @staticmethod
     def refuse_series(path: str | Path) -> None:

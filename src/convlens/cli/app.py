@@ -33,7 +33,7 @@ def check_new_file(path: Path | None, flag: str, suffix: str) -> None:
     if path is None:
         return
     if path.exists():
-        raise UsageError(f"{flag} {path}: that file exists")
+        raise UsageError(f"{flag} {path}: that file exists; choose another name")
     if path.suffix.lower() != f".{suffix}":
         raise UsageError(f"{flag} {path}: the name must end in .{suffix}")
 

@@ -7,6 +7,7 @@ import inspect
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -15,7 +16,7 @@ import typer
 
 from convlens.cli.app import STARTED, app
 from convlens.console import describe_experiment, describe_record, describe_series, describe_test, say
-from convlens.errors import Interrupted, UsageError
+from convlens.errors import Interrupted, UsageError, quoted
 from convlens.training.recipe import FIELD_TYPES, Recipe, flag, plain_type
 
 if TYPE_CHECKING:
@@ -116,6 +117,9 @@ def train(
     from convlens.experiment import Experiment
     from convlens.series import Series
 
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # all is imported: what is half done is cleared away
+
     chosen: Any = recipe
     if config is not None:
         from convlens.runfolder import read_json
@@ -142,7 +146,7 @@ def run_series(series: Series) -> None:
         for experiment in series.experiments():
             run_experiment(experiment, part_of=series.folder)
     except KeyboardInterrupt:  # between two runs
-        raise Interrupted(f"interrupted; go on with: convlens train --resume {series.folder}") from None
+        raise Interrupted(f"interrupted; go on with: convlens train --resume {quoted(series.folder)}") from None
     for line in describe_series(series.finish()):
         say(line)
 
@@ -168,11 +172,11 @@ def run_experiment(experiment: Experiment, part_of: Path | None = None) -> Run:
         for record in experiment.epochs(should_stop=lambda: stopping, show_progress=True):
             say(describe_record(record))
     except Interrupted as error:
-        raise Interrupted(f"{error}; saved. Go on with: convlens train --resume {whole}") from None
+        raise Interrupted(f"{error}; saved. Go on with: convlens train --resume {quoted(whole)}") from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    untested = f"trained, but not tested; go on with: convlens train --resume {whole}"
+    untested = f"trained, but not tested; go on with: convlens train --resume {quoted(whole)}"
     if stopping:  # in the last step, or behind it
         raise Interrupted(untested)
     try:
@@ -185,5 +189,5 @@ def run_experiment(experiment: Experiment, part_of: Path | None = None) -> Run:
         return run
     say(f"report  {run.report}")
     program = "convlens" if shutil.which("convlens") else sys.argv[0]  # make demo uses it without a path to it
-    say(f"predict with: {program} predict {run.path} IMAGE")
+    say(f"predict with: {program} predict {quoted(run.path)} IMAGE")
     return run

@@ -97,6 +97,8 @@ def load_folder(root: str | Path, *, image_size: int = 0, channels: int = 0, all
     if more than 1% of the files are unreadable, unless ``allow_unreadable``.
     """
     root = Path(root).resolve()
+    if (root / "config.json").is_file() and (root / "checkpoint").is_dir():
+        raise UsageError(f"{root} is a run, and no data; go on with it with --resume")
     entries = scan(root)
     names = [entry.path for entry in entries]
     digests, headers = zip(*survey_files(root, names), strict=True)

@@ -23,7 +23,7 @@ from convlens.errors import ConvlensError, UsageError
 from convlens.runfolder import read_json, replacing, write_json
 from convlens.shipping.bundle import load_bundle
 from convlens.shipping.classifier import Classifier
-from convlens.shipping.onnx_predictor import FORMAT, METADATA, OnnxPredictor
+from convlens.shipping.onnx_predictor import FORMAT, METADATA, UNSEALED, OnnxPredictor, seal
 from convlens.shipping.places import CONFIG, GRAPH, TRUST, WEIGHTS
 
 OPSET = 20  # the first with GELU
@@ -166,7 +166,12 @@ def build_onnx(folder: Path) -> Any:
         del node.metadata_props[:]
         node.doc_string = ""
     model = helper.make_model(whole, opset_imports=net.opset_import, ir_version=10, producer_name="convlens")
-    about = {"format": FORMAT, **describe_bundle(folder), "golden": golden_answers(classifier)}
+    about = {
+        "seal": UNSEALED.decode(),
+        "format": FORMAT,
+        **describe_bundle(folder),
+        "golden": golden_answers(classifier),
+    }
     helper.set_model_props(model, {METADATA: json.dumps(about, separators=(",", ":"))})
     onnx.checker.check_model(model)
     return model
@@ -260,7 +265,7 @@ def add_graph(model: Any, folder: Path) -> None:
             set_external_data(tensor, location, offset=offset, length=len(tensor.raw_data))
             tensor.ClearField("raw_data")
             outside[tensor.name] = key
-    content = model.SerializeToString()
+    content = seal(model.SerializeToString())
     with replacing(folder / GRAPH) as temporary:
         temporary.write_bytes(content)
     sha256 = hashlib.sha256(content).hexdigest()
@@ -283,7 +288,7 @@ def write_onnx(model: Any, path: Path) -> float:
 
     Raises ConvlensError if that is too far: then nothing is written.
     """
-    content = model.SerializeToString()
+    content = seal(model.SerializeToString())
     drift = OnnxPredictor(content, str(path)).verify()
     with replacing(path) as temporary:
         temporary.write_bytes(content)

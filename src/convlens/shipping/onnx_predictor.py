@@ -17,7 +17,7 @@ from safetensors.numpy import load
 
 from convlens.data.pictures import Pixels
 from convlens.data.preprocess import Preprocess
-from convlens.errors import ConvlensError
+from convlens.errors import ConvlensError, UsageError
 from convlens.machine import available_cores
 from convlens.runfolder import read_json
 from convlens.shipping.places import CONFIG, GRAPH, TRUST, WEIGHTS, find_bundle
@@ -28,6 +28,7 @@ FORMAT = 1
 LARGEST = 1 << 30  # bytes of a file
 DRIFT = 1e-4  # the most that a probability may be off from what PyTorch gave
 BATCH = 500
+UNSEALED = b"0" * 64
 
 
 class OnnxPredictor(Predictor):
@@ -36,8 +37,10 @@ class OnnxPredictor(Predictor):
     def __init__(self, content: bytes, name: str, tensors: Mapping[str, NDArray[np.float32]] | None = None):
         """Load a serialised model, called ``name`` in messages; ``tensors`` are weights that it leaves outside.
 
-        Raises ConvlensError for what convlens did not write, and for a model that names other files.
+        Raises ConvlensError for what convlens did not write, or what was changed since, and for a model that names
+        other files.
         """
+        check_seal(content, name)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = available_cores()
         options.log_severity_level = 4
@@ -59,8 +62,6 @@ class OnnxPredictor(Predictor):
             self.golden = about["golden"]
         except ConvlensError:
             raise
-        except KeyError:
-            raise ConvlensError(f"{name} does not say what its net answers: it was not made by convlens") from None
         except Exception as error:  # ONNX Runtime's own kinds have no common one
             raise ConvlensError(f"{name} cannot be loaded: {str(error).splitlines()[0][:300]}") from None
         self.name = name
@@ -72,8 +73,11 @@ class OnnxPredictor(Predictor):
             if path.stat().st_size > LARGEST:
                 raise ConvlensError(f"{path} has over {LARGEST:,} bytes")
             return cls(path.read_bytes(), str(path))
+        except FileNotFoundError:
+            raise UsageError(f"there is no file {path}") from None
         except OSError as error:
-            raise ConvlensError(f"cannot read {path}: {error.strerror}") from None
+            told = f"cannot read {path}: {error.strerror}; it takes the .onnx file that `convlens export` wrote"
+            raise UsageError(told) from None
 
     @classmethod
     def of_bundle(cls, folder: Path) -> OnnxPredictor:
@@ -90,7 +94,8 @@ class OnnxPredictor(Predictor):
             files = {name: (folder / name).read_bytes() for name in sums}
             for name, content in files.items():
                 if hashlib.sha256(content).hexdigest() != sums[name]:
-                    raise ConvlensError(f"{folder / name} is damaged: its SHA-256 is not the one in {CONFIG}")
+                    remedy = "; `convlens export` makes it anew" if name == GRAPH else ""
+                    raise ConvlensError(f"{folder / name} is damaged: its SHA-256 is not the one in {CONFIG}{remedy}")
             tensors = {key: value for name in files if name != GRAPH for key, value in load(files[name]).items()}
             return cls(files[GRAPH], str(folder), {name: tensors[key] for name, key in graph["outside"].items()})
         except OSError as error:
@@ -124,13 +129,37 @@ class OnnxPredictor(Predictor):
         return drift
 
 
+def seal(content: bytes) -> bytes:
+    """Return a serialised model with the SHA-256 of all of it in its metadata, where 64 zeros were."""
+    start = find_seal(content)
+    blank = content[:start] + UNSEALED + content[start + 64 :]
+    return content[:start] + hashlib.sha256(blank).hexdigest().encode() + content[start + 64 :]
+
+
+def check_seal(content: bytes, name: str) -> None:
+    """Raise ConvlensError unless a serialised model is what :func:`seal` returned, to the last bit."""
+    try:
+        whole = seal(content) == content
+    except ValueError:
+        raise ConvlensError(
+            f"{name} is no ONNX file that convlens wrote, or not the whole of it: make it with `convlens export`"
+        ) from None
+    if not whole:
+        raise ConvlensError(f"{name} was damaged or changed since convlens wrote it: make it with `convlens export`")
+
+
+def find_seal(content: bytes) -> int:
+    """Return where the seal begins; ValueError if there is none."""
+    return content.index(b'"seal":"') + 8
+
+
 def load_predictor(source: str | Path) -> Predictor:
     """Load what predicts soonest: an ONNX file, or the ONNX graph of a run or model, or else its net in PyTorch.
 
     Raises UsageError if there is no such thing and ConvlensError if it cannot be read.
     """
     path = Path(source)
-    if path.suffix == ".onnx" and path.is_file():
+    if path.suffix == ".onnx":
         return OnnxPredictor.load(path)
     folder = find_bundle(source)
     if (folder / GRAPH).is_file():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from convlens.errors import UnknownName, UsageError
+from convlens.errors import UnknownName, UsageError, quoted
 from convlens.runfolder import RunFolder
 
 # the files of a bundle
@@ -34,9 +34,11 @@ def find_bundle(source: str | Path) -> Path:
         return path  # a bundle that has lost its weights: reading it says so
     if run.config.is_file():
         if not (run.model / CONFIG).is_file():
-            raise UsageError(f"the training of {path} is not finished: go on with `convlens train --resume {path}`")
+            raise UsageError(f"{path} is not finished: go on with: convlens train --resume {quoted(path)}")
         return run.model
     if path.exists():
         RunFolder.refuse_series(path)
+        if path.suffix == ".onnx":
+            raise UsageError(f"{path} is an ONNX file, for `predict` and `verify`; name the run or model that it is of")
         raise UsageError(f"{path} is neither a run folder nor a model bundle")
     raise UnknownName("run folder or model", str(source), shipped)

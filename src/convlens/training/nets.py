@@ -8,7 +8,9 @@ from torch import nn
 
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
+from convlens.errors import UsageError
 from convlens.models import create_model, initialise_from
+from convlens.training.memory import is_out_of_memory
 from convlens.training.recipe import Recipe
 
 
@@ -22,8 +24,13 @@ def describe_net(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
 def make_net(described: dict[str, Any], dataset: Dataset, preprocess: Preprocess) -> nn.Module:
     """Build the net that :func:`describe_net` names, and let it take what it wants to from the training images.
 
-    Weights are random, drawn from PyTorch's global generator.
+    Weights are random, drawn from PyTorch's global generator. Raises UsageError if the net does not fit into memory.
     """
-    net = create_model(described["name"], **described["arguments"])
+    try:
+        net = create_model(described["name"], **described["arguments"])
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UsageError(f"there is not enough memory for this net {described['name']}; try fewer --filters") from None
     initialise_from(net, dataset.train.images, preprocess.normaliser())
     return net

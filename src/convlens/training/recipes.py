@@ -106,8 +106,8 @@ def fashion_94() -> Recipe:
     on two cores of an AMD EPYC.
     """
     return Recipe(
-        name="fashion-94", model="whitened", filters=30, validation=1 / 12, epochs=8, batch_size=500, optimizer="muon",
-        lr=0.24, head_lr=0.0233, bias_lr=26.0, momentum=0.85, nesterov=True, weight_decay=0.05, label_smoothing=0.1,
+        name="fashion-94", model="whitened", filters=30, validation=1 / 12, epochs=7, batch_size=500, optimizer="muon",
+        lr=0.12, head_lr=0.0233, bias_lr=26.0, momentum=0.85, nesterov=True, weight_decay=0.05, label_smoothing=0.1,
         flip=True, shift=1, test_views=True,
     )  # fmt: skip
 
