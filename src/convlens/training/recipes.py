@@ -102,7 +102,7 @@ def fashion_92() -> Recipe:
 def fashion_94() -> Recipe:
     """94% on Fashion-MNIST in the fewest seconds.
 
-    `convlens train fashion-mnist`: test accuracy 93.80% +- 0.16 (2 seeds), 270 s
+    `convlens train fashion-mnist`: test accuracy 94.14% +- 0.20 (3 seeds), 196 s
     on two cores of an AMD EPYC.
     """
     return Recipe(
