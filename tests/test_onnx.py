@@ -301,6 +301,16 @@ def test_other_names_of_classes_are_found(file: Path) -> None:
         load_predictor(file)
 
 
+@pytest.mark.parametrize("key", ["classes", "bounds"])
+def test_a_model_that_does_not_fit_itself_is_refused(key: str, model: Any) -> None:
+    changed = onnx.ModelProto.FromString(model.SerializeToString())
+    about = json.loads(changed.metadata_props[0].value)
+    about[key] = about[key][:-1]
+    changed.metadata_props[0].value = json.dumps(about, separators=(",", ":"))
+    with pytest.raises(ConvlensError, match="^it cannot be loaded: what it says of itself does not fit its net$"):
+        OnnxPredictor(seal(changed.SerializeToString()), "it")
+
+
 def test_what_is_no_model_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], file: Path) -> None:
     for words, says in (
         (("predict", "no.onnx", "x.png"), "there is no file no.onnx"),

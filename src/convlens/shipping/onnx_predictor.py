@@ -18,6 +18,7 @@ from safetensors.numpy import load
 from convlens.data.pictures import Pixels
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError
+from convlens.evaluation.coverage import LEVELS
 from convlens.machine import available_cores
 from convlens.runfolder import read_json
 from convlens.shipping.places import CONFIG, GRAPH, TRUST, WEIGHTS, find_bundle
@@ -60,6 +61,9 @@ class OnnxPredictor(Predictor):
             bounds = about["bounds"]
             self.bounds = bounds and tuple(math.inf if bound is None else float(bound) for bound in bounds)
             self.golden = about["golden"]
+            answers = self._session.get_outputs()[0].shape[1]
+            if answers != len(self.classes) or (self.bounds and len(self.bounds) != len(LEVELS)):
+                raise ValueError("what it says of itself does not fit its net")
         except ConvlensError:
             raise
         except Exception as error:  # ONNX Runtime's own kinds have no common one
@@ -130,8 +134,8 @@ class OnnxPredictor(Predictor):
 
 
 def seal(content: bytes) -> bytes:
-    """Return a serialised model with the SHA-256 of all of it in its metadata, where 64 zeros were."""
-    start = find_seal(content)
+    """Return a serialised model with the SHA-256 of all of it in its metadata; ValueError if there is no place."""
+    start = content.index(b'"seal":"') + 8
     blank = content[:start] + UNSEALED + content[start + 64 :]
     return content[:start] + hashlib.sha256(blank).hexdigest().encode() + content[start + 64 :]
 
@@ -146,11 +150,6 @@ def check_seal(content: bytes, name: str) -> None:
         ) from None
     if not whole:
         raise ConvlensError(f"{name} was damaged or changed since convlens wrote it: make it with `convlens export`")
-
-
-def find_seal(content: bytes) -> int:
-    """Return where the seal begins; ValueError if there is none."""
-    return content.index(b'"seal":"') + 8
 
 
 def load_predictor(source: str | Path) -> Predictor:
