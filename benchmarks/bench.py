@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -269,11 +269,16 @@ def stages() -> tuple[list[Record], str]:
 # predicting
 
 
+def shipped_tests() -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    """Yield the name of each model that comes with convlens, and its test images, uint8 (N, C, H, W)."""
+    for name in ("digits", "mnist", "fashion-mnist", "cifar10"):
+        yield name, (cifar() if name == "cifar10" else load_dataset(name)).test.images.numpy()
+
+
 def predict() -> tuple[list[Record], str]:
     """Latency of one image and throughput of many, with the models that come with convlens, in PyTorch and in ONNX."""
     records, rows = [], []
-    for name in ("digits", "mnist", "fashion-mnist", "cifar10"):
-        images = (cifar() if name == "cifar10" else load_dataset(name)).test.images.numpy()
+    for name, images in shipped_tests():
         engines = {"PyTorch": Classifier.load(name), "ONNX Runtime": load_predictor(name)}
         many = np.resize(images, (2000, *images.shape[1:]))
         answers: dict[str, np.ndarray[Any, Any]] = {}
@@ -314,8 +319,7 @@ def twin() -> tuple[list[Record], str]:
     """The html twins of the models that come with convlens, on all their test images, in a headless Chromium."""
     records, rows = [], []
     browser = shutil.which("chromium") or shutil.which("google-chrome") or sys.exit("bench.py twin needs Chromium")
-    for name in ("digits", "mnist", "fashion-mnist", "cifar10"):
-        images = (cifar() if name == "cifar10" else load_dataset(name)).test.images.numpy()
+    for name, images in shipped_tests():
         expected, known = load_predictor(name).run(images)
         page = make_page(load_bundle(find_bundle(name)))
         model, weights = (page.split(f'id="{part}">')[1].split("</script>")[0] for part in ("model", "weights"))

@@ -18,6 +18,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 from PIL import Image, ImageDraw, ImageOps
+from test_fuzz import memory
 
 from convlens.data import pictures
 from convlens.data.normalise import Normalise
@@ -213,14 +214,9 @@ def test_the_largest_pictures_need_bounded_memory(kind: str) -> None:
     content = encode(image, "PNG", compress_level=1)
     del image
 
-    def told(name: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
-
-    Path("/proc/self/clear_refs").write_text("5")
-    before = told("VmRSS")
+    before = memory("VmRSS", forget_peak=True)
     assert to_mode(open_image(content), 1).size == (7000, 7000)
-    assert told("VmHWM") - before < 650  # MiB
+    assert memory("VmHWM") - before < 650  # MiB
 
 
 def test_a_jpeg_over_the_limit_is_decoded_at_an_eighth(monkeypatch: pytest.MonkeyPatch) -> None:

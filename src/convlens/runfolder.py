@@ -68,14 +68,19 @@ class RunFolder:
     def refuse_existing(out: str | Path) -> None:
         """Raise UsageError if there is something called ``out`` already."""
         if os.path.lexists(out):
-            is_run = (Path(out) / "config.json").is_file() or (Path(out) / SERIES).is_file()
+            is_run = (Path(out) / "config.json").is_file() or RunFolder.is_series(out)
             more = f", or continue it with --resume {quoted(out)}" if is_run else ""
             raise UsageError(f"{out} exists already; choose another --out{more}")
 
     @staticmethod
+    def is_series(path: str | Path) -> bool:
+        """Say whether ``path`` is the folder of a series of runs."""
+        return (Path(path) / SERIES).is_file()
+
+    @staticmethod
     def refuse_series(path: str | Path) -> None:
         """Raise UsageError if ``path`` is a series of runs, where one run is asked for."""
-        if (Path(path) / SERIES).is_file():
+        if RunFolder.is_series(path):
             raise UsageError(f"{path} is a series of runs: name one of them, a folder in it")
 
     @classmethod

@@ -123,11 +123,6 @@ class Series:
             list_changes(path, first.read_config(), accept=accept_changes)
         return cls(Path(path), plan, dataset, accept_changes=accept_changes)
 
-    @staticmethod
-    def is_one(path: str | Path) -> bool:
-        """Say whether ``path`` is the folder of a series."""
-        return (Path(path) / SERIES).is_file()
-
     def experiments(self) -> Iterator[Experiment]:
         """Yield what is still to be trained, one after another: new runs, and those that were interrupted."""
         with RunFolder(self.folder).claimed():

@@ -115,6 +115,7 @@ def train(
     if (seeds or folds) and (init or budget):
         raise UsageError("--seeds and --folds take no --init and no --budget")
     from convlens.experiment import Experiment
+    from convlens.runfolder import RunFolder
     from convlens.series import Series
 
     if threading.current_thread() is threading.main_thread():
@@ -127,7 +128,7 @@ def train(
         values = read_json(config)
         chosen = Recipe.from_json(values.get("recipe", values))
     allowed = {"allow_unreadable": allow_unreadable, "accept_changes": accept_changes}
-    if resume is not None and Series.is_one(resume):
+    if resume is not None and RunFolder.is_series(resume):
         run_series(Series.resume(resume, **allowed))
     elif resume is not None:
         run_experiment(Experiment.resume(resume, **allowed))

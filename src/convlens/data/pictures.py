@@ -105,12 +105,11 @@ def open_image(source: str | Path | bytes, name: str = "the image") -> Image.Ima
     """
     if not isinstance(source, bytes):
         return open_image(read_file(source), str(source))
-    content = source
-    if content.startswith(b"\xff\xd8") and (scans := content.count(b"\xff\xda")) > MOST_SCANS:
+    if source.startswith(b"\xff\xd8") and (scans := source.count(b"\xff\xda")) > MOST_SCANS:
         raise BadImage(f"{name} has {scans:,} scans, too many for a JPEG (over {MOST_SCANS})")
     try:
         # from memory, for Pillow reads a file in many small pieces
-        with QUIET, Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with QUIET, Image.open(io.BytesIO(source), formats=FORMATS) as image:
             if image.width * image.height > LARGEST:
                 image.draft(image.mode, (1, 1))
             if image.width * image.height > LARGEST:

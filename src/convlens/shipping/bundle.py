@@ -20,7 +20,7 @@ from convlens.errors import ConvlensError, UnknownName, UsageError
 from convlens.evaluation.trust import Trust
 from convlens.models import create_model
 from convlens.runfolder import read_json, replacing, write_json, write_text
-from convlens.shipping.places import CARD, CONFIG, TRUST, WEIGHTS
+from convlens.shipping.places import CARD, CONFIG, TRUST, WEIGHTS, read_whole
 
 FORMAT = 1
 SIDES = ("channels", "height", "width")
@@ -143,10 +143,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
     """Read a safetensors file; ConvlensError if its content is not the one with this SHA-256."""
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise ConvlensError(f"{path} is damaged: its SHA-256 is not the one in {CONFIG}")
-    return load_tensors(content)
+    return load_tensors(read_whole(path, sha256))
 
 
 def require_fitting(tensors: Mapping[str, Tensor], name: str, arguments: Mapping[str, Any]) -> None:

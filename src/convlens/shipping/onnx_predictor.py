@@ -21,7 +21,7 @@ from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.coverage import LEVELS
 from convlens.machine import available_cores
 from convlens.runfolder import read_json
-from convlens.shipping.places import CONFIG, GRAPH, TRUST, WEIGHTS, find_bundle
+from convlens.shipping.places import CONFIG, GRAPH, TRUST, WEIGHTS, find_bundle, read_whole
 from convlens.shipping.prediction import Predictor
 
 METADATA = "convlens"  # the entry of the file's metadata that says what the net is
@@ -92,16 +92,11 @@ class OnnxPredictor(Predictor):
         config = read_json(folder / CONFIG)
         try:
             graph = config["onnx"]
-            sums = {GRAPH: graph["sha256"], WEIGHTS: config["sha256"]}
+            content = read_whole(folder / GRAPH, graph["sha256"], "; `convlens export` makes it anew")
+            tensors = load(read_whole(folder / WEIGHTS, config["sha256"]))
             if "trust" in config:
-                sums[TRUST] = config["trust"]["sha256"]
-            files = {name: (folder / name).read_bytes() for name in sums}
-            for name, content in files.items():
-                if hashlib.sha256(content).hexdigest() != sums[name]:
-                    remedy = "; `convlens export` makes it anew" if name == GRAPH else ""
-                    raise ConvlensError(f"{folder / name} is damaged: its SHA-256 is not the one in {CONFIG}{remedy}")
-            tensors = {key: value for name in files if name != GRAPH for key, value in load(files[name]).items()}
-            return cls(files[GRAPH], str(folder), {name: tensors[key] for name, key in graph["outside"].items()})
+                tensors |= load(read_whole(folder / TRUST, config["trust"]["sha256"]))
+            return cls(content, str(folder), {name: tensors[key] for name, key in graph["outside"].items()})
         except OSError as error:
             raise ConvlensError(f"cannot read {error.filename}: {error.strerror}") from None
         except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from importlib import resources
 from pathlib import Path
 
-from convlens.errors import UnknownName, UsageError, quoted
+from convlens.errors import ConvlensError, UnknownName, UsageError, quoted
 from convlens.runfolder import RunFolder
 
 # the files of a bundle
@@ -17,6 +18,14 @@ def shipped_models() -> dict[str, Path]:
     """Return the bundles that come with convlens, by name."""
     root = Path(str(resources.files("convlens") / "weights"))
     return {path.name: path for path in sorted(root.iterdir())} if root.is_dir() else {}
+
+
+def read_whole(path: Path, sha256: str, remedy: str = "") -> bytes:
+    """Return the content of a bundle's file; ConvlensError, with a remedy, if it is not the one with this SHA-256."""
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ConvlensError(f"{path} is damaged: its SHA-256 is not the one in {CONFIG}{remedy}")
+    return content
 
 
 def find_bundle(source: str | Path) -> Path:

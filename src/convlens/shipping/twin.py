@@ -23,7 +23,6 @@ from convlens.shipping.onnx_graph import export_net, golden_answers, require_exp
 
 SMALL = 256  # numbers; longer tensors are kept as 16-bit whole numbers, with a scale for each row
 SPACE = ({2, 3}, {-2, -1})  # the axes that a pooling head may reduce
-PLAIN = ("Relu", "LogSoftmax")
 
 
 def write_page(folder: Path, path: Path, samples: Sequence[tuple[str, Pixels]] = ()) -> None:
@@ -146,6 +145,8 @@ def list_layers(graph: Any, constants: dict[str, NDArray[Any]]) -> list[dict[str
                 names = [f"{node.output[0]}.{part}" for part in ("factor", "offset")]
                 constants |= dict(zip(names, (factor, bias - mean * factor), strict=True))
                 layer |= {"op": "Affine", "inputs": [inputs[0], *names]}
+            case "Relu" | "LogSoftmax":
+                pass
             case "Gelu" if attributes.get("approximate", b"none") == b"none":
                 pass
             case "ReduceMax" | "ReduceMean" if axes in SPACE:
@@ -155,8 +156,6 @@ def list_layers(graph: Any, constants: dict[str, NDArray[Any]]) -> list[dict[str
             case "Reshape" | "Flatten":
                 layer |= {"op": "Reshape", "inputs": inputs[:1]}
             case "Gemm" if attributes.get("transB") == 1 and not attributes.get("transA"):
-                pass
-            case name if name in PLAIN:
                 pass
             case name:
                 raise ConvlensError(f"the page cannot compute {name} as this net has it; export it to ONNX")
