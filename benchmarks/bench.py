@@ -25,11 +25,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import contenders
 import numpy as np
+import serving
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -41,9 +43,10 @@ from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
 from convlens.models import create_model, summarise
 from convlens.runtime import describe_machine, use_threads
-from convlens.shipping.bundle import load_bundle
 from convlens.shipping.classifier import Classifier
-from convlens.shipping.onnx_predictor import load_predictor
+from convlens.shipping.int8 import build_int8
+from convlens.shipping.onnx_graph import build_onnx
+from convlens.shipping.onnx_predictor import OnnxPredictor, load_onnx, seal
 from convlens.shipping.places import find_bundle
 from convlens.shipping.twin import make_page, read_part
 from convlens.training.engine import fit
@@ -279,7 +282,7 @@ def predict() -> tuple[list[Record], str]:
     """Latency of one image and throughput of many, with the models that come with convlens, in PyTorch and in ONNX."""
     records, rows = [], []
     for name, images in shipped_tests():
-        engines = {"PyTorch": Classifier.load(name), "ONNX Runtime": load_predictor(name)}
+        engines = {"PyTorch": Classifier.load(name), "ONNX Runtime": load_onnx(name)}
         many = np.resize(images, (2000, *images.shape[1:]))
         answers: dict[str, np.ndarray[Any, Any]] = {}
         for engine, predictor in engines.items():
@@ -320,8 +323,9 @@ def twin() -> tuple[list[Record], str]:
     records, rows = [], []
     browser = shutil.which("chromium") or shutil.which("google-chrome") or sys.exit("bench.py twin needs Chromium")
     for name, images in shipped_tests():
-        expected, known = load_predictor(name).run(images)
-        page = make_page(load_bundle(find_bundle(name)))
+        predictor = load_onnx(name)
+        expected, known = predictor.run(images)
+        page = make_page(predictor)
         model, weights = (page.split(f'id="{part}">')[1].split("</script>")[0] for part in ("model", "weights"))
         parts = {"engine": read_part("engine.js"), "model": model, "weights": weights, "n": len(images)}
         with tempfile.TemporaryDirectory() as folder:
@@ -340,6 +344,41 @@ def twin() -> tuple[list[Record], str]:
         rows.append([f"`{name}`", *figures])
     head = ["model", "bytes of the page", "ms an image", "largest difference of a probability"]
     return records, table([*head, "same label", "same known or unknown"], rows)
+
+
+def int8() -> tuple[list[Record], str]:
+    """The models that come with convlens in 8 bits: size, pace and accuracy beside 32 bits."""
+    data = {"digits": "digits", "mnist": "mnist", "fashion-mnist": "fashion-mnist", "cifar10": None}
+    records, rows = [], []
+    for name, source in data.items():
+        dataset = load_dataset(source) if source else cifar()
+        folder = find_bundle(name)
+        model, cost = build_int8(folder, dataset)
+        engines = [OnnxPredictor(seal(m.SerializeToString()), name) for m in (build_onnx(folder), model)]
+        images = np.resize(dataset.test.images.numpy(), (2000, *dataset.shape))
+        seconds: list[list[float]] = [[], []]
+        for _ in range(6):
+            for own, engine in zip(seconds, engines, strict=True):
+                own.append(timed(partial(engine.run, images)))
+        paces = [len(images) / statistics.median(own[1:]) for own in seconds]
+        sizes = [len(m.SerializeToString()) for m in (build_onnx(folder), model)]
+        records.append({"model": name, "bytes": sizes, "seconds": seconds, **vars(cost)})
+        rows.append(
+            [f"`{name}`", *(f"{size:,}" for size in sizes), *(f"{pace:,.0f}" for pace in paces), percent(cost.before),
+             percent(cost.after), percent(cost.same)]
+        )  # fmt: skip
+    head = ["model", "bytes, 32 bits", "8 bits", "images/s, 32 bits", "8 bits", "test accuracy, 32 bits", "8 bits"]
+    return records, table([*head, "same label"], rows)
+
+
+# serving
+
+
+def serve() -> tuple[list[Record], str]:
+    """`convlens serve` beside a plain endpoint of FastAPI and PyTorch, with the same net."""
+    records = serving.measure()
+    head = ["server", f"images/s, {serving.TOGETHER} a request", f"ms an image at {serving.RATE} requests/s: median"]
+    return records, table([*head, "99th percentile"], serving.rows_of(records))
 
 
 # how cost grows
@@ -560,7 +599,9 @@ SECTIONS = {
     "arithmetic": arithmetic,
     "overhead": overhead,
     "predict": predict,
+    "int8": int8,
     "twin": twin,
+    "serve": serve,
     "growth": growth,
     "folders": folders,
     "many": many,

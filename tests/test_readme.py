@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 # what needs real data (tests marked "data" and docs/results.md cover it) or another folder
-ELSEWHERE = ("convlens train mnist", "convlens train photos/", "make ", "pip ", ". .venv")
+# what takes long, and what runs until it is stopped (tests/test_server.py)
+ELSEWHERE = ("convlens train mnist", "convlens serve", "convlens train photos/", "make ", "pip ", ". .venv")
 
 
 def blocks(language: str) -> list[str]:

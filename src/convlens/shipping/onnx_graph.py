@@ -10,7 +10,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from convlens.data.normalise import Normalise
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError
 from convlens.runfolder import read_json, replacing, write_json
@@ -25,6 +26,7 @@ from convlens.shipping.bundle import load_bundle
 from convlens.shipping.classifier import Classifier
 from convlens.shipping.onnx_predictor import FORMAT, METADATA, UNSEALED, OnnxPredictor, seal
 from convlens.shipping.places import CONFIG, GRAPH, TRUST, WEIGHTS
+from convlens.shipping.prediction import Predictor
 
 OPSET = 20  # the first with GELU
 
@@ -50,7 +52,9 @@ front (uint8[N, H, W, C] images) => (float[N, c, h, w] net_input)
     levels = Cast<to = 1>(middle)
     {colour}
     planes = Transpose<perm = [0, 3, 1, 2]>(coloured)
-    resized = Resize<mode = "linear", antialias = 1, axes = [2, 3]>(planes, , , size)
+    outer = Shape<start = 0, end = 2>(planes)
+    sizes = Concat<axis = 0>(outer, size)
+    resized = Resize<mode = "linear", antialias = 1>(planes, , , sizes)
     rounded = Round(resized)
     pixels = Clip(rounded, least, most)
     scaled = Mul(pixels, scale)
@@ -126,11 +130,12 @@ class WithFeatures(nn.Module):
         return self.net.head(maps), maps.mean(dim=(2, 3))  # type: ignore[operator]
 
 
-def build_onnx(folder: Path) -> Any:
+def build_onnx(folder: Path, change: Callable[[Any, Normalise], Any] | None = None) -> Any:
     """Return the ONNX model, a protobuf, of the bundle in ``folder``, with all its weights inside.
 
-    Raises UsageError where the packages that it takes are not installed, ConvlensError for a net that ONNX has no
-    words for.
+    ``change`` is given the net, from normalised images to logits and features, and what normalises, and returns
+    another net. Raises UsageError where the packages that it takes are not installed, ConvlensError for a net that
+    ONNX has no words for.
     """
     require_exporter()
     import onnx
@@ -138,13 +143,14 @@ def build_onnx(folder: Path) -> Any:
 
     bundle = load_bundle(folder)
     classifier = Classifier(bundle)
-    net = export_net(bundle.net, bundle.preprocess)
+    net, normalise = export_net(bundle.net, bundle.preprocess), bundle.preprocess.normaliser()
+    if change is not None:
+        net = change(net, normalise)
 
     def graph(text: str) -> Any:
         return parser.parse_model(f'<ir_version: 10, opset_import: ["" : {OPSET}]>{text}').graph
 
     shape, trust = bundle.preprocess, bundle.trust
-    normalise = shape.normaliser()
     constants_of_colour, colour = COLOURS[shape.channels]
     front = FRONT.format(height=shape.height, width=shape.width, constants=constants_of_colour, colour=colour)
     constants: dict[str, Tensor] = {"scale": normalise.scale, "offset": normalise.offset}
@@ -172,9 +178,21 @@ def build_onnx(folder: Path) -> Any:
         **describe_bundle(folder),
         "golden": golden_answers(classifier),
     }
-    helper.set_model_props(model, {METADATA: json.dumps(about, separators=(",", ":"))})
+    write_about(model, about)
     onnx.checker.check_model(model)
     return model
+
+
+def write_about(model: Any, about: dict[str, Any]) -> None:
+    """Let a model say ``about`` itself."""
+    from onnx import helper
+
+    helper.set_model_props(model, {METADATA: json.dumps(about, separators=(",", ":"))})
+
+
+def about_of(model: Any) -> dict[str, Any]:
+    """Return what a model says of itself."""
+    return json.loads(next(entry.value for entry in model.metadata_props if entry.key == METADATA))  # type: ignore[no-any-return]
 
 
 def export_net(net: nn.Module, shape: Preprocess) -> Any:
@@ -216,16 +234,22 @@ def describe_bundle(folder: Path) -> dict[str, Any]:
     """Return what the file says of the bundle: all that predicting takes but the graph, and what it was trained on."""
     config = read_json(folder / CONFIG)
     kept = ("classes", "preprocess", "sha256")
-    data, test = config["trained"]["data"], config["trained"]["test"]
-    about = {"data": data["name"], "n": test["n"], "accuracy": test["accuracy"]}
+    trained = config["trained"]
+    about = {
+        "data": trained["data"]["name"],
+        "images": trained["data"]["counts"]["train"],
+        "net": config["model"]["name"],
+        "parameters": trained["parameters"],
+        **{key: trained["test"][key] for key in ("n", "accuracy", "accuracy_interval")},
+    }
     bounds = config["trust"]["bounds"] if "trust" in config else None
     return {**{key: config[key] for key in kept}, "bounds": bounds, "trained": about}
 
 
-def golden_answers(classifier: Classifier) -> dict[str, Any]:
-    """Return made-up images, uint8 (N, H, W, C) in base64, and what PyTorch says of them."""
-    images = golden_images(classifier.preprocess)
-    probabilities, known = classifier.run(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+def golden_answers(predictor: Predictor) -> dict[str, Any]:
+    """Return made-up images, uint8 (N, H, W, C) in base64, and what is said of them."""
+    images = golden_images(predictor.preprocess)
+    probabilities, known = predictor.run(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     encoded = base64.b64encode(images.tobytes()).decode()
     answers: dict[str, Any] = {"shape": images.shape, "images": encoded, "probabilities": probabilities.tolist()}
     return answers if known is None else {**answers, "known": known.tolist()}

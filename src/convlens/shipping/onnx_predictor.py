@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -53,14 +54,13 @@ class OnnxPredictor(Predictor):
                 values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in tensors.values()]
                 options.add_external_initializers(list(tensors), values)
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-            about = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA])
+            about = self.about = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA])
             if about["format"] > FORMAT:
                 raise ConvlensError(f"{name} was made by a newer convlens; pip install --upgrade convlens")
             self.classes = tuple(map(str, about["classes"]))
             self.preprocess = Preprocess.from_json(about["preprocess"])
             bounds = about["bounds"]
             self.bounds = bounds and tuple(math.inf if bound is None else float(bound) for bound in bounds)
-            self.golden = about["golden"]
             answers = self._session.get_outputs()[0].shape[1]
             if answers != len(self.classes) or (self.bounds and len(self.bounds) != len(LEVELS)):
                 raise ValueError("what it says of itself does not fit its net")
@@ -68,7 +68,7 @@ class OnnxPredictor(Predictor):
             raise
         except Exception as error:  # ONNX Runtime's own kinds have no common one
             raise ConvlensError(f"{name} cannot be loaded: {str(error).splitlines()[0][:300]}") from None
-        self.name = name
+        self.name, self._content, self._tensors = name, content, tensors or {}
 
     @classmethod
     def load(cls, path: Path) -> OnnxPredictor:
@@ -113,17 +113,30 @@ class OnnxPredictor(Predictor):
         probabilities, *known = (np.concatenate(values) for values in zip(*parts, strict=True))
         return probabilities, known[0] if known else None
 
+    def model(self) -> Any:
+        """Return the ONNX model, a protobuf, with all its weights inside; UsageError where onnx is not installed."""
+        try:
+            import onnx
+        except ImportError:
+            raise UsageError("this needs a package more: pip install 'convlens[export]'") from None
+        model = onnx.load_from_string(self._content)
+        for tensor in model.graph.initializer:
+            if tensor.name in self._tensors:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(self._tensors[tensor.name], tensor.name))
+        return model
+
     def verify(self) -> float:
         """Return by how much a probability is off, at most, from what PyTorch said of the made-up images in the file.
 
         Raises ConvlensError if that is over 1e-4, or an image is not known that was, or the other way round.
         """
-        images = np.frombuffer(base64.b64decode(self.golden["images"]), np.uint8).reshape(self.golden["shape"])
+        golden = self.about["golden"]
+        images = np.frombuffer(base64.b64decode(golden["images"]), np.uint8).reshape(golden["shape"])
         probabilities, known = self.run(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-        drift = float(np.abs(probabilities - np.array(self.golden["probabilities"])).max())
+        drift = float(np.abs(probabilities - np.array(golden["probabilities"])).max())
         if not drift <= DRIFT:
             raise ConvlensError(f"{self.name} answers otherwise than PyTorch did: a probability is off by {drift:.2g}")
-        if known is not None and known.tolist() != self.golden["known"]:
+        if known is not None and known.tolist() != golden["known"]:
             raise ConvlensError(f"{self.name} knows other images than PyTorch did")
         return drift
 
@@ -147,8 +160,8 @@ def check_seal(content: bytes, name: str) -> None:
         raise ConvlensError(f"{name} was damaged or changed since convlens wrote it: make it with `convlens export`")
 
 
-def load_predictor(source: str | Path) -> Predictor:
-    """Load what predicts soonest: an ONNX file, or the ONNX graph of a run or model, or else its net in PyTorch.
+def find_onnx(source: str | Path) -> OnnxPredictor | None:
+    """Load an ONNX file, or the ONNX graph of a run or model; None if it has none yet.
 
     Raises UsageError if there is no such thing and ConvlensError if it cannot be read.
     """
@@ -156,10 +169,29 @@ def load_predictor(source: str | Path) -> Predictor:
     if path.suffix == ".onnx":
         return OnnxPredictor.load(path)
     folder = find_bundle(source)
-    if (folder / GRAPH).is_file():
-        return OnnxPredictor.of_bundle(folder)
+    return OnnxPredictor.of_bundle(folder) if (folder / GRAPH).is_file() else None
+
+
+def load_predictor(source: str | Path) -> Predictor:
+    """Load what predicts soonest: see :func:`find_onnx`, or else the net in PyTorch; it raises what that does."""
+    found = find_onnx(source)
+    if found is not None:
+        return found
     from convlens.runtime import use_threads
     from convlens.shipping.classifier import Classifier
 
     use_threads()
     return Classifier.load(source)
+
+
+def load_onnx(source: str | Path) -> OnnxPredictor:
+    """Load what :func:`find_onnx` finds, or else make it in memory, as ``convlens export`` does.
+
+    Raises UsageError where the packages that this takes are not installed, ConvlensError for what cannot be exported.
+    """
+    found = find_onnx(source)
+    if found is not None:
+        return found
+    from convlens.shipping.onnx_graph import build_onnx
+
+    return OnnxPredictor(seal(build_onnx(find_bundle(source)).SerializeToString()), str(source))

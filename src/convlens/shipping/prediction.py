@@ -88,9 +88,16 @@ class Predictor(ABC):
         """Return a Prediction for each of uint8 images (C, H, W) as :meth:`adapt` gives them; see :meth:`predict`."""
         if coverage is not None:
             require_coverage(coverage, self.bounds)
-        if not pixels:
-            return []
-        probabilities, known = self.run(np.stack(pixels))
+        return self.interpret(*self.run(np.stack(pixels)), top, coverage) if pixels else []
+
+    def interpret(
+        self,
+        probabilities: NDArray[np.float32],
+        known: NDArray[np.bool_] | None,
+        top: int = 1,
+        coverage: float | None = None,
+    ) -> list[Prediction]:
+        """Return a Prediction for each row of what :meth:`run` gave; see :meth:`predict`."""
         sets = None
         if coverage is not None and self.bounds is not None:
             with np.errstate(divide="ignore"):

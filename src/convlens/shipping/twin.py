@@ -7,7 +7,6 @@ import html
 import json
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,52 +14,30 @@ from numpy.typing import NDArray
 
 from convlens.data.pictures import Pixels
 from convlens.errors import ConvlensError
-from convlens.evaluation.trust import Trust
-from convlens.runfolder import write_text
-from convlens.shipping.bundle import Bundle, load_bundle
-from convlens.shipping.classifier import Classifier
-from convlens.shipping.onnx_graph import export_net, golden_answers, require_exporter
+from convlens.shipping.onnx_predictor import OnnxPredictor
 
 SMALL = 256  # numbers; longer tensors are kept as 16-bit whole numbers, with a scale for each row
 SPACE = ({2, 3}, {-2, -1})  # the axes that a pooling head may reduce
 
 
-def write_page(folder: Path, path: Path, samples: Sequence[tuple[str, Pixels]] = ()) -> None:
-    """Write the page of the bundle in ``folder``, with ``samples`` to try: classes, and images uint8 (C, H, W).
+def make_page(predictor: OnnxPredictor, samples: Sequence[tuple[str, Pixels]] = (), others: Sequence[str] = ()) -> str:
+    """Return the page of a net as HTML, with ``samples`` to try: classes, and images uint8 (C, H, W).
 
-    Raises UsageError where the packages that it takes are not installed, ConvlensError for a net with a layer that the
+    Of ``others``, the names of further models of a server, there are links.
+
+    Raises UsageError where the package that it takes is not installed, ConvlensError for a net with a layer that the
     page cannot compute.
     """
-    require_exporter()
-    write_text(path, make_page(load_bundle(folder), samples))
-
-
-def make_page(bundle: Bundle, samples: Sequence[tuple[str, Pixels]] = ()) -> str:
-    """Return the page as HTML; see :func:`write_page`."""
-    model, weights = describe_net(bundle)
-    data, test = bundle.trained["data"], bundle.trained["test"]
-    low, high = test["accuracy_interval"]
-    model |= {
-        "name": data["name"],
-        "classes": bundle.classes,
-        "preprocess": bundle.preprocess.to_json(),
-        "temperature": bundle.trust.temperature if bundle.trust else 1.0,
-        "golden": golden_answers(Classifier(bundle)),
-        "samples": [
-            {"label": label, "pixels": base64.b64encode(pixels.tobytes()).decode()} for label, pixels in samples
-        ],
-        "facts": {
-            "parameters": bundle.trained["parameters"],
-            "train": data["counts"]["train"],
-            "accuracy": test["accuracy"],
-            "interval": [low, high],
-            "n": test["n"],
-            "net": bundle.model["name"],
-        },
-    }
+    about = predictor.about
+    model, weights = describe_net(predictor.model())
+    model |= {key: about[key] for key in ("classes", "preprocess", "golden", "trained")}
+    model["samples"] = [
+        {"label": label, "pixels": base64.b64encode(pixels.tobytes()).decode()} for label, pixels in samples
+    ]
+    model["others"] = list(others)
     parts = {name: read_part(name) for name in ("engine.js", "picture.js", "page.js", "page.css")}
     fill = {
-        "TITLE": html.escape(f"{data['name']}: a small net at work"),
+        "TITLE": html.escape(f"{about['trained']['data']}: a small net at work"),
         "STYLE": parts["page.css"],
         "SCRIPT": parts["engine.js"] + parts["picture.js"] + parts["page.js"],
         "MODEL": json.dumps(model, separators=(",", ":")).replace("<", "\\u003c"),
@@ -77,40 +54,41 @@ def read_part(name: str) -> str:
     return resources.files("convlens.shipping").joinpath("page", name).read_text(encoding="utf-8")
 
 
-def describe_net(bundle: Bundle) -> tuple[dict[str, Any], str]:
-    """Return the net for the page's engine: layers, steps and small tensors as plain values, large ones in base64."""
+def describe_net(model: Any) -> tuple[dict[str, Any], str]:
+    """Return an ONNX model for the page's engine: layers, steps and small tensors as plain values, others in base64."""
     from onnx import helper, numpy_helper
 
-    graph = export_net(bundle.net, bundle.preprocess).graph
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    for node in graph.node:
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for node in model.graph.node:
         if node.op_type == "Constant":
             value = helper.get_attribute_value(node.attribute[0])
             is_tensor = node.attribute[0].name == "value"
             constants[node.output[0]] = numpy_helper.to_array(value) if is_tensor else np.array(value)
-    layers = list_layers(graph, constants)
-    if bundle.trust is not None:
-        constants |= describe_space(bundle.trust)
+    layers = list_layers(model.graph, constants)
+    trust = None
+    if "threshold" in constants:  # what the engine measures strangeness with
+        constants["centres"] = constants["means"] @ constants["whitener"]
+        pairs = {"distance": ("far", "far_spread"), "energy": ("high", "high_spread")}
+        trust = {key: [constants[name].item() for name in names] for key, names in pairs.items()}
+        trust["threshold"] = constants["threshold"].item()
     used = {name for layer in layers for name in layer["inputs"]} | {"whitener", "centres"}
     tensors, packed = pack({name: value for name, value in constants.items() if name in used})
     last_map = next(layer["inputs"][0] for layer in layers if layer["output"] == "features")
-    model: dict[str, Any] = {"layers": layers, "steps": list_steps(layers, last_map), "last_map": last_map}
-    model["tensors"], model["trust"] = tensors, None
-    if bundle.trust is not None:
-        told = bundle.trust.to_json()
-        model["trust"] = {key: told[key] for key in ("distance", "energy", "threshold")}
-    return model, base64.b64encode(packed).decode()
-
-
-def describe_space(trust: Trust) -> dict[str, NDArray[Any]]:
-    """Return what the engine measures distances of features with."""
-    centres = trust.space.means @ trust.space.whitener
-    return {"whitener": trust.space.whitener.numpy(), "centres": centres.numpy()}
+    told = {
+        "layers": layers,
+        "steps": list_steps(layers, last_map),
+        "last_map": last_map,
+        "tensors": tensors,
+        "temperature": constants["temperature"].item(),
+        "trust": trust,
+    }
+    return told, base64.b64encode(packed).decode()
 
 
 def list_layers(graph: Any, constants: dict[str, NDArray[Any]]) -> list[dict[str, Any]]:
-    """Return the layers of an ONNX graph as the engine has them; constants that they take are added.
+    """Return the layers from an ONNX graph's ``net_input`` to its ``logits`` and ``features``, as the engine has them.
 
+    Constants that they take are added.
     Raises ConvlensError for a layer that the engine does not have.
     """
     from onnx import helper
@@ -118,9 +96,11 @@ def list_layers(graph: Any, constants: dict[str, NDArray[Any]]) -> list[dict[str
     layers: list[dict[str, Any]] = []
     computed, other_names = {"net_input"}, dict[str, str]()
     for node in graph.node:
+        if {"logits", "features"} <= computed:
+            break  # what comes now makes the answer of them
         inputs = [other_names.get(name, name) for name in node.input]
         if not (set(inputs) & computed):
-            continue  # it computes with shapes, which are fixed here
+            continue  # it stands before the net, or computes with shapes, which are fixed here
         attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
         layer: dict[str, Any] = {"op": node.op_type, "inputs": inputs, "output": node.output[0]}
         axes = set(constants[inputs[1]].tolist()) if node.op_type.startswith("Reduce") and len(inputs) > 1 else None

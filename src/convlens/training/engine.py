@@ -71,7 +71,7 @@ def fit(
     compute_loss, clip = make_loss(recipe, net), make_clip(net, recipe)
     optimizer, average = make_optimizer(net, recipe), WeightAverage(net, recipe.ema)
 
-    state, best = TrainState(), dict[str, Tensor]()
+    state, best = TrainState(parts=recipe.parts), dict[str, Tensor]()
 
     def save() -> None:
         weights = {f"the weight {k}": v for k, v in net.state_dict().items() if v.is_floating_point()}

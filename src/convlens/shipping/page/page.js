@@ -304,15 +304,26 @@ function prove() {
 }
 
 function describe() {
-  const { facts } = model, several = model.classes.length <= 12 ? list(model.classes) : `${model.classes.length} things`;
-  const [low, high] = facts.interval.map((share) => (100 * share).toFixed(1));
+  const { trained } = model, several = model.classes.length <= 12 ? list(model.classes) : `${model.classes.length} things`;
+  const [low, high] = trained.accuracy_interval.map((share) => (100 * share).toFixed(1));
   at("title").textContent = digits ? "Draw a digit. A small net reads it." : `A small net that tells ${several}`;
-  at("subtitle").textContent = `It learned from ${facts.train.toLocaleString("en")} pictures of ${model.name}, and it shows here how it decides.`;
+  at("subtitle").textContent = `It learned from ${trained.images.toLocaleString("en")} pictures of ${trained.data}, and it shows here how it decides.`;
   at("bars").classList.toggle("bars-named", model.classes.some((name) => name.length > 2));
   at("ask").textContent = digits ? "Draw here" : "Show it something";
   at("hint").textContent = drawn ? "Draw with a finger or the mouse (keys: arrows and space), or drop or paste a picture." : "Drop or paste a picture, or open one.";
   at("seen-text").textContent = drawn ? `Cut out, shrunk to ${shape.width} × ${shape.height} points, light on black.` : `Shrunk to ${shape.width} × ${shape.height} points: all that it gets.`;
-  at("facts").textContent = `Net “${facts.net}” with ${facts.parameters.toLocaleString("en")} numbers, trained by convlens on ${model.name}. On ${facts.n.toLocaleString("en")} pictures that it had never seen it was right ${(100 * facts.accuracy).toFixed(2)}% of the time (95% interval ${low}% to ${high}%).`;
+  at("facts").textContent = `Net “${trained.net}” with ${trained.parameters.toLocaleString("en")} numbers, trained by convlens on ${trained.data}. On ${trained.n.toLocaleString("en")} pictures that it had never seen it was right ${(100 * trained.accuracy).toFixed(2)}% of the time (95% interval ${low}% to ${high}%).`;
+}
+
+// a server has a page of each of its models
+function useOthers() {
+  at("others").hidden = !model.others.length;
+  for (const name of model.others) {
+    const link = at("others").appendChild(document.createElement("a"));
+    link.textContent = name;
+    link.href = `?model=${encodeURIComponent(name)}`;
+  }
+  at("others").prepend("Other nets here:");
 }
 
 // a first thing to look at: a digit is written, a photo net gets the first sample
@@ -327,6 +338,7 @@ function begin() {
 }
 
 describe();
+useOthers();
 useFiles();
 useSamples();
 if (drawn) useDrawing();

@@ -1,0 +1,1 @@
+"""The server: a trained net behind HTTP, and a page of its own."""

@@ -1,0 +1,238 @@
+"""The server's routes: predict, the page, and what a supervisor asks."""
+
+import base64
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Annotated, Any, TypeVar
+
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from pydantic import BaseModel, Field
+
+from convlens.data.pictures import BadImage
+from convlens.errors import ConvlensError, UsageError
+from convlens.evaluation.coverage import LEVELS
+from convlens.serving.gate import Gate, Limits, Metrics
+from convlens.serving.work import Worker
+from convlens.shipping.onnx_predictor import OnnxPredictor
+from convlens.shipping.prediction import Prediction
+from convlens.shipping.twin import make_page
+
+T = TypeVar("T")
+FILE = {"type": "string", "format": "binary"}
+KINDS = ("image/png", "image/jpeg", "image/gif", "image/webp", "image/bmp", "image/tiff", "application/octet-stream")
+BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "One picture as the body, or any number of them as files of a form.",
+        "content": {
+            **{kind: {"schema": FILE} for kind in KINDS},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"images": {"type": "array", "items": FILE, "minItems": 1}},
+                    "required": ["images"],
+                    "additionalProperties": False,
+                }
+            },
+        },
+    }
+}
+
+
+class Problem(BaseModel):
+    """Why there is no answer."""
+
+    detail: str
+
+
+class Guess(BaseModel):
+    """A class, and how probable it is."""
+
+    label: str
+    probability: float = Field(ge=0, le=1)
+
+
+class Answer(Guess):
+    """What the net says of one picture."""
+
+    known: bool | None = Field(description="Does it look like what the net learned from? null: the net cannot say.")
+    top: list[Guess] = Field(description="The most probable classes, best first.")
+    labels: list[str] | None = Field(description="The classes that hold the right one as often as `coverage` asks.")
+
+    @classmethod
+    def of(cls, prediction: Prediction) -> "Answer":
+        """Return a prediction as the server sends it."""
+        top = [Guess(label=label, probability=share) for label, share in prediction.top]
+        labels = None if prediction.labels is None else list(prediction.labels)
+        return cls(**top[0].model_dump(), known=prediction.known, top=top, labels=labels)
+
+
+class Answers(BaseModel):
+    """What the net says of the pictures, in their order."""
+
+    model: str
+    predictions: list[Answer]
+
+
+class About(BaseModel):
+    """A model of this server."""
+
+    name: str
+    classes: list[str]
+    channels: int
+    height: int
+    width: int
+    coverage: bool = Field(description="Can it name a set of classes that holds the right one as often as asked?")
+    trained: dict[str, Any] = Field(description="What it was trained on, and how well it did on test images.")
+
+
+def tell(**problems: str) -> dict[int | str, dict[str, Any]]:
+    """Return statuses and what they mean as OpenAPI has them, such as ``_413="..."``."""
+    content = {"application/json": {"schema": Problem.model_json_schema()}}
+    return {int(status[1:]): {"description": told, "content": content} for status, told in problems.items()}
+
+
+WRONG_HOST = tell(_421="The host is not one that is served")
+REFUSALS = WRONG_HOST | tell(_401="The token is missing or wrong", _403="A page of another site asks")
+WRONG_VALUE = tell(_422="A picture or a value cannot be used")
+OVERLOAD = tell(
+    _408="The body did not come in time",
+    _413="The body is too large",
+    _415="The body is neither a picture nor a form",
+    _503="Too much to do; try again after a moment",
+)
+
+
+def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, limits: Limits | None = None) -> Gate:
+    """Return the server of ``models``, by name, as an ASGI application; the first is asked where none is named.
+
+    Without a ``token`` it answers on loopback names only.
+    """
+    names = tuple(models)
+    among: dict[str, Any] = {"enum": list(names)}
+    api = FastAPI(title="convlens", version=version("convlens"), docs_url=None, redoc_url=None, redirect_slashes=False)
+    registry = CollectorRegistry()
+    images = Counter("convlens_images", "Images classified", ["model"], registry=registry)
+    together = Histogram(
+        "convlens_images_together", "Images that went through a net at a time", ["model"], registry=registry,
+        buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
+    )  # fmt: skip
+    workers = {
+        name: Worker(predictor, images.labels(name), together.labels(name)) for name, predictor in models.items()
+    }
+    pages: dict[str, HTMLResponse] = {}
+
+    @api.exception_handler(RequestValidationError)
+    async def tell_what_is_wrong(_request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return JSONResponse({"detail": f"{first['loc'][-1]}: {first['msg']}"}, 422)
+
+    @api.exception_handler(Exception)
+    async def tell_nothing(_request: Request, _error: Exception) -> JSONResponse:
+        return JSONResponse({"detail": "the server made a mistake; its log says which"}, 500)
+
+    @api.post("/predict", responses=REFUSALS | WRONG_VALUE | OVERLOAD, openapi_extra=BODY)
+    async def predict(
+        request: Request,
+        model: Annotated[str, Query(description="Which model to ask", json_schema_extra=among)] = names[0],
+        top: Annotated[int, Query(ge=1, le=1000, description="How many classes to name")] = 1,
+        raw: Annotated[bool, Query(description="Only resize; do not look for ink on paper")] = False,
+        coverage: Annotated[
+            float | None,
+            Query(ge=LEVELS[0], le=LEVELS[-1], description="Also name classes that hold the right one so often"),
+        ] = None,
+    ) -> Answers:
+        """Say what pictures show."""
+        kind = request.headers.get("content-type", "")
+        if kind.split(";")[0].strip().lower() not in (*KINDS, "multipart/form-data"):
+            raise HTTPException(415, "send a picture (image/png, image/jpeg, ...) or a form (multipart/form-data)")
+        worker = find(workers, model)
+        if coverage is not None and worker.predictor.bounds is None:
+            raise HTTPException(422, f"coverage: {model} cannot say, for it was trained without validation images")
+        try:
+            found = await worker.predict(await request.body(), kind, top=top, raw=raw, coverage=coverage)
+        except (BadImage, UsageError) as error:
+            raise HTTPException(422, str(error)) from None
+        return Answers(model=model, predictions=[Answer.of(prediction) for prediction in found])
+
+    @api.get("/models", responses=REFUSALS)
+    async def list_models() -> list[About]:
+        """List the models."""
+        return [
+            About(
+                name=name,
+                classes=list(p.classes),
+                channels=p.preprocess.channels,
+                height=p.preprocess.height,
+                width=p.preprocess.width,
+                coverage=p.bounds is not None,
+                trained=p.about["trained"],
+            )
+            for name, p in models.items()
+        ]
+
+    @api.get("/", response_class=HTMLResponse, responses=REFUSALS | WRONG_VALUE)
+    def page(
+        model: Annotated[str, Query(description="Which model to show", json_schema_extra=among)] = names[0],
+    ) -> HTMLResponse:
+        """Show a model at work: a page that runs it in the browser."""
+        predictor = find(models, model)
+        if model not in pages:
+            try:
+                content = make_page(predictor, others=[name for name in names if name != model])
+            except ConvlensError as error:
+                raise HTTPException(422, f"there is no page of this model: {error}") from None
+            pages[model] = HTMLResponse(content, headers={"content-security-policy": policy_of(content)})
+        return pages[model]
+
+    @api.get("/live", responses=WRONG_HOST)
+    async def live() -> dict[str, str]:
+        """Say that the server runs."""
+        return {"status": "live"}
+
+    @api.get("/ready", responses=WRONG_HOST | tell(_503="About to stop"))
+    async def ready() -> dict[str, str]:
+        """Say that the server takes requests."""
+        if gate.draining:
+            raise HTTPException(503, "the server is about to stop")
+        return {"status": "ready"}
+
+    @api.get("/metrics", response_class=Response, responses=REFUSALS)
+    def metrics() -> Response:
+        """Tell Prometheus what was done."""
+        told = registry
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # of all workers together
+            MultiProcessCollector(told := CollectorRegistry())  # type: ignore[no-untyped-call]
+        return Response(generate_latest(told), media_type=CONTENT_TYPE_LATEST)
+
+    gate = Gate(api, Metrics(registry), token, limits or Limits())
+    return gate
+
+
+def find(models: Mapping[str, T], name: str) -> T:
+    """Return what belongs to the model called ``name``; HTTPException if there is none."""
+    if name not in models:
+        raise HTTPException(422, f"model: choose from: {', '.join(models)}")
+    return models[name]
+
+
+def policy_of(page: str) -> str:
+    """Return the Content-Security-Policy that lets a page run its own script and style, by their hashes, no others."""
+    hashes = {
+        kind: " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+            for text in re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
+        )
+        for kind in ("script", "style")
+    }
+    return (
+        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; img-src data: blob:; "
+        "media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )

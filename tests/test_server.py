@@ -1,0 +1,385 @@
+"""The server as a process: how it starts, what it prints, how it bears a crowd, and how it stops."""
+
+import asyncio
+import contextlib
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_bundle import make_bundle
+from test_onnx import run
+from test_serving import golden
+from test_twin import in_browser, visit
+
+from convlens.serving.server import listen
+from convlens.shipping.onnx_predictor import load_onnx
+
+ROOT = Path(__file__).parent.parent
+IN_THE_CONTAINER = re.search(r"constraints.txt \\\n(.*?) \\\n", (ROOT / "Dockerfile").read_text())[1].split()  # type: ignore[index]
+# everything else that convlens depends on is not there
+WITHOUT = f"""
+import re, sys
+from importlib.metadata import packages_distributions, requires
+needed = {{re.split("[ <>=;]", line)[0] for line in requires("convlens")}} - {{*{IN_THE_CONTAINER}}}
+for module, distributions in packages_distributions().items():
+    if set(distributions) & needed:
+        sys.modules[module] = None
+assert sys.modules["torch"] is sys.modules["matplotlib"] is sys.modules["sklearn"] is None
+from convlens import cli
+cli.main()
+"""
+
+
+class Running:
+    """A server process."""
+
+    def __init__(self, *arguments: object, program: Sequence[str] = ("-m", "convlens"), **more: str):
+        self.command = [sys.executable, *program, "serve", *map(str, arguments), "--port", "0"]
+        self.process = subprocess.Popen(
+            self.command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | more
+        )
+        assert self.process.stdout
+        self.line = self.process.stdout.readline()
+        found = re.search(r":(\d+)  \(Ctrl-C stops\)$", self.line)
+        if not found:
+            assert self.process.stderr
+            raise AssertionError(self.line + self.process.stderr.read())
+        self.port = int(found[1])
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Stop it; return its exit code and what else it printed."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=20)
+        return self.process.returncode, out + err
+
+    def memory(self, name: str) -> float:
+        """Return VmRSS or VmHWM of the server, in MiB."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
+
+
+@contextlib.contextmanager
+def running(*arguments: object, **more: str) -> Iterator[Running]:
+    server = Running(*arguments, **more)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def picture() -> bytes:
+    return golden(load_onnx("digits"))[6]
+
+
+def request_of(body: bytes, more: str = "") -> bytes:
+    head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}{more}\r\n".encode() + body
+
+
+async def answer_of(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
+    """Read an answer to its end; ConnectionResetError if it does not come whole."""
+    try:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:] if line)}
+        await reader.readexactly(int(headers["content-length"]))
+    except asyncio.IncompleteReadError as error:
+        raise ConnectionResetError("no answer") from error
+    return int(head[0].split()[1]), headers
+
+
+async def ask_once(port: int, body: bytes) -> tuple[int, dict[str, str]]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(request_of(body, "Connection: close\r\n"))
+        return await answer_of(reader)
+    finally:
+        writer.close()
+
+
+# start and stop
+
+
+def test_it_starts_answers_and_stops(picture: bytes) -> None:
+    with running("digits", "mnist") as server:
+        assert server.line == f"serving digits, mnist at http://127.0.0.1:{server.port}  (Ctrl-C stops)\n"
+        status, headers = asyncio.run(ask_once(server.port, picture))
+        assert (status, headers["content-type"]) == (200, "application/json")
+        with urllib.request.urlopen(server.url("/ready")) as response:
+            assert response.read() == b'{"status":"ready"}'
+        begun = time.monotonic()
+        assert server.stop(signal.SIGINT) == (0, "")
+        assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("kind", ["a model by name", "a file"])
+def test_it_needs_only_what_the_container_has(kind: str, picture: bytes, tmp_path: Path) -> None:
+    if kind == "a file":
+        assert run("export", "digits", "--out", tmp_path / "net.onnx") == 0
+    source = tmp_path / "net.onnx" if kind == "a file" else "digits"
+    with running(source, program=("-c", WITHOUT)) as server:  # type: ignore[arg-type]
+        assert asyncio.run(ask_once(server.port, picture))[0] == 200
+        with urllib.request.urlopen(server.url("/")) as page:
+            assert page.headers["content-type"] == "text/html; charset=utf-8" and b'id="pad"' in page.read()
+        assert server.stop() == (0, "")
+
+
+def test_a_run_without_a_graph_is_exported_first(tmp_path: Path, picture: bytes) -> None:
+    make_bundle(1, 8).save(tmp_path / "run" / "model")
+    with running(tmp_path / "run" / "model") as server:
+        assert asyncio.run(ask_once(server.port, picture))[0] == 200
+        code, told = server.stop()
+    assert (code, told) == (
+        0, f"exporting {tmp_path}/run/model to ONNX; `convlens export {tmp_path}/run/model` does it once\n"
+    )  # fmt: skip
+
+
+def test_answers_are_sent_at_once() -> None:
+    with listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP  # what asyncio asks for before it sets TCP_NODELAY
+
+
+def test_wrong_arguments_get_a_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        cases = [
+            (("digits", "--port", port), f"cannot listen on 127.0.0.1, port {port}: Address already in use; choose"),
+            (
+                ("digits", "--host", "no.such.host.example", "--port", 0),
+                "cannot listen on no.such.host.example, port 0",
+            ),
+            (("digits", "digits"), "two models have the same name: digits, digits; rename a folder or file"),
+            (("digit",), "unknown run folder or model 'digit'; did you mean 'digits'?"),
+            (("digit", "--workers", "2"), "unknown run folder or model 'digit'; did you mean 'digits'?"),
+            (("digits", "--port", "99999"), "Invalid value for '--port'"),
+        ]
+        for arguments, told in cases:
+            assert run("serve", *arguments) == 2
+            assert told in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    for name in [name for name in sys.modules if name.startswith("convlens.serving")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert run("serve", "digits") == 2
+    assert capsys.readouterr().err == "convlens: serving needs a few packages more: pip install 'convlens[serve]'\n"
+
+
+def test_other_hosts_need_the_token(picture: bytes) -> None:
+    with running("digits", "--host", "0.0.0.0") as server:
+        assert server.process.stdout
+        token = server.process.stdout.readline().split()[1]
+        for sent, status in (
+            ("", 401),
+            ("Authorization: Bearer wrong\r\n", 401),
+            (f"Authorization: Bearer {token}\r\n", 200),
+        ):
+
+            async def ask(more: str = sent) -> int:
+                reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+                writer.write(request_of(picture, more))
+                found, _ = await answer_of(reader)
+                writer.close()
+                return found
+
+            assert asyncio.run(ask()) == status
+    with running("digits", "--host", "0.0.0.0", CONVLENS_TOKEN="mine") as server:
+        code, told = server.stop()
+        assert (code, told) == (0, "")  # a token that was given is not printed
+
+
+def test_workers_share_the_port_and_the_metrics(picture: bytes) -> None:
+    with running("digits", "--workers", "2") as server:
+
+        async def ask_many() -> Counter[int]:
+            return Counter([(await ask_once(server.port, picture))[0] for _ in range(30)])
+
+        assert asyncio.run(ask_many()) == {200: 30}
+        with urllib.request.urlopen(server.url("/metrics")) as response:
+            told = response.read().decode()
+        assert re.search(r'^convlens_images_total\{model="digits"\} 30\.0$', told, re.MULTILINE)
+        assert server.stop() == (0, "")
+    with running("digits", "--workers", "2") as server:
+        file, children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children"), list[str]()
+        while len(children) < 2:
+            children = file.read_text().split()
+        os.kill(int(children[0]), signal.SIGKILL)
+        assert server.process.wait(20) == 1
+        assert server.stop() == (1, "convlens: a worker has ended by itself, so all were stopped\n")
+
+
+@in_browser
+def test_its_page_runs_under_its_policy(tmp_path: Path) -> None:
+    with running("digits", "mnist") as server:
+        page = visit(server.url("/"), tmp_path)
+        assert 'data-good="true"' in page and '<a href="?model=mnist">mnist</a>' in page
+        assert 'data-good="true"' in visit(server.url("/?model=mnist"), tmp_path)
+
+
+# nothing is lost when it stops
+
+
+async def keep_asking(port: int, body: bytes, answers: Counter[object], *, alive: bool) -> None:
+    """Ask one request after another, each on a connection of its own or not, until nobody listens."""
+    while True:
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        except ConnectionRefusedError:
+            return
+        except ConnectionResetError:
+            answers["reset while connecting"] += 1
+            continue
+        try:
+            while True:
+                writer.write(request_of(body, "" if alive else "Connection: close\r\n"))
+                status, headers = await answer_of(reader)
+                answers[status] += 1
+                if headers.get("connection") == "close":
+                    break
+        except OSError as error:
+            answers[f"lost: {error!r}"] += 1
+        finally:
+            writer.close()
+
+
+@pytest.mark.parametrize("rounds", [2, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_accepted_request_is_lost(rounds: int, workers: int, picture: bytes) -> None:
+    for number in range(rounds):
+        answers: Counter[object] = Counter()
+        with running("digits", "--workers", workers) as server:
+
+            async def load() -> int:
+                clients = [
+                    asyncio.create_task(keep_asking(server.port, picture, answers, alive=bool(i % 2)))  # noqa: B023
+                    for i in range(12)
+                ]
+                while not answers:  # noqa: B023
+                    await asyncio.sleep(0.05)
+                await asyncio.sleep(0.3 + 0.01 * number)  # noqa: B023
+                server.process.send_signal(signal.SIGTERM)  # noqa: B023
+                await asyncio.sleep(0.3)
+                seen, _ = await get(server.port, "/ready")  # noqa: B023
+                await asyncio.wait_for(asyncio.gather(*clients), 15)
+                return seen
+
+            begun = time.monotonic()
+            assert asyncio.run(load()) == 503
+            code, told = server.stop()
+            assert time.monotonic() - begun < 12
+        assert (code, told) == (0, "") and set(answers) <= {200, 503} and answers[200] > 50, answers
+
+
+async def get(port: int, path: str) -> tuple[int, dict[str, str]]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+    found = await answer_of(reader)
+    writer.close()
+    return found
+
+
+# a crowd
+
+
+def percentile(seconds: list[float], share: float) -> float:
+    return float(np.quantile(seconds, share))
+
+
+async def time_requests(port: int, body: bytes, count: int) -> list[float]:
+    """Return the seconds of requests of one client, 50 a second, that were all answered."""
+    seconds = []
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for _ in range(count):
+        begun = time.perf_counter()
+        writer.write(request_of(body))
+        status, _ = await answer_of(reader)
+        seconds.append(time.perf_counter() - begun)
+        assert status == 200
+        await asyncio.sleep(max(0.02 - seconds[-1], 0))
+    writer.close()
+    return seconds
+
+
+@pytest.mark.parametrize("crowd", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_crowd_is_answered_or_told_to_come_again(crowd: int, picture: bytes) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with running("mnist") as server:
+        asyncio.run(ask_once(server.port, picture))
+        before = server.memory("VmRSS")
+
+        async def all_at_once() -> list[tuple[int, dict[str, str]]]:
+            return await asyncio.gather(*(ask_once(server.port, picture) for _ in range(crowd)))
+
+        statuses: Counter[int] = Counter()
+        for _ in range(5):
+            for status, headers in asyncio.run(all_at_once()):
+                statuses[status] += 1
+                assert status == 200 or headers["retry-after"] == "1"
+        growth = server.memory("VmHWM") - before
+        print(f"{5 * crowd} requests, {crowd} at a time: {dict(statuses)}, memory +{growth:.0f} MiB")
+        assert set(statuses) <= {200, 503} and statuses[200] and growth < 300
+        assert server.stop() == (0, "")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.slow
+def test_slow_clients_keep_nobody_waiting(picture: bytes) -> None:
+    with running("mnist") as server:
+
+        async def be_slow(number: int) -> None:
+            _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            whole = request_of(picture)
+            begun = len(whole) - 60 if number % 2 else 0  # some send the head and a part of the body at once
+            writer.write(whole[:begun])
+            try:
+                for byte in whole[begun:]:
+                    writer.write(bytes([byte]))
+                    await writer.drain()
+                    await asyncio.sleep(0.5)
+            except ConnectionError:
+                pass  # it was cut off
+            finally:
+                writer.close()
+
+        async def measure() -> tuple[list[float], list[float]]:
+            await time_requests(server.port, picture, 50)
+            alone = await time_requests(server.port, picture, 500)
+            slow = [asyncio.create_task(be_slow(number)) for number in range(500)]
+            await asyncio.sleep(1)
+            beside = await time_requests(server.port, picture, 400)
+            for task in slow:
+                task.cancel()
+            await asyncio.gather(*slow, return_exceptions=True)
+            return alone, beside
+
+        alone, beside = asyncio.run(measure())
+        told = [f"{1000 * percentile(x, 0.5):.1f}, {1000 * percentile(x, 0.99):.1f} ms" for x in (alone, beside)]
+        print(f"median, 99th percentile: alone {told[0]}; beside 500 slow clients {told[1]}")
+        assert percentile(beside, 0.99) <= 2 * percentile(alone, 0.99)
+
+
+def test_who_does_not_finish_asking_is_cut_off(picture: bytes) -> None:
+    slow = "from convlens import cli; from convlens.serving import server; server.HEADER_SECONDS = 1; cli.main()"
+    with running("digits", program=("-c", slow)) as server:  # type: ignore[arg-type]
+        with socket.create_connection(("127.0.0.1", server.port)) as half:
+            half.settimeout(10)
+            begun = time.monotonic()
+            half.sendall(b"POST /predict HTTP/1.1\r\nHost: ")
+            assert half.recv(10) == b"" and 0.5 < time.monotonic() - begun < 5
+        assert asyncio.run(ask_once(server.port, picture))[0] == 200

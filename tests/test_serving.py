@@ -1,0 +1,387 @@
+"""The server: the same answers as `predict`, to whom it may answer, never too much, and no request lost at its end."""
+
+import asyncio
+import base64
+import io
+import itertools
+import re
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2 as httpx
+import numpy as np
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from starlette.testclient import TestClient
+
+from convlens.serving import work
+from convlens.serving.app import make_app
+from convlens.serving.gate import Gate, Limits
+from convlens.shipping.onnx_graph import golden_images
+from convlens.shipping.onnx_predictor import OnnxPredictor, load_onnx
+from convlens.shipping.places import shipped_models
+
+PNG = {"content-type": "image/png"}
+
+
+def encode(pixels: np.ndarray[Any, Any]) -> bytes:
+    """Return pixels, uint8 (H, W, C), as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze()).save(file, "PNG")
+    return file.getvalue()
+
+
+def golden(predictor: OnnxPredictor) -> list[bytes]:
+    """Return the golden images of a net as PNG files."""
+    return [encode(image) for image in golden_images(predictor.preprocess)]
+
+
+@pytest.fixture(scope="module")
+def digits() -> OnnxPredictor:
+    return load_onnx("digits")
+
+
+@pytest.fixture(scope="module")
+def picture(digits: OnnxPredictor) -> bytes:
+    return golden(digits)[6]
+
+
+def client_of(gate: Gate, **options: Any) -> TestClient:
+    return TestClient(gate, base_url="http://localhost:8000", **options)
+
+
+@pytest.fixture
+def client(digits: OnnxPredictor) -> TestClient:
+    return client_of(make_app({"digits": digits}))
+
+
+def metric(client: TestClient, name: str) -> float:
+    found = re.search(rf"^{re.escape(name)} (\S+)$", client.get("/metrics").text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+# answers
+
+
+@pytest.mark.parametrize("name", sorted(shipped_models()))
+def test_the_answers_are_those_of_predict(name: str) -> None:
+    predictor = load_onnx(name)
+    client = client_of(make_app({name: predictor}))
+    files = golden(predictor)
+    expected = predictor.predict(list(files), top=3, coverage=0.9)
+    form = [("images", (f"{number}.png", file, "image/png")) for number, file in enumerate(files)]
+    together = client.post("/predict?top=3&coverage=0.9", files=form).json()
+    assert together["model"] == name and len(together["predictions"]) == len(files)
+    for file, answer, wanted in zip(files, together["predictions"], expected, strict=True):
+        (alone,) = client.post("/predict", params={"top": 3, "coverage": 0.9}, content=file, headers=PNG).json()[
+            "predictions"
+        ]
+        for told in (answer, alone):
+            assert (told["label"], told["known"]) == (wanted.label, wanted.known)
+            assert told["labels"] == list(wanted.labels or ())
+            assert told["probability"] == pytest.approx(wanted.probability, abs=1e-6)
+            assert [guess["label"] for guess in told["top"]] == [label for label, _ in wanted.top]
+
+
+def test_raw_and_more_than_one_model(digits: OnnxPredictor) -> None:
+    mnist = load_onnx("mnist")
+    client = client_of(make_app({"digits": digits, "mnist": mnist}))
+    page = Image.new("L", (120, 90), "white")
+    page.paste(20, (50, 20, 60, 70))
+    file = io.BytesIO()
+    page.save(file, "PNG")
+    for params, wanted in (
+        ({}, digits.predict(page)),
+        ({"model": "mnist"}, mnist.predict(page)),
+        ({"model": "mnist", "raw": "true"}, mnist.predict(page, raw=True)),
+    ):
+        answer = client.post("/predict", params=params, content=file.getvalue(), headers=PNG).json()
+        assert answer["model"] == params.get("model", "digits")
+        assert answer["predictions"][0]["probability"] == pytest.approx(wanted.probability, abs=1e-6)
+    assert [about["name"] for about in client.get("/models").json()] == ["digits", "mnist"]
+    assert client.get("/models").json()[1]["trained"]["accuracy"] > 0.99
+
+
+def test_requests_that_wait_together_go_through_the_net_together(digits: OnnxPredictor) -> None:
+    files = golden(digits)
+    expected = digits.predict(list(files))
+    began, sizes, go = threading.Event(), [], threading.Event()
+
+    class Slow:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(digits, name)
+
+        def run(self, pixels: Any) -> Any:
+            sizes.append(len(pixels))
+            began.set()
+            assert go.wait(20)
+            return digits.run(pixels)
+
+    gate = make_app({"digits": Slow()})  # type: ignore[dict-item]
+
+    async def ask() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://localhost") as client:
+            first = asyncio.create_task(client.post("/predict", content=files[0], headers=PNG))
+            while not began.is_set():
+                await asyncio.sleep(0.01)
+            others = [asyncio.create_task(client.post("/predict", content=file, headers=PNG)) for file in files]
+            while gate.at_work < 9 or work.DECODERS._work_queue.qsize():
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)
+            go.set()
+            return await asyncio.gather(first, *others)
+
+    answers = [response.json()["predictions"][0] for response in asyncio.run(ask())]
+    assert sizes == [1, 8]
+    for answer, wanted in zip(answers, [expected[0], *expected], strict=True):
+        assert answer["probability"] == pytest.approx(wanted.probability, abs=1e-6)
+
+
+# what it does not take
+
+
+def test_bad_requests_get_a_line(client: TestClient, picture: bytes, digits: OnnxPredictor) -> None:
+    form = [("images", ("a.png", picture)), ("images", ("/etc/secret.png", b"no image"))]
+    cases: list[tuple[dict[str, Any], int, str]] = [
+        ({"content": b"no image", "headers": PNG}, 422, "the image is not an image (JPEG, PNG,"),
+        ({"files": form}, 422, "image 2 of 2 is not an image (JPEG"),
+        ({"content": b"", "headers": PNG}, 422, "the image is not an image"),
+        ({"content": picture}, 415, "send a picture (image/png, image/jpeg, ...) or a form"),
+        ({"content": picture, "headers": {"content-type": "text/plain"}}, 415, "send a picture"),
+        ({"content": b"--x", "headers": {"content-type": "multipart/form-data"}}, 422, "the body is no multipart form"),
+        ({"data": {"images": "text"}, "files": {}}, 415, "send a picture"),
+        ({"content": picture, "headers": PNG, "params": {"top": 0}}, 422, "top: Input should be greater than"),
+        ({"content": picture, "headers": PNG, "params": {"coverage": 2}}, 422, "coverage: Input should be less"),
+        ({"content": picture, "headers": PNG, "params": {"model": "digit"}}, 422, "model: choose from: digits"),
+    ]
+    for request, status, told in cases:
+        response = client.post("/predict", **request)
+        assert (response.status_code, list(response.json())) == (status, ["detail"])
+        assert response.json()["detail"].startswith(told) and "/etc" not in response.text
+    boundary = {"content-type": "multipart/form-data; boundary=x"}
+    for body in (
+        b"--x--\r\n",
+        b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\ntext\r\n--x--\r\n',
+        b"nonsense",
+    ):
+        assert client.post("/predict", content=body, headers=boundary).status_code == 422
+    many = [("images", ("a.png", picture))] * (work.MOST_IMAGES + 1)
+    assert client.post("/predict", files=many).json()["detail"] == "a request may have 1,000 images"
+    digits.bounds, bounds = None, digits.bounds
+    try:
+        answer = client.post("/predict?coverage=0.9", content=picture, headers=PNG)
+        assert (answer.status_code, answer.json()["detail"][:25]) == (422, "coverage: digits cannot s")
+    finally:
+        digits.bounds = bounds
+
+
+def test_a_mistake_of_ours_says_nothing_of_this_machine(digits: OnnxPredictor, picture: bytes) -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(digits, name)
+
+        def run(self, pixels: Any) -> Any:
+            raise OSError("cannot read /home/me/secret")
+
+    client = client_of(make_app({"digits": Broken()}), raise_server_exceptions=False)  # type: ignore[dict-item]
+    response = client.post("/predict", content=picture, headers=PNG)
+    assert (response.status_code, response.json()) == (500, {"detail": "the server made a mistake; its log says which"})
+    assert client.get("/live").status_code == 200
+    assert metric(client, 'convlens_requests_total{method="POST",status="500"}') == 1
+
+
+def test_bodies_that_are_too_large_or_too_slow(digits: OnnxPredictor, picture: bytes) -> None:
+    limits = Limits(body=20_000, bodies=30_000, body_seconds=0.3)
+    gate = make_app({"digits": digits}, limits=limits)
+    client = client_of(gate)
+
+    def parts(size: int) -> Iterator[bytes]:
+        yield from itertools.repeat(b"x" * 1000, size // 1000)
+
+    for content in (b"x" * 20_001, parts(21_000)):  # declared, and in chunks
+        response = client.post("/predict", content=content, headers=PNG)
+        assert (response.status_code, response.json()["detail"]) == (413, "a request may have 20,000 bytes")
+    assert client.post("/predict", content=parts(20_000), headers=PNG).status_code == 422  # read, and no image
+    asked: list[dict[str, Any]] = [{"type": "http.request", "body": b"x", "more_body": True}]
+    told: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        if asked:
+            return asked.pop()
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        told.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": [(b"host", b"localhost")]}
+    asyncio.run(gate(scope, receive, send))
+    assert told[0]["status"] == 408 and b"did not come within 0.3 seconds" in told[1]["body"]
+    assert gate.held == gate.at_work == 0
+
+
+def test_too_much_at_a_time_is_refused_at_once(digits: OnnxPredictor, picture: bytes) -> None:
+    go = threading.Event()
+
+    class Slow:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(digits, name)
+
+        def run(self, pixels: Any) -> Any:
+            assert go.wait(20)
+            return digits.run(pixels)
+
+    gate = make_app({"digits": Slow()}, limits=Limits(at_work=3, work_seconds=2))  # type: ignore[dict-item]
+
+    async def ask() -> tuple[list[httpx.Response], list[float]]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://localhost") as client:
+            seconds = []
+
+            async def post() -> httpx.Response:
+                begun = time.perf_counter()
+                response = await client.post("/predict", content=picture, headers=PNG)
+                if response.headers.get("retry-after") and "too many" in response.text:
+                    seconds.append(time.perf_counter() - begun)
+                return response
+
+            tasks = [asyncio.create_task(post()) for _ in range(20)]
+            await asyncio.sleep(0.3)
+            assert gate.at_work == 3
+            return list(await asyncio.gather(*tasks)), seconds
+
+    answers, seconds = asyncio.run(ask())
+    go.set()
+    assert [a.status_code for a in answers] == [503] * 20 and len(seconds) == 17
+    assert all(answer.headers["retry-after"] == "1" for answer in answers)
+    assert sum("no answer within 2 seconds" in answer.text for answer in answers) == 3
+    assert gate.at_work == gate.held == 0
+
+
+# to whom it answers
+
+
+HOSTS = ("localhost:8000", "127.0.0.1:8000", "[::1]:8000", "LOCALHOST", "evil.example", "localhost.evil.example:8000",
+         "127.0.0.1.nip.example", "0.0.0.0:8000", "[::2]", "[", "user@localhost", "")  # fmt: skip
+ORIGINS = (None, "http://localhost:8000", "http://evil.example", "null", "http://localhost.evil.example", "file://",
+           "http://127.0.0.1:9000", "http:localhost:8000", "")  # fmt: skip
+SITES = (None, "same-origin", "cross-site", "same-site", "none")
+METHODS = ("POST", "GET", "PUT", "DELETE", "OPTIONS", "PATCH", "HEAD")
+
+
+def test_no_other_site_can_use_it(client: TestClient, picture: bytes) -> None:
+    done = written = 0
+    for host, origin, site, method in itertools.product(HOSTS, ORIGINS, SITES, METHODS):
+        headers = {"host": host, "origin": origin, "sec-fetch-site": site, **PNG}
+        kept = {key: value for key, value in headers.items() if value is not None}
+        status = client.request(method, "/predict", content=picture, headers=kept).status_code
+        ours = host in ("localhost:8000", "127.0.0.1:8000", "[::1]:8000", "LOCALHOST", "user@localhost")
+        same = origin is None or origin == f"http://{host}"
+        allowed = ours and same and (site in (None, "same-origin", "none") or method == "GET")
+        if not ours:
+            assert status == 421, (host, origin, site, method)
+        elif not allowed:
+            assert status == 403, (host, origin, site, method)
+        else:
+            assert status == (200 if method == "POST" else 405)
+            written += status == 200
+        done += 1
+    assert done > 200
+    assert metric(client, 'convlens_images_total{model="digits"}') == written
+
+
+def test_two_hosts_are_none(digits: OnnxPredictor) -> None:
+    gate, told = make_app({"digits": digits}), []
+
+    async def send(message: Any) -> None:
+        told.append(message)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    headers = [(b"host", b"localhost"), (b"host", b"evil.example")]
+    asyncio.run(gate({"type": "http", "method": "GET", "path": "/models", "headers": headers}, receive, send))
+    assert told[0]["status"] == 421
+
+
+def test_beyond_this_machine_it_asks_for_its_token(digits: OnnxPredictor, picture: bytes) -> None:
+    client = TestClient(make_app({"digits": digits}, token="secret"), base_url="http://nets.example")
+    basic = base64.b64encode(b"me:secret").decode()
+    for sent, status in (
+        (None, 401), ("Bearer secret", 200), ("bearer secret", 200), ("Bearer wrong", 401), ("Bearer", 401),
+        (f"Basic {basic}", 200), ("Basic !!", 401), (f"Basic {base64.b64encode(b'secret').decode()}", 401),
+        (f"Basic {base64.b64encode(bytes([255])).decode()}", 401), ("Digest secret", 401),
+    ):  # fmt: skip
+        headers = {"authorization": sent} if sent else {}
+        for path in ("/models", "/metrics", "/openapi.json"):
+            assert client.get(path, headers=headers).status_code == status
+        response = client.post("/predict", content=picture, headers={**PNG, **headers})
+        assert response.status_code == status
+        if status == 401:
+            assert response.headers["www-authenticate"].startswith('Bearer, Basic realm="convlens')
+        # a browser that has been given the password sends it for other sites too
+        other = {**PNG, **headers, "origin": "http://evil.example"}
+        assert client.post("/predict", content=picture, headers=other).status_code == 403
+    assert client.get("/live").status_code == client.get("/ready").status_code == 200
+
+
+def test_headers_that_keep_a_browser_safe(client: TestClient, picture: bytes) -> None:
+    for response in (
+        client.get("/models"), client.get("/nothing"), client.get("/", params={"model": "x"}),
+        client.post("/predict", content=picture, headers=PNG), client.get("/", headers={"host": "evil.example"}),
+    ):  # fmt: skip
+        assert response.headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["cache-control"] == "no-store"
+        assert "access-control-allow-origin" not in response.headers and "server" not in response.headers
+
+
+# the interface as it describes itself
+
+PICTURES = st.sampled_from(["L", "RGB", "RGBA", "1"]).flatmap(
+    lambda mode: st.tuples(st.integers(1, 40), st.integers(1, 40)).map(lambda size: Image.new(mode, size))
+)
+
+
+def to_png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+schemathesis.openapi.format("binary", PICTURES.map(to_png))
+for kind in ("png", "jpeg", "gif", "webp", "bmp", "tiff"):
+    schemathesis.openapi.media_type(f"image/{kind}", PICTURES.map(to_png))
+schemathesis.openapi.media_type("application/octet-stream", PICTURES.map(to_png))
+
+
+GOOD, BAD = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
+ROUTES = [(path, GOOD) for path in ("/predict", "/models", "/", "/live", "/ready", "/metrics")]
+
+
+@pytest.mark.parametrize(("path", "mode"), [*ROUTES, ("/predict", BAD), ("/", BAD)])
+def test_it_answers_as_its_description_says(path: str, mode: Any, digits: OnnxPredictor) -> None:
+    gate = make_app({"digits": digits, "mnist": load_onnx("mnist")})
+    schema = schemathesis.openapi.from_asgi("/openapi.json", gate, headers={"host": "localhost"})
+    operation = schema[path]["POST" if path == "/predict" else "GET"]
+    took = {200: 0}
+
+    @settings(max_examples=60, suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def ask(case: Any) -> None:
+        response = case.call_and_validate(headers={"host": "localhost"})
+        took[response.status_code] = took.get(response.status_code, 0) + 1
+
+    ask()
+    assert (took.keys() == {200}) if mode is GOOD else sum(took.values()) > 20
+
+
+def test_what_is_described(client: TestClient) -> None:
+    told = client.get("/openapi.json").json()
+    assert set(told["paths"]) == {"/predict", "/models", "/", "/live", "/ready", "/metrics"}
+    assert "multipart/form-data" in told["paths"]["/predict"]["post"]["requestBody"]["content"]
+    assert client.get("/docs").status_code == 404  # it would load scripts from elsewhere
