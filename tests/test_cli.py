@@ -153,6 +153,7 @@ def test_predict_takes_folders_globs_and_lists(shell: Shell, tmp_path: Path) -> 
         code, out, err = shell("predict", "mnist", *arguments, stdin=stdin)
         assert (code, err) == (0, "")
         assert [line.split(": ")[0] for line in out.splitlines()] == names
+    assert shell("predict", "mnist", "-", stdin="\n") == (2, "", "convlens: standard input named no file\n")
 
 
 def test_predict_names_bad_images_and_goes_on(shell: Shell, tmp_path: Path) -> None:

@@ -179,7 +179,10 @@ def expand(images: list[str]) -> list[str]:
     files: list[str] = []
     for name in images:
         if name == "-":
-            files += [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+            listed = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+            if not listed:
+                raise UsageError("standard input named no file")
+            files += listed
         elif Path(name).is_dir():
             inside = sorted(p for p in Path(name).rglob("*") if p.is_file())
             visible = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(name).parts)]
