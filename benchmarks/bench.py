@@ -45,7 +45,6 @@ from convlens.models import create_model, summarise
 from convlens.runtime import describe_machine, use_threads
 from convlens.shipping.classifier import Classifier
 from convlens.shipping.int8 import build_int8
-from convlens.shipping.onnx_graph import build_onnx
 from convlens.shipping.onnx_predictor import OnnxPredictor, load_onnx, seal
 from convlens.shipping.places import find_bundle
 from convlens.shipping.twin import make_page, read_part
@@ -352,16 +351,16 @@ def int8() -> tuple[list[Record], str]:
     records, rows = [], []
     for name, source in data.items():
         dataset = load_dataset(source) if source else cifar()
-        folder = find_bundle(name)
-        model, cost = build_int8(folder, dataset)
-        engines = [OnnxPredictor(seal(m.SerializeToString()), name) for m in (build_onnx(folder), model)]
+        model, exact, cost = build_int8(find_bundle(name), dataset)
+        contents = [seal(m.SerializeToString()) for m in (exact, model)]
+        engines = [OnnxPredictor(content, name) for content in contents]
         images = np.resize(dataset.test.images.numpy(), (2000, *dataset.shape))
         seconds: list[list[float]] = [[], []]
         for _ in range(6):
             for own, engine in zip(seconds, engines, strict=True):
                 own.append(timed(partial(engine.run, images)))
         paces = [len(images) / statistics.median(own[1:]) for own in seconds]
-        sizes = [len(m.SerializeToString()) for m in (build_onnx(folder), model)]
+        sizes = [len(content) for content in contents]
         records.append({"model": name, "bytes": sizes, "seconds": seconds, **vars(cost)})
         rows.append(
             [f"`{name}`", *(f"{size:,}" for size in sizes), *(f"{pace:,.0f}" for pace in paces), percent(cost.before),

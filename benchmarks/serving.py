@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastapi import FastAPI, UploadFile
 from PIL import Image
 
 from convlens.data.catalog import load_dataset
+from convlens.shipping.classifier import Classifier
 
 TOGETHER, CONNECTIONS, SECONDS = 100, 4, 8.0  # images in a form, forms under way, for so long
 RATE, REQUESTS = 100, 1500  # single images a second, and how many
@@ -25,10 +27,6 @@ ROUNDS = 3
 
 def plain_app() -> Any:
     """Return the endpoint as one writes it: decode, stack, run the net, where the request is handled."""
-    from fastapi import FastAPI, UploadFile
-
-    from convlens.shipping.classifier import Classifier
-
     net = Classifier.load("mnist").net.eval()  # the same net, that both run the same
     app = FastAPI()
 
@@ -132,7 +130,7 @@ async def one_by_one(port: int, requests: list[bytes]) -> list[float]:
     async def client(number: int) -> float:
         due = begun + number / RATE
         await asyncio.sleep(max(due - time.perf_counter(), 0))
-        reader, writer = free.pop() if free else await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = free.pop(0) if free else await asyncio.open_connection("127.0.0.1", port)
         writer.write(requests[number % len(requests)])
         await read_answer(reader)
         free.append((reader, writer))

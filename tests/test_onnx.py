@@ -421,9 +421,9 @@ def test_in_8_bits_every_net_answers_much_the_same(name: str, tmp_path: Path) ->
     split = Split(images, torch.arange(120) % 3, [str(i) for i in range(120)])
     classes = load_bundle(tmp_path / "net").classes
     dataset = Dataset("noise", None, classes, split, split, None, PictureStyle(), "")
-    model, cost = build_int8(tmp_path / "net", dataset)
+    model, exact, cost = build_int8(tmp_path / "net", dataset)
     assert cost.n == 120 and cost.same > 0.8
-    plain, small = (OnnxPredictor(seal(m.SerializeToString()), "x") for m in (build_onnx(tmp_path / "net"), model))
+    plain, small = (OnnxPredictor(seal(m.SerializeToString()), "x") for m in (exact, model))
     # an untrained net's logits are wild, and a label that hangs by a thread changes
     assert np.abs(plain.run(images.numpy())[0] - small.run(images.numpy())[0]).mean() < 0.05
     filters = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 4 and tensor.dims[3] > 1]
@@ -442,4 +442,24 @@ def test_export_in_8_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run("export", "digits", "--int8", "--format", "html", "--out", tmp_path / "x.html") == 2
     assert capsys.readouterr().err == "convlens: --int8 is for ONNX files; the page has its own small numbers\n"
     assert run("export", file, "--format", "html", "--out", tmp_path / "x.html") == 1
-    assert "the page cannot compute" in capsys.readouterr().err and not (tmp_path / "x.html").exists()
+    assert (
+        "the page cannot compute in 8 bits; it is for the same net without --int8" in capsys.readouterr().err
+        and not (tmp_path / "x.html").exists()
+    )
+
+
+def test_in_8_bits_without_the_data(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("export", folder, "--int8", "--out", tmp_path / "x.onnx") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("convlens: --int8 needs the images that the net was trained on: ") and "--data" in told
+    Path("digits-int8.onnx").touch()
+    assert run("export", "digits", "--int8") == 2
+    assert capsys.readouterr().err == "convlens: digits-int8.onnx exists; name another file with --out\n"
+
+
+def test_a_file_of_an_older_convlens_is_refused(model: Any, tmp_path: Path) -> None:
+    about = onnx_graph.about_of(model)
+    older = onnx.ModelProto.FromString(model.SerializeToString())
+    onnx_graph.write_about(older, {**about, "format": 1})
+    with pytest.raises(ConvlensError, match="^x was made by an older convlens: export it again$"):
+        OnnxPredictor(seal(older.SerializeToString()), "x")

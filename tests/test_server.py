@@ -22,7 +22,7 @@ from test_onnx import run
 from test_serving import golden
 from test_twin import in_browser, visit
 
-from convlens.serving.server import listen
+from convlens.serving.server import listen, name_model
 from convlens.shipping.onnx_predictor import load_onnx
 
 ROOT = Path(__file__).parent.parent
@@ -165,7 +165,12 @@ def test_wrong_arguments_get_a_line(capsys: pytest.CaptureFixture[str], monkeypa
                 ("digits", "--host", "no.such.host.example", "--port", 0),
                 "cannot listen on no.such.host.example, port 0",
             ),
-            (("digits", "digits"), "two models have the same name: digits, digits; rename a folder or file"),
+            (
+                ("digits", "digits"),
+                "two models would have the same name: digits, digits; give one another: NAME=digits",
+            ),
+            (("digits", "--host", "", "--port", 0), "--host: give an address, such as 127.0.0.1, or 0.0.0.0 for all"),
+            (("digits", "--workers", "65"), "Invalid value for '--workers'"),
             (("digit",), "unknown run folder or model 'digit'; did you mean 'digits'?"),
             (("digit", "--workers", "2"), "unknown run folder or model 'digit'; did you mean 'digits'?"),
             (("digits", "--port", "99999"), "Invalid value for '--port'"),
@@ -198,9 +203,10 @@ def test_other_hosts_need_the_token(picture: bytes) -> None:
                 return found
 
             assert asyncio.run(ask()) == status
-    with running("digits", "--host", "0.0.0.0", CONVLENS_TOKEN="mine") as server:
-        code, told = server.stop()
-        assert (code, told) == (0, "")  # a token that was given is not printed
+    with running("digits", "--host", "0.0.0.0", CONVLENS_TOKEN="mine-alone") as server:
+        assert server.process.stdout
+        assert server.process.stdout.readline() == "token   that of CONVLENS_TOKEN\n"  # which is not printed
+        assert server.stop() == (0, "")
 
 
 def test_workers_share_the_port_and_the_metrics(picture: bytes) -> None:
@@ -220,14 +226,67 @@ def test_workers_share_the_port_and_the_metrics(picture: bytes) -> None:
             children = file.read_text().split()
         os.kill(int(children[0]), signal.SIGKILL)
         assert server.process.wait(20) == 1
-        assert server.stop() == (1, "convlens: a worker has ended by itself, so all were stopped\n")
+        assert server.stop() == (
+            1,
+            "convlens: a worker has ended by itself, so all were stopped; start the server again\n",
+        )
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.parametrize("moment", ["while it starts", "later"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_whom_they_work_for(moment: str, number: int, picture: bytes) -> None:
+    with running("digits", "--workers", "3") as server:
+        if moment == "later":
+            assert asyncio.run(ask_once(server.port, picture))[0] == 200
+        server.process.send_signal(number)
+        assert server.process.wait(20) == (0 if number == signal.SIGTERM else -number)
+        end = time.monotonic() + 20
+        while is_listening(server.port) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not is_listening(server.port)
+
+
+def test_half_a_request_does_not_keep_it_from_stopping(picture: bytes) -> None:
+    with running("digits") as server, socket.create_connection(("127.0.0.1", server.port)) as half:
+        half.sendall(request_of(picture)[:-10])
+        assert asyncio.run(ask_once(server.port, picture))[0] == 200  # by now the half has been read
+        begun = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        half.settimeout(10)
+        answer = half.recv(2000).decode()
+        assert answer.startswith("HTTP/1.1 503 ") and "retry-after: 1" in answer
+        assert answer.endswith('{"detail":"the server is about to stop"}')
+        assert server.stop() == (0, "") and time.monotonic() - begun < 8
+
+
+def test_names_and_tokens(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a=b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    Path("current.onnx").symlink_to("digits-17.onnx")
+    for source, named in (
+        ("runs/pets", ("pets", "runs/pets")), ("runs/pets/model/", ("pets", "runs/pets/model/")),
+        ("current.onnx", ("current", "current.onnx")), ("cats=runs/pets", ("cats", "runs/pets")),
+        ("a=b", ("a=b", "a=b")), ("=b", ("=b", "=b")),
+    ):  # fmt: skip
+        assert name_model(source) == named
+    for token in ("", "short", "ümlautümlaut", "with a blank", "line\nbreak"):
+        monkeypatch.setenv("CONVLENS_TOKEN", token)
+        assert run("serve", "digits") == 2
+        told = "convlens: CONVLENS_TOKEN must have 8 or more letters, digits and signs of ASCII, and no blank\n"
+        assert capsys.readouterr().err == told
 
 
 @in_browser
 def test_its_page_runs_under_its_policy(tmp_path: Path) -> None:
     with running("digits", "mnist") as server:
         page = visit(server.url("/"), tmp_path)
-        assert 'data-good="true"' in page and '<a href="?model=mnist">mnist</a>' in page
+        assert 'data-good="true"' in page and '<strong aria-current="page">digits</strong>' in page
+        assert '<a href="?model=mnist">mnist</a>' in page
         assert 'data-good="true"' in visit(server.url("/?model=mnist"), tmp_path)
 
 
@@ -273,8 +332,9 @@ def test_no_accepted_request_is_lost(rounds: int, workers: int, picture: bytes) 
                     await asyncio.sleep(0.05)
                 await asyncio.sleep(0.3 + 0.01 * number)  # noqa: B023
                 server.process.send_signal(signal.SIGTERM)  # noqa: B023
-                await asyncio.sleep(0.3)
-                seen, _ = await get(server.port, "/ready")  # noqa: B023
+                seen = 200
+                while seen == 200:  # until the signal has come through
+                    seen, _ = await get(server.port, "/ready")  # noqa: B023
                 await asyncio.wait_for(asyncio.gather(*clients), 15)
                 return seen
 

@@ -41,7 +41,10 @@ def visit(address: str, folder: Path) -> str:
     """Open an address in a browser that keeps its own files in ``folder``; return what the page has become."""
     command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
     done = subprocess.run(
-        [*command, f"--user-data-dir={folder / 'profile'}", address], capture_output=True, timeout=120, check=True
+        [*command, f"--user-data-dir={folder / 'profile'}", address],
+        capture_output=True,
+        timeout=120,
+        check=True,
     )
     return done.stdout.decode()
 
@@ -190,7 +193,7 @@ def test_large_tensors_are_kept_in_16_bits() -> None:
 
 def test_a_layer_that_the_page_has_not_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.ReLU, "forward", lambda self, x: torch.sigmoid(x))
-    with pytest.raises(ConvlensError, match="^the page cannot compute Sigmoid as this net has it; export it to ONNX$"):
+    with pytest.raises(ConvlensError, match="^the page cannot compute Sigmoid as this net has it; ONNX can$"):
         page_of(made("tiny"), tmp_path)
 
 

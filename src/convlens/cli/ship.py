@@ -29,8 +29,11 @@ def export(
     ],
     format: Annotated[Target, typer.Option(help="What to write.")] = Target.onnx,
     out: Annotated[Path | None, typer.Option(help="New file, instead of NAME.onnx or NAME.html here.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Where the data are, for --int8 and samples, if the run does not say.")
+    ] = None,
     int8: Annotated[
-        bool, typer.Option("--int8", help="ONNX in 8 bits: a third of the size, faster; needs the run's data.")
+        bool, typer.Option("--int8", help="ONNX in 8 bits: smaller, and faster if it is large; needs the run's data.")
     ] = False,
     samples: Annotated[
         bool, typer.Option("--samples/--no-samples", help="Put a test image of each class on the html page.")
@@ -45,31 +48,33 @@ def export(
     Examples:
       convlens export runs/mnist-1
 
-      convlens export runs/mnist-1 --int8 --out small.onnx
+      convlens export runs/mnist-1 --int8
 
       convlens export mnist --format html --out digits.html
     """
-    name = Path(model).resolve().name.removesuffix(".onnx")
+    if int8 and format is Target.html:
+        raise UsageError("--int8 is for ONNX files; the page has its own small numbers")
+    name = Path(model).resolve().name.removesuffix(".onnx") + ("-int8" if int8 else "")
     path = out or Path(f"{name}.{format}")
+    if out is None and path.exists():
+        raise UsageError(f"{path} exists; name another file with --out")
     check_new_file(path, "--out", format)
     if format is Target.html:
-        if int8:
-            raise UsageError("--int8 is for ONNX files; the page has its own small numbers")
-        write_page(model, path, samples=samples)
+        write_page(model, path, data, samples=samples)
     elif int8:
-        write_int8(model, path)
+        write_int8(model, path, data)
     else:
         write_onnx_file(model, path)
     print(f"wrote   {path} ({path.stat().st_size:,} bytes)")
 
 
-def write_page(model: str, path: Path, *, samples: bool) -> None:
+def write_page(model: str, path: Path, data: str | None, *, samples: bool) -> None:
     """Write the page of a net."""
     from convlens.runfolder import write_text
     from convlens.shipping.onnx_predictor import load_onnx
     from convlens.shipping.twin import make_page
 
-    write_text(path, make_page(load_onnx(model), find_samples(model) if samples else []))
+    write_text(path, make_page(load_onnx(model), find_samples(model, data) if samples else []))
 
 
 def write_onnx_file(model: str, path: Path) -> None:
@@ -85,10 +90,10 @@ def write_onnx_file(model: str, path: Path) -> None:
             add_graph(built, folder)
         except ConvlensError as error:  # the run may not be ours to write to
             print(f"convlens: `predict` stays as it is: {error}", file=sys.stderr)
-    print(f"proved  no probability is off by more than {drift:.1g}")
+    print(f"proved  no probability is off by more than {drift:.1g} from what the net gives in PyTorch")
 
 
-def write_int8(model: str, path: Path) -> None:
+def write_int8(model: str, path: Path, data: str | None) -> None:
     """Write the ONNX file of a net in 8 bits, and say what they cost; the run itself keeps its exact graph."""
     from convlens.run import load_tested
     from convlens.shipping.int8 import build_int8
@@ -96,21 +101,25 @@ def write_int8(model: str, path: Path) -> None:
     from convlens.shipping.places import find_bundle
 
     require_exporter()
-    _, dataset = load_tested(model)
-    built, cost = build_int8(find_bundle(model), dataset)
+    folder = find_bundle(model)
+    try:
+        _, dataset = load_tested(model, data)
+    except ConvlensError as error:
+        raise UsageError(f"--int8 needs the images that the net was trained on: {error}") from None
+    built, _, cost = build_int8(folder, dataset)
     write_onnx(built, path)
     print(f"8 bits  {cost}")
 
 
-def find_samples(model: str) -> list[Any]:
-    """Return (class, image) of a test image of each class, if the data of a run are still there."""
+def find_samples(model: str, data: str | None) -> list[Any]:
+    """Return (class, image) of a test image of each class, if the data of a run are still there, or of ``data``."""
     from convlens.run import load_tested
     from convlens.runfolder import RunFolder
 
-    if not RunFolder(Path(model)).test.is_file():
+    if data is None and not RunFolder(Path(model)).test.is_file():
         return []  # a model that came from elsewhere
     try:
-        _, dataset = load_tested(model)
+        _, dataset = load_tested(model, data)
     except ConvlensError as error:
         print(f"convlens: no sample pictures on the page: {error}", file=sys.stderr)
         return []
@@ -131,5 +140,6 @@ def verify(
     """
     from convlens.shipping.onnx_predictor import OnnxPredictor
 
-    drift = OnnxPredictor.load(file).verify()
-    print(f"proved  no probability is off by more than {drift:.1g}")
+    predictor = OnnxPredictor.load(file)
+    whose = "this file gave when it was made" if predictor.in_8_bits else "the net gives in PyTorch"
+    print(f"proved  no probability is off by more than {predictor.verify():.1g} from what {whose}")

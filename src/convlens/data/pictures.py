@@ -201,6 +201,9 @@ def fit_ink(image: Image.Image, height: int, width: int, style: PictureStyle) ->
     A picture that has the size and the black border already is left as it is.
     """
     values = np.asarray(image, dtype=np.float32)  # (H, W), 0..255
+    border = (values[0], values[-1], values[:, 0], values[:, -1])
+    if values.shape == (height, width) and not any(side.any() for side in border):
+        return image  # as it is, without the search for its paper
     paper = estimate_paper(values)
     brightness = float(np.median(paper))
     if values.shape == (height, width) and brightness < 64:

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Annotated, Any, TypeVar
@@ -19,7 +20,7 @@ from convlens.data.pictures import BadImage
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.coverage import LEVELS
 from convlens.serving.gate import Gate, Limits, Metrics
-from convlens.serving.work import Worker
+from convlens.serving.work import OPTIONS, Late, Worker, list_files
 from convlens.shipping.onnx_predictor import OnnxPredictor
 from convlens.shipping.prediction import Prediction
 from convlens.shipping.twin import make_page
@@ -64,14 +65,14 @@ class Answer(Guess):
 
     known: bool | None = Field(description="Does it look like what the net learned from? null: the net cannot say.")
     top: list[Guess] = Field(description="The most probable classes, best first.")
-    labels: list[str] | None = Field(description="The classes that hold the right one as often as `coverage` asks.")
+    set: list[str] | None = Field(description="The classes that hold the right one as often as `coverage` asks.")
 
     @classmethod
     def of(cls, prediction: Prediction) -> "Answer":
         """Return a prediction as the server sends it."""
         top = [Guess(label=label, probability=share) for label, share in prediction.top]
         labels = None if prediction.labels is None else list(prediction.labels)
-        return cls(**top[0].model_dump(), known=prediction.known, top=top, labels=labels)
+        return cls(**top[0].model_dump(), known=prediction.known, top=top, set=labels)
 
 
 class Answers(BaseModel):
@@ -117,6 +118,7 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
     """
     names = tuple(models)
     among: dict[str, Any] = {"enum": list(names)}
+    shown = [name for name, predictor in models.items() if not predictor.in_8_bits] or list(names)
     api = FastAPI(title="convlens", version=version("convlens"), docs_url=None, redoc_url=None, redirect_slashes=False)
     registry = CollectorRegistry()
     images = Counter("convlens_images", "Images classified", ["model"], registry=registry)
@@ -127,12 +129,19 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
     workers = {
         name: Worker(predictor, images.labels(name), together.labels(name)) for name, predictor in models.items()
     }
-    pages: dict[str, HTMLResponse] = {}
+    pages: dict[str, HTMLResponse | str] = {}
+    making = threading.Lock()
 
     @api.exception_handler(RequestValidationError)
     async def tell_what_is_wrong(_request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        return JSONResponse({"detail": f"{first['loc'][-1]}: {first['msg']}"}, 422)
+        return JSONResponse({"detail": f"{first['loc'][-1]}: {first['msg']}, and not {first['input']!r}"}, 422)
+
+    @api.exception_handler(404)
+    @api.exception_handler(405)
+    async def tell_where_to_look(_request: Request, error: HTTPException) -> JSONResponse:
+        told = f"{error.detail}; /openapi.json lists what there is"
+        return JSONResponse({"detail": told}, error.status_code, error.headers)
 
     @api.exception_handler(Exception)
     async def tell_nothing(_request: Request, _error: Exception) -> JSONResponse:
@@ -150,16 +159,28 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
         ] = None,
     ) -> Answers:
         """Say what pictures show."""
-        kind = request.headers.get("content-type", "")
-        if kind.split(";")[0].strip().lower() not in (*KINDS, "multipart/form-data"):
+        if unknown := request.query_params.keys() - set(OPTIONS):
+            raise HTTPException(422, f"unknown option {min(unknown)!r}; choose from: {', '.join(OPTIONS)}")
+        body, content_type = await request.body(), request.headers.get("content-type", "")
+        kind = content_type.split(";")[0].strip().lower()
+        is_form = kind == "multipart/form-data"
+        if not is_form and kind not in KINDS:
             raise HTTPException(415, "send a picture (image/png, image/jpeg, ...) or a form (multipart/form-data)")
+        if not body:
+            raise HTTPException(422, "the request has no body: send a picture")
         worker = find(workers, model)
         if coverage is not None and worker.predictor.bounds is None:
             raise HTTPException(422, f"coverage: {model} cannot say, for it was trained without validation images")
+
+        def files() -> list[bytes]:
+            return list_files(body, content_type) if is_form else [body]
+
         try:
-            found = await worker.predict(await request.body(), kind, top=top, raw=raw, coverage=coverage)
+            found = await worker.predict(files, request.scope["until"], top=top, raw=raw, coverage=coverage)
         except (BadImage, UsageError) as error:
             raise HTTPException(422, str(error)) from None
+        except Late:
+            raise HTTPException(503, "too much to do", {"retry-after": "1"}) from None
         return Answers(model=model, predictions=[Answer.of(prediction) for prediction in found])
 
     @api.get("/models", responses=REFUSALS)
@@ -180,17 +201,21 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
 
     @api.get("/", response_class=HTMLResponse, responses=REFUSALS | WRONG_VALUE)
     def page(
-        model: Annotated[str, Query(description="Which model to show", json_schema_extra=among)] = names[0],
+        model: Annotated[str, Query(description="Which model to show", json_schema_extra=among)] = shown[0],
     ) -> HTMLResponse:
         """Show a model at work: a page that runs it in the browser."""
         predictor = find(models, model)
-        if model not in pages:
-            try:
-                content = make_page(predictor, others=[name for name in names if name != model])
-            except ConvlensError as error:
-                raise HTTPException(422, f"there is no page of this model: {error}") from None
-            pages[model] = HTMLResponse(content, headers={"content-security-policy": policy_of(content)})
-        return pages[model]
+        with making:  # once, also if many ask at the same time
+            if model not in pages:
+                try:
+                    content = make_page(predictor, here=model, nets=shown)
+                    pages[model] = HTMLResponse(content, headers={"content-security-policy": policy_of(content)})
+                except ConvlensError as error:
+                    pages[model] = f"there is no page of this model: {error}"
+        found = pages[model]
+        if isinstance(found, str):
+            raise HTTPException(422, found)
+        return found
 
     @api.get("/live", responses=WRONG_HOST)
     async def live() -> dict[str, str]:
@@ -219,7 +244,7 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
 def find(models: Mapping[str, T], name: str) -> T:
     """Return what belongs to the model called ``name``; HTTPException if there is none."""
     if name not in models:
-        raise HTTPException(422, f"model: choose from: {', '.join(models)}")
+        raise HTTPException(422, f"model: there is no {name!r}; choose from: {', '.join(models)}")
     return models[name]
 
 

@@ -6,10 +6,10 @@ import asyncio
 import base64
 import binascii
 import hmac
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers
@@ -17,8 +17,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LOOPBACK_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?", re.IGNORECASE)  # in a Host header
 OPEN_ROUTES = ("/live", "/ready")  # what a supervisor asks, without a token
-DISCARDED = 4  # times the largest body: what is read and dropped of one that is too large, so that its sender listens
 HEADERS = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -36,7 +36,7 @@ class Limits:
     bodies: int = 128 << 20  # bytes of all requests that are being read or worked on
     body_seconds: float = 10.0  # for a body to arrive
     at_work: int = 256  # requests that have arrived and are not answered yet
-    work_seconds: float = 10.0  # for an answer to be found
+    work_seconds: float = 5.0  # for an answer to be found
 
 
 class Refused(Exception):
@@ -79,6 +79,7 @@ class Gate:
     draining: bool = False  # the server is about to stop: connections are closed after their answer
     at_work: int = 0
     held: int = 0  # bytes of bodies
+    reading: set[asyncio.Timeout] = field(default_factory=set)  # of bodies that have not come to their end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -107,8 +108,6 @@ class Gate:
             if not status:
                 answer = JSONResponse({"detail": error.detail}, error.status, error.headers)
                 await answer(scope, receive, send_safely)
-            if error.status == 413:
-                await self.discard(receive)
         finally:
             method = scope["method"] if scope["method"] in ("GET", "POST") else "other"
             self.metrics.requests.labels(method, status or "none").inc()
@@ -117,15 +116,16 @@ class Gate:
     def check(self, scope: Scope, headers: Headers) -> None:
         """Raise Refused unless the request may come from where it comes."""
         hosts, origin = headers.getlist("host"), headers.get("origin")
-        if len(hosts) != 1 or (self.token is None and name_of(hosts[0]) not in LOOPBACK):
+        if len(hosts) != 1 or (self.token is None and not LOOPBACK_HOST.fullmatch(hosts[0])):
             raise Refused(421, "this server answers on localhost only; start it with --host to serve others")
         own = (f"http://{hosts[0]}", f"https://{hosts[0]}")  # a proxy before the server may speak TLS
         elsewhere = scope["method"] != "GET" and headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
         if elsewhere or (origin is not None and origin not in own):
             raise Refused(403, "a page of another site may not use this server")
         if self.token is not None and scope["path"] not in OPEN_ROUTES and not self.has_token(headers):
-            asked = 'Bearer, Basic realm="convlens: any name, and the token as password"'
-            raise Refused(401, "this server asks for its token", {"www-authenticate": asked})
+            told = "this server asks for its token: Authorization: Bearer TOKEN, or any name with it as password"
+            # browsers do not ask for a password where Bearer is offered beside it
+            raise Refused(401, told, {"www-authenticate": 'Basic realm="convlens", charset="UTF-8"'})
 
     def has_token(self, headers: Headers) -> bool:
         """Say whether the token was sent: as a bearer's, or as the password that a browser asks for."""
@@ -140,42 +140,59 @@ class Gate:
         return hmac.compare_digest(sent.encode(), (self.token or "").encode())
 
     async def take(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
-        """Read the request's body, and let the routes work on it if there is room."""
-        body = bytearray()
+        """Read the request's body, and let the routes work on it if there is room.
+
+        Its place and its bytes are free when the work has ended, which may be after the answer that it took too long.
+        """
+        body, late = bytearray(), False
         try:
             if not await self.read(body, headers, receive):
                 return  # who asked has gone
             if self.at_work >= self.limits.at_work:
                 raise Refused.busy("too many requests at a time")
-            self.at_work += 1
-            self.metrics.at_work.set(self.at_work)
-            unread = [bytes(body)]
-
-            async def replay() -> Message:
-                return {"type": "http.request", "body": unread.pop()} if unread else await receive()
-
-            try:
-                async with asyncio.timeout(self.limits.work_seconds):
-                    await self.app(scope, replay, send)
-            except TimeoutError:
-                raise Refused.busy(f"no answer within {self.limits.work_seconds:g} seconds") from None
-            finally:
-                self.at_work -= 1
-                self.metrics.at_work.set(self.at_work)
-        finally:
+        except Refused:
             self.held -= len(body)
+            raise
+        unread, size = [bytes(body)], len(body)
+        body.clear()
+
+        async def replay() -> Message:
+            return {"type": "http.request", "body": unread.pop()} if unread else await receive()
+
+        async def send_in_time(message: Message) -> None:
+            if not late:
+                await send(message)
+
+        def release(_task: asyncio.Task[None]) -> None:
+            self.at_work -= 1
+            self.held -= size
+            self.metrics.at_work.set(self.at_work)
+
+        self.at_work += 1
+        self.metrics.at_work.set(self.at_work)
+        until = time.monotonic() + self.limits.work_seconds
+        task = asyncio.ensure_future(self.app({**scope, "until": until}, replay, send_in_time))
+        task.add_done_callback(release)
+        await asyncio.wait({task}, timeout=self.limits.work_seconds)
+        if task.done():
+            await task  # and raise what it raised
+        else:
+            late = True
+            raise Refused.busy(f"no answer within {self.limits.work_seconds:g} seconds")
 
     async def read(self, body: bytearray, headers: Headers, receive: Receive) -> bool:
         """Fill ``body``; say whether it has come to its end. Raises Refused if it is too large or too slow."""
-        too_large = Refused(413, f"a request may have {self.limits.body:,} bytes")
+        too_large = Refused(413, f"a request may have at most {self.limits.body:,} bytes")
         declared = headers.get("content-length", "0")
         if not declared.isdecimal() or int(declared) > self.limits.body:
             raise too_large
         try:
-            async with asyncio.timeout(self.limits.body_seconds):
+            async with asyncio.timeout(self.limits.body_seconds) as patience:
+                self.reading.add(patience)
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
+                        self.held -= len(body)
                         return False
                     part = message.get("body", b"")
                     if len(body) + len(part) > self.limits.body:
@@ -187,25 +204,14 @@ class Gate:
                     if not message.get("more_body"):
                         return True
         except TimeoutError:
+            if self.draining:
+                raise Refused.busy("the server is about to stop") from None
             raise Refused(408, f"the body did not come within {self.limits.body_seconds:g} seconds") from None
+        finally:
+            self.reading.discard(patience)
 
-    async def discard(self, receive: Receive) -> None:
-        """Read on, for a while: who is still sending does not hear the answer."""
-        left = DISCARDED * self.limits.body
-        try:
-            async with asyncio.timeout(2):
-                while left > 0:
-                    message = await receive()
-                    left -= len(message.get("body", b""))
-                    if not message.get("more_body"):
-                        return
-        except TimeoutError:
-            return
-
-
-def name_of(host: str) -> str:
-    """Return the name in a Host header, without its port, in lower case; "" if it is none."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
+    def hurry(self) -> None:
+        """Wait no longer for bodies that have not come to their end."""
+        for patience in self.reading:
+            if not patience.expired():
+                patience.reschedule(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import logging
 import os
 import secrets
 import signal
@@ -13,8 +14,9 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -26,7 +28,9 @@ from convlens.serving.app import make_app
 from convlens.serving.gate import LOOPBACK, Gate
 from convlens.shipping.onnx_predictor import OnnxPredictor, find_onnx, load_onnx
 
-TOKEN, SOCKET = "CONVLENS_TOKEN", "CONVLENS_SOCKET"  # environment variables; the second is for worker processes
+TOKEN = "CONVLENS_TOKEN"
+INHERITED = "CONVLENS_INHERITED"  # what a worker process gets: the file numbers of its socket and of its parent's pipe
+SHORTEST = 8  # letters of a token
 SO_ATTACH_FILTER = 26
 WAITING = 2048  # connections that wait to be accepted
 HEADER_SECONDS = 10.0  # for the head of a request to arrive
@@ -61,7 +65,7 @@ class Server(uvicorn.Server):
     def __init__(self, gate: Gate, greeting: str = ""):
         super().__init__(
             uvicorn.Config(
-                gate, http=Connection, ws="none", lifespan="off", log_level="warning", access_log=False,
+                gate, http=Connection, ws="none", lifespan="off", log_level="error", access_log=False,
                 proxy_headers=False, server_header=False, backlog=WAITING, timeout_graceful_shutdown=DRAIN,
             )
         )  # fmt: skip
@@ -84,8 +88,8 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to stop; a second signal does not wait for answers."""
-        self.force_exit = self.gate.draining
+        """Begin to stop; a second Ctrl-C does not wait for answers."""
+        self.force_exit = self.gate.draining and sig == signal.SIGINT
         self.gate.draining = True
         self.stop_at = time.monotonic() + (GRACE if sig == signal.SIGTERM else 0)
 
@@ -101,19 +105,19 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept what waits, no more; answer it; and stop."""
         loop = asyncio.get_running_loop()
-        listening = [one.dup() for server in self.servers for one in server.sockets]
         for server in self.servers:
-            server.close()
-        for one in listening:
-            turn_away(one)
-            one.setblocking(False)
-            with one, contextlib.suppress(BlockingIOError):
-                while True:
-                    accepted, _ = one.accept()
-                    await loop.connect_accepted_socket(self.make_connection, accepted)
+            for one in server.sockets:
+                with contextlib.suppress(OSError), one.dup() as listener:
+                    server.close()
+                    turn_away(listener)
+                    listener.setblocking(False)
+                    while True:  # until there is nobody left, which is an OSError too
+                        accepted, _ = listener.accept()
+                        await loop.connect_accepted_socket(self.make_connection, accepted)
         end = time.monotonic() + LAST_CALL
         while self.server_state.connections and time.monotonic() < end and not self.force_exit:
             await asyncio.sleep(0.02)
+        self.gate.hurry()
         await super().shutdown(sockets)
 
     def make_connection(self) -> Connection:
@@ -134,54 +138,81 @@ def turn_away(listener: socket.socket) -> None:
 def serve(sources: Sequence[str], host: str = "127.0.0.1", port: int = 8000, workers: int = 1) -> None:
     """Serve runs, models by name, or ONNX files, until it is told to stop; with several workers, each a process.
 
-    A host that is not this machine alone asks for the token in CONVLENS_TOKEN, or makes one up and says it. Raises
-    UsageError for an address that cannot be used and for two models of the same name.
+    ``NAME=SOURCE`` gives a model another name. A host that is not this machine alone asks for the token in
+    CONVLENS_TOKEN, or makes one up and says it. Raises UsageError for an address or a token that cannot be used, and
+    for two models of the same name.
     """
-    names = [Path(source).resolve().name.removesuffix(".onnx") for source in sources]
-    if len(set(names)) < len(names):
-        raise UsageError(f"two models have the same name: {', '.join(names)}; rename a folder or file")
-    token = os.environ.get(TOKEN) or (None if host in LOOPBACK else secrets.token_urlsafe(24))
+    named = dict(name_model(source) for source in sources)
+    if len(named) < len(sources):
+        names = ", ".join(name_model(source)[0] for source in sources)
+        raise UsageError(f"two models would have the same name: {names}; give one another: NAME={quoted(sources[-1])}")
+    token = read_token()
+    if token is None and host not in LOOPBACK:
+        token = secrets.token_urlsafe(24)
     allow_many_connections()
-    inherited = os.environ.pop(SOCKET, None)
-    if workers > 1:
-        for source in sources:
-            find_onnx(source)  # what is wrong with one is said once
-    models = {} if workers > 1 else {name: load(source) for name, source in zip(names, sources, strict=True)}
-    with socket.socket(fileno=int(inherited)) if inherited else listen(host, port) as listener:
-        greeting = "" if inherited else greet(names, listener, token)
+    found = {
+        name: find_onnx(source) for name, source in named.items()
+    }  # what is wrong with one is said before all else
+    inherited = os.environ.pop(INHERITED, None)
+    if inherited:
+        end_with(int(inherited.split()[1]))
+    with socket.socket(fileno=int(inherited.split()[0])) if inherited else listen(host, port) as listener:
+        greeting = "" if inherited else greet(named, listener, token)
+        models = {name: predictor or export(named[name]) for name, predictor in found.items()}
         if workers > 1:
-            run_workers(sources, listener, workers, token, greeting)
+            run_workers(models, listener, workers, token, greeting)
         else:
+            logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # each answer says what was wrong
             Server(make_app(models, token=token), greeting).run([listener])
 
 
-def load(source: str) -> OnnxPredictor:
-    """Load a model; one that has no ONNX graph yet is exported in memory, which takes a few seconds."""
-    found = find_onnx(source)
-    if found is None:
-        print(f"exporting {source} to ONNX; `convlens export {quoted(source)}` does it once", file=sys.stderr)
-    return found or load_onnx(source)
+def name_model(source: str) -> tuple[str, str]:
+    """Return the name that a model is served by, and what it is loaded from."""
+    name, equals, rest = source.partition("=")
+    if equals and name and not Path(source).exists():
+        return name, rest
+    path = Path(os.path.abspath(source))  # a link has its own name, whatever it leads to
+    return (path.parent if path.name == "model" else path).name.removesuffix(".onnx"), source
+
+
+def read_token() -> str | None:
+    """Return the token that was given, if one was; UsageError if it cannot be sent, or is too easy to guess."""
+    token = os.environ.get(TOKEN)
+    if token is not None and (len(token) < SHORTEST or not token.isascii() or not token.isprintable() or " " in token):
+        raise UsageError(f"{TOKEN} must have {SHORTEST} or more letters, digits and signs of ASCII, and no blank")
+    return token
+
+
+def export(source: str) -> OnnxPredictor:
+    """Make the ONNX graph of a run that has none yet, in memory, which takes a few seconds."""
+    print(f"exporting {source} to ONNX; `convlens export {quoted(source)}` does it once", file=sys.stderr)
+    return load_onnx(source)
 
 
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that clients can connect to; UsageError if that address cannot be had."""
+    if not host:
+        raise UsageError("--host: give an address, such as 127.0.0.1, or 0.0.0.0 for all of this machine's")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         made = socket.create_server((host, port), family=family, backlog=WAITING)
     except OSError as error:
-        # of an address: what the system says of it, without what Python adds; of a name that does not resolve: that
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        reason = (error.strerror or str(error)).split(" (")[0]  # without what Python adds
         raise UsageError(f"cannot listen on {host}, port {port}: {reason}; choose another --host or --port") from None
     # asked anew what it is, it says TCP; only then does asyncio turn off Nagle's algorithm, which costs 40 ms an answer
     return socket.socket(fileno=made.detach())
 
 
-def greet(names: Sequence[str], listener: socket.socket, token: str | None) -> str:
+def greet(names: Iterable[str], listener: socket.socket, token: str | None) -> str:
     """Return the lines that say where the server is."""
     host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):  # all addresses of this machine; its name is one that others can use
+        host = socket.gethostname()
     told = f"serving {', '.join(names)} at http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C stops)\n"
-    if token is not None and TOKEN not in os.environ:
-        told += f"token   {token}  (made up; {TOKEN} sets another)\n"
+    if token is not None:
+        told += (
+            f"token   that of {TOKEN}\n" if TOKEN in os.environ else f"token   {token}  (made up; {TOKEN} sets one)\n"
+        )
     return told
 
 
@@ -194,36 +225,50 @@ def allow_many_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def end_with(pipe: int) -> None:
+    """Stop this process when the one that holds the other end of ``pipe`` is gone, however it ended."""
+
+    def watch() -> None:
+        os.read(pipe, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run_workers(
-    sources: Sequence[str], listener: socket.socket, workers: int, token: str | None, greeting: str
+    models: Mapping[str, OnnxPredictor], listener: socket.socket, workers: int, token: str | None, greeting: str
 ) -> None:
-    """Run ``workers`` processes that share a socket, until they are told to stop, or one of them fails."""
+    """Run ``workers`` processes that share a socket, until they are told to stop, or one of them ends by itself."""
     if not hasattr(os, "fork"):
         raise UsageError("--workers: this system cannot share a socket between processes; leave it at 1")
-    with tempfile.TemporaryDirectory() as folder:
-        more = {SOCKET: str(listener.fileno()), "PROMETHEUS_MULTIPROC_DIR": folder} | ({TOKEN: token} if token else {})
-        command = [sys.executable, "-m", "convlens", "serve", *sources]
-        processes = [
-            subprocess.Popen(command, env=os.environ | more, pass_fds=[listener.fileno()]) for _ in range(workers)
-        ]
-        told = False
+    told = False
 
-        def stop(number: int, _frame: FrameType | None) -> None:
-            nonlocal told
-            told = True
-            listener.close()  # what connects now is the workers' own to accept, or to refuse
-            for process in processes:
-                process.send_signal(number)
+    def tell(_number: int, _frame: FrameType | None) -> None:
+        nonlocal told
+        told = True
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, tell)
+    theirs, ours = os.pipe()  # its other end closes when this process ends
+    with tempfile.TemporaryDirectory() as folder, os.fdopen(theirs), os.fdopen(ours, "w"):
+        given = [listener.fileno(), theirs]
+        more = {INHERITED: " ".join(map(str, given)), "PROMETHEUS_MULTIPROC_DIR": folder}
+        more |= {TOKEN: token} if token else {}
+        command = [sys.executable, "-m", "convlens", "serve"]
+        for index, (name, predictor) in enumerate(models.items()):
+            predictor.write(file := Path(folder) / f"{index}.onnx")
+            command.append(f"{name}={file}")
+        processes: list[subprocess.Popen[bytes]] = []
+        while len(processes) < workers and not told:
+            # a session of its own: a terminal's Ctrl-C comes to this process alone, which passes it on
+            processes.append(subprocess.Popen(command, env=os.environ | more, pass_fds=given, start_new_session=True))
         print(greeting, end="", flush=True)
         while not told and all(process.poll() is None for process in processes):
             time.sleep(0.1)
-        failed = not told
-        if failed:
-            stop(signal.SIGTERM, None)
+        listener.close()  # what connects now is the workers' own to accept, or to refuse
+        for process in processes:
+            process.terminate()
         for process in processes:
             process.wait()
-        if failed:
-            raise ConvlensError("a worker has ended by itself, so all were stopped")
+    if not told:
+        raise ConvlensError("a worker has ended by itself, so all were stopped; start the server again")

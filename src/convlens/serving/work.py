@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import queue
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import Counter, Histogram
-from python_multipart import parse_form
+from python_multipart import MultipartParser, create_form_parser
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import File
+from python_multipart.multipart import Field, File, MultipartState
 
 from convlens.data.pictures import BadImage, Pixels, open_image
 from convlens.errors import UsageError
@@ -24,75 +25,106 @@ from convlens.shipping.onnx_predictor import BATCH, OnnxPredictor
 from convlens.shipping.prediction import Prediction
 
 MOST_IMAGES = 1000  # in a request
-Answer = tuple[NDArray[np.float32], NDArray[np.bool_] | None]
+MOST_PIXELS = 100_000_000  # of all pictures in a request, as they come
+MOST_BYTES = 8 << 20  # of all pictures in a request, as the net sees them
+MOST_JOBS = 32  # decoded, that wait for the net
+OPTIONS = ("model", "top", "raw", "coverage")  # they belong into the address
+Output = tuple[NDArray[np.float32], NDArray[np.bool_] | None]  # probabilities (N, K), and which are known (N,)
 
-DECODERS = ThreadPoolExecutor(available_cores(), "decode")
+
+class Late(Exception):
+    """There is no time left for a request: whoever asked has been told so."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
-    """Pixels, uint8 (N, C, H, W), and who waits for what the net says of them."""
+    """Pixels, uint8 (N, C, H, W), and who waits, until when, for what the net says of them."""
 
     pixels: Pixels
+    until: float
     loop: asyncio.AbstractEventLoop
-    answer: asyncio.Future[Answer]
+    answer: asyncio.Future[Output]
 
-    def give(self, answer: Answer | Exception) -> None:
-        """Hand over the answer, or what went wrong, from another thread; nobody may wait for it any more."""
+    def give(self, output: Output | Exception) -> None:
+        """Hand over the net's output, or what went wrong, from another thread."""
 
         def give() -> None:
-            if self.answer.done():
-                return
-            if isinstance(answer, Exception):
-                self.answer.set_exception(answer)
+            if isinstance(output, Exception):
+                self.answer.set_exception(output)
             else:
-                self.answer.set_result(answer)
+                self.answer.set_result(output)
 
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self.loop.call_soon_threadsafe(give)
 
 
 class Worker:
-    """A net and its thread: whatever has come while it was busy goes through it together."""
+    """A net and its threads: whatever has come while it was busy goes through it together."""
 
     def __init__(self, predictor: OnnxPredictor, images: Counter, together: Histogram):
         self.predictor = predictor
         self._images, self._together = images, together
-        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._decoders = ThreadPoolExecutor(available_cores(), "decode")
+        self.jobs: queue.Queue[Job] = queue.Queue(MOST_JOBS)
         threading.Thread(target=self._work, daemon=True).start()
 
     async def predict(
-        self, body: bytes, content_type: str, *, top: int, raw: bool, coverage: float | None
+        self, files: Callable[[], list[bytes]], until: float, *, top: int, raw: bool, coverage: float | None
     ) -> list[Prediction]:
-        """Classify the pictures of a request; UsageError or BadImage if there are none that can be read."""
-        loop = asyncio.get_running_loop()
-        pixels = await loop.run_in_executor(DECODERS, self.read, body, content_type, raw)
-        job = Job(pixels, loop, loop.create_future())
-        self._jobs.put(job)
-        return self.predictor.interpret(*await job.answer, top, coverage)
+        """Classify the pictures that ``files`` gives, before the clock is at ``until``.
 
-    def read(self, body: bytes, content_type: str, raw: bool) -> Pixels:
+        Raises UsageError or BadImage if there are none that can be read, and Late.
+        """
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Output] = loop.create_future()
+
+        def decode() -> None:
+            job = Job(self.read(files, until, raw), until, loop, answer)
+            try:
+                self.jobs.put(job, timeout=max(until - time.monotonic(), 0))
+            except queue.Full:
+                raise Late from None
+
+        await loop.run_in_executor(self._decoders, decode)
+        probabilities, known = await answer
+        return self.predictor.interpret(probabilities, known, top, coverage)
+
+    def read(self, files: Callable[[], list[bytes]], until: float, raw: bool) -> Pixels:
         """Return the pictures of a request as the net's pixels, uint8 (N, C, H, W)."""
-        contents = list_files(body, content_type) if content_type.startswith("multipart/form-data") else [body]
-        adapted = []
+        adapted: list[Pixels] = []
+        seen, contents = 0, files() if time.monotonic() < until else []
         for number, content in enumerate(contents, start=1):
+            if time.monotonic() > until:
+                raise Late
             name = "the image" if len(contents) == 1 else f"image {number} of {len(contents)}"
-            adapted.append(self.predictor.preprocess.adapt(open_image(content, name), raw=raw))
+            image = open_image(content, name)
+            seen += image.width * image.height
+            if seen > MOST_PIXELS:
+                raise UsageError(f"the images of a request may have at most {MOST_PIXELS:,} pixels together")
+            adapted.append(self.predictor.preprocess.adapt(image, raw=raw))
+            if len(contents) * adapted[0].nbytes > MOST_BYTES:
+                most = MOST_BYTES // adapted[0].nbytes
+                raise UsageError(f"a request may have at most {most:,} images for this model")
+        if not adapted:
+            raise Late
         return np.stack(adapted)
 
     def _work(self) -> None:
         while True:
-            jobs = [self._jobs.get()]
+            jobs = [self.jobs.get()]
             while sum(len(job.pixels) for job in jobs) < BATCH:
                 try:
-                    jobs.append(self._jobs.get_nowait())
+                    jobs.append(self.jobs.get_nowait())
                 except queue.Empty:
                     break
-            try:
-                self._run(jobs)
-            except Exception as error:  # each request answers for itself
-                for job in jobs:
-                    job.give(error)
+            for job in (late := [job for job in jobs if time.monotonic() > job.until]):
+                job.give(Late())
+            if in_time := [job for job in jobs if job not in late]:
+                try:
+                    self._run(in_time)
+                except Exception as error:
+                    for job in in_time:
+                        job.give(error)
 
     def _run(self, jobs: list[Job]) -> None:
         pixels = np.concatenate([job.pixels for job in jobs])
@@ -102,26 +134,42 @@ class Worker:
         start = 0
         for job in jobs:
             end = start + len(job.pixels)
-            answer = probabilities[start:end], None if known is None else known[start:end]
-            job.give(answer)
+            job.give((probabilities[start:end], None if known is None else known[start:end]))
             start = end
 
 
 def list_files(body: bytes, content_type: str) -> list[bytes]:
-    """Return the files of a multipart form; UsageError if it is none, or holds none."""
+    """Return the files of a multipart form; ``content_type`` names the boundary between them.
+
+    Raises UsageError if it is none, not the whole of one, or holds anything else.
+    """
     files: list[bytes] = []
 
     def add(file: File) -> None:
         if len(files) == MOST_IMAGES:
-            raise UsageError(f"a request may have {MOST_IMAGES:,} images")
+            raise UsageError(f"a request may have at most {MOST_IMAGES:,} images")
         file.file_object.seek(0)
         files.append(file.file_object.read())
         file.close()
 
+    def refuse(field: Field) -> None:
+        name = (field.field_name or b"").decode("utf-8", "replace")
+        raise UsageError(
+            f"{name} belongs into the address, as in /predict?{name}=..." if name in OPTIONS
+            else f"the form has a field {name!r} that is no file"
+        )  # fmt: skip
+
     try:
-        parse_form({"Content-Type": content_type.encode("latin-1")}, io.BytesIO(body), None, add)
+        parser = create_form_parser(
+            {"Content-Type": content_type.encode("latin-1")}, refuse, add,
+            config={"MAX_MEMORY_FILE_SIZE": len(body)},  # no file of a form is written to disk
+        )  # fmt: skip
+        parser.write(body)
+        parser.finalize()
     except FormParserError:
         raise UsageError("the body is no multipart form") from None
+    if not isinstance(parser.parser, MultipartParser) or parser.parser.state != MultipartState.END:
+        raise UsageError("the form was cut short")
     if not files:
         raise BadImage("the form holds no file")
     return files

@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 from convlens.data.dataset import Dataset
 from convlens.evaluation.metrics import wilson_interval
-from convlens.shipping.onnx_graph import about_of, build_onnx, golden_answers, write_about
+from convlens.shipping.bundle import load_bundle
+from convlens.shipping.onnx_graph import (
+    about_of,
+    complete,
+    export_net,
+    golden_answers,
+    require_exporter,
+    write_about,
+)
 from convlens.shipping.onnx_predictor import OnnxPredictor, seal
 
 SHOWN = 512  # training images that the ranges of activations are taken from
@@ -36,17 +44,21 @@ class Cost:
         )
 
 
-def build_int8(folder: Path, dataset: Dataset) -> tuple[Any, Cost]:
-    """Return the ONNX model of the bundle in ``folder`` with convolutions in 8 bits, and what that costs.
+def build_int8(folder: Path, dataset: Dataset) -> tuple[Any, Any, Cost]:
+    """Return the ONNX model of the bundle in ``folder`` with convolutions in 8 bits, the exact one, and what it costs.
 
     The range of each activation is that on some training images of ``dataset``. Golden answers and test figures in
-    the file are those of the 8-bit net. Raises what ``build_onnx`` does.
+    the file are those of the 8-bit net; temperature and bounds stay those of the exact one. Raises what
+    ``build_onnx`` does.
     """
+    require_exporter()
+    bundle = load_bundle(folder)
+    net = export_net(bundle.net, bundle.preprocess)
     g = torch.Generator().manual_seed(0)
-    rows = torch.randperm(len(dataset.train), generator=g)[:SHOWN]
-    shown = dataset.train.images[rows]
-    model = build_onnx(folder, lambda net, normalise: quantise(net, normalise(shown).numpy()))
-    plain, small = (OnnxPredictor(seal(m.SerializeToString()), str(folder)) for m in (build_onnx(folder), model))
+    shown = dataset.train.images[torch.randperm(len(dataset.train), generator=g)[:SHOWN]]
+    exact = complete(net, bundle, folder)
+    model = complete(quantise(net, bundle.preprocess.normaliser()(shown).numpy()), bundle, folder)
+    plain, small = (OnnxPredictor(seal(m.SerializeToString()), str(folder)) for m in (exact, model))
     images, labels = dataset.test.images.numpy(), dataset.test.labels.numpy()
     first, second = (predictor.run(images)[0].argmax(axis=1) for predictor in (plain, small))
     n, right = len(labels), int((second == labels).sum())
@@ -54,7 +66,7 @@ def build_int8(folder: Path, dataset: Dataset) -> tuple[Any, Cost]:
     about["golden"] = golden_answers(small)
     about["trained"] |= {"n": n, "accuracy": right / n, "accuracy_interval": wilson_interval(right, n), "bits": 8}
     write_about(model, about)
-    return model, Cost(float((first == labels).mean()), right / n, float((first == second).mean()), n)
+    return model, exact, Cost(float((first == labels).mean()), right / n, float((first == second).mean()), n)
 
 
 def quantise(net: Any, images: NDArray[np.float32]) -> Any:

@@ -10,7 +10,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from convlens.data.normalise import Normalise
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError
 from convlens.runfolder import read_json, replacing, write_json
-from convlens.shipping.bundle import load_bundle
+from convlens.shipping.bundle import Bundle, load_bundle
 from convlens.shipping.classifier import Classifier
 from convlens.shipping.onnx_predictor import FORMAT, METADATA, UNSEALED, OnnxPredictor, seal
 from convlens.shipping.places import CONFIG, GRAPH, TRUST, WEIGHTS
@@ -130,22 +129,21 @@ class WithFeatures(nn.Module):
         return self.net.head(maps), maps.mean(dim=(2, 3))  # type: ignore[operator]
 
 
-def build_onnx(folder: Path, change: Callable[[Any, Normalise], Any] | None = None) -> Any:
+def build_onnx(folder: Path) -> Any:
     """Return the ONNX model, a protobuf, of the bundle in ``folder``, with all its weights inside.
 
-    ``change`` is given the net, from normalised images to logits and features, and what normalises, and returns
-    another net. Raises UsageError where the packages that it takes are not installed, ConvlensError for a net that
-    ONNX has no words for.
+    Raises UsageError where the packages that it takes are not installed, ConvlensError for a net that ONNX has no
+    words for.
     """
     require_exporter()
+    bundle = load_bundle(folder)
+    return complete(export_net(bundle.net, bundle.preprocess), bundle, folder)
+
+
+def complete(net: Any, bundle: Bundle, folder: Path) -> Any:
+    """Return the ONNX model from raw pixels to an answer: what comes before the ``net``, that, and what follows."""
     import onnx
     from onnx import helper, numpy_helper, parser
-
-    bundle = load_bundle(folder)
-    classifier = Classifier(bundle)
-    net, normalise = export_net(bundle.net, bundle.preprocess), bundle.preprocess.normaliser()
-    if change is not None:
-        net = change(net, normalise)
 
     def graph(text: str) -> Any:
         return parser.parse_model(f'<ir_version: 10, opset_import: ["" : {OPSET}]>{text}').graph
@@ -153,6 +151,7 @@ def build_onnx(folder: Path, change: Callable[[Any, Normalise], Any] | None = No
     shape, trust = bundle.preprocess, bundle.trust
     constants_of_colour, colour = COLOURS[shape.channels]
     front = FRONT.format(height=shape.height, width=shape.width, constants=constants_of_colour, colour=colour)
+    normalise = shape.normaliser()
     constants: dict[str, Tensor] = {"scale": normalise.scale, "offset": normalise.offset}
     parts = [graph(front), net.graph, graph(ANSWER.format(temperature=trust.temperature if trust else 1.0))]
     if trust is not None:
@@ -176,7 +175,7 @@ def build_onnx(folder: Path, change: Callable[[Any, Normalise], Any] | None = No
         "seal": UNSEALED.decode(),
         "format": FORMAT,
         **describe_bundle(folder),
-        "golden": golden_answers(classifier),
+        "golden": golden_answers(Classifier(bundle)),
     }
     write_about(model, about)
     onnx.checker.check_model(model)

@@ -48,6 +48,8 @@ def find_bundle(source: str | Path) -> Path:
     if path.exists():
         RunFolder.refuse_series(path)
         if path.suffix == ".onnx":
-            raise UsageError(f"{path} is an ONNX file, for `predict` and `verify`; name the run or model that it is of")
+            raise UsageError(
+                f"{path} is an ONNX file, for `predict`, `serve`, `verify` and `export --format html`; name the run"
+            )
         raise UsageError(f"{path} is neither a run folder nor a model bundle")
     raise UnknownName("run folder or model", str(source), shipped)

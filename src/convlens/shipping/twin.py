@@ -20,21 +20,25 @@ SMALL = 256  # numbers; longer tensors are kept as 16-bit whole numbers, with a 
 SPACE = ({2, 3}, {-2, -1})  # the axes that a pooling head may reduce
 
 
-def make_page(predictor: OnnxPredictor, samples: Sequence[tuple[str, Pixels]] = (), others: Sequence[str] = ()) -> str:
+def make_page(
+    predictor: OnnxPredictor, samples: Sequence[tuple[str, Pixels]] = (), here: str = "", nets: Sequence[str] = ()
+) -> str:
     """Return the page of a net as HTML, with ``samples`` to try: classes, and images uint8 (C, H, W).
 
-    Of ``others``, the names of further models of a server, there are links.
+    On a server, it is the page of the net called ``here``, with links to those of the other ``nets``.
 
     Raises UsageError where the package that it takes is not installed, ConvlensError for a net with a layer that the
     page cannot compute.
     """
+    if predictor.in_8_bits:
+        raise ConvlensError("the page cannot compute in 8 bits; it is for the same net without --int8")
     about = predictor.about
     model, weights = describe_net(predictor.model())
     model |= {key: about[key] for key in ("classes", "preprocess", "golden", "trained")}
     model["samples"] = [
         {"label": label, "pixels": base64.b64encode(pixels.tobytes()).decode()} for label, pixels in samples
     ]
-    model["others"] = list(others)
+    model |= {"here": here, "nets": list(nets)}
     parts = {name: read_part(name) for name in ("engine.js", "picture.js", "page.js", "page.css")}
     fill = {
         "TITLE": html.escape(f"{about['trained']['data']}: a small net at work"),
@@ -138,7 +142,7 @@ def list_layers(graph: Any, constants: dict[str, NDArray[Any]]) -> list[dict[str
             case "Gemm" if attributes.get("transB") == 1 and not attributes.get("transA"):
                 pass
             case name:
-                raise ConvlensError(f"the page cannot compute {name} as this net has it; export it to ONNX")
+                raise ConvlensError(f"the page cannot compute {name} as this net has it; ONNX can")
         computed.add(node.output[0])
         layers.append(layer)
     return layers

@@ -56,7 +56,7 @@ class TrainState:
     records: list[EpochRecord] = field(default_factory=list)
     best_epoch: int = 0  # 0: none yet
     finished: bool = False
-    parts: int = 1  # in which a batch goes through the net: more than one once memory has run out
+    parts: int = 1  # in which a batch goes through the net: the recipe's, or more once memory has run out
 
 
 class CheckpointStore:

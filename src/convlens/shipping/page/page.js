@@ -315,15 +315,16 @@ function describe() {
   at("facts").textContent = `Net “${trained.net}” with ${trained.parameters.toLocaleString("en")} numbers, trained by convlens on ${trained.data}. On ${trained.n.toLocaleString("en")} pictures that it had never seen it was right ${(100 * trained.accuracy).toFixed(2)}% of the time (95% interval ${low}% to ${high}%).`;
 }
 
-// a server has a page of each of its models
+// a server has a page of each of its nets
 function useOthers() {
-  at("others").hidden = !model.others.length;
-  for (const name of model.others) {
-    const link = at("others").appendChild(document.createElement("a"));
+  at("others").hidden = model.nets.length < 2;
+  for (const name of model.nets) {
+    const link = at("others").appendChild(document.createElement(name === model.here ? "strong" : "a"));
     link.textContent = name;
-    link.href = `?model=${encodeURIComponent(name)}`;
+    if (name === model.here) link.setAttribute("aria-current", "page");
+    else link.href = `?model=${encodeURIComponent(name)}`;
   }
-  at("others").prepend("Other nets here:");
+  at("others").prepend("Nets here:");
 }
 
 // a first thing to look at: a digit is written, a photo net gets the first sample
