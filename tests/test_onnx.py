@@ -233,7 +233,7 @@ def test_export_writes_one_file_and_makes_predict_quick(
     onnx.checker.check_model("pets-1.onnx", full_check=True)
     before = Path("pets-1.onnx").read_bytes()
     assert run("export", "runs/pets-1") == 2
-    assert "--out pets-1.onnx: that file exists" in capsys.readouterr().err
+    assert "pets-1.onnx exists; name another file with --out" in capsys.readouterr().err
     assert run("export", "runs/pets-1", "--out", "x.txt") == 2
     assert Path("pets-1.onnx").read_bytes() == before and not Path("x.txt").exists()
 
@@ -272,7 +272,7 @@ def test_drift_is_found_and_nothing_is_written(model: Any, tmp_path: Path) -> No
     changed = onnx.ModelProto.FromString(model.SerializeToString())
     weight = next(tensor for tensor in changed.graph.initializer if tensor.name == "net.head.2.weight")
     weight.raw_data = (np.frombuffer(weight.raw_data, np.float32) * 1.01).tobytes()
-    with pytest.raises(ConvlensError, match="answers otherwise than PyTorch did: a probability is off by 0.0"):
+    with pytest.raises(ConvlensError, match="answers otherwise than when it was made: a probability is off by 0.0"):
         write_onnx(changed, tmp_path / "new" / "x.onnx")
     assert not (tmp_path / "new").exists()
 
@@ -284,7 +284,7 @@ def test_verify_fails_on_drift(model: Any, tmp_path: Path, capsys: pytest.Captur
     changed.metadata_props[0].value = json.dumps(about, separators=(",", ":"))
     (tmp_path / "x.onnx").write_bytes(seal(changed.SerializeToString()))
     assert run("verify", tmp_path / "x.onnx") == 1
-    assert f"{tmp_path / 'x.onnx'} answers otherwise than PyTorch did" in capsys.readouterr().err
+    assert f"{tmp_path / 'x.onnx'} answers otherwise than when it was made" in capsys.readouterr().err
 
 
 def test_a_single_bit_is_found(file: Path) -> None:
@@ -318,7 +318,10 @@ def test_what_is_no_model_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
         (("predict", "no.onnx", "x.png"), "there is no file no.onnx"),
         (("verify", "no.onnx"), "there is no file no.onnx"),
         (("verify", tmp_path), "it takes the .onnx file that `convlens export` wrote"),
-        (("evaluate", file), "is an ONNX file, for `predict` and `verify`; name the run or model that it is of"),
+        (
+            ("evaluate", file),
+            "is an ONNX file, for `predict`, `serve`, `verify` and `export --format html`; name the run",
+        ),
     ):
         assert run(*words) == 2
         assert says in capsys.readouterr().err
@@ -355,7 +358,7 @@ HOSTILE = {
     "half a file": lambda model: model.SerializeToString()[: model.ByteSize() // 2],
     "another program's": lambda model: foreign(),
     "metadata that are no JSON": lambda model: foreign(convlens=f'{{"seal":"{"0" * 64}"'),
-    "metadata that say nothing": lambda model: foreign(convlens=f'{{"seal":"{"0" * 64}", "format": 1}}'),
+    "metadata that say nothing": lambda model: foreign(convlens=f'{{"seal":"{"0" * 64}", "format": 2}}'),
     "metadata of a newer convlens": lambda model: foreign(convlens=f'{{"seal":"{"0" * 64}", "format": 99}}'),
     "weights in a file beside it": lambda model: outside(model, "secret.bin"),
     "weights in a file above it": lambda model: outside(model, "../secret.bin"),
