@@ -105,10 +105,10 @@ async def answer_of(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
     return int(head[0].split()[1]), headers
 
 
-async def ask_once(port: int, body: bytes) -> tuple[int, dict[str, str]]:
+async def ask_once(port: int, body: bytes, more: str = "") -> tuple[int, dict[str, str]]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        writer.write(request_of(body, "Connection: close\r\n"))
+        writer.write(request_of(body, f"{more}Connection: close\r\n"))
         return await answer_of(reader)
     finally:
         writer.close()
@@ -194,15 +194,7 @@ def test_other_hosts_need_the_token(picture: bytes) -> None:
             ("Authorization: Bearer wrong\r\n", 401),
             (f"Authorization: Bearer {token}\r\n", 200),
         ):
-
-            async def ask(more: str = sent) -> int:
-                reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-                writer.write(request_of(picture, more))
-                found, _ = await answer_of(reader)
-                writer.close()
-                return found
-
-            assert asyncio.run(ask()) == status
+            assert asyncio.run(ask_once(server.port, picture, sent))[0] == status
     with running("digits", "--host", "0.0.0.0", CONVLENS_TOKEN="mine-alone") as server:
         assert server.process.stdout
         assert server.process.stdout.readline() == "token   that of CONVLENS_TOKEN\n"  # which is not printed

@@ -7,7 +7,7 @@ import itertools
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx2 as httpx
@@ -53,6 +53,16 @@ def picture(digits: OnnxPredictor) -> bytes:
 
 def client_of(gate: Gate, **options: Any) -> TestClient:
     return TestClient(gate, base_url="http://localhost:8000", **options)
+
+
+class Instead:
+    """A predictor that runs otherwise."""
+
+    def __init__(self, predictor: OnnxPredictor, run: Callable[[Any], Any]):
+        self._predictor, self.run = predictor, run
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._predictor, name)
 
 
 @pytest.fixture
@@ -121,17 +131,13 @@ def test_requests_that_wait_together_go_through_the_net_together(
     expected = digits.predict(list(files))
     began, sizes, go = threading.Event(), [], threading.Event()
 
-    class Slow:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(digits, name)
+    def run_slowly(pixels: Any) -> Any:
+        sizes.append(len(pixels))
+        began.set()
+        assert go.wait(20)
+        return digits.run(pixels)
 
-        def run(self, pixels: Any) -> Any:
-            sizes.append(len(pixels))
-            began.set()
-            assert go.wait(20)
-            return digits.run(pixels)
-
-    gate = make_app({"digits": Slow()})  # type: ignore[dict-item]
+    gate = make_app({"digits": Instead(digits, run_slowly)})  # type: ignore[dict-item]
 
     async def ask() -> list[httpx.Response]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://localhost") as client:
@@ -227,14 +233,10 @@ def test_work_that_is_too_late_is_not_done(digits: OnnxPredictor, picture: bytes
 
 
 def test_a_mistake_of_ours_says_nothing_of_this_machine(digits: OnnxPredictor, picture: bytes) -> None:
-    class Broken:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(digits, name)
+    def fail(_pixels: Any) -> Any:
+        raise OSError("cannot read /home/me/secret")
 
-        def run(self, pixels: Any) -> Any:
-            raise OSError("cannot read /home/me/secret")
-
-    client = client_of(make_app({"digits": Broken()}), raise_server_exceptions=False)  # type: ignore[dict-item]
+    client = client_of(make_app({"digits": Instead(digits, fail)}), raise_server_exceptions=False)  # type: ignore[dict-item]
     response = client.post("/predict", content=picture, headers=PNG)
     assert (response.status_code, response.json()) == (500, {"detail": "the server made a mistake; its log says which"})
     assert client.get("/live").status_code == 200
@@ -274,15 +276,11 @@ def test_bodies_that_are_too_large_or_too_slow(digits: OnnxPredictor, picture: b
 def test_too_much_at_a_time_is_refused_at_once(digits: OnnxPredictor, picture: bytes) -> None:
     go = threading.Event()
 
-    class Slow:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(digits, name)
+    def run_slowly(pixels: Any) -> Any:
+        assert go.wait(20)
+        return digits.run(pixels)
 
-        def run(self, pixels: Any) -> Any:
-            assert go.wait(20)
-            return digits.run(pixels)
-
-    gate = make_app({"digits": Slow()}, limits=Limits(at_work=3, work_seconds=2))  # type: ignore[dict-item]
+    gate = make_app({"digits": Instead(digits, run_slowly)}, limits=Limits(at_work=3, work_seconds=2))  # type: ignore[dict-item]
 
     async def ask() -> list[httpx.Response]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://localhost") as client:

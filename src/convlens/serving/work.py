@@ -36,7 +36,7 @@ class Late(Exception):
     """There is no time left for a request: whoever asked has been told so."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Job:
     """Pixels, uint8 (N, C, H, W), and who waits, until when, for what the net says of them."""
 
@@ -91,11 +91,11 @@ class Worker:
 
     def read(self, files: Callable[[], list[bytes]], until: float, raw: bool) -> Pixels:
         """Return the pictures of a request as the net's pixels, uint8 (N, C, H, W)."""
+        require_time(until)
         adapted: list[Pixels] = []
-        seen, contents = 0, files() if time.monotonic() < until else []
+        seen, contents = 0, files()
         for number, content in enumerate(contents, start=1):
-            if time.monotonic() > until:
-                raise Late
+            require_time(until)
             name = "the image" if len(contents) == 1 else f"image {number} of {len(contents)}"
             image = open_image(content, name)
             seen += image.width * image.height
@@ -105,8 +105,6 @@ class Worker:
             if len(contents) * adapted[0].nbytes > MOST_BYTES:
                 most = MOST_BYTES // adapted[0].nbytes
                 raise UsageError(f"a request may have at most {most:,} images for this model")
-        if not adapted:
-            raise Late
         return np.stack(adapted)
 
     def _work(self) -> None:
@@ -117,16 +115,21 @@ class Worker:
                     jobs.append(self.jobs.get_nowait())
                 except queue.Empty:
                     break
-            for job in (late := [job for job in jobs if time.monotonic() > job.until]):
-                job.give(Late())
-            if in_time := [job for job in jobs if job not in late]:
-                try:
-                    self._run(in_time)
-                except Exception as error:
-                    for job in in_time:
-                        job.give(error)
+            in_time = []
+            for job in jobs:
+                if time.monotonic() > job.until:
+                    job.give(Late())
+                else:
+                    in_time.append(job)
+            try:
+                self._run(in_time)
+            except Exception as error:
+                for job in in_time:
+                    job.give(error)
 
     def _run(self, jobs: list[Job]) -> None:
+        if not jobs:
+            return
         pixels = np.concatenate([job.pixels for job in jobs])
         self._images.inc(len(pixels))
         self._together.observe(len(pixels))
@@ -136,6 +139,12 @@ class Worker:
             end = start + len(job.pixels)
             job.give((probabilities[start:end], None if known is None else known[start:end]))
             start = end
+
+
+def require_time(until: float) -> None:
+    """Raise Late if the clock is past ``until``."""
+    if time.monotonic() > until:
+        raise Late
 
 
 def list_files(body: bytes, content_type: str) -> list[bytes]:
