@@ -1,10 +1,8 @@
 """The html twin: it answers as the net does, in a real browser, from the same pictures, and asks for no network."""
 
-import html
 import json
 import re
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browser import Tab, browse, in_browser
 from PIL import Image, ImageDraw
 from test_bundle import make_bundle
 from test_onnx import SHAPES, run, with_trust
@@ -26,34 +25,20 @@ from convlens.shipping.onnx_predictor import load_onnx
 from convlens.shipping.places import shipped_models
 from convlens.shipping.twin import make_page, pack, read_part
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome") or ""
-in_browser = pytest.mark.skipif(not BROWSER, reason="there is no Chromium here")
 
-
-def open_page(page: str, folder: Path) -> str:
-    """Open a page in a browser, from disk; return what it has become."""
-    path = folder / "page.html"
-    path.write_text(page, encoding="utf-8")
-    return visit(path.as_uri(), folder)
-
-
-def visit(address: str, folder: Path) -> str:
-    """Open an address in a browser that keeps its own files in ``folder``; return what the page has become."""
-    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
-    done = subprocess.run(
-        [*command, f"--user-data-dir={folder / 'profile'}", address],
-        capture_output=True,
-        timeout=120,
-        check=True,
-    )
-    return done.stdout.decode()
+def save_page(page: str, folder: Path) -> str:
+    """Write a page to disk; return its address."""
+    (folder / "page.html").write_text(page, encoding="utf-8")
+    return (folder / "page.html").as_uri()
 
 
 def proof_of(page: str, folder: Path) -> tuple[float, bool]:
     """Open a page; return how far it says that its answers are off, and whether it calls that good."""
-    found = re.search(r'id="proof" data-drift="([^"]*)" data-good="(\w+)"', open_page(page, folder))
-    assert found, "the page did not come to its self-check"
-    return float(found[1]), found[2] == "true"
+    with browse(folder) as tab:
+        tab.open(save_page(page, folder))
+        drift, good = tab.wait("at('proof').dataset.drift && [at('proof').dataset.drift, at('proof').dataset.good]")
+        assert not tab.errors
+    return float(drift), good == "true"
 
 
 def made(name: str, **options: Any) -> Bundle:
@@ -133,14 +118,13 @@ def test_pictures_are_adapted_as_in_python(tmp_path: Path) -> None:
         image = pictures()[name].convert("RGBA")
         data = {"width": image.width, "height": image.height, "data": list(image.tobytes())}
         given.append({"image": data, "shape": styles[style].to_json()})
-    page = f"""<pre id="out"></pre><script>{read_part("picture.js")}
+    page = f"""<script>{read_part("picture.js")}
 const given = {json.dumps(given)};
-const adapted = given.map((one) => Array.from(adapt(one.image, one.shape)));
-document.getElementById("out").textContent = JSON.stringify(adapted);
 </script>"""
-    out = re.search(r'<pre id="out">(.*?)</pre>', open_page(page, tmp_path))
-    assert out
-    for (style, name), pixels in zip(cases, json.loads(html.unescape(out[1])), strict=True):
+    with browse(tmp_path) as tab:
+        tab.open(save_page(page, tmp_path))
+        adapted = tab.run("given.map((one) => Array.from(adapt(one.image, one.shape)))")
+    for (style, name), pixels in zip(cases, adapted, strict=True):
         expected = styles[style].adapt(pictures()[name])
         apart = np.abs(np.array(pixels).reshape(expected.shape) - expected.astype(int))
         # rounding of grey levels and sub-pixel places; a single stroke's edge may fall on the other side of a bound
@@ -149,15 +133,106 @@ document.getElementById("out").textContent = JSON.stringify(adapted);
 
 @in_browser
 def test_what_is_on_the_page(tmp_path: Path) -> None:
-    page = open_page(make_page(load_onnx("mnist"), [("7", np.zeros((1, 28, 28), np.uint8))]), tmp_path)
-    text = re.sub(r"<script.*?</script>|<style.*?</style>", "", page, flags=re.S)
-    assert 'class="answer">7</p>' in text and "It is sure." in text  # it begins with a seven
-    assert text.count('class="bar"') == 10 and 'aria-label="Try a picture of: 7"' in text
-    assert "Step 1: 32 maps of 12 × 12" in text and "Step 2: shrunk to 6 × 6" in text
-    assert "94,698 numbers" in text and "it was right 99.54% of the time" in text
-    ids = re.findall(r'<(?:canvas|video|input)[^>]*id="(\w+)"[^>]*>', text)
-    named = re.findall(r'<(?:canvas|input)[^>]*id="(\w+)"[^>]*aria-label', text)
-    assert set(ids) - set(named) == {"video"}
+    page = make_page(load_onnx("mnist"), [("7", np.zeros((1, 28, 28), np.uint8))])
+    with browse(tmp_path) as tab:
+        tab.open(save_page(page, tmp_path))
+        assert answer(tab) == "7. It is sure."  # it begins with a seven
+        text = tab.run("document.body.innerText")
+        assert tab.run("document.querySelectorAll('.bar').length") == 10
+        assert tab.run("at('samples').firstChild.ariaLabel") == "Try a picture of: 7"
+        assert "Step 1: 32 maps of 12 × 12" in text and "Step 2: shrunk to 6 × 6" in text
+        assert "94,698 numbers" in text and "it was right 99.54% of the time" in text
+        nameless = "[...document.querySelectorAll('[id]:is(canvas, input)')].filter((one) => !one.ariaLabel).length"
+        assert tab.run(nameless) == 0
+
+
+def answer(tab: Tab) -> str:
+    """Return what the page says, once it has drawn what it was last given."""
+    tab.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    return str(tab.run("`${at('answer').textContent}. ${at('words').textContent}`"))
+
+
+def seven(folder: Path) -> Path:
+    """Write a picture of a seven, dark on white, and return its file."""
+    picture = Image.new("RGB", (300, 200), "white")
+    ImageDraw.Draw(picture).line([(100, 50), (180, 50), (130, 160)], fill=(20, 20, 30), width=16, joint="curve")
+    picture.save(folder / "seven.png")
+    return folder / "seven.png"
+
+
+@in_browser
+def test_what_hands_do(tmp_path: Path) -> None:
+    file = seven(tmp_path)
+    camera = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
+    with browse(tmp_path, 1200, 900, *camera) as tab:
+        tab.open(save_page(make_page(load_onnx("mnist")), tmp_path))
+        blank = "I do not know this."
+        assert answer(tab) == "7. It is sure."
+        x, y, width, height = tab.run(
+            "(() => { const box = at('pad').getBoundingClientRect(); return [box.x, box.y, box.width, box.height]; })()"
+        )
+
+        def press(button: str) -> str:
+            tab.run(f"at('{button}').click()")
+            return answer(tab)
+
+        def drop() -> None:
+            data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
+            for kind in ("dragEnter", "dragOver", "drop"):
+                tab.call("Input.dispatchDragEvent", type=kind, x=x + 20, y=y + 20, data=data)
+
+        # the first stroke of one's own clears what the page began with
+        tab.draw(*((x + width * a, y + height * b) for a, b in ((0.5, 0.2), (0.5, 0.5), (0.5, 0.8))))
+        assert answer(tab).startswith("1. ")
+        assert press("clear").startswith(blank)
+
+        tab.run("at('pad').focus()")
+        tab.key(" ")
+        tab.key("ArrowDown", 10)
+        assert answer(tab).startswith("1. ")
+        assert tab.run("at('hint').textContent") == "The pen is down, 50% from the left, 75% from the top."
+
+        # a file: dropped, opened, pasted
+        press("clear")
+        drop()
+        tab.wait("at('answer').textContent === '7'")
+        assert press("clear").startswith(blank)
+        document = tab.call("DOM.getDocument")["root"]["nodeId"]
+        node = tab.call("DOM.querySelector", nodeId=document, selector="#file")["nodeId"]
+        tab.call("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
+        tab.wait("at('answer').textContent === '7'")
+        tab.run("at('pad').focus()")
+        tab.key(" ")
+        tab.key("ArrowDown", 10)  # keys clear a picture too
+        assert answer(tab).startswith("1. ")
+        tab.run(
+            f"""(() => {{
+            const bytes = Uint8Array.from({list(file.read_bytes())}), data = new DataTransfer();
+            data.items.add(new File([bytes], "a.png", {{ type: "image/png" }}));
+            document.dispatchEvent(new ClipboardEvent("paste", {{ bubbles: true, clipboardData: data }}));
+            }})()"""
+        )
+        tab.wait("at('answer').textContent === '7'")
+        file.write_bytes(b"no picture")
+        drop()
+        tab.wait("at('words').textContent === 'This file is no picture that the browser can read.'")
+
+        # the browser's false camera: a green disc that beeps
+        tab.run("at('camera').click()")
+        tab.wait("!at('video').hidden && at('pad').hidden && at('camera').textContent === 'Take the picture'")
+        tab.wait("at('video').videoWidth > 0")
+        assert press("camera")
+        assert tab.run("[at('video').hidden, at('pad').hidden, at('camera').textContent]") == [True, False, "Camera"]
+        assert tab.run("pad.getImageData(0, 0, SIDE, SIDE).data.some((v, i) => i % 4 == 0 && v != 255)")
+        assert not tab.errors
+
+
+@in_browser
+def test_without_a_camera_it_says_so(tmp_path: Path) -> None:
+    with browse(tmp_path) as tab:
+        tab.open(save_page(make_page(load_onnx("mnist")), tmp_path))
+        tab.run("at('camera').click()")
+        tab.wait("at('hint').textContent === 'The camera cannot be used here.'")
 
 
 # without a browser

@@ -132,6 +132,7 @@ function clear() {
   stopCamera();
   pad.fillStyle = "#fff";
   pad.fillRect(0, 0, SIDE, SIDE);
+  drawing.photo = false;
   drawing.keys = null;
   look();
 }
@@ -158,7 +159,6 @@ function place(event) {
 function useDrawing() {
   at("pad").addEventListener("pointerdown", (event) => {
     if (drawing.photo) clear();
-    drawing.photo = false;
     drawing.on = true;
     [drawing.x, drawing.y] = place(event);
     at("pad").setPointerCapture(event.pointerId);
@@ -173,6 +173,7 @@ function useDrawing() {
     const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
     if (!move && event.key !== " ") return;
     event.preventDefault();
+    if (drawing.photo) clear();
     drawing.keys ??= { x: SIDE / 2, y: SIDE / 4, down: false };
     const pen = drawing.keys;
     if (!move) pen.down = !pen.down;
