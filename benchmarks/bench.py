@@ -41,6 +41,7 @@ from convlens.data.augment import mirror
 from convlens.data.catalog import load_dataset
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
+from convlens.explain.attribution import class_activation_map
 from convlens.models import create_model, summarise
 from convlens.runtime import describe_machine, use_threads
 from convlens.shipping.classifier import Classifier
@@ -380,6 +381,26 @@ def serve() -> tuple[list[Record], str]:
     return records, table([*head, "99th percentile"], serving.rows_of(records))
 
 
+# seeing
+
+
+def see() -> tuple[list[Record], str]:
+    """Seconds of a whole `convlens explain` of one MNIST image, and of one class activation map once all is loaded."""
+    image = load_dataset("mnist").test.images[0, 0].numpy()
+    classifier = Classifier.load("mnist")
+    x = classifier.preprocess.normaliser()(torch.from_numpy(image)[None, None])
+    maps = [1000 * timed(partial(class_activation_map, classifier.net, x, 7)) for _ in range(60)][10:]
+    with tempfile.TemporaryDirectory() as folder:
+        Image.fromarray(image).save(Path(folder) / "seven.png")
+        command = [sys.executable, "-m", "convlens", "explain", "mnist", f"{folder}/seven.png", "--out"]
+        run = partial(subprocess.run, check=True, capture_output=True)
+        whole = [timed(partial(run, [*command, f"{folder}/{number}"])) for number in range(6)][1:]
+    records = [{"what": "explain", "seconds": whole}, {"what": "class activation map", "milliseconds": maps}]
+    rows = [["`convlens explain mnist seven.png`, cold, s", *spread(whole).split(" | ")],
+            ["one class activation map, warm, ms", *spread(maps).split(" | ")]]  # fmt: skip
+    return records, table(["", "median", "fastest, slowest"], rows)
+
+
 # how cost grows
 
 
@@ -601,6 +622,7 @@ SECTIONS = {
     "int8": int8,
     "twin": twin,
     "serve": serve,
+    "see": see,
     "growth": growth,
     "folders": folders,
     "many": many,

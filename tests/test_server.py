@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import multiprocessing
 import os
 import re
 import resource
@@ -393,28 +392,30 @@ def test_a_crowd_is_answered_or_told_to_come_again(crowd: int, picture: bytes) -
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def be_slow(port: int, picture: bytes, clients: int) -> None:
-    """Be many clients that send one byte of a request every half second, until they are cut off."""
+# many clients that send a byte of a request every half second, until they are cut off: port, how many; stdin: request
+SLOW = """
+import asyncio, sys
+port, clients, whole = int(sys.argv[1]), int(sys.argv[2]), sys.stdin.buffer.read()
 
-    async def one(number: int) -> None:
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-        whole = request_of(picture)
-        begun = len(whole) - 60 if number % 2 else 0  # some send the head and a part of the body at once
-        writer.write(whole[:begun])
-        try:
-            for byte in whole[begun:]:
-                writer.write(bytes([byte]))
-                await writer.drain()
-                await asyncio.sleep(0.5)
-        except ConnectionError:
-            pass  # it was cut off
-        finally:
-            writer.close()
+async def be_slow(number):
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+    begun = len(whole) - 60 if number % 2 else 0  # some send the head and a part of the body at once
+    writer.write(whole[:begun])
+    try:
+        for byte in whole[begun:]:
+            writer.write(bytes([byte]))
+            await writer.drain()
+            await asyncio.sleep(0.5)
+    except ConnectionError:
+        pass
+    finally:
+        writer.close()
 
-    async def all_of_them() -> None:
-        await asyncio.gather(*map(one, range(clients)), return_exceptions=True)
+async def all_of_them():
+    await asyncio.gather(*map(be_slow, range(clients)), return_exceptions=True)
 
-    asyncio.run(all_of_them())
+asyncio.run(all_of_them())
+"""
 
 
 @pytest.mark.slow
@@ -426,15 +427,18 @@ def test_slow_clients_keep_nobody_waiting(picture: bytes) -> None:
 
         measure(50)
         alone = measure(500)
-        # a process of their own: 500 tasks beside the healthy client's would be what it waits for
-        slow = multiprocessing.get_context("spawn").Process(target=be_slow, args=(server.port, picture, 500))
-        slow.start()
+        # in a process of their own: in the healthy client's, it would wait for 500 tasks of its own loop
+        slow = subprocess.Popen([sys.executable, "-c", SLOW, str(server.port), "500"], stdin=subprocess.PIPE)
         try:
-            time.sleep(2)
+            assert slow.stdin
+            slow.stdin.write(request_of(picture))
+            slow.stdin.close()
+            time.sleep(1)
             beside = measure(400)
+            assert slow.poll() is None
         finally:
             slow.kill()
-            slow.join()
+            slow.wait()
         told = [f"{1000 * percentile(x, 0.5):.1f}, {1000 * percentile(x, 0.99):.1f} ms" for x in (alone, beside)]
         print(f"median, 99th percentile: alone {told[0]}; beside 500 slow clients {told[1]}")
         assert percentile(beside, 0.99) <= 2 * percentile(alone, 0.99)

@@ -22,6 +22,7 @@ from convlens.data.published import DATASETS
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.metrics import make_views
 from convlens.evaluation.trust import Trust
+from convlens.explain.stages import first_convolution
 from convlens.machine import available_cores
 from convlens.models import count_parameters, model_options
 from convlens.record import (
@@ -283,8 +284,8 @@ class Experiment:
         if calibration := test.get("calibration"):
             plots.draw_reliability(folder / "calibration.png", calibration)
         plots.draw_mistakes(folder / "mistakes.png", dataset.test.images, dataset.test.labels, probabilities, classes)
-        for conv in [module for module in self.net.modules() if isinstance(module, nn.Conv2d)][:1]:
-            plots.draw_filters(folder / "filters.png", conv.weight.detach().cpu())
+        if conv := first_convolution(self.net):
+            plots.draw_filters(folder / "filters.png", conv.weight.detach().cpu().numpy())
 
 
 def train(

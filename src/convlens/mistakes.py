@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from pathlib import Path
 
 from PIL import Image
 
-from convlens.errors import ConvlensError, UnknownName, UsageError
+from convlens.errors import UnknownName, UsageError
 from convlens.experiment import refuse_inside_data
 from convlens.progress import track
 from convlens.reporting.plots import draw_sheet, to_picture
 from convlens.run import Run, load_tested
-from convlens.runfolder import write_csv
+from convlens.runfolder import new_folder, write_csv
 
 SHOWN = 120  # images on the contact sheet
 
@@ -56,14 +55,8 @@ def write_mistakes(
     chosen = [*wrong, *right[:doubtful]]
     kinds = ["wrong"] * len(wrong) + ["doubtful"] * (len(chosen) - len(wrong))
     names = unique([file_name(answer) for answer in chosen])
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        room = tempfile.TemporaryDirectory(dir=folder.parent, prefix=".mistakes-")
-    except OSError as error:
-        raise ConvlensError(f"cannot make the folder {folder}: {error.strerror}") from None
-    with room as temporary:
-        new = Path(temporary) / "new"  # it takes its name when it is whole
-        (new / "images").mkdir(parents=True)
+    with new_folder(folder) as new:
+        (new / "images").mkdir()
         for name, answer in track(zip(names, chosen, strict=True), "writing images", len(chosen)):
             Image.fromarray(to_picture(dataset.test.images[row[answer["id"]]])).save(new / "images" / name)
         if chosen:
@@ -79,7 +72,6 @@ def write_mistakes(
             for name, answer, kind in zip(names, chosen, kinds, strict=True)
         ]
         write_csv(new / "mistakes.csv", ["file", *columns, "kind"], rows)
-        new.rename(folder)
     return folder, len(wrong), len(chosen) - len(wrong)
 
 

@@ -13,6 +13,7 @@ from convlens.errors import ConvlensError, UsageError, quoted
 from convlens.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from convlens.evaluation.metrics import Scores, make_views
 from convlens.evaluation.paired import Paired
+from convlens.explain.explanation import Explanation, Memory, explain
 from convlens.progress import track
 from convlens.runfolder import RunFolder, read_json, read_names
 from convlens.runtime import use_threads
@@ -68,6 +69,22 @@ class Run:
     def predict(self, picture: Picture, **options: Any) -> Prediction:
         """Classify one picture; see :meth:`convlens.Classifier.predict`."""
         return self.classifier.predict(picture, **options)
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Its training images as the net sees them; UsageError if they have changed or are not there."""
+        return Memory(self.classifier, load_tested(self.path)[1])
+
+    def explain(self, picture: Picture, *, raw: bool = False, **options: Any) -> Explanation:
+        """Return all that can be seen of what the net says of a picture; see :func:`convlens.explain.explain`.
+
+        Training images that look like it are among it if the data are still there.
+        """
+        try:
+            memory = self.memory
+        except ConvlensError:
+            memory = None
+        return explain(self.classifier, self.classifier.adapt(picture, raw=raw), memory=memory, **options)
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"

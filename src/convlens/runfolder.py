@@ -126,6 +126,21 @@ class RunFolder:
             return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
 
 
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder to fill, which becomes ``folder`` when the block ends well: it appears whole or not at all."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        room = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-")
+    except OSError as error:
+        raise ConvlensError(f"cannot make the folder {folder}: {error.strerror}") from None
+    with room as temporary:
+        new = Path(temporary) / "new"
+        new.mkdir()
+        yield new
+        new.rename(folder)
+
+
 SERIES = "series.json"  # makes a folder a series of runs
 LARGEST_JSON = 64 << 20  # bytes; a checkpoint of 10,000 epochs has 3 MB
 ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}  # in lists of names

@@ -83,9 +83,9 @@ def draw_grid(
     save(figure, path)
 
 
-def to_picture(image: Tensor) -> NDArray[Any]:
+def to_picture(image: Tensor | NDArray[np.uint8]) -> NDArray[Any]:
     """Return a uint8 image (C, H, W) as (H, W) or (H, W, 3)."""
-    pixels = image.cpu().numpy()
+    pixels = image.cpu().numpy() if isinstance(image, Tensor) else image
     return pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0)
 
 
@@ -220,16 +220,15 @@ def draw_corruptions(path: Path, clean: float, figures: dict[str, list[float]]) 
     save(figure, path)
 
 
-def draw_filters(path: Path, weight: Tensor, count: int = 64) -> None:
+def draw_filters(path: Path, kernels: NDArray[np.float32], count: int = 64) -> None:
     """Draw the kernels of the first convolution, (C', C, k, k): in colour for three channels, else channel 0."""
-    kernels = weight[:count].numpy()
-    shown = f" ({count} shown)" if len(weight) > count else ""
+    shown = f" ({count} shown)" if len(kernels) > count else ""
     pictures = []
-    for kernel in kernels:
+    for kernel in kernels[:count]:
         share = kernel / max(float(np.abs(kernel).max()), 1e-9)  # -1..1
         if kernel.shape[0] == 3:
             pictures.append((share / 2 + 0.5).transpose(1, 2, 0))
         else:
             pictures.append(colormaps["RdBu_r"](share[0] / 2 + 0.5)[:, :, :3])
-    heading = f"The {len(weight)} filters of the first convolution{shown}"
-    draw_grid(path, pictures, [], heading, columns=8, lines=0)
+    heading = f"The {len(kernels)} filters of the first convolution{shown}"
+    draw_grid(path, pictures, [], heading, columns=16, lines=0)

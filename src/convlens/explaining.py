@@ -1,0 +1,90 @@
+"""What a net sees in pictures, as files: a page, and a PNG for each thing to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from convlens.data.pictures import open_image
+from convlens.errors import ConvlensError, UsageError
+from convlens.experiment import refuse_inside_data
+from convlens.explain.explanation import Explanation, Memory, explain
+from convlens.mistakes import cut
+from convlens.progress import track
+from convlens.reporting.explained import draw_explanation, draw_kernels, write_page
+from convlens.run import load_tested
+from convlens.runfolder import RunFolder, new_folder
+from convlens.runtime import use_threads
+from convlens.shipping.classifier import Classifier
+from convlens.shipping.prediction import Prediction
+
+MOST = 50  # pictures at a time: a page of them has about 25 MB
+
+
+def explain_pictures(
+    source: str,
+    pictures: Sequence[str],
+    out: str | Path | None = None,
+    *,
+    data: str | None = None,
+    raw: bool = False,
+    label: str | None = None,
+    unit: tuple[str, int, int, int] | None = None,
+) -> tuple[Path, list[Explanation], str]:
+    """Write ``index.html`` and the pictures of what the net ``source`` sees in each of some files.
+
+    Into ``out``, a new folder, or the next free ``explained/<model>-<n>``. ``label`` and ``unit`` are those of
+    :func:`convlens.explain.explanation.explain`. Returns the folder, the explanations, and why there are no training
+    images beside the pictures, or "". Raises UsageError if the folder exists or there are too many pictures, BadImage
+    for one that cannot be read; then nothing is written.
+    """
+    if len(pictures) > MOST:
+        raise UsageError(f"{len(pictures)} pictures are too many for a page; explain {MOST} at a time")
+    if out is not None:
+        RunFolder.refuse_existing(out)
+    use_threads()
+    classifier = Classifier.load(source)
+    images = [classifier.preprocess.adapt(open_image(file), raw=raw) for file in pictures]
+    memory, missing = None, ""
+    try:
+        dataset = load_tested(source, data)[1]
+    except ConvlensError as error:
+        if data is not None:
+            raise
+        missing = str(error)
+    else:
+        refuse_inside_data(out or "explained", dataset)
+        memory = Memory(classifier, dataset)
+    name = Path(source).resolve().name
+    folder = Path(out) if out is not None else next_free(Path("explained"), name)
+    explanations = [
+        explain(classifier, pixels, label=label, unit=unit, memory=memory)
+        for pixels in track(images, "explaining", len(images))
+    ]
+    with new_folder(folder) as new:
+        parts = []
+        for number, (file, e) in enumerate(
+            track(zip(pictures, explanations, strict=True), "drawing", len(pictures)), start=1
+        ):
+            own = new if len(pictures) == 1 else new / f"{number}-{cut(Path(file).stem)}"
+            own.mkdir(exist_ok=True)
+            parts.append((Path(file).name, tell(e.prediction), own, draw_explanation(own, e)))
+        parts.append(("The net itself", "", new, draw_kernels(new, explanations[0].kernels)))
+        write_page(new / "index.html", f"What {name} sees", parts)
+    return folder, explanations, missing
+
+
+def tell(prediction: Prediction) -> str:
+    """Return what the net says in one or two sentences."""
+    others = [f"{label} ({share:.1%})" for label, share in prediction.top[1:4] if share >= 0.001]
+    return f"The net says: {prediction}. " + (
+        f"Then come {', '.join(others)}." if others else "Nothing else comes near."
+    )
+
+
+def next_free(parent: Path, name: str) -> Path:
+    """Return ``parent/name-n`` with the first n that is free."""
+    number = 1
+    while (path := parent / f"{name}-{number}").exists():
+        number += 1
+    return path

@@ -1,0 +1,177 @@
+"""The pictures of an explanation, and the page that shows them. Each picture is one PNG."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from numpy.typing import NDArray
+from PIL import Image
+
+from convlens.data.pictures import Pixels
+from convlens.explain.attribution import Heat
+from convlens.explain.explanation import Explanation
+from convlens.explain.stages import Unit
+from convlens.reporting.plots import draw_filters, draw_grid, shorten, to_picture
+from convlens.runfolder import write_text
+
+MOST_MAPS = 32  # of a stage, on its picture
+ENLARGED = 256  # pixels of a heat map's longer side
+RGB = NDArray[np.uint8]  # (H, W, 3)
+
+
+def draw_explanation(folder: Path, e: Explanation) -> dict[str, str]:
+    """Draw an explanation into ``folder``; return what each picture shows, by its file, the first to look at first."""
+    told = {"where.png": draw_where(folder / "where.png", e)}
+    if e.neighbours:
+        told["alike.png"] = draw_alike(folder / "alike.png", e)
+    told["sees.png"] = draw_units(folder / "sees.png", e)
+    for number, (name, maps) in enumerate(e.maps.items(), start=1):
+        file = re.sub(r"[^\w.-]+", "-", f"maps-{number}-{name}.png")
+        told[file] = draw_maps(folder / file, name, maps)
+    told["pooling.png"] = draw_pooling(folder / "pooling.png", e)
+    return told
+
+
+def draw_where(path: Path, e: Explanation) -> str:
+    """Draw the image, and where the net looks for the class: both heat maps laid over it."""
+    hangs = e.occlusion / max(float(np.abs(e.occlusion).max()), 0.05)  # nothing much is not made to look like much
+    most = f"{float(e.occlusion.max()):.0%}" if e.occlusion.max() > 0.005 else "< 1%"
+    pictures = [enlarge(e.pixels), lay_over(e.pixels, hangs, "PuOr_r")]
+    pictures += [lay_over(e.pixels, heat, "inferno") for heat in e.activations.values()]
+    captions = ["what the net gets", f"covered: costs up to {most}"]
+    captions += [f"stage {shorten(name, 16)}" for name in e.activations]
+    draw_grid(path, pictures, captions, f"Where it looks for {shorten(e.label, 40)}", columns=3, lines=1)
+    return (
+        f"Orange: with a square over it, the picture has a smaller probability of “{e.label}”; violet: a larger one. "
+        f"Then, for each stage, what on its maps speaks for “{e.label}” (class activation map, HiResCAM), the brighter "
+        "the more. The first stages point exactly; the last know best what they see, but only roughly where."
+    )
+
+
+def draw_alike(path: Path, e: Explanation) -> str:
+    """Draw the training images that the net finds most like the picture."""
+    pictures = [to_picture(e.pixels), *(to_picture(one.image) for one in e.neighbours)]
+    captions = ["this picture\n", *(f"{shorten(one.label, 11)}\n{one.similarity:.2f} alike" for one in e.neighbours)]
+    draw_grid(path, pictures, captions, "Training images that look like it to the net", columns=9, lines=2)
+    return "Alike are images whose features, the means of the last maps, point the same way (cosine; 1.00 is the same)."
+
+
+def draw_units(path: Path, e: Explanation) -> str:
+    """Draw what the loudest unit of each stage sees of the image."""
+    pictures, captions = [], []
+    for name, unit in e.units.items():
+        height, width = unit.size
+        pictures.append(mark_seen(e.pixels, unit))
+        captions.append(f"{shorten(name, 16)}: {height} × {width}\nmap {unit.channel}, row {unit.y}, column {unit.x}")
+    draw_grid(path, pictures, captions, "How far one unit of each stage sees", columns=max(len(pictures), 4), lines=2)
+    return (
+        "The bright part is the receptive field of a stage's loudest unit: all that this one number of the feature map "
+        "can know of the picture, in pixels. It grows from stage to stage."
+    )
+
+
+def draw_maps(path: Path, name: str, maps: NDArray[np.float32]) -> str:
+    """Draw the feature maps of a stage, the loudest first."""
+    order = np.argsort(-maps.max(axis=(1, 2)), kind="stable")[:MOST_MAPS]
+    top = max(float(maps.max()), 1e-9)
+    pictures = [colour(np.sqrt(np.maximum(maps[channel], 0) / top), "magma") for channel in order]
+    captions = [str(channel) for channel in order]
+    count, height, width = maps.shape
+    more = f", the {MOST_MAPS} loudest" if count > MOST_MAPS else ""
+    draw_grid(path, pictures, captions, f"Stage {name}: {count} maps of {width} × {height}{more}", columns=16, lines=1)
+    return f"What stage {name} makes of the picture: one map a filter, bright where the filter found what it looks for."
+
+
+def draw_kernels(folder: Path, kernels: NDArray[np.float32]) -> dict[str, str]:
+    """Draw the kernels of the first convolution, (C', C, k, k); return what the picture shows, by its file."""
+    draw_filters(folder / "kernels.png", kernels)
+    colours = (
+        "Each is shown in the colours that it answers to." if kernels.shape[1] == 3 else "Red adds, blue takes away."
+    )
+    return {
+        "kernels.png": f"The kernels of the first convolution: each looks for one pattern, everywhere. {colours}",
+    }
+
+
+def draw_pooling(path: Path, e: Explanation) -> str:
+    """Draw the loudest map of the first convolution whole, pooled by the maximum and by the average."""
+    whole = e.pooled["whole"]
+    low, high = float(whole.min()), max(float(whole.max()), float(whole.min()) + 1e-9)
+    pictures = [colour((values - low) / (high - low), "magma") for values in e.pooled.values()]
+    sizes = [f"{values.shape[1]} × {values.shape[0]}" for values in e.pooled.values()]
+    captions = [f"{what}, {size}" for what, size in zip(("as it is", "maximum", "average"), sizes, strict=True)]
+    draw_grid(path, pictures, captions, "One map, pooled in blocks of 2 × 2", columns=4, lines=1)
+    return (
+        "The loudest map of the first convolution. The maximum keeps that something was found; the average keeps how "
+        "much of it there was, and blurs."
+    )
+
+
+def colour(values: NDArray[Any], scale: str) -> RGB:
+    """Return values of 0..1 (H, W) in the colours of a scale."""
+    shown: RGB = (colormaps[scale](values)[:, :, :3] * 255).round().astype(np.uint8)
+    return shown
+
+
+def enlarge(pixels: Pixels) -> RGB:
+    """Return an image, uint8 (C, H, W), in RGB and whole multiples of its size."""
+    picture: RGB = np.asarray(Image.fromarray(to_picture(pixels)).convert("RGB"))
+    times = max(ENLARGED // max(picture.shape), 1)
+    return picture.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def lay_over(pixels: Pixels, heat: Heat, scale: str) -> RGB:
+    """Return an image in grey with a heat map (H, W) over it: 0..1, or -1..1 for a scale with two ends."""
+    grey = np.asarray(Image.fromarray(enlarge(pixels)).convert("L"), np.float64)[:, :, None] / 255
+    size = (grey.shape[1], grey.shape[0])
+    smooth = np.asarray(Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BICUBIC))
+    two_ended = scale == "PuOr_r"
+    colours = colormaps[scale]((smooth.clip(-1, 1) + 1) / 2 if two_ended else smooth.clip(0, 1))[:, :, :3]
+    strength = np.abs(smooth).clip(0, 1)[:, :, None] ** 0.7 * 0.8 if two_ended else 0.65
+    return ((colours * strength + grey * (1 - strength)) * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def mark_seen(pixels: Pixels, unit: Unit) -> RGB:
+    """Return an image with all but what a unit sees dimmed, and a frame around that."""
+    shown = enlarge(pixels).astype(np.float64)
+    times = shown.shape[0] // pixels.shape[1]
+    top, left, bottom, right = (times * edge for edge in (unit.top, unit.left, unit.bottom, unit.right))
+    dimmed = shown * 0.35 + 60
+    dimmed[top:bottom, left:right] = (217, 119, 6)  # VALIDATION, the second colour of the palette
+    edge = max(len(shown) // 64, 1)
+    inside = np.s_[top + edge : bottom - edge, left + edge : right - edge]
+    dimmed[inside] = shown[inside]
+    return dimmed.round().clip(0, 255).astype(np.uint8)
+
+
+def write_page(file: Path, title: str, parts: Sequence[tuple[str, str, Path, dict[str, str]]]) -> None:
+    """Write one page of explanations: for each a heading, what was answered, its folder, and its pictures."""
+    css = resources.files("convlens.reporting").joinpath("report.css").read_text(encoding="utf-8")
+    body = ""
+    for heading, answer, folder, told in parts:
+        pictures = "".join(
+            f'<section><img alt="{escape(text)}" src="data:image/png;base64,'
+            f'{base64.b64encode((folder / name).read_bytes()).decode()}"><p class=quiet>{escape(text)}</p></section>'
+            for name, text in told.items()
+        )
+        body += f'<h2>{escape(heading)}</h2><p>{escape(answer)}</p><div class="pictures single">{pictures}</div>'
+    write_text(
+        file,
+        f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)} - convlens</title><style>{css}</style></head>
+<body><main>
+<h1>{escape(title)}</h1>
+{body}<p class=quiet>Heat maps show what an answer hangs on, not whether it is right: a net can look at the right
+place and be wrong.</p>
+</main></body></html>
+""",
+    )
