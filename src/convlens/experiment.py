@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from convlens.data.published import DATASETS
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.metrics import make_views
 from convlens.evaluation.trust import Trust
+from convlens.explain.snapshots import write_snapshot
 from convlens.explain.stages import first_convolution
 from convlens.machine import available_cores
 from convlens.models import count_parameters, model_options
@@ -219,6 +221,7 @@ class Experiment:
                 preprocess=self.preprocess,
                 store=CheckpointStore(self.folder.checkpoint),
                 should_stop=should_stop,
+                keep=partial(write_snapshot, self.folder.snapshots) if self.recipe.snapshots else None,
                 show_progress=show_progress,
             ):
                 records.append(record)

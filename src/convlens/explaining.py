@@ -1,4 +1,4 @@
-"""What a net sees in pictures, as files: a page, and a PNG for each thing to look at."""
+"""What a net sees, as files: in pictures, and along its training."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from convlens.data.pictures import open_image
 from convlens.errors import ConvlensError, UsageError
 from convlens.experiment import refuse_inside_data
 from convlens.explain.explanation import Explanation, Memory, explain
+from convlens.explain.timelapse import ASKED, look_back
 from convlens.mistakes import cut
 from convlens.progress import track
 from convlens.reporting.explained import draw_explanation, draw_kernels, write_page
-from convlens.run import load_tested
+from convlens.reporting.timelapse import write_animation, write_timelapse
+from convlens.run import Run, load_tested
 from convlens.runfolder import RunFolder, new_folder
 from convlens.runtime import use_threads
 from convlens.shipping.classifier import Classifier
@@ -72,6 +74,50 @@ def explain_pictures(
         parts.append(("The net itself", "", new, draw_kernels(new, explanations[0].kernels)))
         write_page(new / "index.html", f"What {name} sees", parts)
     return folder, explanations, missing
+
+
+def show_training(
+    source: str | Path,
+    picture: str | None = None,
+    out: str | Path | None = None,
+    *,
+    gif: str | Path | None = None,
+    data: str | None = None,
+    raw: bool = False,
+) -> tuple[Path, int]:
+    """Write a page with a slider over the snapshots of a run: filters, feature maps, verdict, confusion matrix.
+
+    To ``out``, or ``timelapse.html`` in the run's folder; with ``gif`` an animated picture too. It follows ``picture``,
+    a file, or else the first image held out. The snapshots are asked about images held out for validation, or, where
+    there were none, training images. Returns the file and how many snapshots there were. Raises UsageError if the run
+    kept none or its data have changed.
+    """
+    run = Run(source)
+    page = Path(out) if out is not None else run.path / "timelapse.html"
+    use_threads()
+    bundle, dataset = load_tested(run.path, data)
+    refuse_inside_data(page, dataset)
+    recipe = run.config["recipe"]
+    held_out = dataset.with_validation(recipe["validation"], recipe["seed"]).validation
+    asked = dataset.train if held_out is None else held_out
+    classifier = Classifier(bundle)
+    if picture is None:
+        pixels, name = asked.images[0].numpy(), f"an image of “{dataset.classes[int(asked.labels[0])]}”"
+    else:
+        pixels, name = classifier.preprocess.adapt(open_image(picture), raw=raw), Path(picture).name
+    moments = look_back(classifier, run.folder, pixels, asked)
+    about = {
+        "name": run.path.resolve().name,
+        "data": dataset.name,
+        "net": bundle.model["name"],
+        "classes": list(dataset.classes),
+        "picture": name,
+        "images": f"{min(ASKED, len(asked)):,} {'training' if held_out is None else 'validation'} images",
+    }
+    write_timelapse(page, moments, pixels, about)
+    if gif is not None:
+        write_animation(Path(gif), moments, pixels, about)
+    return page, len(moments)
 
 
 def tell(prediction: Prediction) -> str:

@@ -29,6 +29,7 @@ class RunFolder:
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.csv"
         self.checkpoint = self.path / "checkpoint"
+        self.snapshots = self.path / "snapshots"
         self.model = self.path / "model"
         self.test = self.path / "test.json"
         self.predictions = self.path / "predictions.csv"

@@ -1,4 +1,4 @@
-"""``convlens explain``: what a net sees."""
+"""``convlens explain`` and ``timelapse``: what a net sees, and how it came to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.app import app
+from convlens.cli.app import app, check_new_file
 from convlens.cli.use import expand
 from convlens.errors import UsageError
 
@@ -54,3 +54,30 @@ def read_unit(text: str) -> tuple[str, int, int, int]:
     except ValueError:
         raise UsageError(f"--unit {text!r} is not STAGE:CHANNEL,ROW,COLUMN, such as conv1:5,3,3") from None
     return stage, channel, row, column
+
+
+@app.command()
+def timelapse(
+    run: Annotated[str, typer.Argument(help="A run that was trained with --snapshots.")],
+    image: Annotated[str | None, typer.Option(help="A picture to follow, instead of an image held out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="New .html file, instead of RUN/timelapse.html.")] = None,
+    gif: Annotated[Path | None, typer.Option(help="Also write an animated picture: a new .gif file.")] = None,
+    data: Annotated[str | None, typer.Option(help="Where the run's data are, if it does not say.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Only resize; do not look for ink on paper.")] = False,
+) -> None:
+    """Show how a net learned: a page with a slider over its training, with filters, feature maps, verdict, mistakes.
+
+    Examples:
+      convlens train mnist --snapshots
+
+      convlens timelapse runs/mnist-1 --image scan.png --gif learning.gif
+    """
+    from convlens.explaining import show_training
+
+    check_new_file(out, "--out", "html")
+    check_new_file(gif, "--gif", "gif")
+    page, count = show_training(run, image, out, gif=gif, data=data, raw=raw)
+    print(f"looked back at {count} snapshots")
+    for path in (page, gif):
+        if path is not None:
+            print(f"wrote   {path} ({path.stat().st_size:,} bytes)")

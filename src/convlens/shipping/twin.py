@@ -39,11 +39,11 @@ def make_page(
         {"label": label, "pixels": base64.b64encode(pixels.tobytes()).decode()} for label, pixels in samples
     ]
     model |= {"here": here, "nets": list(nets)}
-    parts = {name: read_part(name) for name in ("engine.js", "picture.js", "page.js", "page.css")}
+    parts = {name: read_part(name) for name in ("paint.js", "engine.js", "picture.js", "page.js", "page.css")}
     fill = {
         "TITLE": html.escape(f"{about['trained']['data']}: a small net at work"),
         "STYLE": parts["page.css"],
-        "SCRIPT": parts["engine.js"] + parts["picture.js"] + parts["page.js"],
+        "SCRIPT": parts["paint.js"] + parts["engine.js"] + parts["picture.js"] + parts["page.js"],
         "MODEL": json.dumps(model, separators=(",", ":")).replace("<", "\\u003c"),
         "WEIGHTS": weights,
     }

@@ -42,6 +42,7 @@ def fit(
     preprocess: Preprocess | None = None,
     store: CheckpointStore | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    keep: Callable[[int, nn.Module], None] | None = None,
     show_progress: bool = False,
 ) -> Iterator[EpochRecord]:
     """Train ``net`` in place and yield one record an epoch; at the end it holds the weights that were chosen.
@@ -49,10 +50,11 @@ def fit(
     ``preprocess`` normalises the images (by default measured on the training images). With a ``store`` every
     epoch is saved, and every ``recipe.save_every`` steps, and training goes on from what the store holds, bit for
     bit as if it had not been interrupted. When ``should_stop`` says so, the step under way is finished and saved,
-    and Interrupted raised. Raises Diverged at the first step whose loss, gradient or BatchNorm statistics are not
-    numbers (accelerators are asked every 20 steps), and nothing of it is saved. A caller who stops iterating early
-    is left with the raw weights of that moment. CPU threads are the caller's: ``recipe.threads`` is for
-    :func:`convlens.train`.
+    and Interrupted raised. ``keep`` is given the step and the net, as it would be tested, before the first step,
+    after steps 1, 2, 4, 8, ... of the first epoch, and after every epoch. Raises Diverged at the first step whose
+    loss, gradient or BatchNorm statistics are not numbers (accelerators are asked every 20 steps), and nothing of it
+    is saved. A caller who stops iterating early is left with the raw weights of that moment. CPU threads are the
+    caller's: ``recipe.threads`` is for :func:`convlens.train`.
     """
     device = choose_device(recipe.device)
     precision = choose_precision(recipe, device, net, dataset.shape)
@@ -92,6 +94,8 @@ def fit(
         yield from state.records
     else:
         save()
+        if keep is not None:
+            keep(0, net)
 
     numbers = NumberWatch(net)
     check_every = 1 if device.type == "cpu" else LOOK_EVERY
@@ -125,6 +129,9 @@ def fit(
                 state.elapsed = time.perf_counter() - begun
                 total = recipe.total_steps(len(batches), state.step, state.elapsed)
                 tally.add(loss, logits, labels)
+                if keep is not None and is_milestone(state.step, len(batches), total):
+                    with average.applied():
+                        keep(state.step, net)
                 if state.step % LOOK_EVERY == 0:
                     left = state.seconds / state.step * (total - state.step)
                     told = f"{tally.describe(state.seconds - before)}  {left:,.0f} s left in all"
@@ -166,6 +173,11 @@ def fit(
         yield record
 
     net.load_state_dict({**net.state_dict(), **average.weights, **best})
+
+
+def is_milestone(step: int, epoch_steps: int, total: int) -> bool:
+    """Say whether the net after ``step`` steps is worth keeping: most happens early."""
+    return step >= total or step % epoch_steps == 0 or (step < epoch_steps and step.bit_count() == 1)
 
 
 @torch.no_grad()

@@ -91,6 +91,7 @@ class Recipe:
         False, "test once more, averaging over mirrored and shifted views; said beside the plain test"
     )
     # running
+    snapshots: bool = option(False, "keep the weights along the way, for `convlens timelapse`")
     seed: int = option(0, "fixes everything random", low=0)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     threads: int = option(0, "CPU threads; 0: all cores", low=0)

@@ -1,0 +1,81 @@
+"""A training looked back at: what the net was at each snapshot, as arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from convlens.data.dataset import Split
+from convlens.data.loader import count_batches
+from convlens.data.pictures import Pixels
+from convlens.errors import ConvlensError, UsageError, quoted
+from convlens.evaluation.metrics import compute_logits
+from convlens.explain.explanation import Array, to_array
+from convlens.explain.snapshots import list_snapshots, load_snapshot
+from convlens.explain.stages import feature_maps, first_convolution
+from convlens.progress import track
+from convlens.runfolder import RunFolder
+from convlens.shipping.classifier import Classifier
+
+ASKED = 2000  # images, at most, that every snapshot is asked about
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The net as it was after so many steps."""
+
+    step: int
+    epoch: float  # epochs that were done; 0.25 is a quarter of the first
+    kernels: Array  # of the first convolution, (C', C, k, k)
+    maps: dict[str, Array]  # of the picture: stage -> (C', H', W')
+    probabilities: Array  # of the picture, (K,), tempered as those of the finished net
+    confusion: NDArray[np.int64]  # (K, K): rows are true classes, columns predictions
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the images that it had right, 0..1."""
+        return float(np.trace(self.confusion) / max(self.confusion.sum(), 1))
+
+
+def look_back(classifier: Classifier, folder: RunFolder, pixels: Pixels, asked: Split) -> list[Moment]:
+    """Return what the net of a run was at each snapshot, the first first.
+
+    ``pixels`` is the picture to follow, uint8 (C, H, W); ``asked`` are the images that every snapshot is tested on, the
+    first 2,000 of them. The classifier is left with the weights of the last snapshot. Raises UsageError if the run kept
+    no snapshots, ConvlensError for one that cannot be read.
+    """
+    snapshots = list_snapshots(folder.snapshots)
+    if not snapshots:
+        raise UsageError(
+            f"{folder.path} kept no snapshots; train with --snapshots, such as: convlens train "
+            f"{quoted(folder.read_config()['data']['name'])} --snapshots"
+        )
+    config = folder.read_config()
+    epoch_steps = count_batches(config["data"]["counts"]["train"], config["recipe"]["batch_size"])
+    net, classes = classifier.net, len(classifier.classes)
+    normalise = classifier.preprocess.normaliser()
+    first = first_convolution(net)
+    if first is None:
+        raise ConvlensError("this net has no convolution: there is nothing to see in it")
+    images, labels = asked.images[:ASKED], asked.labels[:ASKED]
+    moments = []
+    for step, path in track(snapshots.items(), "looking back", len(snapshots)):
+        load_snapshot(path, net)
+        net.eval()
+        picture = torch.from_numpy(pixels)[None]
+        guesses = compute_logits(net, images, normalise).argmax(dim=1).cpu()
+        confusion = torch.bincount(labels * classes + guesses, minlength=classes**2).view(classes, classes)
+        moments.append(
+            Moment(
+                step=step,
+                epoch=step / epoch_steps,
+                kernels=to_array(first.weight).copy(),
+                maps={name: to_array(maps[0]) for name, maps in feature_maps(net, normalise(picture)).items()},
+                probabilities=to_array(classifier.probabilities(classifier.logits(picture))[0]),
+                confusion=confusion.numpy(),
+            )
+        )
+    return moments
