@@ -43,6 +43,7 @@ from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
 from convlens.explain.attribution import class_activation_map
 from convlens.models import create_model, summarise
+from convlens.run import Run
 from convlens.runtime import describe_machine, use_threads
 from convlens.shipping.classifier import Classifier
 from convlens.shipping.int8 import build_int8
@@ -401,6 +402,42 @@ def see() -> tuple[list[Record], str]:
     return records, table(["", "median", "fastest, slowest"], rows)
 
 
+def live() -> tuple[list[Record], str]:
+    """Training seconds of `mnist-995` (3 epochs) with the live page open beside those without it, pair by pair."""
+    seconds: dict[str, list[float]] = {"plain": [], "live": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(5):
+            for kind in ("plain", "live") if number % 2 else ("live", "plain"):
+                out = Path(folder) / f"{kind}-{number}"
+                command = [sys.executable, "-m", "convlens", "train", "mnist", "--epochs", "3", "--out", str(out)]
+                command += ["--live"] * (kind == "live")
+                with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+                    assert process.stdout
+                    for line in process.stdout:
+                        if line.startswith("live "):
+                            page = subprocess.Popen([sys.executable, "-c", LOOKING, line.split()[1]])
+                if kind == "live":
+                    page.wait()
+                seconds[kind].append(float(Run(out).metrics[-1]["seconds"] or 0))
+    ratios = [a / b for a, b in zip(seconds["live"], seconds["plain"], strict=True)]
+    rows = [["without the page, s", *spread(seconds["plain"]).split(" | ")],
+            ["with `--live`, and a page that looks once a second, s", *spread(seconds["live"]).split(" | ")],
+            ["ratio, pair by pair", *spread(ratios, 3).split(" | ")]]  # fmt: skip
+    return [seconds], table(["training of `mnist-995`, 3 epochs", "median", "fastest, slowest"], rows)
+
+
+# asks for what the live page asks for, once a second, until nobody answers
+LOOKING = """
+import sys, time, urllib.request
+try:
+    while True:
+        urllib.request.urlopen(sys.argv[1] + "runs.json").read()
+        time.sleep(1)
+except OSError:
+    pass
+"""
+
+
 # how cost grows
 
 
@@ -623,6 +660,7 @@ SECTIONS = {
     "twin": twin,
     "serve": serve,
     "see": see,
+    "live": live,
     "growth": growth,
     "folders": folders,
     "many": many,

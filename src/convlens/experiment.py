@@ -28,6 +28,7 @@ from convlens.explain.stages import first_convolution
 from convlens.machine import available_cores
 from convlens.models import count_parameters, model_options
 from convlens.record import (
+    LiveRecord,
     command_line,
     describe_data,
     summarise_test,
@@ -213,6 +214,7 @@ class Experiment:
     ) -> Iterator[EpochRecord]:
         """Train; yield one record an epoch (those of an interrupted run first), keeping ``metrics.csv`` up to date."""
         records: list[EpochRecord] = []
+        live = LiveRecord(self.folder, self.dataset, self.net, self.preprocess.normaliser())
         with self.folder.claimed():
             for record in fit(
                 self.net,
@@ -222,10 +224,12 @@ class Experiment:
                 store=CheckpointStore(self.folder.checkpoint),
                 should_stop=should_stop,
                 keep=partial(write_snapshot, self.folder.snapshots) if self.recipe.snapshots else None,
+                tell=live.tell,
                 show_progress=show_progress,
             ):
                 records.append(record)
                 write_metrics(self.folder, records, watched=self.recipe.watch_test)
+                live.look(record.epoch)
                 yield record
 
     def finish(self) -> Run:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import dataclasses
+import json
+import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from convlens.data.dataset import Dataset
+from convlens.data.normalise import Normalise
 from convlens.data.published import DATASETS
+from convlens.evaluation.metrics import compute_logits
 from convlens.runfolder import RunFolder, write_csv
 from convlens.training.checkpoint import EpochRecord
+from convlens.training.engine import Progress
 
 METRIC_COLUMNS = [field.name for field in dataclasses.fields(EpochRecord)]
 TEST_COLUMNS = ("test_loss", "test_acc")  # only where the recipe watches the test split
@@ -90,3 +98,57 @@ def write_split(folder: RunFolder, dataset: Dataset) -> None:
     """Record which image is in which split: ``split.csv``."""
     rows = [[name, image] for name, split in dataset.splits.items() for image in split.ids]
     write_csv(folder.split, ["split", "id"], rows)
+
+
+class LiveRecord:
+    """What `convlens watch` shows of a training under way: where it stands, and what it has wrong just now.
+
+    It costs at most a hundredth of the time, and what cannot be written is left away.
+    """
+
+    ASKED = 1000  # validation images, of which some are wrong
+    SHOWN = 12
+    SHARE = 0.01  # of the time, for looking for mistakes
+    PAUSE = 0.5  # seconds between two writes
+
+    def __init__(self, folder: RunFolder, dataset: Dataset, net: nn.Module, normalise: Normalise):
+        self.folder, self.dataset, self.net, self.normalise = folder, dataset, net, normalise
+        self._told, self._looked, self._took = 0.0, time.monotonic(), 0.0
+
+    def tell(self, progress: Progress) -> None:
+        """Write where the training stands, if the last time is a while ago."""
+        if time.monotonic() - self._told >= self.PAUSE:
+            self._told = time.monotonic()
+            write_loosely(self.folder.progress, dataclasses.asdict(progress))
+
+    def look(self, epoch: int) -> None:
+        """Write some of the validation images that the net has wrong, the surest first, unless that takes too long."""
+        split, began = self.dataset.validation, time.monotonic()
+        if split is None or self._took > self.SHARE * (began - self._looked):
+            return
+        images, labels = split.images[: self.ASKED], split.labels[: self.ASKED]
+        shares, guesses = compute_logits(self.net, images, self.normalise).softmax(dim=1).cpu().max(dim=1)
+        wrong = (guesses != labels).nonzero().squeeze(1)
+        rows: list[int] = wrong[shares[wrong].argsort(descending=True)].tolist()
+        classes = self.dataset.classes
+        mistakes = [
+            {
+                "label": classes[int(labels[row])],
+                "guess": classes[int(guesses[row])],
+                "probability": round(float(shares[row]), 4),
+                "pixels": base64.b64encode(images[row].numpy().tobytes()).decode(),
+            }
+            for row in rows[: self.SHOWN]
+        ]
+        about = {"epoch": epoch, "asked": len(images), "wrong": len(rows), "shape": list(self.dataset.shape)}
+        write_loosely(self.folder.mistakes, {**about, "mistakes": mistakes})
+        self._looked, self._took = time.monotonic(), time.monotonic() - began
+
+
+def write_loosely(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON whole or not at all, but without waiting for the disk, and without a word if it cannot be written."""
+    with contextlib.suppress(OSError, ValueError):  # or holds what is no number: the training will say so
+        path.parent.mkdir(exist_ok=True)
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+        os.replace(new, path)

@@ -31,6 +31,8 @@ class RunFolder:
         self.checkpoint = self.path / "checkpoint"
         self.snapshots = self.path / "snapshots"
         self.model = self.path / "model"
+        self.progress = self.path / "live" / "progress.json"
+        self.mistakes = self.path / "live" / "mistakes.json"
         self.test = self.path / "test.json"
         self.predictions = self.path / "predictions.csv"
         self.split = self.path / "split.csv"

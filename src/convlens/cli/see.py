@@ -1,4 +1,4 @@
-"""``convlens explain`` and ``timelapse``: what a net sees, and how it came to."""
+"""``convlens explain``, ``timelapse`` and ``watch``: what a net sees, how it came to, and how it learns just now."""
 
 from __future__ import annotations
 
@@ -81,3 +81,30 @@ def timelapse(
     for path in (page, gif):
         if path is not None:
             print(f"wrote   {path} ({path.stat().st_size:,} bytes)")
+
+
+@app.command()
+def watch(
+    runs: Annotated[list[str], typer.Argument(help="Run folders, or series of them, finished or under way.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: one that is free.")] = 0,
+) -> None:
+    """Show runs on a local page that follows them: curves, pace, time left, current mistakes, side by side.
+
+    `convlens train --live` shows the same page of its own run. It is for this machine only. Ctrl-C ends it.
+
+    Examples:
+      convlens watch runs/mnist-1
+
+      convlens watch runs/mnist-1 runs/mnist-2 runs/mnist-seeds-1
+    """
+    import signal
+    import threading
+
+    from convlens.serving.watch import start_watching
+
+    _, address = start_watching(runs, port)
+    print(f"watch   {address} (Ctrl-C ends it)", flush=True)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    ended.wait()

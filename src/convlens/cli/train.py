@@ -83,6 +83,7 @@ def train(
     allow_unreadable: Annotated[
         bool, typer.Option("--allow-unreadable", help="Skip unreadable files, however many.")
     ] = False,
+    live: Annotated[bool, typer.Option("--live", help="Show a local page that follows the training.")] = False,
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="With --resume: go on although machine or versions are others.")
     ] = False,
@@ -100,6 +101,8 @@ def train(
       convlens train mnist --recipe mnist-4conv --lr 0.02
 
       convlens train photos/ --folds 5
+
+      convlens train mnist --live
 
       convlens train --resume runs/mnist-1
     """
@@ -129,20 +132,31 @@ def train(
         chosen = Recipe.from_json(values.get("recipe", values))
     allowed = {"allow_unreadable": allow_unreadable, "accept_changes": accept_changes}
     if resume is not None and RunFolder.is_series(resume):
-        run_series(Series.resume(resume, **allowed))
+        run_series(Series.resume(resume, **allowed), live=live)
     elif resume is not None:
-        run_experiment(Experiment.resume(resume, **allowed))
+        run_experiment(Experiment.resume(resume, **allowed), live=live)
     else:
         given: dict[str, Any] = {"out": out, "allow_unreadable": allow_unreadable, "exclude": exclude, **overrides}
         if seeds or folds:
-            run_series(Series.create(data, chosen, seeds=seeds, folds=folds, **given))
+            run_series(Series.create(data, chosen, seeds=seeds, folds=folds, **given), live=live)
         else:
-            run_experiment(Experiment.create(data, chosen, started=STARTED, init=init, budget=budget, **given))
+            experiment = Experiment.create(data, chosen, started=STARTED, init=init, budget=budget, **given)
+            run_experiment(experiment, live=live)
 
 
-def run_series(series: Series) -> None:
+def show_live(folder: Path) -> None:
+    """Show the page of a run or series for as long as this process lives, and say where."""
+    from convlens.serving.watch import start_watching
+
+    _, address = start_watching([folder])
+    say(f"live    {address}")
+
+
+def run_series(series: Series, *, live: bool = False) -> None:
     """Train what a series still lacks, and say how far its runs lie apart."""
     say(f"series  {series.folder}: {', '.join(series.plan['runs'])}")
+    if live:
+        show_live(series.folder)
     try:
         for experiment in series.experiments():
             run_experiment(experiment, part_of=series.folder)
@@ -152,13 +166,15 @@ def run_series(series: Series) -> None:
         say(line)
 
 
-def run_experiment(experiment: Experiment, part_of: Path | None = None) -> Run:
+def run_experiment(experiment: Experiment, part_of: Path | None = None, *, live: bool = False) -> Run:
     """Train with a line an epoch; Ctrl-C (or a polite kill) finishes the step, saves, and says how to go on.
 
     That is by the series that it is a part of, if it is.
     """
     whole = part_of or experiment.folder.path
     describe_experiment(experiment)
+    if live:
+        show_live(experiment.folder.path)
     stopping = False
 
     def stop(*_: Any) -> None:

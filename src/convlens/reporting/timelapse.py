@@ -7,7 +7,6 @@ import html
 import io
 import json
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +63,11 @@ def write_timelapse(path: Path, moments: Sequence[Moment], pixels: Pixels, about
     }
     fill = {
         "TITLE": html.escape(f"How {about['name']} learned"),
-        "STYLE": read_part("page.css") + read_own("timelapse.css"),
-        "SCRIPT": read_part("paint.js") + read_own("timelapse.js"),
+        "STYLE": read_part("page.css") + read_part("timelapse.css"),
+        "SCRIPT": read_part("paint.js") + read_part("timelapse.js"),
         "MODEL": json.dumps(model, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    page = read_own("timelapse.html")
+    page = read_part("timelapse.html")
     for name, content in fill.items():
         page = page.replace(f"[{name}]", content)
     write_text(path, page)
@@ -82,11 +81,6 @@ def heaviest_weight(moments: Sequence[Moment]) -> float:
 def pack(values: NDArray[Any]) -> str:
     """Return numbers of 0..255 as bytes in base64."""
     return base64.b64encode(values.round().clip(0, 255).astype(np.uint8).tobytes()).decode()
-
-
-def read_own(name: str) -> str:
-    """Return a part of the page that lies beside this file."""
-    return resources.files("convlens.reporting").joinpath(name).read_text(encoding="utf-8")
 
 
 def write_animation(path: Path, moments: Sequence[Moment], pixels: Pixels, about: dict[str, Any]) -> None:

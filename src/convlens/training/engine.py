@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ def fit(
     store: CheckpointStore | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     keep: Callable[[int, nn.Module], None] | None = None,
+    tell: Callable[[Progress], None] = lambda progress: None,
     show_progress: bool = False,
 ) -> Iterator[EpochRecord]:
     """Train ``net`` in place and yield one record an epoch; at the end it holds the weights that were chosen.
@@ -51,10 +52,10 @@ def fit(
     epoch is saved, and every ``recipe.save_every`` steps, and training goes on from what the store holds, bit for
     bit as if it had not been interrupted. When ``should_stop`` says so, the step under way is finished and saved,
     and Interrupted raised. ``keep`` is given the step and the net, as it would be tested, before the first step,
-    after steps 1, 2, 4, 8, ... of the first epoch, and after every epoch. Raises Diverged at the first step whose
-    loss, gradient or BatchNorm statistics are not numbers (accelerators are asked every 20 steps), and nothing of it
-    is saved. A caller who stops iterating early is left with the raw weights of that moment. CPU threads are the
-    caller's: ``recipe.threads`` is for :func:`convlens.train`.
+    after steps 1, 2, 4, 8, ... of the first epoch, and after every epoch; ``tell`` is given the Progress now and then.
+    Raises Diverged at the first step whose loss, gradient or BatchNorm statistics are not numbers (accelerators are
+    asked every 20 steps), and nothing of it is saved. A caller who stops iterating early is left with the raw weights
+    of that moment. CPU threads are the caller's: ``recipe.threads`` is for :func:`convlens.train`.
     """
     device = choose_device(recipe.device)
     precision = choose_precision(recipe, device, net, dataset.shape)
@@ -134,8 +135,9 @@ def fit(
                         keep(state.step, net)
                 if state.step % LOOK_EVERY == 0:
                     left = state.seconds / state.step * (total - state.step)
-                    told = f"{tally.describe(state.seconds - before)}  {left:,.0f} s left in all"
-                    meter.update(index + 1 - first - meter.done, told)
+                    progress = tally.describe(state, total, len(batches), state.seconds - before, left)
+                    meter.update(index + 1 - first - meter.done, str(progress))
+                    tell(progress)
                 if state.step >= total or (stopped := should_stop()):
                     break
                 if recipe.save_every and state.step % recipe.save_every == 0 and index + 1 < len(batches):
@@ -204,12 +206,30 @@ def shrink(images: Tensor, size: int) -> Tensor:
     return small.contiguous(memory_format=torch.channels_last)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """Where a training stands in the middle of an epoch."""
+
+    step: int
+    total: int  # steps, as far as it is known
+    epoch: float  # epochs that are done
+    loss: float  # of this epoch so far
+    accuracy: float
+    images_per_second: float
+    left: float  # seconds
+
+    def __str__(self) -> str:
+        figures = f"loss {self.loss:.4f}  accuracy {self.accuracy:.2%}  {self.images_per_second:,.0f} images/s"
+        return f"{figures}  {self.left:,.0f} s left in all"
+
+
 class Tally:
     """Loss, hits and images of an epoch, added up on the device and read now and then."""
 
     def __init__(self, state: TrainState, device: torch.device):
         # float64 keeps the sums exact enough to be the same after a resume; MPS has none
         kind = torch.float32 if device.type == "mps" else torch.float64
+        self._before = state.seen  # an interrupted epoch's, by another process
         self._sums = torch.tensor([state.loss_sum, state.correct, state.seen], dtype=kind, device=device)
 
     @torch.no_grad()
@@ -220,10 +240,11 @@ class Tally:
         hits = (logits.argmax(dim=1) == target).sum()
         self._sums += torch.stack([loss.detach() * n, hits, torch.full_like(hits, n)]).to(self._sums.dtype)
 
-    def describe(self, seconds: float) -> str:
-        """Return what the progress bar says."""
+    def describe(self, state: TrainState, total: int, epoch_steps: int, seconds: float, left: float) -> Progress:
+        """Return where the training stands, ``seconds`` into the epoch (or into its part that this process does)."""
         loss, correct, seen = self._sums.tolist()
-        return f"loss {loss / seen:.4f}  accuracy {correct / seen:.2%}  {seen / seconds:,.0f} images/s"
+        pace = (seen - self._before) / max(seconds, 1e-9)
+        return Progress(state.step, total, state.step / epoch_steps, loss / seen, correct / seen, pace, left)
 
     def store_into(self, state: TrainState) -> None:
         """Write the sums into the state that a checkpoint holds."""

@@ -1,0 +1,143 @@
+// The live page: asks for the runs once a second, and draws what has changed.
+"use strict";
+
+const at = (id) => document.getElementById(id);
+const SVG = "http://www.w3.org/2000/svg", WIDTH = 480, HEIGHT = 220, LEFT = 46, BOTTOM = 24, COLOURS = 6;
+const colourOf = (number) => `var(--run${number % COLOURS})`;
+
+function tellTime(seconds) {
+  if (seconds < 100) return `${Math.round(seconds)} s`;
+  const minutes = Math.round(seconds / 60);
+  return minutes < 100 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}
+
+function element(parent, name, attributes = {}, text = "") {
+  const made = parent.appendChild(parent.namespaceURI === SVG ? document.createElementNS(SVG, name) : document.createElement(name));
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.textContent = text;
+  return made;
+}
+
+// round numbers between two values, about four of them
+function ticks(low, high) {
+  const rough = (high - low) / 4 || 1, power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((times) => times * power).find((size) => size >= rough);
+  const found = [];
+  for (let value = Math.ceil(low / step - 1e-9) * step; value <= high + 1e-9 * step; value += step) found.push(value);
+  return found;
+}
+
+// one chart: lines of points (epoch, value), each in the colour of its run
+function chart(id, lines, share) {
+  const points = lines.flatMap((line) => line.points), parent = at(id);
+  parent.replaceChildren();
+  if (!points.length) return element(parent, "p", { class: "quiet" }, "Nothing yet.");
+  const values = points.map(([, value]) => value);
+  let [low, high] = [Math.min(...values), Math.max(...values)];
+  [low, high] = share ? [Math.max(low - 0.05 * (1 - low) - 0.001, 0), 1] : [0, high * 1.05 || 1];
+  const last = Math.max(...points.map(([epoch]) => epoch), 1);
+  const x = (epoch) => LEFT + (epoch / last) * (WIDTH - LEFT - 8), y = (value) => 6 + (1 - (value - low) / (high - low)) * (HEIGHT - BOTTOM - 6);
+  const svg = parent.appendChild(document.createElementNS(SVG, "svg"));
+  svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
+  svg.setAttribute("role", "img");
+  svg.setAttribute("aria-label", lines.map(({ name, points: own }) => `${name}: ${own.length ? tellValue(own.at(-1)[1], share) : "nothing yet"}`).join(", "));
+  for (const value of ticks(low, high)) {
+    element(svg, "line", { class: "grid", x1: LEFT, x2: WIDTH - 8, y1: y(value), y2: y(value) });
+    element(svg, "text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, tellValue(value, share, true));
+  }
+  for (const value of ticks(0, last)) element(svg, "text", { x: x(value), y: HEIGHT - 6, "text-anchor": "middle" }, Number(value.toPrecision(4)));
+  element(svg, "text", { x: WIDTH - 8, y: HEIGHT - BOTTOM - 6, "text-anchor": "end" }, "epoch");
+  for (const { number, points: own } of lines) {
+    element(svg, "polyline", { points: own.map(([epoch, value]) => `${x(epoch)},${y(value)}`).join(" "), style: `stroke: ${colourOf(number)}` });
+    if (own.length) element(svg, "circle", { cx: x(own.at(-1)[0]), cy: y(own.at(-1)[1]), r: 3.5, style: `fill: ${colourOf(number)}` });
+  }
+  return svg;
+}
+
+function tellValue(value, share, short = false) {
+  return share ? `${Number((100 * value).toFixed(short ? 1 : 2))}%` : String(Number(value.toPrecision(short ? 2 : 4)));
+}
+
+// the line of a run on a chart: what each epoch came to, and of training figures what this epoch has come to
+function lineOf(run, number, column) {
+  const points = run.metrics.filter((row) => row[column] !== null && row[column] !== undefined).map((row) => [row.epoch, row[column]]);
+  const { progress } = run, now = { train_loss: progress?.loss, train_acc: progress?.accuracy }[column];
+  if (!run.test && now !== undefined && now !== null && progress.epoch > run.metrics.length) points.push([progress.epoch, now]);
+  return { name: run.name, number, points };
+}
+
+function showRun(run, number) {
+  const card = element(at("runs"), "section", { class: "run", style: `--colour: ${colourOf(number)}` });
+  element(card, "h2", {}, run.name);
+  const last = run.metrics.at(-1), { progress } = run;
+  const inside = progress && progress.epoch > run.metrics.length;
+  const done = run.test ? 1 : inside ? progress.step / progress.total : run.epochs ? run.metrics.length / run.epochs : 0;
+  let state = "It begins", more = "";
+  if (run.test) {
+    state = `${(100 * run.test.accuracy).toFixed(2)}% of the test images right`;
+    const [low, high] = run.test.accuracy_interval.map((share) => (100 * share).toFixed(2));
+    more = `95% interval ${low}% to ${high}%, n = ${run.test.n.toLocaleString("en")}; trained for ${tellTime(last?.seconds ?? 0)}.`;
+  } else if (done >= 1) state = "Testing";
+  else if (inside || last) {
+    const epoch = inside ? Math.floor(progress.epoch) + 1 : run.metrics.length;
+    state = `Epoch ${epoch}${run.epochs ? ` of ${run.epochs}` : ""}, ${Math.floor(100 * done)}%`;
+    const pace = inside ? progress.images_per_second : (run.images * run.metrics.length) / last.seconds;
+    const left = inside ? progress.left : last.seconds * (1 / Math.max(done, 0.01) - 1);
+    more = `${Math.round(pace).toLocaleString("en")} images/s, ${tellTime(left)} left.`;
+  }
+  element(card, "p", { class: "state" }, state);
+  const track = element(card, "div", { class: "track", role: "progressbar", "aria-valuenow": Math.round(100 * done), "aria-label": `Progress of ${run.name}` });
+  element(track, "div", { class: "fill", style: `width: ${100 * done}%` });
+  element(card, "p", {}, more);
+  if (run.test) element(element(card, "p"), "a", { href: `${number}/report.html` }, "Its report");
+  if (run.data) element(card, "p", { class: "quiet" }, `${run.data}, recipe ${run.recipe}, net ${run.net}, seed ${run.seed}`);
+}
+
+const seen = [];
+async function showMistakes(runs) {
+  for (const [number, run] of runs.entries()) {
+    if (!run.mistakes || seen[number] === run.mistakes) continue;
+    const { epoch, asked, wrong, shape, mistakes } = await (await fetch(`${number}/mistakes.json`)).json();
+    seen[number] = run.mistakes;
+    if (!at(`mistakes-${number}`)) {
+      if (!seen.some((_, other) => other !== number && at(`mistakes-${other}`))) at("mistakes").replaceChildren();
+      element(at("mistakes"), "div", { id: `mistakes-${number}` });
+    }
+    const parent = at(`mistakes-${number}`);
+    parent.replaceChildren();
+    element(parent, "p", {}, `${runs.length > 1 ? `${run.name}: ` : ""}${wrong} of ${asked} validation images after epoch ${epoch}${wrong > mistakes.length ? `; the ${mistakes.length} surest` : ""}`);
+    const grid = element(parent, "div", { class: "wrong" });
+    for (const { label, guess, probability, pixels } of mistakes) {
+      const figure = element(grid, "figure"), [channels, height, width] = shape, size = height * width;
+      const values = Uint8Array.from(atob(pixels), (letter) => letter.charCodeAt(0));
+      const canvas = element(figure, "canvas", { role: "img", "aria-label": `a ${label} taken for ${guess}` });
+      paint(canvas, width, height, (i) => (channels === 3 ? [0, 1, 2].map((c) => values[c * size + i]) : Array(3).fill(values[i])));
+      element(figure, "figcaption", {}, `${guess} (${percent(probability)}), is ${label}`);
+    }
+  }
+}
+
+let shown = "";
+async function look() {
+  try {
+    const answer = await fetch("runs.json"), text = await answer.text();
+    at("lost").hidden = true;
+    if (text !== shown) {
+      shown = text;
+      const runs = JSON.parse(text), done = runs.filter((run) => run.test).length;
+      at("title").textContent = runs.length > 1 ? `${runs.length} runs, ${done} finished` : `${runs[0].name}: ${done ? "finished" : "learning"}`;
+      document.title = at("title").textContent;
+      at("runs").replaceChildren();
+      runs.forEach(showRun);
+      for (const column of ["train_loss", "train_acc", "val_loss", "val_acc"]) {
+        chart(column, runs.map((run, number) => lineOf(run, number, column)), column.endsWith("acc"));
+      }
+      await showMistakes(runs);
+    }
+  } catch {
+    at("lost").textContent = "The page's server has gone; what is below is the last it said. `convlens watch RUN` shows a run again at any time.";
+    at("lost").hidden = false;
+  }
+  setTimeout(look, 1000);
+}
+look();

@@ -1,0 +1,244 @@
+"""The live page: what a training says of itself, a server for this machine only, and the page in a browser."""
+
+import base64
+import contextlib
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import browse, in_browser
+from test_onnx import run
+
+import convlens
+from convlens.errors import UsageError
+from convlens.experiment import Experiment
+from convlens.record import LiveRecord, write_loosely
+from convlens.run import Run
+from convlens.runfolder import RunFolder
+from convlens.serving.live import describe_run
+from convlens.serving.watch import start_watching
+
+FAST: dict[str, Any] = {"batch_size": 50, "device": "cpu", "threads": 1}
+
+
+@pytest.fixture
+def half(tmp_path: Path) -> RunFolder:
+    """Train two of three epochs."""
+    experiment = Experiment.create("digits", out=tmp_path / "half", epochs=3, **FAST)
+    epochs = experiment.epochs()
+    next(epochs)
+    next(epochs)
+    epochs.close()  # type: ignore[attr-defined]
+    return experiment.folder
+
+
+@contextlib.contextmanager
+def watching(*paths: Path) -> Iterator[str]:
+    server, address = start_watching(paths)
+    try:
+        yield address
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def ask(address: str, path: str, host: str | None = None, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
+    """Return status, headers and body."""
+    connection = http.client.HTTPConnection(address.split("/")[2], timeout=10)
+    connection.request(method, path, headers={} if host is None else {"Host": host})
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    return answer.status, {name.lower(): value for name, value in answer.getheaders()}, content
+
+
+# what a training says of itself
+
+
+def test_progress_and_mistakes(half: RunFolder) -> None:
+    progress = json.loads(half.progress.read_text())
+    assert set(progress) == {"step", "total", "epoch", "loss", "accuracy", "images_per_second", "left"}
+    assert 0 < progress["step"] <= progress["total"] and progress["images_per_second"] > 0 and progress["left"] >= 0
+    told = json.loads(half.mistakes.read_text())
+    experiment = Experiment.resume(half.path)
+    split = experiment.dataset.validation
+    assert split is not None and told["asked"] == len(split) and told["shape"] == [1, 8, 8]
+    assert 0 < len(told["mistakes"]) <= min(told["wrong"], 12)
+    images = [image.numpy().tobytes() for image in split.images]
+    for mistake in told["mistakes"]:
+        row = images.index(base64.b64decode(mistake["pixels"]))
+        assert mistake["label"] == str(split.labels[row].item()) != mistake["guess"]
+    shares = [mistake["probability"] for mistake in told["mistakes"]]
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_it_takes_little_time(half: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("convlens.record.time.monotonic", lambda: now[0])
+    experiment = Experiment.resume(half.path)
+    live = LiveRecord(half, experiment.dataset, experiment.net, experiment.preprocess.normaliser())
+    looked = []
+
+    def slow(*_: Any) -> Any:
+        looked.append(now[0])
+        now[0] += 1.0
+        raise InterruptedError
+
+    monkeypatch.setattr("convlens.record.compute_logits", slow)
+    with pytest.raises(InterruptedError):
+        live.look(1)
+    live._looked, live._took = now[0], 1.0  # it had taken a second
+    now[0] += 99
+    live.look(2)
+    assert looked == [100.0]
+    now[0] += 2
+    with pytest.raises(InterruptedError):
+        live.look(3)
+
+
+def test_what_cannot_be_written_is_left_away(half: RunFolder) -> None:
+    for file in half.progress.parent.iterdir():
+        file.unlink()
+    half.progress.parent.rmdir()
+    half.progress.parent.write_text("a file is in the way")
+    experiment = Experiment.resume(half.path)
+    assert [record.epoch for record in experiment.epochs()] == [1, 2, 3]
+
+
+def test_a_run_at_any_moment(half: RunFolder, tmp_path: Path) -> None:
+    told = describe_run(half)
+    assert (told["epochs"], len(told["metrics"]), "test" in told) == (3, 2, False)
+    assert describe_run(RunFolder(tmp_path / "gone")) == {"name": "gone", "metrics": []}
+    half.metrics.write_text("epoch,sec")
+    half.progress.write_text('{"step": 3')
+    assert describe_run(half)["name"] == "half"
+
+
+# the server
+
+
+def test_routes(half: RunFolder) -> None:
+    with watching(half.path) as address:
+        status, headers, page = ask(address, "/")
+        assert status == 200 and headers["content-type"] == "text/html; charset=utf-8" and b"runs.json" in page
+        assert "default-src 'none'" in headers["content-security-policy"] and headers["cache-control"] == "no-store"
+        assert headers["x-content-type-options"] == "nosniff"
+        (told,) = json.loads(ask(address, "/runs.json")[2])
+        assert told["name"] == "half" and told["recipe"] == "digits" and len(told["metrics"]) == 2
+        assert ask(address, "/0/mistakes.json")[2] == half.mistakes.read_bytes()
+        for path in ("/1/mistakes.json", "/0/report.html", "/0/config.json", "/../config.json", "/x", "/runs.json?a"):
+            assert ask(address, path)[0] == 404, path
+        for host in ("evil.example", "evil.example:80", f"{address.split('/')[2]}.evil.example", ""):
+            assert ask(address, "/runs.json", host)[0] == 421, host
+        assert ask(address, "/runs.json", f"localhost:{address.split(':')[2][:-1]}")[0] == 200
+        assert ask(address, "/runs.json", method="POST")[0] == 501
+
+
+def test_figures_that_are_no_numbers_are_not_told(half: RunFolder) -> None:
+    before = half.progress.read_bytes()
+    write_loosely(half.progress, {"loss": float("nan")})
+    assert half.progress.read_bytes() == before
+
+
+def test_a_series_is_its_runs(tmp_path: Path) -> None:
+    convlens.train_series("digits", seeds=2, out=tmp_path / "two", epochs=1, **FAST)
+    with watching(tmp_path / "two") as address:
+        told = json.loads(ask(address, "/runs.json")[2])
+        assert [(one["name"], one["seed"]) for one in told] == [("seed-0", 0), ("seed-1", 1)]
+        assert all(one["test"]["n"] == 359 for one in told)
+        assert ask(address, "/1/report.html")[2] == (tmp_path / "two" / "seed-1" / "report.html").read_bytes()
+
+
+def test_what_cannot_be_watched(half: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("watch", tmp_path / "nothing") == 2
+    assert capsys.readouterr().err.startswith(f"convlens: there is no run folder {tmp_path / 'nothing'}; ")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=f"^cannot listen on 127.0.0.1:{port}: .*; choose another --port$"):
+            start_watching([half.path], port)
+
+
+# the commands
+
+
+def test_watch_runs_until_it_is_stopped(half: RunFolder) -> None:
+    command = [sys.executable, "-m", "convlens", "watch", str(half.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        line = process.stdout.readline()
+        found = re.fullmatch(r"watch   (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)\n", line)
+        assert found and ask(found[1], "/runs.json")[0] == 200
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_train_live(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "convlens", "train", "digits", "--live", "--epochs", "300", "--out"]
+    with subprocess.Popen([*command, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        address = next(line.split()[1] for line in process.stdout if line.startswith("live "))
+        end = time.monotonic() + 30
+        while time.monotonic() < end and len(json.loads(ask(address, "/runs.json")[2])[0]["metrics"]) < 2:
+            time.sleep(0.05)
+        told = json.loads(ask(address, "/runs.json")[2])[0]
+        assert 2 <= len(told["metrics"]) < 300
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+    assert process.returncode == 130
+
+
+# the page
+
+
+@in_browser
+def test_the_page_follows_a_training(half: RunFolder, tmp_path: Path) -> None:
+    done = convlens.train("digits", out=tmp_path / "done", epochs=2, **FAST)
+    assert isinstance(done, Run)
+    wrong = len(json.loads(half.mistakes.read_text())["mistakes"])
+    server, address = start_watching([half.path, done.path])
+    with browse(tmp_path) as tab:
+        tab.open(address)
+        tab.wait("document.querySelectorAll('.run').length === 2")
+        assert tab.run("at('title').textContent") == "2 runs, 1 finished"
+        states = tab.run("[...document.querySelectorAll('.state')].map((one) => one.textContent)")
+        assert re.match(r"Epoch [23] of 3, \d+%$", states[0]) and states[1].endswith("% of the test images right")
+        assert tab.run("document.querySelectorAll('#val_acc polyline').length") == 2
+        points = "document.querySelector('#val_acc polyline').getAttribute('points').split(' ').length"
+        assert tab.run(points) == 2
+        assert tab.wait("document.querySelectorAll('#mistakes-0 figure').length") == wrong
+        # the training goes on, and ends
+        experiment = Experiment.resume(half.path)
+        list(experiment.epochs())
+        tab.wait(f"{points} === 3")
+        experiment.finish()
+        tab.wait("at('title').textContent === '2 runs, 2 finished'")
+        tab.open(address)  # a reload
+        tab.wait("at('title').textContent === '2 runs, 2 finished'")
+        tab.run("document.querySelector('.run a').click()")
+        tab.wait("document.title.includes('half')")
+        tab.open(address)
+        tab.wait("at('title').textContent === '2 runs, 2 finished'")
+        assert not tab.errors
+        server.shutdown()
+        server.server_close()
+        tab.wait("at('lost').textContent.startsWith('The page\\'s server has gone')")
+        assert tab.run("document.querySelectorAll('.run').length") == 2
+
+
+def test_names_cannot_become_code() -> None:
+    from convlens.serving.live import make_live_page
+
+    page = make_live_page()
+    assert "innerHTML" not in page and not re.search(r"\[[A-Z]{3,}\]", page)
