@@ -409,6 +409,7 @@ def test_the_flags_of_train_are_the_recipe_and_these(shell: Shell) -> None:
         "folds",
         "exclude",
         "accept_changes",
+        "live",
     }
     fields = {item.name for item in dataclasses.fields(Recipe)} - {"name"}
     assert set(inspect.signature(cli.train.train).parameters) == own | fields

@@ -17,8 +17,9 @@ from torch import nn
 import convlens
 from convlens.data.dataset import Dataset
 from convlens.errors import ConvlensError, UnknownName
-from convlens.explain.attribution import class_activation_map, occlusion_map
+from convlens.explain.attribution import class_activation_map
 from convlens.explain.explanation import Memory, explain
+from convlens.explain.occlusion import occlusion_map
 from convlens.explain.stages import feature_maps, loudest_unit, receptive_field
 from convlens.models import MODELS
 from convlens.models.contract import ConvNet
@@ -279,7 +280,8 @@ def test_the_page(photos: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str
     one, two = (tmp_path / "photos" / name for name in ("dark/0.png", "light/3.png"))
     assert run("explain", photos.path, one, two) == 0
     out, err = capsys.readouterr()
-    assert re.fullmatch(rf"{one}: .*\n{two}: .*\nwrote   explained/run-1/index.html\n", out) and err == ""
+    assert re.fullmatch(rf"{one}: .*\n{two}: .*\nwrote   explained/run-1/index.html\n", out)
+    assert "convlens: " not in err  # on a slow machine it says how far it is
     folder = Path("explained/run-1")
     assert sorted(path.name for path in folder.iterdir()) == ["1-0", "2-3", "index.html", "kernels.png"]
     names = ["alike.png", "maps-1-stem.png", "maps-2-conv1.png", "maps-3-conv2.png", "maps-4-conv3.png", "pooling.png",
@@ -296,7 +298,6 @@ def test_the_page(photos: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str
     # the next one gets a name of its own
     assert run("explain", photos.path, one) == 0
     assert (Path("explained/run-2") / "where.png").is_file()
-    assert capsys.readouterr().err == ""
 
 
 def test_from_python(photos: Run, tmp_path: Path) -> None:

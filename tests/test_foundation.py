@@ -418,10 +418,8 @@ def test_open_and_read_a_run(folder: Path) -> None:
 def test_the_names_in_a_run_folder() -> None:
     run = RunFolder("r")
     names = {"config.json", "metrics.csv", "checkpoint", "model", "test.json", "predictions.csv", "split.csv"}
-    names |= {"excluded.txt"}
-    found = {p.name for p in vars(run).values() if p != run.path}
-    assert found == names | {"plots", "report.html"}
-    assert all(p.parent == run.path for p in vars(run).values() if p != run.path)
+    names |= {"excluded.txt", "plots", "report.html", "snapshots", "live/progress.json", "live/mistakes.json"}
+    assert {p.relative_to(run.path).as_posix() for p in vars(run).values() if p != run.path} == names
 
 
 # progress

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from starlette.testclient import TestClient
 
+from convlens.explain.occlusion import occlusion_map
 from convlens.serving import app, work
 from convlens.serving.app import make_app
 from convlens.serving.gate import Gate, Limits
@@ -96,6 +97,38 @@ def test_the_answers_are_those_of_predict(name: str) -> None:
             assert told["set"] == list(wanted.labels or ())
             assert told["probability"] == pytest.approx(wanted.probability, abs=1e-6)
             assert [guess["label"] for guess in told["top"]] == [label for label, _ in wanted.top]
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_what_an_answer_hangs_on(name: str) -> None:
+    predictor = load_onnx(name)
+    client = client_of(make_app({name: predictor}))
+    file = golden(predictor)[6]
+    wanted, pixels = predictor.predict(file), predictor.adapt(file)
+    for params, about in (({}, wanted.label), ({"label": predictor.classes[3]}, predictor.classes[3])):
+        told = client.post("/explain", params=params, content=file, headers=PNG).json()
+        assert (told["model"], told["label"], told["known"], told["about"]) == (name, wanted.label, wanted.known, about)
+        assert told["probability"] == pytest.approx(wanted.probability, abs=1e-6)
+        heat = occlusion_map(lambda images: predictor.run(images)[0], pixels, predictor.classes.index(about))
+        np.testing.assert_allclose(told["occlusion"], heat, atol=1e-4)
+
+
+def test_what_cannot_be_explained(client: TestClient, picture: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases: list[tuple[dict[str, Any], int, str]] = [
+        ({"params": {"label": "cow"}, "content": picture, "headers": PNG}, 422, "label: digits knows no class 'cow'"),
+        ({"params": {"top": "3"}, "content": picture, "headers": PNG}, 422,
+         "unknown option 'top'; choose from: model, raw, label"),
+        ({"files": [("images", ("a.png", picture, "image/png"))]}, 415,
+         "send one picture (image/png, image/jpeg, ...): a form is for /predict"),
+        ({"content": b"no picture", "headers": PNG}, 422, "the image is not an image (JPEG, PNG, GIF"),
+        ({"params": {"model": "mnist"}, "content": picture, "headers": PNG}, 422, ""),
+    ]  # fmt: skip
+    for request, status, told in cases:
+        response = client.post("/explain", **request)
+        assert (response.status_code, response.json()["detail"][: len(told)]) == (status, told), request
+    monkeypatch.setattr(work, "MOST_BYTES", 1000)
+    told = client.post("/explain", content=picture, headers=PNG).json()["detail"]
+    assert told == "this model takes images that are too large to be explained here"
 
 
 def test_raw_and_more_than_one_model(digits: OnnxPredictor) -> None:
@@ -407,14 +440,14 @@ schemathesis.openapi.media_type("application/octet-stream", PICTURES.map(to_png)
 
 
 GOOD, BAD = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
-ROUTES = [(path, GOOD) for path in ("/predict", "/models", "/", "/live", "/ready", "/metrics")]
+ROUTES = [(path, GOOD) for path in ("/predict", "/explain", "/models", "/", "/live", "/ready", "/metrics")]
 
 
-@pytest.mark.parametrize(("path", "mode"), [*ROUTES, ("/predict", BAD), ("/", BAD)])
+@pytest.mark.parametrize(("path", "mode"), [*ROUTES, ("/predict", BAD), ("/explain", BAD), ("/", BAD)])
 def test_it_answers_as_its_description_says(path: str, mode: Any, digits: OnnxPredictor) -> None:
     gate = make_app({"digits": digits, "mnist": load_onnx("mnist")})
     schema = schemathesis.openapi.from_asgi("/openapi.json", gate, headers={"host": "localhost"})
-    operation = schema[path]["POST" if path == "/predict" else "GET"]
+    operation = schema[path]["POST" if path in ("/predict", "/explain") else "GET"]
     took = {200: 0}
 
     @settings(max_examples=60, suppress_health_check=list(HealthCheck))
@@ -429,6 +462,6 @@ def test_it_answers_as_its_description_says(path: str, mode: Any, digits: OnnxPr
 
 def test_what_is_described(client: TestClient) -> None:
     told = client.get("/openapi.json").json()
-    assert set(told["paths"]) == {"/predict", "/models", "/", "/live", "/ready", "/metrics"}
+    assert set(told["paths"]) == {"/predict", "/explain", "/models", "/", "/live", "/ready", "/metrics"}
     assert "multipart/form-data" in told["paths"]["/predict"]["post"]["requestBody"]["content"]
     assert client.get("/docs").status_code == 404  # it would load scripts from elsewhere

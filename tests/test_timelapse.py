@@ -93,7 +93,9 @@ def test_the_command(remembered: Run, tmp_path: Path, capsys: pytest.CaptureFixt
     out, err = capsys.readouterr()
     page = remembered.path / "timelapse.html"
     size = page.stat().st_size
-    assert err == "" and out.startswith(f"looked back at 8 snapshots\nwrote   {page} ({size:,} bytes)\nwrote   ")
+    assert "convlens: " not in err and out.startswith(
+        f"looked back at 8 snapshots\nwrote   {page} ({size:,} bytes)\nwrote   "
+    )
     assert size < 500_000 and model_of(page)["picture"] == "scan.png"
     with Image.open(tmp_path / "a.gif") as picture:
         assert (picture.n_frames, picture.size) == (8, (864, 360))

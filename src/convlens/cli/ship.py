@@ -83,6 +83,7 @@ def write_onnx_file(model: str, path: Path) -> None:
     from convlens.shipping.places import find_bundle, shipped_models
 
     folder = find_bundle(model)
+    tell_patience()
     built = build_onnx(folder)
     drift = write_onnx(built, path)
     if model not in shipped_models():
@@ -106,9 +107,16 @@ def write_int8(model: str, path: Path, data: str | None) -> None:
         _, dataset = load_tested(model, data)
     except ConvlensError as error:
         raise UsageError(f"--int8 needs the images that the net was trained on: {error}") from None
+    tell_patience()
     built, _, cost = build_int8(folder, dataset)
     write_onnx(built, path)
     print(f"8 bits  {cost}")
+
+
+def tell_patience() -> None:
+    """Say on a terminal what takes so long: PyTorch's exporter tells nobody how far it is."""
+    if sys.stderr.isatty():
+        print("PyTorch traces the net: 5 to 10 seconds ...", file=sys.stderr)
 
 
 def find_samples(model: str, data: str | None) -> list[Any]:

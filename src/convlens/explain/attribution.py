@@ -1,19 +1,12 @@
-"""Where a net looks: the class activation map, and what its answer hangs on when parts of the image are covered."""
+"""Where a net looks: the class activation map."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from convlens.data.pictures import Pixels
 from convlens.explain.stages import get_stage, recording
-
-Heat = NDArray[np.float32]
 
 
 def class_activation_map(net: nn.Module, x: Tensor, label: int, stage: str | None = None) -> Tensor:
@@ -40,34 +33,3 @@ def class_activation_map(net: nn.Module, x: Tensor, label: int, stage: str | Non
     heat = F.relu((gradient * maps.detach()).sum(dim=1, keepdim=True))  # (N, 1, H', W')
     heat = F.interpolate(heat, x.shape[2:], mode="bilinear", align_corners=False).squeeze(1)
     return heat / heat.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)
-
-
-def occlusion_map(classify: Callable[[Pixels], NDArray[np.float32]], pixels: Pixels, label: int) -> Heat:
-    """Return by how much the probability of ``label`` falls where the image is covered: float32 (H, W), -1..1.
-
-    Occlusion (Zeiler, Fergus 2014): a square a quarter of the image wide covers one place after the other, in the
-    colour of the image's border; every pixel gets the mean over the squares that covered it. ``classify`` gives
-    probabilities (N, K) of uint8 images (N, C, H, W); ``pixels`` is one, uint8 (C, H, W). It works for every net, also
-    for one that cannot be differentiated.
-    """
-    _, height, width = pixels.shape
-    side = max(min(height, width) // 4, 1)
-    step = max(side // 3, 1)
-    border = np.concatenate(
-        [pixels[:, [0, -1]].reshape(len(pixels), -1), pixels[:, :, [0, -1]].reshape(len(pixels), -1)], 1
-    )
-    paper = np.median(border, axis=1).astype(np.uint8)[:, None, None]
-    places = [
-        (y, x)
-        for y in sorted({*range(0, height - side, step), height - side})
-        for x in sorted({*range(0, width - side, step), width - side})
-    ]
-    covered = np.repeat(pixels[None], len(places) + 1, axis=0)  # the last stays whole
-    for image, (y, x) in zip(covered, places, strict=False):
-        image[:, y : y + side, x : x + side] = paper
-    probabilities = classify(covered)[:, label]
-    total, count = np.zeros((2, height, width), np.float32)
-    for (y, x), probability in zip(places, probabilities, strict=False):
-        total[y : y + side, x : x + side] += probabilities[-1] - probability
-        count[y : y + side, x : x + side] += 1
-    return total / count

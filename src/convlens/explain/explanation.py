@@ -14,7 +14,8 @@ from convlens.data.dataset import Dataset
 from convlens.data.pictures import Pixels
 from convlens.errors import ConvlensError, UnknownName
 from convlens.evaluation.metrics import compute_outputs
-from convlens.explain.attribution import Heat, class_activation_map, occlusion_map
+from convlens.explain.attribution import class_activation_map
+from convlens.explain.occlusion import Heat, occlusion_map
 from convlens.explain.stages import (
     Unit,
     feature_maps,

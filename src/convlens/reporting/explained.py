@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from convlens.data.pictures import Pixels
-from convlens.explain.attribution import Heat
 from convlens.explain.explanation import Explanation
+from convlens.explain.occlusion import Heat
 from convlens.explain.stages import Unit
 from convlens.reporting.plots import draw_filters, draw_grid, shorten, to_picture
 from convlens.runfolder import write_text

@@ -1,11 +1,12 @@
-"""The server's routes: predict, the page, and what a supervisor asks."""
+"""The server's routes: predict, explain, the page, and what a supervisor asks."""
 
 import base64
+import contextlib
 import hashlib
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Annotated, Any, TypeVar
 
@@ -20,7 +21,7 @@ from convlens.data.pictures import BadImage
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.coverage import LEVELS
 from convlens.serving.gate import Gate, Limits, Metrics
-from convlens.serving.work import OPTIONS, Late, Worker, list_files
+from convlens.serving.work import Late, Worker, list_files
 from convlens.shipping.onnx_predictor import OnnxPredictor
 from convlens.shipping.prediction import Prediction
 from convlens.shipping.twin import make_page
@@ -28,12 +29,14 @@ from convlens.shipping.twin import make_page
 T = TypeVar("T")
 FILE = {"type": "string", "format": "binary"}
 KINDS = ("image/png", "image/jpeg", "image/gif", "image/webp", "image/bmp", "image/tiff", "application/octet-stream")
+PICTURE = {kind: {"schema": FILE} for kind in KINDS}
+PICTURE_BODY = {"requestBody": {"required": True, "description": "One picture.", "content": PICTURE}}
 BODY = {
     "requestBody": {
         "required": True,
         "description": "One picture as the body, or any number of them as files of a form.",
         "content": {
-            **{kind: {"schema": FILE} for kind in KINDS},
+            **PICTURE,
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
@@ -82,6 +85,20 @@ class Answers(BaseModel):
     predictions: list[Answer]
 
 
+class Explained(BaseModel):
+    """What an answer hangs on."""
+
+    model: str
+    label: str = Field(description="The most probable class.")
+    probability: float = Field(ge=0, le=1)
+    known: bool | None
+    about: str = Field(description="The class that the map is about.")
+    occlusion: list[list[float]] = Field(
+        description="For each pixel that the net sees, row by row, by how much the probability of `about` falls when a "
+        "square covers it: -1 to 1."
+    )
+
+
 class About(BaseModel):
     """A model of this server."""
 
@@ -111,6 +128,32 @@ OVERLOAD = tell(
 )
 
 
+async def read_body(request: Request, *options: str) -> tuple[bytes, bool]:
+    """Return the body of a request for pictures, and whether it is a form; HTTPException for what is neither.
+
+    ``options`` may stand in the address, and no others.
+    """
+    if unknown := request.query_params.keys() - set(options):
+        raise HTTPException(422, f"unknown option {min(unknown)!r}; choose from: {', '.join(options)}")
+    body, kind = await request.body(), request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "multipart/form-data" and kind not in KINDS:
+        raise HTTPException(415, "send a picture (image/png, image/jpeg, ...) or a form (multipart/form-data)")
+    if not body:
+        raise HTTPException(422, "the request has no body: send a picture")
+    return body, kind == "multipart/form-data"
+
+
+@contextlib.contextmanager
+def told_as_http() -> Iterator[None]:
+    """Answer what goes wrong inside the block in HTTP."""
+    try:
+        yield
+    except (BadImage, UsageError) as error:
+        raise HTTPException(422, str(error)) from None
+    except Late:
+        raise HTTPException(503, "too much to do", {"retry-after": "1"}) from None
+
+
 def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, limits: Limits | None = None) -> Gate:
     """Return the server of ``models``, by name, as an ASGI application; the first is asked where none is named.
 
@@ -118,6 +161,7 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
     """
     names = tuple(models)
     among: dict[str, Any] = {"enum": list(names)}
+    classes = sorted({name for predictor in models.values() for name in predictor.classes})
     shown = [name for name, predictor in models.items() if not predictor.in_8_bits] or list(names)
     api = FastAPI(title="convlens", version=version("convlens"), docs_url=None, redoc_url=None, redirect_slashes=False)
     registry = CollectorRegistry()
@@ -159,29 +203,39 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
         ] = None,
     ) -> Answers:
         """Say what pictures show."""
-        if unknown := request.query_params.keys() - set(OPTIONS):
-            raise HTTPException(422, f"unknown option {min(unknown)!r}; choose from: {', '.join(OPTIONS)}")
-        body, content_type = await request.body(), request.headers.get("content-type", "")
-        kind = content_type.split(";")[0].strip().lower()
-        is_form = kind == "multipart/form-data"
-        if not is_form and kind not in KINDS:
-            raise HTTPException(415, "send a picture (image/png, image/jpeg, ...) or a form (multipart/form-data)")
-        if not body:
-            raise HTTPException(422, "the request has no body: send a picture")
+        body, is_form = await read_body(request, "model", "top", "raw", "coverage")
         worker = find(workers, model)
         if coverage is not None and worker.predictor.bounds is None:
             raise HTTPException(422, f"coverage: {model} cannot say, for it was trained without validation images")
 
         def files() -> list[bytes]:
-            return list_files(body, content_type) if is_form else [body]
+            return list_files(body, request.headers["content-type"]) if is_form else [body]
 
-        try:
+        with told_as_http():
             found = await worker.predict(files, request.scope["until"], top=top, raw=raw, coverage=coverage)
-        except (BadImage, UsageError) as error:
-            raise HTTPException(422, str(error)) from None
-        except Late:
-            raise HTTPException(503, "too much to do", {"retry-after": "1"}) from None
         return Answers(model=model, predictions=[Answer.of(prediction) for prediction in found])
+
+    @api.post("/explain", responses=REFUSALS | WRONG_VALUE | OVERLOAD, openapi_extra=PICTURE_BODY)
+    async def explain(
+        request: Request,
+        model: Annotated[str, Query(description="Which model to ask", json_schema_extra=among)] = names[0],
+        raw: Annotated[bool, Query(description="Only resize; do not look for ink on paper")] = False,
+        label: Annotated[
+            str | None,
+            Query(description="Class to look for, instead of the most probable", json_schema_extra={"enum": classes}),
+        ] = None,
+    ) -> Explained:
+        """Say what a picture shows, and on which places of it the answer hangs."""
+        body, is_form = await read_body(request, "model", "raw", "label")
+        if is_form:
+            raise HTTPException(415, "send one picture (image/png, image/jpeg, ...): a form is for /predict")
+        worker = find(workers, model)
+        if label is not None and label not in worker.predictor.classes:
+            raise HTTPException(422, f"label: {model} knows no class {label!r}")
+        with told_as_http():
+            found, heat = await worker.explain(body, request.scope["until"], raw=raw, label=label)
+        about = {"about": label or found.label, "occlusion": heat.round(4).tolist()}
+        return Explained(model=model, label=found.label, probability=found.probability, known=found.known, **about)
 
     @api.get("/models", responses=REFUSALS)
     async def list_models() -> list[About]:

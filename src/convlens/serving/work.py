@@ -20,6 +20,7 @@ from python_multipart.multipart import Field, File, MultipartState
 
 from convlens.data.pictures import BadImage, Pixels, open_image
 from convlens.errors import UsageError
+from convlens.explain.occlusion import Heat, Occlusion
 from convlens.machine import available_cores
 from convlens.shipping.onnx_predictor import BATCH, OnnxPredictor
 from convlens.shipping.prediction import Prediction
@@ -28,7 +29,7 @@ MOST_IMAGES = 1000  # in a request
 MOST_PIXELS = 100_000_000  # of all pictures in a request, as they come
 MOST_BYTES = 8 << 20  # of all pictures in a request, as the net sees them
 MOST_JOBS = 32  # decoded, that wait for the net
-OPTIONS = ("model", "top", "raw", "coverage")  # they belong into the address
+OPTIONS = ("model", "top", "raw", "coverage", "label")  # they belong into the address
 Output = tuple[NDArray[np.float32], NDArray[np.bool_] | None]  # probabilities (N, K), and which are known (N,)
 
 
@@ -75,19 +76,42 @@ class Worker:
 
         Raises UsageError or BadImage if there are none that can be read, and Late.
         """
+        probabilities, known = await self._ask(lambda: self.read(files, until, raw), until)
+        return self.predictor.interpret(probabilities, known, top, coverage)
+
+    async def explain(self, picture: bytes, until: float, *, raw: bool, label: str | None) -> tuple[Prediction, Heat]:
+        """Classify one picture, and return with it what the probability of ``label`` (by default its own) hangs on.
+
+        Raises BadImage if it cannot be read, UsageError if the model takes images too large for that, and Late.
+        """
+        covered: list[Occlusion] = []
+
+        def cover() -> Pixels:
+            occlusion = Occlusion.of(self.read(lambda: [picture], until, raw)[0])
+            if occlusion.images.nbytes > MOST_BYTES:
+                raise UsageError("this model takes images that are too large to be explained here")
+            covered.append(occlusion)
+            return occlusion.images
+
+        probabilities, known = await self._ask(cover, until)
+        own = slice(len(probabilities) - 1, None)
+        (prediction,) = self.predictor.interpret(probabilities[own], None if known is None else known[own])
+        return prediction, covered[0].heat(probabilities, self.predictor.classes.index(label or prediction.label))
+
+    async def _ask(self, make: Callable[[], Pixels], until: float) -> Output:
+        """Return what the net says of the pixels that ``make`` gives on another thread."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Output] = loop.create_future()
 
         def decode() -> None:
-            job = Job(self.read(files, until, raw), until, loop, answer)
+            job = Job(make(), until, loop, answer)
             try:
                 self.jobs.put(job, timeout=max(until - time.monotonic(), 0))
             except queue.Full:
                 raise Late from None
 
         await loop.run_in_executor(self._decoders, decode)
-        probabilities, known = await answer
-        return self.predictor.interpret(probabilities, known, top, coverage)
+        return await answer
 
     def read(self, files: Callable[[], list[bytes]], until: float, raw: bool) -> Pixels:
         """Return the pictures of a request as the net's pixels, uint8 (N, C, H, W)."""
