@@ -422,7 +422,7 @@ FROZEN_RECIPE_FLAGS = """
 --seconds --batch-size --parts --small-size --small-share --save-every --balance --loss --label-smoothing --optimizer
 --lr --head-lr --bias-lr --momentum --nesterov --muon-momentum --weight-decay --clip-norm --schedule --warmup
 --step-epochs --step-factor --ema --select --patience --shift --rotation --scale --flip --crop-probability
---crop-fraction --cutout --colour-jitter --mixup --cutmix --test-views --seed --device --threads --precision
+--crop-fraction --cutout --colour-jitter --mixup --cutmix --test-views --snapshots --seed --device --threads --precision
 """
 
 
