@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 in_browser = pytest.mark.skipif(not BROWSER, reason="there is no Chromium here")
 
 
+SECONDS = 60.0  # for anything, on a slow machine
+
+
 class Tab:
     """One page in the browser. ``errors`` are what its scripts threw and what its console called an error."""
 
@@ -24,7 +28,6 @@ class Tab:
         self.session: dict[str, str] = {}
         self.number, self.left = 0, b""
         self.errors: list[str] = []
-        self.events: list[str] = []  # names of the events that came since the last wait
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """Call a method of the DevTools protocol; return its result."""
@@ -38,26 +41,24 @@ class Tab:
                 return dict(got["result"])
 
     def read(self) -> dict[str, Any]:
-        """Return the next message; note what events and errors there were."""
+        """Return the next message; note errors."""
         while b"\0" not in self.left:
+            assert select.select([self.answers], [], [], SECONDS)[0], f"the browser said nothing for {SECONDS} s"
             more = self.answers.read1(1 << 20)  # type: ignore[attr-defined]
             assert more, "the browser has ended"
             self.left += more
         message, self.left = self.left.split(b"\0", 1)
         got: dict[str, Any] = json.loads(message)
-        self.events.append(got.get("method", ""))
-        if self.events[-1] == "Runtime.exceptionThrown":
+        if got.get("method") == "Runtime.exceptionThrown":
             self.errors.append(got["params"]["exceptionDetails"].get("exception", {}).get("description", "?"))
-        elif self.events[-1] == "Log.entryAdded" and got["params"]["entry"]["level"] == "error":
+        elif got.get("method") == "Log.entryAdded" and got["params"]["entry"]["level"] == "error":
             self.errors.append(got["params"]["entry"]["text"])
         return got
 
     def open(self, address: str) -> None:
         """Open an address; return when the page has loaded."""
-        self.events.clear()
-        self.call("Page.navigate", url=address)
-        while "Page.loadEventFired" not in self.events:
-            self.read()
+        self.call("Page.navigate", url=address)  # the new page is there when it answers
+        self.wait("document.readyState === 'complete'")
 
     def run(self, script: str) -> Any:
         """Return the value of a script (JSON); a promise is waited for."""
@@ -65,7 +66,7 @@ class Tab:
         assert "exceptionDetails" not in got, got["exceptionDetails"]
         return got["result"].get("value")
 
-    def wait(self, condition: str, seconds: float = 10.0) -> Any:
+    def wait(self, condition: str, seconds: float = SECONDS / 2) -> Any:
         """Wait until a script's value is true, and return it."""
         value = self.run(
             f"(async () => {{ const end = performance.now() + {1000 * seconds}; let value;"
@@ -121,3 +122,4 @@ def browse(folder: Path, width: int = 1200, height: int = 900, *flags: str) -> I
             process.wait(10)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()

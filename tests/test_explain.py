@@ -16,9 +16,9 @@ from torch import nn
 
 import convlens
 from convlens.data.dataset import Dataset
-from convlens.errors import ConvlensError, UnknownName
+from convlens.errors import UnknownName, UsageError
 from convlens.explain.attribution import class_activation_map
-from convlens.explain.explanation import Memory, explain
+from convlens.explain.explanation import TrainingImages, explain
 from convlens.explain.occlusion import occlusion_map
 from convlens.explain.stages import feature_maps, loudest_unit, receptive_field
 from convlens.models import MODELS
@@ -134,7 +134,8 @@ def test_the_activation_map_is_that_of_finite_differences(name: str) -> None:
             change = torch.zeros(maps.numel(), dtype=torch.float64)
             change[place] = step
             change = change.view_as(maps)
-            both = net.head(torch.cat([maps + change, maps - change]))[:, 1]  # type: ignore[operator]
+            both = net.head(torch.cat([maps + change, maps - change]))  # type: ignore[operator]
+            both = both[:, 1] - both.mean(dim=1) * net.log_probabilities  # the logit, but for what all share
             slope.view(-1)[place] = (both[0] - both[1]) / (2 * step)
         heat = (slope * maps).sum(dim=1, keepdim=True).relu()
         heat = nn.functional.interpolate(heat, x.shape[2:], mode="bilinear")[0, 0]
@@ -227,7 +228,7 @@ def test_a_training_image_is_most_like_itself() -> None:
     dataset = convlens.from_arrays(images.numpy(), np.arange(30) % 3, classes=("cat", "dog", "owl"))
     assert isinstance(dataset, Dataset)
     first, second, *_ = explain(
-        classifier, dataset.train.images[4].numpy(), memory=Memory(classifier, dataset)
+        classifier, dataset.train.images[4].numpy(), training=TrainingImages(classifier, dataset)
     ).neighbours
     assert first.similarity == pytest.approx(1, abs=1e-5) and first.id == dataset.train.ids[4]
     assert (first.image == dataset.train.images[4].numpy()).all()
@@ -241,7 +242,8 @@ def test_what_there_is_not_is_named() -> None:
         explain(classifier, pixels, label="cow")
     with pytest.raises(UnknownName, match="^unknown stage 'conv9'; did you mean 'conv"):
         explain(classifier, pixels, unit=("conv9", 0, 0, 0))
-    with pytest.raises(ConvlensError, match=r"^stage conv1 has no unit 0,9,0: it has 64,\d,\d$"):
+    told = r"^stage conv1 has no unit 0,9,0: it has 64 maps of \d rows and \d columns, counted from 0$"
+    with pytest.raises(UsageError, match=told):
         explain(classifier, pixels, unit=("conv1", 0, 9, 0))
 
 
@@ -317,7 +319,7 @@ def test_bad_input_gets_a_line(photos: Run, tmp_path: Path, capsys: pytest.Captu
         (("--unit", "3"), 2, "--unit '3' is not STAGE:CHANNEL,ROW,COLUMN, such as conv1:5,3,3"),
         (("--label", "bright"), 2, "unknown class 'bright'; did you mean 'light'?"),
         (("--unit", "conv7:1,2,3"), 2, "unknown stage 'conv7'; did you mean 'conv"),
-        (("--unit", "conv3:500,0,0"), 1, "stage conv3 has no unit 500,0,0: it has "),
+        (("--unit", "conv3:500,0,0"), 2, "stage conv3 has no unit 500,0,0: it has "),
         (("--out", tmp_path / "there"), 2, f"{tmp_path / 'there'} exists already; choose another --out"),
         (
             ("--out", tmp_path / "photos" / "new"),

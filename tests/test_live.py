@@ -4,6 +4,7 @@ import base64
 import contextlib
 import http.client
 import json
+import os
 import re
 import signal
 import socket
@@ -11,21 +12,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from browser import browse, in_browser
 from test_onnx import run
 
 import convlens
+from convlens.data.dataset import Split
 from convlens.errors import UsageError
 from convlens.experiment import Experiment
+from convlens.models import create_model
 from convlens.record import LiveRecord, write_loosely
 from convlens.run import Run
 from convlens.runfolder import RunFolder
 from convlens.serving.live import describe_run
 from convlens.serving.watch import start_watching
+from convlens.training.engine import Progress
 
 FAST: dict[str, Any] = {"batch_size": 50, "device": "cpu", "threads": 1}
 
@@ -84,25 +90,59 @@ def test_progress_and_mistakes(half: RunFolder) -> None:
 def test_it_takes_little_time(half: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("convlens.record.time.monotonic", lambda: now[0])
-    experiment = Experiment.resume(half.path)
-    live = LiveRecord(half, experiment.dataset, experiment.net, experiment.preprocess.normaliser())
     looked = []
 
-    def slow(*_: Any) -> Any:
+    def slow(net: Any, images: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         looked.append(now[0])
         now[0] += 1.0
-        raise InterruptedError
+        return torch.zeros(len(images), 10)
 
     monkeypatch.setattr("convlens.record.compute_logits", slow)
-    with pytest.raises(InterruptedError):
-        live.look(1)
-    live._looked, live._took = now[0], 1.0  # it had taken a second
-    now[0] += 99
-    live.look(2)
-    assert looked == [100.0]
-    now[0] += 2
-    with pytest.raises(InterruptedError):
-        live.look(3)
+    experiment = Experiment.resume(half.path)
+    live = LiveRecord(half, experiment.dataset, experiment.preprocess.normaliser(), experiment.recipe)
+    for epoch in range(1, 401):  # of a second each
+        live.look(epoch, experiment.net)
+        now[0] += 1
+    assert len(looked) == 4 and looked[1] - looked[0] > 100
+    live.tell(Progress(10, 10, 400.0, 0.1, 1.0, 9.0, 0.0))
+    live.look(400, experiment.net)  # the end is always looked at
+    assert len(looked) == 5 and json.loads(half.mistakes.read_text())["epoch"] == 400
+
+
+def test_what_is_wrong_is_asked_of_all_classes(half: RunFolder) -> None:
+    experiment = Experiment.resume(half.path)
+    split = experiment.dataset.validation
+    assert split is not None
+    labels, rows = split.labels.sort()
+    by_class = replace(experiment.dataset, validation=Split(split.images[rows], labels, split.ids))
+    live = LiveRecord(half, by_class, experiment.preprocess.normaliser(), experiment.recipe)
+    live.ASKED = 50
+    net = create_model("small", channels=1, height=8, width=8, classes=10, filters=4)
+    live.look(1, net)
+    told = json.loads(half.mistakes.read_text())
+    assert told["asked"] == 50 and len({one["label"] for one in told["mistakes"]}) > 3
+
+
+def test_mistakes_are_those_of_the_net_that_is_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, torch.Tensor]] = []
+    monkeypatch.setattr(LiveRecord, "look", lambda self, epoch, net: seen.append((epoch, weight_of(net))))
+    experiment = Experiment.create("digits", out=tmp_path / "run", epochs=2, ema=0.9, **FAST)
+    raw = [weight_of(experiment.net) for _ in experiment.epochs()]
+    assert [epoch for epoch, _ in seen] == [1, 2]
+    assert not torch.equal(seen[0][1], raw[0])  # the average, not the weights that go on
+    assert torch.equal(seen[1][1], weight_of(experiment.net))  # at the end they are those that stay
+    # an epoch that an earlier process trained is not looked at
+    again = Experiment.create("digits", out=tmp_path / "again", epochs=3, **FAST)
+    epochs = again.epochs()
+    next(epochs)
+    epochs.close()  # type: ignore[attr-defined]
+    seen.clear()
+    list(Experiment.resume(tmp_path / "again").epochs())
+    assert [epoch for epoch, _ in seen] == [2, 3]
+
+
+def weight_of(net: torch.nn.Module) -> torch.Tensor:
+    return next(net.parameters()).detach().clone()
 
 
 def test_what_cannot_be_written_is_left_away(half: RunFolder) -> None:
@@ -116,7 +156,12 @@ def test_what_cannot_be_written_is_left_away(half: RunFolder) -> None:
 
 def test_a_run_at_any_moment(half: RunFolder, tmp_path: Path) -> None:
     told = describe_run(half)
-    assert (told["epochs"], len(told["metrics"]), "test" in told) == (3, 2, False)
+    assert (told["recipe"], len(told["metrics"]), "test" in told) == ("digits", 2, False)
+    assert 0 <= told["progress"]["silent"] < 60
+    old = time.time() - 3000
+    for file in (half.progress, half.metrics):
+        os.utime(file, (old, old))
+    assert 3000 <= describe_run(half)["progress"]["silent"] < 3100
     assert describe_run(RunFolder(tmp_path / "gone")) == {"name": "gone", "metrics": []}
     half.metrics.write_text("epoch,sec")
     half.progress.write_text('{"step": 3')
@@ -135,6 +180,7 @@ def test_routes(half: RunFolder) -> None:
         (told,) = json.loads(ask(address, "/runs.json")[2])
         assert told["name"] == "half" and told["recipe"] == "digits" and len(told["metrics"]) == 2
         assert ask(address, "/0/mistakes.json")[2] == half.mistakes.read_bytes()
+        assert "sandbox" in ask(address, "/0/mistakes.json")[1]["content-security-policy"]
         for path in ("/1/mistakes.json", "/0/report.html", "/0/config.json", "/../config.json", "/x", "/runs.json?a"):
             assert ask(address, path)[0] == 404, path
         for host in ("evil.example", "evil.example:80", f"{address.split('/')[2]}.evil.example", ""):
@@ -213,11 +259,15 @@ def test_the_page_follows_a_training(half: RunFolder, tmp_path: Path) -> None:
         tab.wait("document.querySelectorAll('.run').length === 2")
         assert tab.run("at('title').textContent") == "2 runs, 1 finished"
         states = tab.run("[...document.querySelectorAll('.state')].map((one) => one.textContent)")
-        assert re.match(r"Epoch [23] of 3, \d+%$", states[0]) and states[1].endswith("% of the test images right")
+        assert re.match(r"Epoch [1-3], \d+%$", states[0]) and states[1].endswith("% of the test images right")
         assert tab.run("document.querySelectorAll('#val_acc polyline').length") == 2
         points = "document.querySelector('#val_acc polyline').getAttribute('points').split(' ').length"
         assert tab.run(points) == 2
         assert tab.wait("document.querySelectorAll('#mistakes-0 figure').length") == wrong
+        old = time.time() - 3000
+        for file in (half.progress, half.metrics):
+            os.utime(file, (old, old))
+        tab.wait("document.querySelector('.state').textContent.startsWith('Stopped at ')")
         # the training goes on, and ends
         experiment = Experiment.resume(half.path)
         list(experiment.epochs())
@@ -226,10 +276,8 @@ def test_the_page_follows_a_training(half: RunFolder, tmp_path: Path) -> None:
         tab.wait("at('title').textContent === '2 runs, 2 finished'")
         tab.open(address)  # a reload
         tab.wait("at('title').textContent === '2 runs, 2 finished'")
-        tab.run("document.querySelector('.run a').click()")
-        tab.wait("document.title.includes('half')")
-        tab.open(address)
-        tab.wait("at('title').textContent === '2 runs, 2 finished'")
+        report = tab.run("document.querySelector('.run a').href")
+        assert report == f"{address}0/report.html" and ask(address, "/0/report.html")[0] == 200
         assert not tab.errors
         server.shutdown()
         server.server_close()

@@ -115,7 +115,9 @@ def test_what_is_missing_is_said(remembered: Run, tmp_path: Path, capsys: pytest
     snapshots = list_snapshots(remembered.folder.snapshots)
     snapshots[2].write_bytes(snapshots[2].read_bytes()[:1000])
     assert run("timelapse", remembered.path) == 1
-    assert capsys.readouterr().err.startswith(f"convlens: {snapshots[2]} is no snapshot of this net: ")
+    assert capsys.readouterr().err.startswith(
+        f"convlens: {snapshots[2]} is no snapshot of this net; delete it to go without: "
+    )
     shutil.rmtree(remembered.folder.snapshots)
     assert run("timelapse", remembered.path) == 2
     told = "kept no snapshots; train with --snapshots, such as: convlens train digits --snapshots"

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from convlens.data.published import DATASETS
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.metrics import make_views
 from convlens.evaluation.trust import Trust
-from convlens.explain.snapshots import write_snapshot
 from convlens.explain.stages import first_convolution
 from convlens.machine import available_cores
 from convlens.models import count_parameters, model_options
@@ -214,7 +212,7 @@ class Experiment:
     ) -> Iterator[EpochRecord]:
         """Train; yield one record an epoch (those of an interrupted run first), keeping ``metrics.csv`` up to date."""
         records: list[EpochRecord] = []
-        live = LiveRecord(self.folder, self.dataset, self.net, self.preprocess.normaliser())
+        live = LiveRecord(self.folder, self.dataset, self.preprocess.normaliser(), self.recipe)
         with self.folder.claimed():
             for record in fit(
                 self.net,
@@ -223,13 +221,11 @@ class Experiment:
                 preprocess=self.preprocess,
                 store=CheckpointStore(self.folder.checkpoint),
                 should_stop=should_stop,
-                keep=partial(write_snapshot, self.folder.snapshots) if self.recipe.snapshots else None,
-                tell=live.tell,
+                watcher=live,
                 show_progress=show_progress,
             ):
                 records.append(record)
                 write_metrics(self.folder, records, watched=self.recipe.watch_test)
-                live.look(record.epoch)
                 yield record
 
     def finish(self) -> Run:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from convlens.data.pictures import open_image
 from convlens.errors import ConvlensError, UsageError
 from convlens.experiment import refuse_inside_data
-from convlens.explain.explanation import Explanation, Memory, explain
+from convlens.explain.explanation import Explanation, explain, require_class
 from convlens.explain.timelapse import ASKED, look_back
 from convlens.mistakes import cut
 from convlens.progress import track
 from convlens.reporting.explained import draw_explanation, draw_kernels, write_page
 from convlens.reporting.timelapse import write_animation, write_timelapse
-from convlens.run import Run, load_tested
-from convlens.runfolder import RunFolder, new_folder
+from convlens.run import Run, load_tested, load_training_images
+from convlens.runfolder import RunFolder, new_folder, read_json
 from convlens.runtime import use_threads
 from convlens.shipping.classifier import Classifier
-from convlens.shipping.prediction import Prediction
 
 MOST = 50  # pictures at a time: a page of them has about 25 MB
 
@@ -44,23 +46,23 @@ def explain_pictures(
         raise UsageError(f"{len(pictures)} pictures are too many for a page; explain {MOST} at a time")
     if out is not None:
         RunFolder.refuse_existing(out)
+    refuse_inside_data(out or "explained", data or recorded_source(source))
     use_threads()
     classifier = Classifier.load(source)
+    if label is not None:
+        require_class(label, classifier.classes)
     images = [classifier.preprocess.adapt(open_image(file), raw=raw) for file in pictures]
-    memory, missing = None, ""
+    training, missing = None, ""
     try:
-        dataset = load_tested(source, data)[1]
+        training = load_training_images(source, classifier, data)
     except ConvlensError as error:
         if data is not None:
             raise
         missing = str(error)
-    else:
-        refuse_inside_data(out or "explained", dataset)
-        memory = Memory(classifier, dataset)
     name = Path(source).resolve().name
     folder = Path(out) if out is not None else next_free(Path("explained"), name)
     explanations = [
-        explain(classifier, pixels, label=label, unit=unit, memory=memory)
+        explain(classifier, pixels, label=label, unit=unit, training=training)
         for pixels in track(images, "explaining", len(images))
     ]
     with new_folder(folder) as new:
@@ -70,7 +72,7 @@ def explain_pictures(
         ):
             own = new if len(pictures) == 1 else new / f"{number}-{cut(Path(file).stem)}"
             own.mkdir(exist_ok=True)
-            parts.append((Path(file).name, tell(e.prediction), own, draw_explanation(own, e)))
+            parts.append((Path(file).name, tell(e), own, draw_explanation(own, e)))
         parts.append(("The net itself", "", new, draw_kernels(new, explanations[0].kernels)))
         write_page(new / "index.html", f"What {name} sees", parts)
     return folder, explanations, missing
@@ -95,8 +97,12 @@ def show_training(
     run = Run(source)
     page = Path(out) if out is not None else run.path / "timelapse.html"
     use_threads()
+    for place, flag in ((page, "--out"), (gif, "--gif")):
+        if place is not None:
+            refuse_inside_data(place, data or recorded_source(source), flag)
     bundle, dataset = load_tested(run.path, data)
-    refuse_inside_data(page, dataset)
+    if dataset.fingerprint() != run.config["data"]["fingerprint"]:
+        raise UsageError(f"the data in {data} are not those that {source} was trained on")
     recipe = run.config["recipe"]
     held_out = dataset.with_validation(recipe["validation"], recipe["seed"]).validation
     asked = dataset.train if held_out is None else held_out
@@ -120,12 +126,24 @@ def show_training(
     return page, len(moments)
 
 
-def tell(prediction: Prediction) -> str:
-    """Return what the net says in one or two sentences."""
-    others = [f"{label} ({share:.1%})" for label, share in prediction.top[1:4] if share >= 0.001]
-    return f"The net says: {prediction}. " + (
+def recorded_source(source: str | Path) -> Any:
+    """Return where the data of a run lie, or None for a model that came from elsewhere."""
+    run = RunFolder(source)
+    return read_json(run.config)["data"]["source"] if run.test.is_file() else None
+
+
+def tell(e: Explanation) -> str:
+    """Return what the net says in a few sentences."""
+    shares = dict(e.prediction.top)
+    others = [f"{label} ({share:.1%})" for label, share in e.prediction.top[1:4] if share >= 0.001]
+    told = f"The net says: {e.prediction}. " + (
         f"Then come {', '.join(others)}." if others else "Nothing else comes near."
     )
+    if e.label != e.prediction.label:
+        told += f" You asked about {e.label}: {shares[e.label]:.1%}."
+    if np.ptp(e.pixels) == 0:
+        told += " What it got of the picture is blank: all of one colour."
+    return told
 
 
 def next_free(parent: Path, name: str) -> Path:

@@ -19,9 +19,11 @@ from convlens.data.dataset import Dataset
 from convlens.data.normalise import Normalise
 from convlens.data.published import DATASETS
 from convlens.evaluation.metrics import compute_logits
+from convlens.explain.snapshots import write_snapshot
 from convlens.runfolder import RunFolder, write_csv
 from convlens.training.checkpoint import EpochRecord
-from convlens.training.engine import Progress
+from convlens.training.engine import Progress, Watcher
+from convlens.training.recipe import Recipe
 
 METRIC_COLUMNS = [field.name for field in dataclasses.fields(EpochRecord)]
 TEST_COLUMNS = ("test_loss", "test_acc")  # only where the recipe watches the test split
@@ -100,10 +102,12 @@ def write_split(folder: RunFolder, dataset: Dataset) -> None:
     write_csv(folder.split, ["split", "id"], rows)
 
 
-class LiveRecord:
-    """What `convlens watch` shows of a training under way: where it stands, and what it has wrong just now.
+class LiveRecord(Watcher):
+    """What `convlens watch` shows of a training under way, and its snapshots, if they are wanted.
 
-    It costs at most a hundredth of the time, and what cannot be written is left away.
+    Where it stands is written twice a second at most. What it has wrong is looked at after the first epoch, after the
+    last, and in between so seldom that it takes a hundredth of the time. What cannot be written is left away; but
+    snapshots were asked for.
     """
 
     ASKED = 1000  # validation images, of which some are wrong
@@ -111,38 +115,47 @@ class LiveRecord:
     SHARE = 0.01  # of the time, for looking for mistakes
     PAUSE = 0.5  # seconds between two writes
 
-    def __init__(self, folder: RunFolder, dataset: Dataset, net: nn.Module, normalise: Normalise):
-        self.folder, self.dataset, self.net, self.normalise = folder, dataset, net, normalise
-        self._told, self._looked, self._took = 0.0, time.monotonic(), 0.0
+    def __init__(self, folder: RunFolder, dataset: Dataset, normalise: Normalise, recipe: Recipe):
+        self.folder, self.dataset, self.normalise, self.recipe = folder, dataset, normalise, recipe
+        self._told = self._looked = self._took = 0.0
+        self._ended = False
 
     def tell(self, progress: Progress) -> None:
-        """Write where the training stands, if the last time is a while ago."""
-        if time.monotonic() - self._told >= self.PAUSE:
+        """Write where the training stands, if the last time is a while ago or it has ended."""
+        self._ended = progress.step >= progress.total
+        if self._ended or time.monotonic() - self._told >= self.PAUSE:
             self._told = time.monotonic()
             write_loosely(self.folder.progress, dataclasses.asdict(progress))
 
-    def look(self, epoch: int) -> None:
+    def keep(self, step: int, net: nn.Module) -> None:
+        """Keep a snapshot, if the recipe says so."""
+        if self.recipe.snapshots:
+            write_snapshot(self.folder.snapshots, step, net)
+
+    def look(self, epoch: int, net: nn.Module) -> None:
         """Write some of the validation images that the net has wrong, the surest first, unless that takes too long."""
         split, began = self.dataset.validation, time.monotonic()
-        if split is None or self._took > self.SHARE * (began - self._looked):
+        if split is None or (not self._ended and self._took > self.SHARE * (began - self._looked)):
             return
-        images, labels = split.images[: self.ASKED], split.labels[: self.ASKED]
-        shares, guesses = compute_logits(self.net, images, self.normalise).softmax(dim=1).cpu().max(dim=1)
-        wrong = (guesses != labels).nonzero().squeeze(1)
+        part = split.take(split.spread(self.ASKED))
+        logits = compute_logits(net, part.images, self.normalise, batch_size=min(self.recipe.batch_size, 500))
+        shares, guesses = logits.softmax(dim=1).cpu().max(dim=1)
+        wrong = (guesses != part.labels).nonzero().squeeze(1)
         rows: list[int] = wrong[shares[wrong].argsort(descending=True)].tolist()
         classes = self.dataset.classes
         mistakes = [
             {
-                "label": classes[int(labels[row])],
+                "label": classes[int(part.labels[row])],
                 "guess": classes[int(guesses[row])],
                 "probability": round(float(shares[row]), 4),
-                "pixels": base64.b64encode(images[row].numpy().tobytes()).decode(),
+                "pixels": base64.b64encode(part.images[row].numpy().tobytes()).decode(),
             }
             for row in rows[: self.SHOWN]
         ]
-        about = {"epoch": epoch, "asked": len(images), "wrong": len(rows), "shape": list(self.dataset.shape)}
+        about = {"epoch": epoch, "asked": len(part), "wrong": len(rows), "shape": list(self.dataset.shape)}
         write_loosely(self.folder.mistakes, {**about, "mistakes": mistakes})
-        self._looked, self._took = time.monotonic(), time.monotonic() - began
+        self._looked = time.monotonic()
+        self._took = self._looked - began
 
 
 def write_loosely(path: Path, content: dict[str, Any]) -> None:

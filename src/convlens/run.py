@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from functools import cached_property
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 from convlens.data.catalog import load_dataset, load_recorded
 from convlens.data.dataset import Dataset
+from convlens.data.fetch import only_from_here
 from convlens.errors import ConvlensError, UsageError, quoted
 from convlens.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from convlens.evaluation.metrics import Scores, make_views
 from convlens.evaluation.paired import Paired
-from convlens.explain.explanation import Explanation, Memory, explain
+from convlens.explain.explanation import Explanation, TrainingImages, explain
 from convlens.progress import track
 from convlens.runfolder import RunFolder, read_json, read_names
 from convlens.runtime import use_threads
@@ -71,20 +73,28 @@ class Run:
         return self.classifier.predict(picture, **options)
 
     @cached_property
-    def memory(self) -> Memory:
-        """Its training images as the net sees them; UsageError if they have changed or are not there."""
-        return Memory(self.classifier, load_tested(self.path)[1])
+    def training_images(self) -> TrainingImages | None:
+        """The images that it was trained on, as the net sees them; None if they have changed or are not there."""
+        with contextlib.suppress(ConvlensError):
+            return load_training_images(self.path, self.classifier)
+        return None
 
-    def explain(self, picture: Picture, *, raw: bool = False, **options: Any) -> Explanation:
-        """Return all that can be seen of what the net says of a picture; see :func:`convlens.explain.explain`.
+    def explain(
+        self,
+        picture: Picture,
+        *,
+        raw: bool = False,
+        label: str | None = None,
+        unit: tuple[str, int, int, int] | None = None,
+    ) -> Explanation:
+        """Return all that can be seen of what the net says of a picture, as arrays.
 
-        Training images that look like it are among it if the data are still there.
+        ``label`` is the class (its name) that the heat maps are about, by default the predicted one; ``unit`` (stage,
+        channel, row, column) a unit whose receptive field is shown, instead of the stage's loudest. Training images
+        that look like the picture are among it if they are still there. :mod:`convlens.explain.explanation` says more.
         """
-        try:
-            memory = self.memory
-        except ConvlensError:
-            memory = None
-        return explain(self.classifier, self.classifier.adapt(picture, raw=raw), memory=memory, **options)
+        pixels = self.classifier.adapt(picture, raw=raw)
+        return explain(self.classifier, pixels, label=label, unit=unit, training=self.training_images)
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -125,6 +135,17 @@ def load_tested(source: str | Path, data: Any = None) -> tuple[Bundle, Dataset]:
             "put them back, or name other data with --data"
         )
     return bundle, dataset
+
+
+def load_training_images(source: str | Path, classifier: Classifier, data: Any = None) -> TrainingImages:
+    """Return the images that a run's or model's net was trained on, without those held out; nothing is downloaded.
+
+    Raises ConvlensError if they are not on this machine, UsageError if they have changed.
+    """
+    with contextlib.nullcontext() if data is not None else only_from_here():
+        bundle, dataset = load_tested(source, data)
+    recipe = bundle.trained["recipe"]
+    return TrainingImages(classifier, dataset.with_validation(recipe["validation"], recipe["seed"]))
 
 
 def evaluate_run(source: str | Path, data: Any = None, *, test_views: bool = False) -> dict[str, Any]:

@@ -141,7 +141,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
         new = Path(temporary) / "new"
         new.mkdir()
         yield new
-        new.rename(folder)
+        try:
+            new.rename(folder)
+        except OSError as error:
+            raise ConvlensError(f"cannot make the folder {folder}: {error.strerror}") from None
 
 
 SERIES = "series.json"  # makes a folder a series of runs

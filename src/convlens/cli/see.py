@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,11 +17,12 @@ from convlens.errors import UsageError
 @app.command()
 def explain(
     model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a model by name.")],
-    images: Annotated[list[str], typer.Argument(help="Files, folders, globs; - reads a list of files.")],
+    images: Annotated[list[str], typer.Argument(help="Up to 50 files, folders, globs; - reads a list of files.")],
     out: Annotated[Path | None, typer.Option(help="New folder, instead of explained/MODEL-N.")] = None,
     label: Annotated[str | None, typer.Option(help="Class to look for, instead of the predicted one.")] = None,
     unit: Annotated[
-        str | None, typer.Option(help="STAGE:CHANNEL,ROW,COLUMN: a unit to look at, instead of the stage's loudest.")
+        str | None,
+        typer.Option(help="STAGE:CHANNEL,ROW,COLUMN, counted from 0: a unit to look at, not the loudest."),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Where the training images are, if the run does not say.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Only resize; do not look for ink on paper.")] = False,
@@ -36,13 +38,14 @@ def explain(
     """
     from convlens.explaining import explain_pictures
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # all is imported: what is half done is cleared away
     place = None if unit is None else read_unit(unit)
     files = expand(images)
     folder, explanations, missing = explain_pictures(model, files, out, data=data, raw=raw, label=label, unit=place)
     for file, explanation in zip(files, explanations, strict=True):
         print(f"{file}: {explanation.prediction}")
     if missing:
-        print(f"convlens: no training images to compare with: {missing}", file=sys.stderr)
+        print(f"convlens: no training images to compare with: {missing} (--data says where they are)", file=sys.stderr)
     print(f"wrote   {folder / 'index.html'}")
 
 
@@ -60,7 +63,9 @@ def read_unit(text: str) -> tuple[str, int, int, int]:
 def timelapse(
     run: Annotated[str, typer.Argument(help="A run that was trained with --snapshots.")],
     image: Annotated[str | None, typer.Option(help="A picture to follow, instead of an image held out.")] = None,
-    out: Annotated[Path | None, typer.Option(help="New .html file, instead of RUN/timelapse.html.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New .html file, instead of RUN/timelapse.html, which is made anew.")
+    ] = None,
     gif: Annotated[Path | None, typer.Option(help="Also write an animated picture: a new .gif file.")] = None,
     data: Annotated[str | None, typer.Option(help="Where the run's data are, if it does not say.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Only resize; do not look for ink on paper.")] = False,
@@ -74,10 +79,11 @@ def timelapse(
     """
     from convlens.explaining import show_training
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     check_new_file(out, "--out", "html")
     check_new_file(gif, "--gif", "gif")
     page, count = show_training(run, image, out, gif=gif, data=data, raw=raw)
-    print(f"looked back at {count} snapshots")
+    print(f"looked back at {count} snapshot{'s' * (count != 1)}")
     for path in (page, gif):
         if path is not None:
             print(f"wrote   {path} ({path.stat().st_size:,} bytes)")
@@ -97,14 +103,13 @@ def watch(
 
       convlens watch runs/mnist-1 runs/mnist-2 runs/mnist-seeds-1
     """
-    import signal
     import threading
 
     from convlens.serving.watch import start_watching
 
-    _, address = start_watching(runs, port)
-    print(f"watch   {address} (Ctrl-C ends it)", flush=True)
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
+    _, address = start_watching(runs, port)
+    print(f"watch   {address} (Ctrl-C ends it)", flush=True)
     ended.wait()

@@ -148,8 +148,10 @@ def show_live(folder: Path) -> None:
     """Show the page of a run or series for as long as this process lives, and say where."""
     from convlens.serving.watch import start_watching
 
-    _, address = start_watching([folder])
-    say(f"live    {address}")
+    try:
+        say(f"live    {start_watching([folder])[1]}")
+    except UsageError as error:  # the page is no reason not to train
+        print(f"convlens: no live page: {error}", file=sys.stderr)
 
 
 def run_series(series: Series, *, live: bool = False) -> None:

@@ -34,6 +34,10 @@ class Split:
         """Return the images at ``rows`` (int64) as a new split in memory."""
         return Split(self.images[rows], self.labels[rows], [self.ids[row] for row in rows.tolist()])
 
+    def spread(self, most: int) -> Tensor:
+        """Return the rows of at most so many images, evenly from all of them: a folder's lie class by class."""
+        return torch.linspace(0, len(self) - 1, min(most, len(self))).round().long()
+
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of pixels and labels."""
         digest = hashlib.sha256(self.images.contiguous().numpy().data)

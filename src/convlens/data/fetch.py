@@ -9,13 +9,15 @@ import io
 import os
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 
 from convlens.errors import ConvlensError
 from convlens.progress import Meter
 from convlens.runfolder import replacing
 
+_FROM_HERE = ContextVar("from_here", default=False)
 LARGEST = 200_000_000  # bytes; of what is published, CIFAR-10's archive unpacks to the most, 184 million
 
 
@@ -75,6 +77,16 @@ def check_sha256(name: str, content: bytes, sha256: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def only_from_here() -> Iterator[None]:
+    """Download nothing inside the block: what is not on this machine is missing."""
+    token = _FROM_HERE.set(True)
+    try:
+        yield
+    finally:
+        _FROM_HERE.reset(token)
+
+
 def find_or_download(name: str, sha256: str, folders: Sequence[str], mirrors: Sequence[str]) -> bytes:
     """Return the verified content of ``name``: found on the search path, else from the first mirror that has it.
 
@@ -83,6 +95,8 @@ def find_or_download(name: str, sha256: str, folders: Sequence[str], mirrors: Se
     """
     if found := find_file(name, folders):
         return read_verified(found, sha256)
+    if _FROM_HERE.get():
+        raise ConvlensError(f"{name} is not on this machine")
     target = cache_folder() / folders[0] / f"{name}.gz"
     failures = []
     for mirror in mirrors:

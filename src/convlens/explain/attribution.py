@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convlens.explain.stages import get_stage, recording
+from convlens.explain.stages import get_stage, in_use, recording
 
 
 def class_activation_map(net: nn.Module, x: Tensor, label: int, stage: str | None = None) -> Tensor:
@@ -19,17 +19,20 @@ def class_activation_map(net: nn.Module, x: Tensor, label: int, stage: str | Non
     come from. The largest value of an image is 1, or all are 0 where nothing speaks for the class. Raises UnknownName
     for a stage that the net has not.
     """
-    net.eval()
-    with torch.enable_grad():
+    with torch.enable_grad(), in_use(net):
         if stage is None:
             maps = net.features(x).detach().requires_grad_()  # type: ignore[operator]
             logits = net.head(maps)  # type: ignore[operator]
         else:
-            # a pixel that wants a gradient, so that the stage's output has one even if all before it is frozen
+            # pixels that want a gradient, so that the stage's output has one even if all before it is frozen
             with recording({stage: get_stage(net, stage)}) as outputs:
                 logits = net(x.detach().requires_grad_())
             maps = outputs[stage]
-        (gradient,) = torch.autograd.grad(logits[:, label].sum(), maps)
+        score = logits[:, label]
+        if getattr(net, "log_probabilities", False):  # from which logits differ by a number that all classes share
+            score = score - logits.mean(dim=1)
+        (gradient,) = torch.autograd.grad(score.sum(), maps)
     heat = F.relu((gradient * maps.detach()).sum(dim=1, keepdim=True))  # (N, 1, H', W')
     heat = F.interpolate(heat, x.shape[2:], mode="bilinear", align_corners=False).squeeze(1)
-    return heat / heat.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)
+    top = heat.amax(dim=(1, 2), keepdim=True)
+    return torch.where(top > 0, heat / top, heat)

@@ -21,6 +21,7 @@ from convlens.explain.stages import (
     feature_maps,
     first_convolution,
     get_stage,
+    in_use,
     loudest_unit,
     receptive_field,
     recording,
@@ -59,17 +60,20 @@ class Explanation:
     neighbours: tuple[Neighbour, ...]  # the most alike first; empty without the training images
 
 
-class Memory:
-    """Training images and their features, to find those that are like a picture."""
+class TrainingImages:
+    """Images that a net was trained on, and their features, to find those that are like a picture.
+
+    ``dataset`` is without what was held out for validation.
+    """
 
     def __init__(self, classifier: Classifier, dataset: Dataset):
         split = dataset.train
         self.dataset = dataset
-        self.rows = torch.linspace(0, len(split.labels) - 1, min(LOOKED_AT, len(split.labels))).long()
+        self.rows = split.spread(LOOKED_AT)
         _, features = compute_outputs(classifier.net, split.images[self.rows], classifier.preprocess.normaliser())
         self.features = F.normalize(features, dim=1)  # (N, D)
 
-    def recall(self, features: Tensor) -> tuple[Neighbour, ...]:
+    def like(self, features: Tensor) -> tuple[Neighbour, ...]:
         """Return the training images whose features are most like ``features`` (D,)."""
         split = self.dataset.train
         values, places = (self.features @ F.normalize(features, dim=0)).topk(min(NEIGHBOURS, len(self.rows)))
@@ -85,18 +89,18 @@ def explain(
     *,
     label: str | None = None,
     unit: tuple[str, int, int, int] | None = None,
-    memory: Memory | None = None,
+    training: TrainingImages | None = None,
 ) -> Explanation:
     """Return all that can be seen of what the net says of one image, uint8 (C, H, W) as ``Classifier.adapt`` gives it.
 
     ``label`` is the class that the heat maps are about, by default the predicted one; ``unit`` (stage, channel, y, x) a
-    unit whose receptive field is shown, instead of the stage's loudest. ``memory`` finds training images like it. Works
-    with every net that keeps the model contract. Raises UnknownName for a class or a stage that there is not,
-    ConvlensError for a unit that the stage has not.
+    unit whose receptive field is shown, instead of the stage's loudest. ``training`` finds training images like it.
+    Works with every net that keeps the model contract. Raises UnknownName for a class or a stage that there is not,
+    UsageError for a unit that the stage has not.
     """
-    net = classifier.net.eval()
-    if label is not None and label not in classifier.classes:
-        raise UnknownName("class", label, classifier.classes)
+    net = classifier.net
+    if label is not None:
+        require_class(label, classifier.classes)
     if unit is not None:
         get_stage(net, unit[0])
     (prediction,) = classifier.describe([pixels], top=len(classifier.classes))
@@ -107,7 +111,7 @@ def explain(
     first = first_convolution(net)
     if first is None:
         raise ConvlensError("this net has no convolution: there is nothing to see in it")
-    with torch.no_grad(), recording({"first": first}) as outputs:
+    with torch.no_grad(), in_use(net), recording({"first": first}) as outputs:
         maps = {name: output[0] for name, output in feature_maps(net, x).items()}
         features = net.features(x)[0].mean(dim=(1, 2))
     response = outputs["first"][0]  # (C', H', W')
@@ -130,8 +134,14 @@ def explain(
             "max": to_array(F.max_pool2d(loudest, 2, ceil_mode=True)[0]),
             "average": to_array(F.avg_pool2d(loudest, 2, ceil_mode=True)[0]),
         },
-        neighbours=memory.recall(features) if memory else (),
+        neighbours=training.like(features) if training else (),
     )
+
+
+def require_class(label: str, classes: tuple[str, ...]) -> None:
+    """Raise UnknownName unless there is a class of that name."""
+    if label not in classes:
+        raise UnknownName("class", str(label), classes)
 
 
 def to_array(x: Tensor) -> Array:

@@ -29,4 +29,5 @@ def load_snapshot(path: Path, net: nn.Module) -> None:
     try:
         net.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise ConvlensError(f"{path} is no snapshot of this net: {str(error).splitlines()[0]}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise ConvlensError(f"{path} is no snapshot of this net; delete it to go without: {reason}") from None

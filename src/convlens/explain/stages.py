@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from convlens.errors import ConvlensError, UnknownName
+from convlens.errors import UnknownName, UsageError
 
 
 @contextlib.contextmanager
@@ -17,9 +17,11 @@ def recording(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Keep the outputs of modules, by name, of every pass inside the block; the last pass counts."""
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str, output: object) -> None:
-        if isinstance(output, Tensor):
-            outputs[name] = output
+    def keep(name: str, output: object) -> object:
+        if not isinstance(output, Tensor):
+            return output
+        outputs[name] = output
+        return output.clone()  # what comes behind may work in place
 
     hooks = [m.register_forward_hook(lambda *all, name=name: keep(name, all[-1])) for name, m in modules.items()]
     try:
@@ -27,6 +29,17 @@ def recording(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextlib.contextmanager
+def in_use(net: nn.Module) -> Iterator[None]:
+    """Let the net compute as it does when it is used, not trained, inside the block."""
+    training = net.training
+    net.eval()
+    try:
+        yield
+    finally:
+        net.train(training)
 
 
 def stages_of(net: nn.Module) -> dict[str, nn.Module]:
@@ -45,7 +58,7 @@ def get_stage(net: nn.Module, name: str) -> nn.Module:
 @torch.no_grad()
 def feature_maps(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Return the output of every stage that is an image, float (N, C', H', W'), of normalised images (N, C, H, W)."""
-    with recording(stages_of(net)) as outputs:
+    with in_use(net), recording(stages_of(net)) as outputs:
         net(x)
     return {name: output for name, output in outputs.items() if output.dim() == 4}
 
@@ -78,18 +91,23 @@ def receptive_field(net: nn.Module, stage: str, unit: tuple[int, int, int], shap
 
     Found by differentiating the unit's place, in all channels at once, by random images: a pixel without a gradient in
     any of them is not seen. That holds for every net, where a formula over kernels and strides holds for plain chains.
-    Raises UnknownName for a stage that the net has not, ConvlensError for a unit that the stage has not.
+    Raises UnknownName for a stage that the net has not, UsageError for a unit that the stage has not.
     """
     generator = torch.Generator().manual_seed(0)
     device = next(net.parameters()).device
     x = torch.randn(16, *shape, generator=generator).to(device).requires_grad_()
-    with torch.enable_grad(), recording({stage: get_stage(net, stage)}) as outputs:
+    with torch.enable_grad(), in_use(net), recording({stage: get_stage(net, stage)}) as outputs:
         net(x)
-    maps = outputs[stage]
+    maps = outputs.get(stage)
+    if maps is None or maps.dim() != 4:
+        raise UsageError(f"stage {stage} gives no maps: none of its units has a place in the image")
     channels, height, width = maps.shape[1:]
     channel, row, column = unit
     if not (0 <= channel < channels and 0 <= row < height and 0 <= column < width):
-        raise ConvlensError(f"stage {stage} has no unit {channel},{row},{column}: it has {channels},{height},{width}")
+        raise UsageError(
+            f"stage {stage} has no unit {channel},{row},{column}: it has {channels} maps of {height} rows and {width} "
+            "columns, counted from 0"
+        )
     weights = torch.randn(channels, generator=generator).to(device)  # so that no two channels cancel out
     (gradient,) = torch.autograd.grad((maps[:, :, row, column] * weights).sum(), x)
     seen = gradient.abs().sum(dim=(0, 1)) > 0  # (H, W)

@@ -43,9 +43,9 @@ class Moment:
 def look_back(classifier: Classifier, folder: RunFolder, pixels: Pixels, asked: Split) -> list[Moment]:
     """Return what the net of a run was at each snapshot, the first first.
 
-    ``pixels`` is the picture to follow, uint8 (C, H, W); ``asked`` are the images that every snapshot is tested on, the
-    first 2,000 of them. The classifier is left with the weights of the last snapshot. Raises UsageError if the run kept
-    no snapshots, ConvlensError for one that cannot be read.
+    ``pixels`` is the picture to follow, uint8 (C, H, W); ``asked`` are the images that every snapshot is tested on,
+    2,000 of them at most. The classifier is left with the weights of the last snapshot. Raises UsageError if the run
+    kept no snapshots, ConvlensError for one that cannot be read.
     """
     snapshots = list_snapshots(folder.snapshots)
     if not snapshots:
@@ -60,20 +60,22 @@ def look_back(classifier: Classifier, folder: RunFolder, pixels: Pixels, asked: 
     first = first_convolution(net)
     if first is None:
         raise ConvlensError("this net has no convolution: there is nothing to see in it")
-    images, labels = asked.images[:ASKED], asked.labels[:ASKED]
+    part = asked.take(asked.spread(ASKED))
+    device = next(net.parameters()).device
+    picture = torch.from_numpy(pixels)[None]
+    x = normalise.to(device)(picture.to(device))
     moments = []
     for step, path in track(snapshots.items(), "looking back", len(snapshots)):
         load_snapshot(path, net)
         net.eval()
-        picture = torch.from_numpy(pixels)[None]
-        guesses = compute_logits(net, images, normalise).argmax(dim=1).cpu()
-        confusion = torch.bincount(labels * classes + guesses, minlength=classes**2).view(classes, classes)
+        guesses = compute_logits(net, part.images, normalise).argmax(dim=1).cpu()
+        confusion = torch.bincount(part.labels * classes + guesses, minlength=classes**2).view(classes, classes)
         moments.append(
             Moment(
                 step=step,
                 epoch=step / epoch_steps,
                 kernels=to_array(first.weight).copy(),
-                maps={name: to_array(maps[0]) for name, maps in feature_maps(net, normalise(picture)).items()},
+                maps={name: to_array(maps[0]) for name, maps in feature_maps(net, x).items()},
                 probabilities=to_array(classifier.probabilities(classifier.logits(picture))[0]),
                 confusion=confusion.numpy(),
             )

@@ -25,6 +25,7 @@ from convlens.runfolder import write_text
 MOST_MAPS = 32  # of a stage, on its picture
 ENLARGED = 256  # pixels of a heat map's longer side
 RGB = NDArray[np.uint8]  # (H, W, 3)
+FRAME = (217, 119, 6)  # the second colour of the plots
 
 
 def draw_explanation(folder: Path, e: Explanation) -> dict[str, str]:
@@ -43,7 +44,7 @@ def draw_explanation(folder: Path, e: Explanation) -> dict[str, str]:
 def draw_where(path: Path, e: Explanation) -> str:
     """Draw the image, and where the net looks for the class: both heat maps laid over it."""
     hangs = e.occlusion / max(float(np.abs(e.occlusion).max()), 0.05)  # nothing much is not made to look like much
-    most = f"{float(e.occlusion.max()):.0%}" if e.occlusion.max() > 0.005 else "< 1%"
+    most = f"{100 * float(e.occlusion.max()):.0f} points" if e.occlusion.max() > 0.005 else "nothing"
     pictures = [enlarge(e.pixels), lay_over(e.pixels, hangs, "PuOr_r")]
     pictures += [lay_over(e.pixels, heat, "inferno") for heat in e.activations.values()]
     captions = ["what the net gets", f"covered: costs up to {most}"]
@@ -52,7 +53,8 @@ def draw_where(path: Path, e: Explanation) -> str:
     return (
         f"Orange: with a square over it, the picture has a smaller probability of “{e.label}”; violet: a larger one. "
         f"Then, for each stage, what on its maps speaks for “{e.label}” (class activation map, HiResCAM), the brighter "
-        "the more. The first stages point exactly; the last know best what they see, but only roughly where."
+        "the more, each map by itself. The first stages point more exactly; the last know best what they see, but only "
+        "roughly where."
     )
 
 
@@ -70,11 +72,14 @@ def draw_units(path: Path, e: Explanation) -> str:
     for name, unit in e.units.items():
         height, width = unit.size
         pictures.append(mark_seen(e.pixels, unit))
-        captions.append(f"{shorten(name, 16)}: {height} × {width}\nmap {unit.channel}, row {unit.y}, column {unit.x}")
+        captions.append(
+            f"{shorten(name, 14)}: {height} high, {width} wide\nmap {unit.channel}, row {unit.y}, column {unit.x}"
+        )
     draw_grid(path, pictures, captions, "How far one unit of each stage sees", columns=max(len(pictures), 4), lines=2)
     return (
-        "The bright part is the receptive field of a stage's loudest unit: all that this one number of the feature map "
-        "can know of the picture, in pixels. It grows from stage to stage."
+        "The bright part is the receptive field of one unit of a stage, its loudest or the one that was asked for: all "
+        "that this one number of a feature map can know of the picture, in pixels, as far as it lies inside. Deeper "
+        "units see more."
     )
 
 
@@ -144,12 +149,12 @@ def mark_seen(pixels: Pixels, unit: Unit) -> RGB:
     shown = enlarge(pixels).astype(np.float64)
     times = shown.shape[0] // pixels.shape[1]
     top, left, bottom, right = (times * edge for edge in (unit.top, unit.left, unit.bottom, unit.right))
-    dimmed = shown * 0.35 + 60
-    dimmed[top:bottom, left:right] = (217, 119, 6)  # VALIDATION, the second colour of the palette
-    edge = max(len(shown) // 64, 1)
-    inside = np.s_[top + edge : bottom - edge, left + edge : right - edge]
-    dimmed[inside] = shown[inside]
-    return dimmed.round().clip(0, 255).astype(np.uint8)
+    marked = shown * 0.35 + 60
+    edge = min(max(len(shown) // 64, 1), (bottom - top) // 4, (right - left) // 4)
+    marked[top:bottom, left:right] = FRAME
+    inside = np.s_[top + edge : max(bottom - edge, top), left + edge : max(right - edge, left)]
+    marked[inside] = shown[inside]
+    return marked.round().clip(0, 255).astype(np.uint8)
 
 
 def write_page(file: Path, title: str, parts: Sequence[tuple[str, str, Path, dict[str, str]]]) -> None:

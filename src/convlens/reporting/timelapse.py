@@ -18,11 +18,13 @@ from PIL import Image
 
 from convlens.data.pictures import Pixels
 from convlens.explain.timelapse import Moment
+from convlens.progress import track
 from convlens.reporting.plots import INK, TRAIN, new_figure, quiet_axes, shorten, title, to_picture
 from convlens.runfolder import replacing, write_text
-from convlens.shipping.twin import read_part
+from convlens.shipping.twin import fill_page, read_part
 
 MOST = 32  # filters, and maps of a stage, on the page
+MOST_POINTS = 16_384  # of a stage at a moment: large maps are shown of fewer channels
 MOST_CLASSES = 30  # of a confusion matrix that can be read
 
 
@@ -33,7 +35,10 @@ def write_timelapse(path: Path, moments: Sequence[Moment], pixels: Pixels, about
     """
     last = moments[-1]
     # what is loudest at the end is followed from the start
-    shown = {name: np.argsort(-maps.max(axis=(1, 2)), kind="stable")[:MOST] for name, maps in last.maps.items()}
+    shown = {
+        name: np.argsort(-maps.max(axis=(1, 2)), kind="stable")[: min(MOST, max(MOST_POINTS // maps[0].size, 4))]
+        for name, maps in last.maps.items()
+    }
     tops = {name: max(float(m.maps[name][rows].max()) for m in moments) for name, rows in shown.items()}
     heaviest = heaviest_weight(moments)
     model = {
@@ -67,10 +72,7 @@ def write_timelapse(path: Path, moments: Sequence[Moment], pixels: Pixels, about
         "SCRIPT": read_part("paint.js") + read_part("timelapse.js"),
         "MODEL": json.dumps(model, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    page = read_part("timelapse.html")
-    for name, content in fill.items():
-        page = page.replace(f"[{name}]", content)
-    write_text(path, page)
+    write_text(path, fill_page("timelapse.html", fill))
 
 
 def heaviest_weight(moments: Sequence[Moment]) -> float:
@@ -85,7 +87,8 @@ def pack(values: NDArray[Any]) -> str:
 
 def write_animation(path: Path, moments: Sequence[Moment], pixels: Pixels, about: dict[str, Any]) -> None:
     """Write an animated GIF of a training: filters, the verdict on the picture, the confusion matrix."""
-    frames = [draw_moment(moment, moments, pixels, about) for moment in moments]
+    heaviest, shown = heaviest_weight(moments), np.sort(np.argsort(-moments[-1].probabilities, kind="stable")[:10])
+    frames = [draw_moment(moment, pixels, about, heaviest, shown) for moment in track(moments, "drawing", len(moments))]
     content = io.BytesIO()
     durations = [250] * (len(frames) - 1) + [2500]
     frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
@@ -93,8 +96,10 @@ def write_animation(path: Path, moments: Sequence[Moment], pixels: Pixels, about
         temporary.write_bytes(content.getvalue())
 
 
-def draw_moment(moment: Moment, moments: Sequence[Moment], pixels: Pixels, about: dict[str, Any]) -> Image.Image:
-    """Return one frame of the animation, 864 x 360 pixels."""
+def draw_moment(
+    moment: Moment, pixels: Pixels, about: dict[str, Any], heaviest: float, shown: NDArray[np.int64]
+) -> Image.Image:
+    """Return one frame of the animation, 864 x 360 pixels, with the probabilities of the classes ``shown``."""
     figure = new_figure(9, 3.75)
     figure.set_dpi(96)
     title(figure, f"Epoch {tell_epoch(moment.epoch)}: {moment.accuracy:.1%} of the {about['images']} right")
@@ -102,14 +107,13 @@ def draw_moment(moment: Moment, moments: Sequence[Moment], pixels: Pixels, about
     picture.imshow(to_picture(pixels), cmap="gray", vmin=0, vmax=255)
     picture.set_title(shorten(about["picture"], 14), fontsize=10, color=INK, loc="left", parse_math=False)
     picture.set_axis_off()
-    filters.imshow(tile(moment.kernels[:MOST], heaviest_weight(moments)))
+    filters.imshow(tile(moment.kernels[:MOST], heaviest))
     filters.set_title("first filters", fontsize=10, color=INK, loc="left")
     filters.set_axis_off()
     quiet_axes(verdict)
-    best = np.sort(np.argsort(-moments[-1].probabilities, kind="stable")[:10])
-    verdict.barh(range(len(best)), moment.probabilities[best], color=TRAIN)
-    names = [shorten(about["classes"][i], 10) for i in best]
-    verdict.set_yticks(range(len(best)), names, fontsize=8, parse_math=False)
+    verdict.barh(range(len(shown)), moment.probabilities[shown], color=TRAIN)
+    names = [shorten(about["classes"][i], 10) for i in shown]
+    verdict.set_yticks(range(len(shown)), names, fontsize=8, parse_math=False)
     verdict.invert_yaxis()
     verdict.set_xlim(0, 1)
     verdict.set_xticks([0, 1], ["0%", "100%"])

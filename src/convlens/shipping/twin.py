@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -47,10 +48,12 @@ def make_page(
         "MODEL": json.dumps(model, separators=(",", ":")).replace("<", "\\u003c"),
         "WEIGHTS": weights,
     }
-    page = read_part("page.html")
-    for name, content in fill.items():
-        page = page.replace(f"[{name}]", content)
-    return page
+    return fill_page("page.html", fill)
+
+
+def fill_page(name: str, parts: Mapping[str, str]) -> str:
+    """Return a page with its [PARTS] filled in, in one pass: no part's content is taken for a place to fill."""
+    return re.sub(r"\[([A-Z]{3,})\]", lambda found: parts[found[1]], read_part(name))
 
 
 def read_part(name: str) -> str:

@@ -42,8 +42,7 @@ def fit(
     preprocess: Preprocess | None = None,
     store: CheckpointStore | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-    keep: Callable[[int, nn.Module], None] | None = None,
-    tell: Callable[[Progress], None] = lambda progress: None,
+    watcher: Watcher | None = None,
     show_progress: bool = False,
 ) -> Iterator[EpochRecord]:
     """Train ``net`` in place and yield one record an epoch; at the end it holds the weights that were chosen.
@@ -51,12 +50,12 @@ def fit(
     ``preprocess`` normalises the images (by default measured on the training images). With a ``store`` every
     epoch is saved, and every ``recipe.save_every`` steps, and training goes on from what the store holds, bit for
     bit as if it had not been interrupted. When ``should_stop`` says so, the step under way is finished and saved,
-    and Interrupted raised. ``keep`` is given the step and the net, as it would be tested, before the first step,
-    after steps 1, 2, 4, 8, ... of the first epoch, and after every epoch; ``tell`` is given the Progress now and then.
-    Raises Diverged at the first step whose loss, gradient or BatchNorm statistics are not numbers (accelerators are
-    asked every 20 steps), and nothing of it is saved. A caller who stops iterating early is left with the raw weights
-    of that moment. CPU threads are the caller's: ``recipe.threads`` is for :func:`convlens.train`.
+    and Interrupted raised. A ``watcher`` is told how it goes. Raises Diverged at the first step whose loss, gradient or
+    BatchNorm statistics are not numbers (accelerators are asked every 20 steps), and nothing of it is saved. A caller
+    who stops iterating early is left with the raw weights of that moment. CPU threads are the caller's:
+    ``recipe.threads`` is for :func:`convlens.train`.
     """
+    watcher = watcher or Watcher()
     device = choose_device(recipe.device)
     precision = choose_precision(recipe, device, net, dataset.shape)
     dataset = dataset.with_validation(recipe.validation, recipe.seed)
@@ -94,9 +93,8 @@ def fit(
         best = unpack(tensors, net, optimizer, average)
         yield from state.records
     else:
+        watcher.keep(0, net)
         save()
-        if keep is not None:
-            keep(0, net)
 
     numbers = NumberWatch(net)
     check_every = 1 if device.type == "cpu" else LOOK_EVERY
@@ -130,14 +128,17 @@ def fit(
                 state.elapsed = time.perf_counter() - begun
                 total = recipe.total_steps(len(batches), state.step, state.elapsed)
                 tally.add(loss, logits, labels)
-                if keep is not None and is_milestone(state.step, len(batches), total):
+                if is_milestone(state.step, len(batches), total):
+                    paused = time.perf_counter()
                     with average.applied():
-                        keep(state.step, net)
-                if state.step % LOOK_EVERY == 0:
+                        watcher.keep(state.step, net)
+                    started += time.perf_counter() - paused
+                ends = index + 1 == len(batches) or state.step >= total
+                if state.step % LOOK_EVERY == 0 or ends:
                     left = state.seconds / state.step * (total - state.step)
                     progress = tally.describe(state, total, len(batches), state.seconds - before, left)
                     meter.update(index + 1 - first - meter.done, str(progress))
-                    tell(progress)
+                    watcher.tell(progress)
                 if state.step >= total or (stopped := should_stop()):
                     break
                 if recipe.save_every and state.step % recipe.save_every == 0 and index + 1 < len(batches):
@@ -153,6 +154,7 @@ def fit(
 
         scores: dict[str, Scores] = {}
         with average.applied():
+            watcher.look(epoch + 1, net)
             watched = {"val": dataset.validation, "test": dataset.test if recipe.watch_test else None}
             for name, split in watched.items():
                 if split is not None:
@@ -204,6 +206,22 @@ def shrink(images: Tensor, size: int) -> Tensor:
         return images
     small = F.interpolate(images, size=shape, mode="bilinear", antialias=True, align_corners=False)
     return small.contiguous(memory_format=torch.channels_last)
+
+
+class Watcher:
+    """Somebody who is told how a training goes; this one does nothing with it."""
+
+    def tell(self, progress: Progress) -> None:
+        """Hear where the training stands: every 20 steps, and at the end of an epoch."""
+
+    def keep(self, step: int, net: nn.Module) -> None:
+        """Get the net before the first step, after steps 1, 2, 4, 8, ... of the first epoch, and after every epoch.
+
+        Here and in :meth:`look` it is as it would be tested, and must be left so. No time of training counts.
+        """
+
+    def look(self, epoch: int, net: nn.Module) -> None:
+        """Get the net after an epoch that was trained just now."""
 
 
 @dataclass(frozen=True)

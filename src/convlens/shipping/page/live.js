@@ -46,7 +46,6 @@ function chart(id, lines, share) {
     element(svg, "text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, tellValue(value, share, true));
   }
   for (const value of ticks(0, last)) element(svg, "text", { x: x(value), y: HEIGHT - 6, "text-anchor": "middle" }, Number(value.toPrecision(4)));
-  element(svg, "text", { x: WIDTH - 8, y: HEIGHT - BOTTOM - 6, "text-anchor": "end" }, "epoch");
   for (const { number, points: own } of lines) {
     element(svg, "polyline", { points: own.map(([epoch, value]) => `${x(epoch)},${y(value)}`).join(" "), style: `stroke: ${colourOf(number)}` });
     if (own.length) element(svg, "circle", { cx: x(own.at(-1)[0]), cy: y(own.at(-1)[1]), r: 3.5, style: `fill: ${colourOf(number)}` });
@@ -62,34 +61,39 @@ function tellValue(value, share, short = false) {
 function lineOf(run, number, column) {
   const points = run.metrics.filter((row) => row[column] !== null && row[column] !== undefined).map((row) => [row.epoch, row[column]]);
   const { progress } = run, now = { train_loss: progress?.loss, train_acc: progress?.accuracy }[column];
-  if (!run.test && now !== undefined && now !== null && progress.epoch > run.metrics.length) points.push([progress.epoch, now]);
+  if (now !== undefined && progress.epoch > run.metrics.length) points.push([progress.epoch, now]);
   return { name: run.name, number, points };
 }
 
+const SILENT = 60; // seconds after which a training may have been stopped
+const cards = [];
 function showRun(run, number) {
-  const card = element(at("runs"), "section", { class: "run", style: `--colour: ${colourOf(number)}` });
+  const told = JSON.stringify(run);
+  if (cards[number] === told) return;
+  cards[number] = told;
+  const card = at("runs").children[number] ?? element(at("runs"), "section", { class: "run", style: `--colour: ${colourOf(number)}` });
+  card.replaceChildren();
   element(card, "h2", {}, run.name);
-  const last = run.metrics.at(-1), { progress } = run;
-  const inside = progress && progress.epoch > run.metrics.length;
-  const done = run.test ? 1 : inside ? progress.step / progress.total : run.epochs ? run.metrics.length / run.epochs : 0;
+  const { progress, test } = run, seconds = run.metrics.at(-1)?.seconds;
+  const done = test ? 1 : progress ? progress.step / progress.total : 0;
   let state = "It begins", more = "";
-  if (run.test) {
-    state = `${(100 * run.test.accuracy).toFixed(2)}% of the test images right`;
-    const [low, high] = run.test.accuracy_interval.map((share) => (100 * share).toFixed(2));
-    more = `95% interval ${low}% to ${high}%, n = ${run.test.n.toLocaleString("en")}; trained for ${tellTime(last?.seconds ?? 0)}.`;
+  if (test) {
+    state = `${(100 * test.accuracy).toFixed(2)}% of the test images right`;
+    const [low, high] = test.accuracy_interval.map((share) => (100 * share).toFixed(2));
+    more = `95% interval ${low}% to ${high}%, n = ${test.n.toLocaleString("en")}; trained for ${tellTime(seconds ?? 0)}.`;
+  } else if (progress?.silent > SILENT) {
+    state = `Stopped at ${Math.floor(100 * done)}%`;
+    more = `Nothing was heard of it for ${tellTime(progress.silent)}. To go on: convlens train --resume`;
   } else if (done >= 1) state = "Testing";
-  else if (inside || last) {
-    const epoch = inside ? Math.floor(progress.epoch) + 1 : run.metrics.length;
-    state = `Epoch ${epoch}${run.epochs ? ` of ${run.epochs}` : ""}, ${Math.floor(100 * done)}%`;
-    const pace = inside ? progress.images_per_second : (run.images * run.metrics.length) / last.seconds;
-    const left = inside ? progress.left : last.seconds * (1 / Math.max(done, 0.01) - 1);
-    more = `${Math.round(pace).toLocaleString("en")} images/s, ${tellTime(left)} left.`;
+  else if (progress) {
+    state = `Epoch ${Math.floor(progress.epoch) + 1}, ${Math.floor(100 * done)}%`;
+    more = `${Math.round(progress.images_per_second).toLocaleString("en")} images/s, ${tellTime(progress.left)} left.`;
   }
   element(card, "p", { class: "state" }, state);
   const track = element(card, "div", { class: "track", role: "progressbar", "aria-valuenow": Math.round(100 * done), "aria-label": `Progress of ${run.name}` });
   element(track, "div", { class: "fill", style: `width: ${100 * done}%` });
   element(card, "p", {}, more);
-  if (run.test) element(element(card, "p"), "a", { href: `${number}/report.html` }, "Its report");
+  if (test) element(element(card, "p"), "a", { href: `${number}/report.html` }, "Its report");
   if (run.data) element(card, "p", { class: "quiet" }, `${run.data}, recipe ${run.recipe}, net ${run.net}, seed ${run.seed}`);
 }
 
@@ -112,32 +116,39 @@ async function showMistakes(runs) {
       const values = Uint8Array.from(atob(pixels), (letter) => letter.charCodeAt(0));
       const canvas = element(figure, "canvas", { role: "img", "aria-label": `a ${label} taken for ${guess}` });
       paint(canvas, width, height, (i) => (channels === 3 ? [0, 1, 2].map((c) => values[c * size + i]) : Array(3).fill(values[i])));
-      element(figure, "figcaption", {}, `${guess} (${percent(probability)}), is ${label}`);
+      element(figure, "figcaption", {}, `says ${guess}, ${percent(probability)}`);
+      element(figure, "figcaption", {}, `is ${label}`);
     }
   }
 }
 
+function tellTitle(runs) {
+  if (runs.length > 1) return `${runs.length} runs, ${runs.filter((run) => run.test).length} finished`;
+  const [{ name, test, progress }] = runs;
+  return `${name}: ${test ? "finished" : progress?.silent > SILENT ? "stopped" : "learning"}`;
+}
+
+async function show(runs) {
+  at("title").textContent = document.title = tellTitle(runs);
+  runs.forEach(showRun);
+  for (const column of ["train_loss", "train_acc", "val_loss", "val_acc"]) {
+    chart(column, runs.map((run, number) => lineOf(run, number, column)), column.endsWith("acc"));
+  }
+  await showMistakes(runs);
+}
+
 let shown = "";
 async function look() {
+  setTimeout(look, 1000);
+  let text = null;
   try {
-    const answer = await fetch("runs.json"), text = await answer.text();
-    at("lost").hidden = true;
-    if (text !== shown) {
-      shown = text;
-      const runs = JSON.parse(text), done = runs.filter((run) => run.test).length;
-      at("title").textContent = runs.length > 1 ? `${runs.length} runs, ${done} finished` : `${runs[0].name}: ${done ? "finished" : "learning"}`;
-      document.title = at("title").textContent;
-      at("runs").replaceChildren();
-      runs.forEach(showRun);
-      for (const column of ["train_loss", "train_acc", "val_loss", "val_acc"]) {
-        chart(column, runs.map((run, number) => lineOf(run, number, column)), column.endsWith("acc"));
-      }
-      await showMistakes(runs);
-    }
+    text = await (await fetch("runs.json")).text();
   } catch {
     at("lost").textContent = "The page's server has gone; what is below is the last it said. `convlens watch RUN` shows a run again at any time.";
-    at("lost").hidden = false;
   }
-  setTimeout(look, 1000);
+  at("lost").hidden = text !== null;
+  if (text === null || text === shown) return;
+  await show(JSON.parse(text));
+  shown = text;
 }
 look();

@@ -124,7 +124,10 @@ at("title").textContent = `How ${model.name} learned`;
 at("subtitle").textContent = `The net “${model.net}” on ${model.data}, from random weights to the end of its training: ${moments.length} looks at it. Move the slider, or use the arrow keys.`;
 at("kernels-text").textContent = model.kernels[1] === 3 ? "Each filter looks for a small pattern, in the colours that it is shown in." : "Each filter looks for a small pattern: red where light adds to its answer, blue where light takes away.";
 at("bars").classList.toggle("bars-named", classes.some((name) => name.length > 2));
-at("matrix-section").hidden = !moments[0].confusion;
+if (!moments[0].confusion) {
+  at("matrix").hidden = true;
+  at("matrix-text").textContent = `With ${classes.length} classes this is too large to be shown here.`;
+}
 at("slider").max = moments.length - 1;
 at("slider").value = moments.length - 1;
 at("slider").addEventListener("input", () => {
