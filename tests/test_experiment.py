@@ -72,6 +72,7 @@ def test_every_file_of_the_layout_is_there(run: Run) -> None:
     assert sorted(path.name for path in run.path.iterdir()) == [
         "checkpoint",
         "config.json",
+        "live",
         "metrics.csv",
         "model",
         "plots",

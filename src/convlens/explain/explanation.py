@@ -31,7 +31,7 @@ from convlens.shipping.prediction import Prediction
 
 Array = NDArray[np.float32]
 NEIGHBOURS = 8
-LOOKED_AT = 5000  # training images, at most: enough to find something alike, and done within a second or two
+LOOKED_AT = 2000  # training images, at most: enough to find something alike, and soon done
 
 
 @dataclass(frozen=True)
