@@ -61,7 +61,9 @@ def marked(count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return images, labels, places
 
 
-@pytest.fixture(scope="module", params=["small", "tiny", "whitened", "folder-cnn"])
+@pytest.fixture(
+    scope="module", params=["small", "tiny", pytest.param("whitened", marks=pytest.mark.slow), "folder-cnn"]
+)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Train a net on marked images."""
     images, labels, _ = marked(1200, 0)
