@@ -26,9 +26,9 @@ from convlens.data.dataset import Split
 from convlens.errors import UsageError
 from convlens.experiment import Experiment
 from convlens.models import create_model
-from convlens.record import LiveRecord, write_loosely
+from convlens.record import LiveRecord
 from convlens.run import Run
-from convlens.runfolder import RunFolder
+from convlens.runfolder import RunFolder, write_loosely
 from convlens.serving.live import describe_run
 from convlens.serving.watch import start_watching
 from convlens.training.engine import Progress

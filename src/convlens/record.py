@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
-import json
-import os
 import shlex
 import sys
 import time
@@ -20,7 +17,7 @@ from convlens.data.normalise import Normalise
 from convlens.data.published import DATASETS
 from convlens.evaluation.metrics import compute_logits
 from convlens.explain.snapshots import write_snapshot
-from convlens.runfolder import RunFolder, write_csv
+from convlens.runfolder import RunFolder, write_csv, write_loosely
 from convlens.training.checkpoint import EpochRecord
 from convlens.training.engine import Progress, Watcher
 from convlens.training.recipe import Recipe
@@ -156,12 +153,3 @@ class LiveRecord(Watcher):
         write_loosely(self.folder.mistakes, {**about, "mistakes": mistakes})
         self._looked = time.monotonic()
         self._took = self._looked - began
-
-
-def write_loosely(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON whole or not at all, but without waiting for the disk, and without a word if it cannot be written."""
-    with contextlib.suppress(OSError, ValueError):  # or holds what is no number: the training will say so
-        path.parent.mkdir(exist_ok=True)
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
-        os.replace(new, path)

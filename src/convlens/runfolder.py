@@ -228,6 +228,15 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, text.encode("utf-8", errors="backslashreplace").decode("utf-8"))
 
 
+def write_loosely(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON whole or not at all, but without waiting for the disk, and without a word if it cannot be written."""
+    with contextlib.suppress(OSError, ValueError):  # or holds what is no number: the training will say so
+        path.parent.mkdir(exist_ok=True)
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+        os.replace(new, path)
+
+
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Write a header and rows as CSV, atomically; None becomes an empty cell."""
     with (

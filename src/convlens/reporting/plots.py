@@ -220,15 +220,18 @@ def draw_corruptions(path: Path, clean: float, figures: dict[str, list[float]]) 
     save(figure, path)
 
 
+def colour_kernel(share: NDArray[np.float32]) -> NDArray[Any]:
+    """Return a kernel (C, k, k) of -1..1 as a picture (k, k, 3): in colour for three channels, else channel 0."""
+    level = share / 2 + 0.5
+    picture: NDArray[Any] = level.transpose(1, 2, 0) if len(level) == 3 else colormaps["RdBu_r"](level[0])[:, :, :3]
+    return picture
+
+
 def draw_filters(path: Path, kernels: NDArray[np.float32], count: int = 64) -> None:
-    """Draw the kernels of the first convolution, (C', C, k, k): in colour for three channels, else channel 0."""
+    """Draw the kernels of the first convolution, (C', C, k, k), each by itself; see :func:`colour_kernel`."""
     shown = f" ({count} shown)" if len(kernels) > count else ""
     pictures = []
     for kernel in kernels[:count]:
-        share = kernel / max(float(np.abs(kernel).max()), 1e-9)  # -1..1
-        if kernel.shape[0] == 3:
-            pictures.append((share / 2 + 0.5).transpose(1, 2, 0))
-        else:
-            pictures.append(colormaps["RdBu_r"](share[0] / 2 + 0.5)[:, :, :3])
+        pictures.append(colour_kernel(kernel / max(float(np.abs(kernel).max()), 1e-9)))
     heading = f"The {len(kernels)} filters of the first convolution{shown}"
     draw_grid(path, pictures, [], heading, columns=16, lines=0)

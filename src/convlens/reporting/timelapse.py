@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -19,7 +18,7 @@ from PIL import Image
 from convlens.data.pictures import Pixels
 from convlens.explain.timelapse import Moment
 from convlens.progress import track
-from convlens.reporting.plots import INK, TRAIN, new_figure, quiet_axes, shorten, title, to_picture
+from convlens.reporting.plots import INK, TRAIN, colour_kernel, new_figure, quiet_axes, shorten, title, to_picture
 from convlens.runfolder import replacing, write_text
 from convlens.shipping.twin import fill_page, read_part
 
@@ -142,9 +141,7 @@ def tile(kernels: NDArray[np.float32], heaviest: float) -> NDArray[Any]:
     picture = np.ones((rows * side - 1, columns * side - 1, 3))
     for number, kernel in enumerate((kernels / max(heaviest, 1e-9)).clip(-1, 1)):
         top, left = side * (number // columns), side * (number % columns)
-        in_colour = (kernel / 2 + 0.5).transpose(1, 2, 0)
-        shown = in_colour if len(kernel) == 3 else colormaps["RdBu_r"](kernel[0] / 2 + 0.5)[:, :, :3]
-        picture[top : top + side - 1, left : left + side - 1] = shown
+        picture[top : top + side - 1, left : left + side - 1] = colour_kernel(kernel)
     return picture
 
 

@@ -1,7 +1,6 @@
 // The live page: asks for the runs once a second, and draws what has changed.
 "use strict";
 
-const at = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg", WIDTH = 480, HEIGHT = 220, LEFT = 46, BOTTOM = 24, COLOURS = 6;
 const colourOf = (number) => `var(--run${number % COLOURS})`;
 
@@ -112,10 +111,9 @@ async function showMistakes(runs) {
     element(parent, "p", {}, `${runs.length > 1 ? `${run.name}: ` : ""}${wrong} of ${asked} validation images after epoch ${epoch}${wrong > mistakes.length ? `; the ${mistakes.length} surest` : ""}`);
     const grid = element(parent, "div", { class: "wrong" });
     for (const { label, guess, probability, pixels } of mistakes) {
-      const figure = element(grid, "figure"), [channels, height, width] = shape, size = height * width;
-      const values = Uint8Array.from(atob(pixels), (letter) => letter.charCodeAt(0));
+      const figure = element(grid, "figure"), [, height, width] = shape;
       const canvas = element(figure, "canvas", { role: "img", "aria-label": `a ${label} taken for ${guess}` });
-      paint(canvas, width, height, (i) => (channels === 3 ? [0, 1, 2].map((c) => values[c * size + i]) : Array(3).fill(values[i])));
+      paint(canvas, width, height, pixelColour(unpack(pixels), shape));
       element(figure, "figcaption", {}, `says ${guess}, ${percent(probability)}`);
       element(figure, "figcaption", {}, `is ${label}`);
     }

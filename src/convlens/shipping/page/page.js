@@ -1,22 +1,17 @@
 // The page: a pad to draw on, pictures from anywhere, the answer as it changes, and what goes on inside.
 "use strict";
 
-const at = (id) => document.getElementById(id);
 const model = JSON.parse(at("model").textContent);
 const net = new Net(model, at("weights").textContent);
 const shape = model.preprocess;
+const sizes = [shape.channels, shape.height, shape.width];
 const drawn = shape.style.ink_box > 0; // a net for what is drawn: digits, clothes on black
 const digits = model.classes.every((name) => /^\d$/.test(name));
 const pad = at("pad").getContext("2d", { willReadFrequently: true });
 const SIDE = at("pad").width;
-const MOST_MAPS = 32, MOST_BARS = 10;
+const MOST_MAPS = 32;
 
 const list = (names) => (names.length < 2 ? names.join("") : `${names.slice(0, -1).join(", ")} and ${names.at(-1)}`);
-
-function pixelColour(pixels) {
-  const size = shape.width * shape.height;
-  return (i) => (shape.channels === 3 ? [pixels[i], pixels[size + i], pixels[2 * size + i]] : Array(3).fill(pixels[i]));
-}
 
 // what the net says of its input
 
@@ -39,14 +34,14 @@ function show(pixels) {
   // a few classes keep their places, so that the bars do not jump; of many the likeliest are shown
   const shown = order.length > MOST_BARS ? order.slice(0, MOST_BARS) : [...model.classes.keys()];
   at("bars").replaceChildren(...shown.map((i) => bar(model.classes[i], result.probabilities[i])));
-  paint(at("seen"), shape.width, shape.height, pixelColour(pixels));
+  paint(at("seen"), shape.width, shape.height, pixelColour(pixels, sizes));
   showHeat(pixels, result, best);
   showMaps(result);
 }
 
 function showHeat(pixels, result, label) {
   const [height, width, heat] = net.heat(result, label);
-  const top = Math.max(...heat, 1e-6), colour = pixelColour(pixels);
+  const top = Math.max(...heat, 1e-6), colour = pixelColour(pixels, sizes);
   paint(at("heat"), shape.width, shape.height, (i) => {
     // between the places of the coarse map, bilinear
     const y = ((Math.floor(i / shape.width) + 0.5) / shape.height) * height - 0.5;
@@ -232,13 +227,13 @@ function useFiles() {
 
 function useSamples() {
   (model.samples ?? []).forEach(({ label, pixels }) => {
-    const values = Uint8Array.from(atob(pixels), (letter) => letter.charCodeAt(0));
+    const values = unpack(pixels);
     const button = at("samples").appendChild(document.createElement("button"));
     button.type = "button";
     button.setAttribute("aria-label", `Try a picture of: ${label}`);
     button.title = label;
     const canvas = button.appendChild(document.createElement("canvas"));
-    paint(canvas, shape.width, shape.height, pixelColour(values));
+    paint(canvas, shape.width, shape.height, pixelColour(values, sizes));
     button.onclick = () => {
       stopCamera();
       pad.imageSmoothingEnabled = false;

@@ -1,6 +1,10 @@
 // What every page of convlens paints with: colours, small canvases, bars.
 "use strict";
 
+const MOST_BARS = 10;
+const at = (id) => document.getElementById(id);
+const unpack = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+
 const percent = (share) => (share > 0.9995 ? "> 99.9%" : share < 0.0005 ? "< 0.1%" : `${(100 * share).toFixed(1)}%`);
 
 // colours of a heat map, from 0 to 1: black, violet, red, yellow
@@ -20,6 +24,12 @@ function paint(canvas, width, height, colour) {
     image.data.set([r, g, b, 255], 4 * i);
   }
   context.putImageData(image, 0, 0);
+}
+
+// the colour of each pixel of an image of 0 to 255, channel by channel: (channels, height, width)
+function pixelColour(pixels, [channels, height, width]) {
+  const size = height * width;
+  return (i) => (channels === 3 ? [pixels[i], pixels[size + i], pixels[2 * size + i]] : Array(3).fill(pixels[i]));
 }
 
 function bar(name, share) {

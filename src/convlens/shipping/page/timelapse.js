@@ -1,11 +1,8 @@
 // The time machine: a slider over the snapshots of a training; everything on the page follows it.
 "use strict";
 
-const at = (id) => document.getElementById(id);
 const model = JSON.parse(at("model").textContent);
 const { moments, classes } = model;
-const MOST_BARS = 10;
-const unpack = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 const tellEpoch = (epoch) => (epoch < 1 ? String(Number(epoch.toPrecision(2))) : String(Number(epoch.toPrecision(4))));
 
 // red for what adds, white for nothing, blue for what takes away; from -1 to 1
@@ -15,7 +12,7 @@ function signed(value) {
 }
 
 // the bars keep their places: all classes, or of many those that are likeliest at the end
-const end = moments.at(-1).probabilities;
+const end = moments.at(-1).probabilities, last = end.indexOf(Math.max(...end));
 const shownClasses = classes.length <= MOST_BARS ? [...classes.keys()] : [...classes.keys()].sort((a, b) => end[b] - end[a]).slice(0, MOST_BARS);
 
 function canvases(parent, count) {
@@ -23,8 +20,8 @@ function canvases(parent, count) {
 }
 
 function paintPicture() {
-  const [channels, height, width] = model.shape, pixels = unpack(model.pixels), size = height * width;
-  paint(at("picture"), width, height, (i) => (channels === 3 ? [0, 1, 2].map((c) => pixels[c * size + i]) : Array(3).fill(pixels[i])));
+  const [, height, width] = model.shape;
+  paint(at("picture"), width, height, pixelColour(unpack(model.pixels), model.shape));
 }
 
 const kernelCanvases = canvases(at("kernels"), model.kernels[0]);
@@ -74,16 +71,13 @@ function line(values, kind) {
 function drawCurve() {
   at("curve").setAttribute("viewBox", `0 0 ${Math.max(moments.length - 1, 1)} 1`);
   line(moments.map((m) => m.accuracy), "line");
-  const best = end.indexOf(Math.max(...end));
-  line(moments.map((m) => m.probabilities[best]), "line own");
+  line(moments.map((m) => m.probabilities[last]), "line own");
   const now = document.createElementNS("http://www.w3.org/2000/svg", "line");
   now.id = "now";
   now.setAttribute("class", "now");
   now.setAttribute("y1", 0);
   now.setAttribute("y2", 1);
   at("curve").appendChild(now);
-  at("curve-text").textContent =
-    `Solid: share of ${model.images} that it has right, now [NOW]. Dashed: how probable it finds “${classes[best]}” for the picture below. The first epoch is drawn out, for most happens there.`;
 }
 
 function show(number) {
@@ -91,7 +85,8 @@ function show(number) {
   at("when").textContent = `Epoch ${tellEpoch(moment.epoch)}: ${percent(moment.accuracy)} right`;
   at("slider").setAttribute("aria-valuetext", `epoch ${tellEpoch(moment.epoch)}`);
   for (const end of ["x1", "x2"]) at("now").setAttribute(end, number);
-  at("curve-text").textContent = curveText.replace("[NOW]", percent(moment.accuracy));
+  at("curve-text").textContent =
+    `Solid: share of ${model.images} that it has right, now ${percent(moment.accuracy)}. Dashed: how probable it finds “${classes[last]}” for the picture below. The first epoch is drawn out, for most happens there.`;
   at("bars").replaceChildren(...shownClasses.map((i) => bar(classes[i], probabilities[i])));
   const best = probabilities.indexOf(Math.max(...probabilities));
   at("verdict").textContent = `${model.picture}: “${classes[best]}”, ${percent(probabilities[best])}.`;
@@ -136,6 +131,5 @@ at("slider").addEventListener("input", () => {
 });
 at("play").onclick = play;
 drawCurve();
-const curveText = at("curve-text").textContent;
 paintPicture();
 show(moments.length - 1);
