@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_bundle import make_bundle
 from test_onnx import SHAPES, run
+from test_twin import seven, train_on_photos
 from torch import nn
 
 import convlens
@@ -271,13 +272,7 @@ def test_the_loudest_unit() -> None:
 @pytest.fixture
 def photos(tmp_path: Path) -> Run:
     """Train on a folder of small photos."""
-    g = np.random.default_rng(0)
-    for label, level in (("dark", 40), ("light", 200)):
-        (tmp_path / "photos" / label).mkdir(parents=True)
-        for number in range(12):
-            pixels = (g.integers(0, 40, (12, 16, 3)) + level).astype(np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / label / f"{number}.png")
-    return convlens.train(tmp_path / "photos", out=tmp_path / "run", epochs=1, device="cpu", threads=1)
+    return train_on_photos(tmp_path, 12, 16)
 
 
 def test_the_page(photos: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,8 +341,6 @@ def test_bad_input_gets_a_line(photos: Run, tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.data
 def test_a_seven_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from test_twin import seven
-
     assert run("explain", "mnist", seven(tmp_path), "--out", tmp_path / "seven") == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'seven.png'}: 7 (")
     e = explain(Classifier.load("mnist"), Classifier.load("mnist").adapt(tmp_path / "seven.png"))

@@ -19,6 +19,7 @@ import convlens
 from convlens.data.pictures import PictureStyle
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError
+from convlens.run import Run
 from convlens.shipping.bundle import Bundle
 from convlens.shipping.classifier import Classifier
 from convlens.shipping.onnx_predictor import load_onnx
@@ -272,14 +273,19 @@ def test_a_layer_that_the_page_has_not_is_said(tmp_path: Path, monkeypatch: pyte
         page_of(made("tiny"), tmp_path)
 
 
-def test_export_takes_samples_from_the_runs_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def train_on_photos(folder: Path, height: int, width: int) -> Run:
+    """Make a folder ``photos`` of dark and light pictures, and train on it."""
     g = np.random.default_rng(0)
     for label, level in (("dark", 40), ("light", 200)):
-        (tmp_path / "photos" / label).mkdir(parents=True)
+        (folder / "photos" / label).mkdir(parents=True)
         for number in range(12):
-            pixels = (g.integers(0, 40, (9, 9, 3)) + level).astype(np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / label / f"{number}.png")
-    trained = convlens.train(tmp_path / "photos", out=tmp_path / "run", epochs=1, device="cpu", threads=1)
+            pixels = (g.integers(0, 40, (height, width, 3)) + level).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / "photos" / label / f"{number}.png")
+    return convlens.train(folder / "photos", out=folder / "run", epochs=1, device="cpu", threads=1)
+
+
+def test_export_takes_samples_from_the_runs_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = train_on_photos(tmp_path, 9, 9)
     assert run("export", trained.path, "--format", "html", "--out", tmp_path / "a.html") == 0
     assert capsys.readouterr().out.startswith(
         "samples 2 test images, one of a class; --no-samples leaves them out\nwrote"
