@@ -72,6 +72,8 @@ def describe_experiment(experiment: Experiment) -> None:
         say(f"        started from {config['init']['from']}: {config['init']['tensors']} tensors")
     say(f"recipe  {recipe.name}: {length} of {steps} train batches of {recipe.batch_size}, {tests} test batches")
     threads = count(machine["threads"], "thread")
+    if (processes := machine.get("processes", 1)) > 1:
+        threads = f"{processes} processes of {threads}"
     say(f"on      {machine['device_name']}, {threads}, {recipe.precision}")
     if any(experiment.folder.checkpoint.glob("*.json")):
         say("        goes on from its last checkpoint; the epochs that it has behind it are told again first")

@@ -55,3 +55,9 @@ class Interrupted(ConvlensError):
     """Ctrl-C: the training was saved and stopped. Exit code 130, as shells expect."""
 
     exit_code = 130
+
+
+class PeerGone(ConvlensError):
+    """Another process of the same training has died, and has said why. Exit code 75: try again (sysexits)."""
+
+    exit_code = 75

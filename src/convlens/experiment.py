@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convlens.data.augment import mirror
+from convlens.data.augment import Draws, mirror
 from convlens.data.catalog import load_dataset, load_recorded
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
@@ -25,6 +26,7 @@ from convlens.evaluation.trust import Trust
 from convlens.explain.stages import first_convolution
 from convlens.machine import available_cores
 from convlens.models import count_parameters, model_options
+from convlens.ranks import Ranks, job, join, started_again
 from convlens.record import (
     LiveRecord,
     command_line,
@@ -39,14 +41,14 @@ from convlens.record import (
 from convlens.reporting import plots
 from convlens.reporting.report import write_report
 from convlens.run import Run
-from convlens.runfolder import RunFolder, read_names, write_json, write_names
+from convlens.runfolder import RunFolder, read_json, read_names, write_json, write_names
 from convlens.runtime import callers_state_kept, choose_device, describe_machine, use_threads
 from convlens.shipping.bundle import Bundle, load_bundle
 from convlens.shipping.classifier import Classifier
 from convlens.shipping.places import find_bundle, shipped_models
 from convlens.training.budget import candidates, fit_into, parse_budget
 from convlens.training.checkpoint import CheckpointStore, EpochRecord
-from convlens.training.engine import fit
+from convlens.training.engine import Watcher, fit
 from convlens.training.nets import describe_net, make_net
 from convlens.training.optim import make_augment
 from convlens.training.precision import choose_precision
@@ -64,6 +66,7 @@ class Experiment:
     dataset: Dataset  # with its validation split
     preprocess: Preprocess
     net: nn.Module
+    ranks: Ranks = field(default_factory=join)
 
     @classmethod
     def create(
@@ -85,7 +88,15 @@ class Experiment:
         ``init`` names a run or model whose trained stages the net starts from, with a new head. ``budget`` is the
         time that everything may take (seconds, or "5m"), counted from ``started`` (time.perf_counter; by default now).
         ``exclude`` is a file that names images to leave out, as the data doctor writes it.
+
+        Of several processes that torchrun has started, the first does all that, and the others follow it; if it takes
+        the place of one that has died, it goes on with the run that the job has begun.
         """
+        ranks = join()
+        if not ranks.first:
+            return cls._follow(data, ranks)
+        if begun := find_begun(out):
+            return cls.resume(begun, finished_too=True)
         started = time.perf_counter() if started is None else started
         allowed = None if budget is None else parse_budget(str(budget))  # seconds
         if budget is not None and any(overrides.get(name) is not None for name in LENGTHS):
@@ -140,6 +151,7 @@ class Experiment:
             "data": describe_data(dataset, loaded.fingerprint()),
             "preprocess": preprocess.to_json(),
             "machine": describe_machine(device),
+            **({"job": job()} if job() else {}),
         }
         if init is not None and start is not None:
             origin = str(init) if str(init) in shipped_models() else str(Path(init).resolve())
@@ -153,7 +165,7 @@ class Experiment:
         except BaseException:  # Ctrl-C too
             shutil.rmtree(folder.path, ignore_errors=True)
             raise
-        return cls(folder, config, settled, dataset, preprocess, net)
+        return cls(folder, config, settled, dataset, preprocess, net)._lead()
 
     @classmethod
     def resume(
@@ -163,16 +175,39 @@ class Experiment:
         *,
         allow_unreadable: bool = False,
         accept_changes: bool = False,
+        finished_too: bool = False,
     ) -> Experiment:
         """Set up the unfinished training in a run folder to go on; UsageError if it is finished or data changed.
 
-        ``data`` is what it was trained on, where that is not on disk. Where this machine would compute other digits
-        than the one that it was started on, UsageError says so, unless ``accept_changes``; config.json records them.
+        A finished one is taken with ``finished_too``: nothing is left to do then. ``data`` is what it was trained on,
+        where that is not on disk. Where this machine would compute other digits than the one that it was started on,
+        UsageError says so, unless ``accept_changes``; config.json records them.
         """
+        ranks = join()
+        if not ranks.first:
+            return cls._follow(data, ranks)
         folder = RunFolder.open(path)
         config = folder.read_config()
-        if folder.report.exists():
+        if folder.report.exists() and not finished_too:
             raise UsageError(f"the training of {path} is finished; nothing to resume")
+        changes = list_changes(folder, config, accept=accept_changes)
+        left_out = read_names(folder.excluded) if folder.excluded.exists() else []
+        again = cls._rebuild(folder, config, data, left_out, allow_unreadable=allow_unreadable)
+        if not folder.split.exists():
+            write_split(folder, again.dataset)
+        if new := [change for change in changes if change not in config.get("resumed", [])]:
+            config["resumed"] = [*config.get("resumed", []), *new]
+            with folder.claimed():
+                write_json(folder.config, config)
+        if "init" in config and not any(folder.checkpoint.glob("*.json")):
+            adopt_weights(again.net, load_bundle(find_bundle(config["init"]["from"])))
+        return again._lead()
+
+    @classmethod
+    def _rebuild(
+        cls, folder: RunFolder, config: dict[str, Any], data: Any, left_out: list[str], *, allow_unreadable: bool
+    ) -> Experiment:
+        """Load the data and build the net that a run's config.json tells of; UsageError if the data have changed."""
         try:
             recipe = Recipe.from_json(config["recipe"])
             recorded, model = config["data"], config["model"]
@@ -180,40 +215,46 @@ class Experiment:
         except (KeyError, TypeError, ValueError) as error:
             raise ConvlensError(f"{folder.config} is damaged: {error!r}") from None
         if data is None and recorded["source"] is None:
-            raise UsageError(f"the data of {path} were objects in memory; only data on disk can be resumed")
-        changes = list_changes(path, config, accept=accept_changes)
+            raise UsageError(f"the data of {folder.path} were objects in memory; only data on disk can be resumed")
         loaded = load_recorded(
             recorded,
             data,
-            without=read_names(folder.excluded) if folder.excluded.exists() else (),
+            without=left_out,
             image_size=recipe.image_size,
             channels=preprocess.channels,
             allow_unreadable=allow_unreadable or bool(recorded["unreadable"]),
         )
         if loaded.fingerprint() != recorded["fingerprint"]:
             raise UsageError(
-                f"the data in {recorded['source'] or loaded.name} have changed since {path} was started; train anew"
+                f"the data in {recorded['source'] or loaded.name} have changed since {folder.path} was started; "
+                "train anew"
             )
         dataset = loaded.with_validation(recipe.validation, recipe.seed)
         torch.manual_seed(recipe.seed)  # the first weights again, should no checkpoint have been written yet
-        net = make_net(model, dataset, preprocess)
-        if not folder.split.exists():
-            write_split(folder, dataset)
-        if new := [change for change in changes if change not in config.get("resumed", [])]:
-            config["resumed"] = [*config.get("resumed", []), *new]
-            with folder.claimed():
-                write_json(folder.config, config)
-        if "init" in config and not any(folder.checkpoint.glob("*.json")):
-            adopt_weights(net, load_bundle(find_bundle(config["init"]["from"])))
-        return cls(folder, config, recipe, dataset, preprocess, net)
+        return cls(folder, config, recipe, dataset, preprocess, make_net(model, dataset, preprocess))
+
+    def _lead(self) -> Experiment:
+        """Tell the other processes what to train."""
+        self.ranks.share([str(self.folder.path), self.config, list(self.dataset.left_out)])
+        return self
+
+    @classmethod
+    def _follow(cls, data: Any, ranks: Ranks) -> Experiment:
+        """Set up what the first process has decided."""
+        path, config, left_out = ranks.share(None)
+        use_threads(min(config["recipe"]["threads"], available_cores()))
+        source = None if config["data"]["source"] else data
+        return cls._rebuild(RunFolder(path), config, source, left_out, allow_unreadable=True)
 
     def epochs(
         self, *, should_stop: Callable[[], bool] = lambda: False, show_progress: bool = False
     ) -> Iterator[EpochRecord]:
         """Train; yield one record an epoch (those of an interrupted run first), keeping ``metrics.csv`` up to date."""
         records: list[EpochRecord] = []
-        live = LiveRecord(self.folder, self.dataset, self.preprocess.normaliser(), self.recipe)
-        with self.folder.claimed():
+        watcher = Watcher()
+        if self.ranks.first:
+            watcher = LiveRecord(self.folder, self.dataset, self.preprocess.normaliser(), self.recipe)
+        with self.folder.claimed() if self.ranks.first else contextlib.nullcontext():
             for record in fit(
                 self.net,
                 self.dataset,
@@ -221,18 +262,21 @@ class Experiment:
                 preprocess=self.preprocess,
                 store=CheckpointStore(self.folder.checkpoint),
                 should_stop=should_stop,
-                watcher=live,
-                show_progress=show_progress,
+                watcher=watcher,
+                show_progress=show_progress and self.ranks.first,
             ):
                 records.append(record)
-                write_metrics(self.folder, records, watched=self.recipe.watch_test)
+                if self.ranks.first:
+                    write_metrics(self.folder, records, watched=self.recipe.watch_test)
                 yield record
 
     def finish(self) -> Run:
         """Measure the test split, once; write bundle, ``test.json``, ``predictions.csv``, plots and report."""
-        with self.folder.claimed():
-            if not self.folder.report.exists():  # else another process has finished it
-                self._finish()
+        if self.ranks.first:
+            with self.folder.claimed():
+                if not self.folder.report.exists():  # else another process has finished it
+                    self._finish()
+        self.ranks.share(None)  # the others wait for it
         return Run(self.folder.path)
 
     def _finish(self) -> None:
@@ -279,7 +323,8 @@ class Experiment:
         with torch.no_grad():
             turned = torch.arange(len(rows)) % 2 == 1  # every second one, as in each epoch
             seen = mirror(normalise(images), turned) if self.recipe.flip else normalise(images)
-            changed, _ = augment(seen, labels, torch.Generator().manual_seed(self.recipe.seed))
+            draws = Draws(torch.Generator().manual_seed(self.recipe.seed), len(rows), slice(None))
+            changed, _ = augment(seen, labels, draws)
         pixels = normalise.invert(changed)
         plots.draw_images(folder / "augmented.png", pixels, names, "The same images as the net saw them")
         plots.draw_curves(folder / "curves.png", records)
@@ -342,11 +387,22 @@ def refuse_inside_data(out: str | Path | None, data: Any, flag: str = "--out") -
         raise UsageError(f"{target} would be written into the data in {data}; choose a place outside with {flag}")
 
 
-def list_changes(path: str | Path, config: Mapping[str, Any], *, accept: bool) -> list[str]:
+def find_begun(out: str | Path | None) -> Path | None:
+    """Return the run that this job of torchrun has begun, in ``out`` or in ``runs``, if it has been started again."""
+    if not started_again():
+        return None
+    for config in [Path(out) / "config.json"] if out is not None else Path("runs").glob("*/config.json"):
+        with contextlib.suppress(ConvlensError):
+            if read_json(config).get("job") == job():
+                return config.parent
+    return None
+
+
+def list_changes(folder: RunFolder, config: Mapping[str, Any], *, accept: bool) -> list[str]:
     """Return what is not as it was when the run of ``config`` was started, of what decides the last digits.
 
-    It computes with that run's threads from here on, if there are as many. Raises UsageError that names the changes of
-    ``path`` unless they are accepted.
+    It computes with that run's threads from here on, if there are as many. Raises UsageError that names the changes
+    unless they are accepted; another number of processes, which sum up in another order, is no hindrance.
     """
     names = {"device_name": "processor", "threads": "number of threads", "torch": "version of PyTorch"}
     use_threads(min(config["recipe"]["threads"], available_cores()))
@@ -356,9 +412,11 @@ def list_changes(path: str | Path, config: Mapping[str, Any], *, accept: bool) -
         changes.append(f"version of convlens ({config.get('convlens')}, now {own})")
     if changes and not accept:
         raise UsageError(
-            f"{path} was started with another {', another '.join(changes)}: what comes of it would not be what one "
-            "uninterrupted training gives; go on all the same with --accept-changes"
+            f"{folder.path} was started with another {', another '.join(changes)}: what comes of it would not be what "
+            "one uninterrupted training gives; go on all the same with --accept-changes"
         )
+    if was.get("processes", 1) != now["processes"]:
+        changes.append(f"number of processes ({was.get('processes', 1)}, now {now['processes']})")
     return changes
 
 

@@ -10,6 +10,7 @@ import torch
 
 from convlens.errors import UsageError
 from convlens.machine import available_cores, processor_name
+from convlens.ranks import join, processes_here
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -30,10 +31,13 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def use_threads(count: int = 0) -> int:
-    """Let PyTorch compute with ``count`` CPU threads (0: all cores this process may use); return the number."""
+    """Let PyTorch compute with ``count`` CPU threads; return the number.
+
+    0 is all cores this process may use, or its share of them where several processes train together.
+    """
     if not 0 <= count <= available_cores():
         raise UsageError(f"--threads is {count}; this machine lets convlens use 1 to {available_cores()} (0: all)")
-    torch.set_num_threads(count or available_cores())
+    torch.set_num_threads(count or max(available_cores() // processes_here(), 1))
     return torch.get_num_threads()
 
 
@@ -77,12 +81,13 @@ def seed_global(seed: int, device: torch.device) -> None:
 
 
 def describe_machine(device: torch.device) -> dict[str, str | int]:
-    """Say what a run ran on: processor or accelerator, cores, threads, Python, PyTorch."""
+    """Say what a run ran on: processor or accelerator, cores, threads, processes, Python, PyTorch."""
     return {
         "device": device.type,
         "device_name": torch.cuda.get_device_name() if device.type == "cuda" else processor_name(),
         "cores": available_cores(),
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(),  # of each process
+        "processes": join().size,
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,

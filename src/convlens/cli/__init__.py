@@ -16,7 +16,9 @@ import typer
 
 from convlens.cli import train, use, see, ship, serve, lists, data  # noqa: F401  # isort: skip - in the order of --help
 from convlens.cli.app import ParseError, app
-from convlens.errors import ConvlensError
+from convlens.errors import ConvlensError, Diverged, Interrupted, PeerGone
+
+SHARED = (Diverged, Interrupted, PeerGone)  # what ends all processes of a training alike
 
 
 def fail(error: BaseException, message: str, code: int, *, debug: bool) -> NoReturn:
@@ -54,6 +56,8 @@ def main() -> None:
         sys.stdout.flush()
         raise SystemExit(code if isinstance(code, int) else 0)
     except ConvlensError as error:
+        if isinstance(error, SHARED) and os.environ.get("RANK", "0") != "0":  # the first process says it
+            raise SystemExit(error.exit_code) from None
         fail(error, str(error), error.exit_code, debug=debug)
     except ParseError as error:
         if not error.format_message():  # no verb at all: the help has been shown

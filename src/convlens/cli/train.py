@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import shutil
 import signal
 import sys
@@ -83,6 +84,10 @@ def train(
     allow_unreadable: Annotated[
         bool, typer.Option("--allow-unreadable", help="Skip unreadable files, however many.")
     ] = False,
+    processes: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Train in so many processes on this machine, which share every batch."),
+    ] = 1,
     live: Annotated[bool, typer.Option("--live", help="Show a local page that follows the training.")] = False,
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="With --resume: go on although machine or versions are others.")
@@ -104,8 +109,12 @@ def train(
 
       convlens train mnist --live
 
+      convlens train mnist --processes 2
+
       convlens train --resume runs/mnist-1
     """
+    from convlens.runfolder import RunFolder
+
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if (data is None) == (resume is None):
         raise UsageError("name the data to train on, or a run to --resume, one of the two")
@@ -117,8 +126,17 @@ def train(
         raise UsageError("give --recipe or --config, not both")
     if (seeds or folds) and (init or budget):
         raise UsageError("--seeds and --folds take no --init and no --budget")
+    if processes > 1 and (seeds or folds):
+        raise UsageError("--processes is for one training; --seeds and --folds train one after the other")
+    from convlens.ranks import job, join
+
+    if processes > 1 and job() is None:
+        from convlens.launch import launch
+
+        raise typer.Exit(launch(sys.argv[1:], processes))
+    if join().size > 1 and (seeds or folds or (resume is not None and RunFolder.is_series(resume))):
+        raise UsageError("--seeds and --folds train one after the other, in one process: start them without torchrun")
     from convlens.experiment import Experiment
-    from convlens.runfolder import RunFolder
     from convlens.series import Series
 
     if threading.current_thread() is threading.main_thread():
@@ -174,17 +192,21 @@ def run_experiment(experiment: Experiment, part_of: Path | None = None, *, live:
     That is by the series that it is a part of, if it is.
     """
     whole = part_of or experiment.folder.path
+    alone, first = experiment.ranks.size == 1, experiment.ranks.first
+    if not first:  # one process speaks for all
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
     describe_experiment(experiment)
-    if live:
+    if live and first:
         show_live(experiment.folder.path)
     stopping = False
 
     def stop(*_: Any) -> None:
         nonlocal stopping
-        if stopping:  # asked twice
+        if stopping and alone:  # asked twice; torchrun asks each of its processes again
             raise KeyboardInterrupt
+        if not stopping and first:
+            print("stopping after this step ...", file=sys.stderr)
         stopping = True
-        print("stopping after this step ...", file=sys.stderr)
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

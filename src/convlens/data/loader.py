@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from convlens.data.augment import mirror
+from convlens.data.augment import Draws, mirror
 from convlens.data.dataset import Split
 from convlens.data.normalise import Normalise
+from convlens.ranks import Ranks
 from convlens.runtime import derive_seed, seed_global
 
 FLIP = -1  # stands for no epoch: the stream of numbers that says which images are mirrored first
-Augment = Callable[[Tensor, Tensor, Generator], tuple[Tensor, Tensor]]
+Augment = Callable[[Tensor, Tensor, Draws], tuple[Tensor, Tensor]]
 
 
 def count_batches(images: int, batch_size: int) -> int:
@@ -33,7 +34,10 @@ def small_shape(shape: Sequence[int], size: int) -> tuple[int, int]:
 
 
 class Batches:
-    """Shuffled, normalised, augmented batches; the images are moved to the device once."""
+    """Shuffled, normalised, augmented batches; the images are moved to the device once.
+
+    Where several ``ranks`` train together, each gets its part of every batch.
+    """
 
     def __init__(
         self,
@@ -46,7 +50,9 @@ class Batches:
         augment: Augment,
         flip: bool = False,
         balance: bool = False,
+        ranks: Ranks | None = None,
     ):
+        self._ranks = ranks or Ranks()
         self._images = split.images.to(device)  # (N, C, H, W) uint8
         self._labels = split.labels.to(device)  # (N,) int64
         self._normalise = normalise.to(device)
@@ -65,6 +71,10 @@ class Batches:
         """The number of batches in an epoch."""
         return count_batches(len(self._labels), self._batch_size)
 
+    def size(self, index: int) -> int:
+        """Return the number of images in batch ``index``, of all ranks together."""
+        return len(self._labels) - index * self._batch_size if index == len(self) - 1 else self._batch_size
+
     def __call__(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """Return batch ``index`` of ``epoch``: float images (N, C, H, W), labels (N,) or probabilities (N, K).
 
@@ -79,11 +89,13 @@ class Batches:
             self._order = order.to(self._labels.device)
             self._epoch = epoch
         step_seed = derive_seed(self._seed, epoch, index)
-        seed_global(step_seed, self._labels.device)
-        end = None if index == len(self) - 1 else (index + 1) * self._batch_size
-        rows = self._order[index * self._batch_size : end]
+        seed_global(step_seed + self._ranks.rank, self._labels.device)
+        count, first = self.size(index), index * self._batch_size
+        part = self._ranks.part(count)
+        rows = self._order[first : first + count][part]
         images = self._normalise(self._images[rows])
         if self._mirrored is not None:
             images = mirror(images, self._mirrored[rows] ^ bool(epoch % 2))
-        images, labels = self._augment(images, self._labels[rows], self._generator.manual_seed(step_seed))
+        draws = Draws(self._generator.manual_seed(step_seed), count, part)
+        images, labels = self._augment(images, self._labels[rows], draws)
         return images.contiguous(memory_format=torch.channels_last), labels

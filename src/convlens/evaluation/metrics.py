@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from convlens.data.dataset import Split
 from convlens.data.normalise import Normalise
 from convlens.progress import Meter
+from convlens.ranks import Ranks
 
 Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
 
@@ -119,10 +120,13 @@ def evaluate(
     *,
     batch_size: int = 500,
     autocast: AbstractContextManager[object] | None = None,
+    ranks: Ranks | None = None,
 ) -> Scores:
-    """Return loss and accuracy of ``net`` on ``split``."""
-    logits = compute_logits(net, split.images, normalise, batch_size=batch_size, autocast=autocast)
-    return Scores.of(logits, split.labels)
+    """Return loss and accuracy of ``net`` on ``split``; several ``ranks`` share the work, and all get the result."""
+    ranks = ranks or Ranks()
+    mine = split.images[ranks.part(len(split))]
+    logits = compute_logits(net, mine, normalise, batch_size=batch_size, autocast=autocast)
+    return Scores.of(ranks.gather(logits, len(split)), split.labels)
 
 
 def wilson_interval(correct: int, n: int, z: float = Z95) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from convlens.data.preprocess import Preprocess
 from convlens.errors import Diverged, Interrupted, UsageError
 from convlens.evaluation.metrics import Scores, evaluate
 from convlens.progress import Meter
+from convlens.ranks import BatchNormTogether, batchnorm_statistics, join
 from convlens.runtime import choose_device
 from convlens.training.checkpoint import CheckpointStore, EpochRecord, TrainState, pack, unpack
 from convlens.training.memory import in_parts
@@ -52,12 +54,14 @@ def fit(
     bit as if it had not been interrupted. When ``should_stop`` says so, the step under way is finished and saved,
     and Interrupted raised. A ``watcher`` is told how it goes. Raises Diverged at the first step whose loss, gradient or
     BatchNorm statistics are not numbers (accelerators are asked every 20 steps), and nothing of it is saved. A caller
-    who stops iterating early is left with the raw weights of that moment. CPU threads are the caller's:
-    ``recipe.threads`` is for :func:`convlens.train`.
+    who stops iterating early is left with the raw weights of that moment. In processes that torchrun has started, each
+    trains on its part of every batch, and all end with the same weights; the first writes. CPU threads are the
+    caller's: ``recipe.threads`` is for :func:`convlens.train`.
     """
     watcher = watcher or Watcher()
+    ranks = join()
     device = choose_device(recipe.device)
-    precision = choose_precision(recipe, device, net, dataset.shape)
+    precision = ranks.share(choose_precision(recipe, device, net, dataset.shape))
     dataset = dataset.with_validation(recipe.validation, recipe.seed)
     if dataset.validation is None and (recipe.patience or recipe.select == "best"):
         raise UsageError("--patience and --select best choose by validation images; set a --validation share above 0")
@@ -65,30 +69,34 @@ def fit(
     augment = make_augment(recipe, len(dataset.classes))
     batches = Batches(
         dataset.train, recipe.batch_size, normalise, seed=recipe.seed, device=device, augment=augment, flip=recipe.flip,
-        balance=recipe.balance,
+        balance=recipe.balance, ranks=ranks,
     )  # fmt: skip
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ranks.equalise(net)
     if recipe.small_size:
         require_any_size(net, dataset.shape, recipe)
     compute_loss, clip = make_loss(recipe, net), make_clip(net, recipe)
     optimizer, average = make_optimizer(net, recipe), WeightAverage(net, recipe.ema)
 
+    batchnorm = BatchNormTogether(net) if recipe.sync_batchnorm and ranks.size > 1 else contextlib.nullcontext()
     state, best = TrainState(parts=recipe.parts), dict[str, Tensor]()
 
     def save() -> None:
         weights = {f"the weight {k}": v for k, v in net.state_dict().items() if v.is_floating_point()}
         require_numbers({**weights, "the loss": torch.tensor(state.loss_sum)}, state, recipe)
-        if store is not None:
+        if store is not None and ranks.first:
             store.save(state, pack(net, optimizer, average, best))
 
     def forward_backward(images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
-        with autocast(precision, device):
+        with autocast(precision, device), batchnorm:
             logits = net(images)  # (N, K)
         loss = compute_loss(logits.float(), labels)
         (loss * share).backward()  # type: ignore[no-untyped-call]
         return loss.detach(), logits.detach()
 
-    if store is not None and (saved := store.load()):
+    saved = store.load() if store is not None else None
+    ranks.require_same(saved[0].step if saved else 0, "the step of the last checkpoint")
+    if saved:
         state, tensors = saved
         best = unpack(tensors, net, optimizer, average)
         yield from state.records
@@ -96,6 +104,8 @@ def fit(
         watcher.keep(0, net)
         save()
 
+    weights = [p for p in net.parameters() if p.requires_grad]
+    statistics = batchnorm_statistics(net)
     numbers = NumberWatch(net)
     check_every = 1 if device.type == "cpu" else LOOK_EVERY
     begun = time.perf_counter() - state.elapsed
@@ -118,6 +128,9 @@ def fit(
                     images = shrink(images, recipe.small_size)
                 lr = learning_rate(recipe, state.step, total, len(batches))
                 loss, logits, state.parts = in_parts(forward_backward, optimizer.zero_grad, images, labels, state.parts)
+                right = share_right(logits, labels)
+                gradients = [p.grad for p in weights if p.grad is not None]
+                ranks.average([loss, right, *gradients, *statistics], len(images))
                 if state.step % check_every == 0:
                     numbers.check(loss, state, recipe)
                 clip()
@@ -125,9 +138,9 @@ def fit(
                 average.update(state.step)
                 state.step += 1
                 state.seconds = time.perf_counter() - started
-                state.elapsed = time.perf_counter() - begun
+                stopped, state.elapsed = ranks.agree(should_stop(), time.perf_counter() - begun)
                 total = recipe.total_steps(len(batches), state.step, state.elapsed)
-                tally.add(loss, logits, labels)
+                tally.add(loss, right, batches.size(index))
                 if is_milestone(state.step, len(batches), total):
                     paused = time.perf_counter()
                     with average.applied():
@@ -139,13 +152,13 @@ def fit(
                     progress = tally.describe(state, total, len(batches), state.seconds - before, left)
                     meter.update(index + 1 - first - meter.done, str(progress))
                     watcher.tell(progress)
-                if state.step >= total or (stopped := should_stop()):
+                if state.step >= total or stopped:
                     break
                 if recipe.save_every and state.step % recipe.save_every == 0 and index + 1 < len(batches):
                     tally.store_into(state)
                     save()
         state.seconds = time.perf_counter() - started
-        state.elapsed = time.perf_counter() - begun
+        _, state.elapsed = ranks.agree(False, time.perf_counter() - begun)
         total = recipe.total_steps(len(batches), state.step, state.elapsed)
         tally.store_into(state)
         if stopped and state.step < total and state.step < (epoch + 1) * len(batches):  # in the middle of an epoch
@@ -159,7 +172,9 @@ def fit(
             for name, split in watched.items():
                 if split is not None:
                     cast = autocast(precision, device)
-                    scores[name] = evaluate(net, split, normalise, batch_size=recipe.batch_size, autocast=cast)
+                    scores[name] = evaluate(
+                        net, split, normalise, batch_size=recipe.batch_size, autocast=cast, ranks=ranks
+                    )
             if not all(math.isfinite(score.loss) for score in scores.values()):
                 raise diverged("the loss", state, recipe)
             record = make_record(epoch + 1, state, lr, scores)
@@ -170,7 +185,7 @@ def fit(
                     best = {key: value.detach().clone() for key, value in net.state_dict().items()}
         state.records.append(record)
         state.loss_sum, state.correct, state.seen = 0.0, 0, 0
-        state.elapsed = time.perf_counter() - begun
+        _, state.elapsed = ranks.agree(False, time.perf_counter() - begun)
         total = recipe.total_steps(len(batches), state.step, state.elapsed)
         state.finished = 0 < recipe.patience <= record.epoch - state.best_epoch and "val" in scores
         save()
@@ -251,12 +266,9 @@ class Tally:
         self._sums = torch.tensor([state.loss_sum, state.correct, state.seen], dtype=kind, device=device)
 
     @torch.no_grad()
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: its mean loss, logits (N, K) and labels (N,) or probabilities (N, K)."""
-        target = labels if labels.dim() == 1 else labels.argmax(dim=1)
-        n = len(target)
-        hits = (logits.argmax(dim=1) == target).sum()
-        self._sums += torch.stack([loss.detach() * n, hits, torch.full_like(hits, n)]).to(self._sums.dtype)
+    def add(self, loss: Tensor, right: Tensor, n: int) -> None:
+        """Add a batch of ``n`` images: its mean loss, and the share that is right."""
+        self._sums += torch.stack([loss * n, (right * n).round(), torch.full_like(loss, n)]).to(self._sums.dtype)
 
     def describe(self, state: TrainState, total: int, epoch_steps: int, seconds: float, left: float) -> Progress:
         """Return where the training stands, ``seconds`` into the epoch (or into its part that this process does)."""
@@ -268,6 +280,12 @@ class Tally:
         """Write the sums into the state that a checkpoint holds."""
         loss, correct, seen = self._sums.tolist()
         state.loss_sum, state.correct, state.seen = loss, int(correct), int(seen)
+
+
+def share_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the share of the images that logits (N, K) have right, by labels (N,) or probabilities (N, K)."""
+    target = labels if labels.dim() == 1 else labels.argmax(dim=1)
+    return (logits.argmax(dim=1) == target).float().mean()
 
 
 class NumberWatch:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from convlens.data import augment
+from convlens.data.augment import Draws
 from convlens.data.loader import Augment
 from convlens.errors import UsageError
 from convlens.training.optimizers import SGD, Adam, Group, Muon, Optimizer
@@ -90,23 +91,23 @@ def make_clip(net: nn.Module, recipe: Recipe) -> Callable[[], object]:
 
 
 def make_augment(recipe: Recipe, classes: int) -> Augment:
-    """Return the recipe's augmentation as one function of (images, labels, generator)."""
+    """Return the recipe's augmentation as one function of (images, labels, draws)."""
 
-    def apply(x: Tensor, y: Tensor, g: Generator) -> tuple[Tensor, Tensor]:
+    def apply(x: Tensor, y: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         if recipe.crop_probability:
-            x = augment.centre_crop_resize(x, g, recipe.crop_probability, recipe.crop_fraction)
+            x = augment.centre_crop_resize(x, draws, recipe.crop_probability, recipe.crop_fraction)
         if recipe.rotation or recipe.scale:
-            x = augment.affine(x, g, recipe.rotation, recipe.scale)
+            x = augment.affine(x, draws, recipe.rotation, recipe.scale)
         if recipe.shift:
-            x = augment.shift(x, g, recipe.shift)
+            x = augment.shift(x, draws, recipe.shift)
         if recipe.colour_jitter:
-            x = augment.colour_jitter(x, g, recipe.colour_jitter)
+            x = augment.colour_jitter(x, draws, recipe.colour_jitter)
         if recipe.cutout:
-            x = augment.cutout(x, g, recipe.cutout)
+            x = augment.cutout(x, draws, recipe.cutout)
         if recipe.mixup:
-            x, y = augment.mixup(x, y, g, recipe.mixup, classes)
+            x, y = augment.mixup(x, y, draws, recipe.mixup, classes)
         if recipe.cutmix:
-            x, y = augment.cutmix(x, y, g, recipe.cutmix, classes)
+            x, y = augment.cutmix(x, y, draws, recipe.cutmix, classes)
         return x, y
 
     return apply

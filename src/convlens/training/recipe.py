@@ -45,6 +45,7 @@ class Recipe:
     seconds: float | None = option(None, "seconds of training and validating, instead of epochs", low=0.01)
     batch_size: int = option(256, "images in a step", low=1)
     parts: int = option(1, "parts that a step's images go through the net in; BatchNorm measures each by itself", low=1)
+    sync_batchnorm: bool = option(False, "let BatchNorm measure the images of all processes together")
     small_size: int = option(
         0, "side in pixels that images have in the first part of the training; 0: always whole", low=0
     )

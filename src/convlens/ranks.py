@@ -1,0 +1,224 @@
+"""The processes that train one net together, as torchrun starts them; a training in one process is one of one."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import functools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from convlens.errors import ConvlensError, PeerGone
+
+OWN_JOB = "convlens-"  # what the names of jobs that convlens has started begin with
+PATIENCE = datetime.timedelta(hours=1)  # for the slowest of them: the first one tests alone, and may download
+
+
+class Ranks:
+    """One process among those that train together: its rank, from 0, and how many they are.
+
+    Alone, every method does nothing, so nobody need ask. All of them must call the same methods in the same order. If
+    one has died, the others get PeerGone.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+        self.first = rank == 0  # the one that writes
+
+    def part(self, count: int) -> slice:
+        """Return which of the ``count`` images of a batch are this rank's: neighbours stay together in twos.
+
+        Where that would leave a rank fewer than two, which BatchNorm cannot learn from, each takes all of them.
+        """
+        if self.size == 1 or count < 2 * self.size:
+            return slice(0, count)
+        start, end = (2 * (count // 2 * rank // self.size) for rank in (self.rank, self.rank + 1))
+        return slice(start, count if self.rank + 1 == self.size else end)
+
+    def average(self, tensors: Sequence[Tensor], count: int) -> None:
+        """Make each of ``tensors`` its mean over the images of all ranks, in place; ``count`` of them are here."""
+        if self.size == 1:
+            return
+        parts = [tensor.detach().reshape(-1).float() for tensor in tensors]
+        total = torch.cat([*parts, parts[0].new_ones(1)]).mul_(count)
+        self._add_up(total)
+        total /= total[-1].clone()
+        for tensor, mean in zip(tensors, torch.split(total[:-1], [len(part) for part in parts]), strict=True):
+            tensor.detach().copy_(mean.view_as(tensor))
+
+    def gather(self, rows: Tensor, count: int) -> Tensor:
+        """Return the rows of all ranks, (count, ...), from those of this rank's :meth:`part`."""
+        mine = self.part(count)
+        if mine == slice(0, count):
+            return rows
+        whole = rows.new_zeros(count, *rows.shape[1:])
+        whole[mine] = rows
+        self._add_up(whole)
+        return whole
+
+    def agree(self, stop: bool, seconds: float) -> tuple[bool, float]:
+        """Return whether any of them wants to stop, and the first one's clock."""
+        if self.size == 1:
+            return stop, seconds
+        told = torch.tensor([stop, seconds if self.first else 0.0], dtype=torch.float64)
+        self._add_up(told)
+        return bool(told[0]), float(told[1])
+
+    def share(self, content: Any) -> Any:
+        """Return what the first one has to say: anything that is JSON. What the others bring is not looked at."""
+        if self.size == 1:
+            return content
+        text = json.dumps(content).encode() if self.first else b""
+        length = torch.tensor([len(text)])
+        self._add_up(length)
+        letters = torch.zeros(int(length), dtype=torch.uint8)
+        if self.first:
+            letters.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        self._add_up(letters)
+        return json.loads(letters.numpy().tobytes())
+
+    def equalise(self, net: nn.Module) -> None:
+        """Give the nets of all ranks the first one's weights."""
+        if self.size == 1:
+            return
+        for value in net.state_dict().values():
+            with peers_needed():
+                dist.broadcast(value, 0)
+
+    def require_same(self, number: int, what: str) -> None:
+        """Raise ConvlensError if ``number``, which is ``what``, is another here than on the first one."""
+        if (first := self.share(number)) != number:
+            raise ConvlensError(
+                f"{what}: {number} for process {self.rank}, {first} for the first; all must see the same folders"
+            )
+
+    def _add_up(self, tensor: Tensor) -> None:
+        """Make ``tensor`` the sum of those of all ranks, in place."""
+        with peers_needed():
+            dist.all_reduce(tensor)
+
+
+def batchnorm_statistics(net: nn.Module) -> list[Tensor]:
+    """Return the running means and variances of a net's BatchNorm."""
+    layers = [layer for layer in net.modules() if isinstance(layer, _BatchNorm)]
+    return [value for layer in layers for value in (layer.running_mean, layer.running_var) if value is not None]
+
+
+class BatchNormTogether:
+    """``with``: the BatchNorm of a net measures the images of all ranks at once, forwards and backwards.
+
+    PyTorch's own SyncBatchNorm does so on accelerators only.
+    """
+
+    def __init__(self, net: nn.Module):
+        self._layers = [layer for layer in net.modules() if isinstance(layer, _BatchNorm)]
+
+    def __enter__(self) -> None:
+        for layer in self._layers:
+            layer.forward = functools.partial(normalise_together, layer)  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        for layer in self._layers:
+            del layer.forward
+
+
+def normalise_together(layer: _BatchNorm, x: Tensor) -> Tensor:
+    """Do what BatchNorm does to ``x`` (N, C, ...), with the mean and variance over the images of all ranks."""
+    if not layer.training:
+        return type(layer).forward(layer, x)
+    values = x.float()
+    places = [d for d in range(x.dim()) if d != 1]
+    ours = values.numel() // values.shape[1]  # values of a channel
+    mean, count = add_up(values.sum(places, keepdim=True), ours)  # (1, C, 1, 1)
+    mean = mean / count
+    variance = add_up((values - mean).square().sum(places, keepdim=True), ours)[0] / count
+    if layer.running_mean is not None and layer.running_var is not None and layer.num_batches_tracked is not None:
+        with torch.no_grad():
+            layer.num_batches_tracked += 1
+            step = 1 / layer.num_batches_tracked.item() if layer.momentum is None else layer.momentum
+            layer.running_mean.lerp_(mean.flatten(), step)
+            layer.running_var.lerp_((variance * count / (count - 1)).flatten(), step)
+    out = (values - mean) * (variance + layer.eps).rsqrt()
+    if layer.affine:
+        out = out * layer.weight.view_as(mean) + layer.bias.view_as(mean)
+    return out.to(x.dtype)
+
+
+def add_up(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the sum over all ranks of ``x``, with gradients, and that of ``count``, the values that went into it."""
+    total, values = AddUp.apply(x, count)  # type: ignore[no-untyped-call]
+    return total, values
+
+
+class AddUp(torch.autograd.Function):
+    """What :func:`add_up` does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return both sums."""
+        ctx.count = count
+        total = torch.cat([x.flatten(), x.new_full((1,), count)])
+        with peers_needed():
+            dist.all_reduce(total)
+        return total[:-1].view_as(x), total[-1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        """Add up the gradients of all losses, as Ranks.average will weigh them: by the number of images."""
+        total = gradient.contiguous() * ctx.count
+        with peers_needed():
+            dist.all_reduce(total)
+        return total / ctx.count, None
+
+
+@contextlib.contextmanager
+def peers_needed() -> Iterator[None]:
+    """Raise PeerGone where PyTorch says, in many words, that another process has gone away."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerGone(f"another process of this training has stopped: {str(error).splitlines()[0]}") from error
+
+
+@functools.cache
+def join() -> Ranks:
+    """Return this process's place among those that torchrun has started with it; it is alone if it was not torchrun."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        return Ranks()
+    if not dist.is_initialized():
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            backend = "cpu:gloo,cuda:nccl"
+        with peers_needed():
+            dist.init_process_group(backend, timeout=PATIENCE)
+        atexit.register(dist.destroy_process_group)
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def processes_here() -> int:
+    """Return how many processes of this training share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def job() -> str | None:
+    """Return a name of the training job that torchrun has started, the same after a restart; None without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    name = os.environ["TORCHELASTIC_RUN_ID"]
+    # torchrun calls every job "none" unless it is told a name: then it is the one process that starts the others
+    return name if name != "none" else f"{os.environ.get('MASTER_ADDR')}-{os.getppid()}"
+
+
+def started_again() -> bool:
+    """Say whether this process may take the place of one that has died."""
+    # a job of convlens.launch has a name that no other has, so a run by that name is its own
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 or (job() or "").startswith(OWN_JOB)

@@ -1,0 +1,145 @@
+"""Several processes train one net: as one process would, exactly tested, written by one, and none of them may hang."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+# trains a net of each kind for 50 steps; prints loss and accuracy of each epoch, and the sum of the weights
+TRAIN = """
+import json, sys, torch
+from torch import nn
+import convlens
+from convlens.data.preprocess import Preprocess
+from convlens.evaluation.metrics import evaluate
+from convlens.models import ConvNet
+from convlens.ranks import join
+
+class Plain(ConvNet):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3))
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(6 * 36, 10))
+
+dataset = convlens.load_dataset("digits")
+for kind, options in json.loads(sys.argv[1]):
+    torch.manual_seed(join().rank)  # each process begins with other weights; those of the first count
+    net = Plain() if kind == "plain" else convlens.create_model("small", channels=1, height=8, width=8, classes=10)
+    options = {"iterations": 50, "batch_size": 60, "lr": 0.05, "threads": 1, **options}
+    recipe = convlens.get_recipe("digits").override(**options)
+    torch.set_num_threads(1)
+    records = [[r.train_loss, r.train_acc, r.val_loss, r.val_acc] for r in convlens.fit(net, dataset, recipe)]
+    # three images are too few for two processes: both test all of them
+    normalise = Preprocess.measure(dataset.train.images, dataset.style).normaliser()
+    few = evaluate(net, dataset.test.take(torch.arange(3)), normalise, ranks=join())
+    records.append([few.loss, few.accuracy])
+    print(json.dumps([records, sum(p.detach().double().sum().item() for p in net.parameters())]))
+"""
+AUGMENTED = {"rotation": 10.0, "shift": 1, "scale": 0.1, "cutout": 2, "mixup": 0.2, "cutmix": 0.5, "flip": True}
+TRAININGS = [
+    ("plain", {**AUGMENTED, "ema": 0.9}),
+    ("plain", {"parts": 2, "balance": True, "batch_size": 61}),
+    ("small", {"sync_batchnorm": True, "iterations": 5}),  # further on, a maximum of two equal pixels falls otherwise
+]
+
+
+def in_processes(ranks: int, *arguments: str, code: str = TRAIN) -> list[str]:
+    """Run ``code`` in ``ranks`` processes, as torchrun does; return what each prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(ranks):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
+        command = [sys.executable, "-c", code, *arguments]
+        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    printed = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * ranks
+    return printed
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_losses_are_those_of_one_process(ranks: int) -> None:
+    (alone,), shared = in_processes(1, json.dumps(TRAININGS)), in_processes(ranks, json.dumps(TRAININGS))
+    assert all(printed == shared[0] for printed in shared)  # they end with the same weights, to the last bit
+    for one, other in zip(alone.splitlines(), shared[0].splitlines(), strict=True):
+        (records, weights), (their_records, their_weights) = json.loads(one), json.loads(other)
+        for record, theirs in zip(records, their_records, strict=True):
+            assert theirs == pytest.approx(record, abs=1e-5)
+        assert their_weights == pytest.approx(weights, abs=1e-2)
+
+
+def test_train_in_two_processes_writes_one_run_and_goes_on_in_one(tmp_path: Path) -> None:
+    def convlens(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "convlens", "train", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180)
+
+    done = convlens("digits", "--epochs", "2", "--processes", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch   2") == 1
+    assert "2 processes of " in done.stdout
+    assert [run.name for run in (tmp_path / "runs").iterdir()] == ["digits-1"]
+    config = json.loads((tmp_path / "runs/digits-1/config.json").read_text())
+    assert config["machine"]["processes"] == 2
+    (tmp_path / "runs/digits-1/report.html").unlink()
+    again = convlens("--resume", "runs/digits-1", "--accept-changes")
+    assert again.returncode == 0, again.stderr
+    assert "another number of processes (2, now 1)" in again.stdout
+    wrong = convlens("nothing", "--processes", "2")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1), wrong.stderr
+    assert wrong.stderr.startswith("convlens: unknown data set or folder 'nothing'")
+
+
+def workers_of(launcher: int) -> list[int]:
+    """Return the training processes under a launcher, as the system lists them."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return [int(child) for child in children if b"train" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux' list of processes")
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_processes_change_nothing(tmp_path: Path, kills: int) -> None:
+    # a run for each kill, of one process or the other
+    options = "digits --epochs 8 --threads 1 --save-every 5 --processes 2".split()
+    command = [sys.executable, "-m", "convlens", "train", *options]
+    subprocess.run([*command, "--out", "whole"], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    whole = (tmp_path / "whole/model/model.safetensors").read_bytes()
+    dice = random.Random(0)
+    for number in range(kills):
+        out = f"killed-{number}"
+        run = subprocess.Popen(
+            [*command, "--out", out], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert run.stdout is not None
+        epoch = dice.randrange(7)
+        while not run.stdout.readline().startswith(f"epoch {epoch:>3}" if epoch else "run "):
+            assert run.poll() is None
+        time.sleep(dice.uniform(0, 0.1))
+        os.kill(dice.choice(workers_of(run.pid)), signal.SIGKILL)
+        _, errors = run.communicate(timeout=180)
+        assert run.returncode == 0, errors
+        assert "a process was killed; all go on from the last checkpoint" in errors
+        assert (tmp_path / out / "model/model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c_saves_in_all_processes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "convlens", "train", "digits", "--epochs", "500", "--processes", "2"]
+    run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    for line in run.stdout:
+        if line.startswith("epoch   2"):
+            break
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "saved. Go on with: convlens train --resume runs/digits-1" in errors
+    assert list((tmp_path / "runs/digits-1/checkpoint").glob("step-*.json"))
