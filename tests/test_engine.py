@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import convlens.training.engine as engine
-from convlens.data.dataset import Dataset, Split
+from convlens.data.dataset import Dataset, Numbers, Split
 from convlens.data.loader import Batches
 from convlens.data.pictures import PictureStyle
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, Diverged, Interrupted, UsageError
 from convlens.evaluation.metrics import Scores, evaluate
 from convlens.models import ConvNet, create_model
+from convlens.training import nets
 from convlens.training.checkpoint import CheckpointStore, EpochRecord
 from convlens.training.engine import fit
 from convlens.training.precision import choose_precision
@@ -599,13 +600,13 @@ def test_a_checkpoint_of_another_version_is_refused_in_a_line(tmp_path: Path) ->
 
 def test_a_fresh_net_sees_images_of_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
     """The images of a folder lie class by class; whitening by the first of them would know one class only."""
-    from convlens.models import initialise_from
-
     seen: list[Tensor] = []
-    net = make_net()
-    monkeypatch.setattr(net, "initialise", seen.append)
+    monkeypatch.setattr(ConvNet, "initialise", lambda net, x: seen.append(x))
     images = torch.arange(250, dtype=torch.uint8).repeat_interleave(20)[:, None, None, None].expand(-1, 1, 100, 100)
-    initialise_from(net, images, lambda x: x.float())
+    train = Split(images, torch.arange(5000) % 2, Numbers(5000))
+    dataset = Dataset("toy", None, ("a", "b"), train, train, None, PictureStyle(), "")
+    preprocess = Preprocess(1, 100, 100, (0.0,), (1 / 255,), PictureStyle())
+    nets.make_net(nets.describe_net(make_recipe(model="small"), dataset), dataset, preprocess)
     assert len(seen[0]) == 100
     assert seen[0][0].unique().tolist() == [0] and seen[0][-1].unique().tolist() == [249]
     assert len(seen[0][:, 0, 0, 0].unique()) == 100

@@ -11,7 +11,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from convlens.data.dataset import Dataset, Split, numbered
+from convlens.data.dataset import Dataset, Numbers, Split
 from convlens.data.pictures import PictureStyle
 from convlens.data.preprocess import Preprocess
 from convlens.evaluation.metrics import compute_logits
@@ -91,7 +91,7 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             device="cpu",
             precision="fp32",
         )
-        train = Split(images, torch.from_numpy(numbers.astype(np.int64)), numbered(len(images)))
+        train = Split(images, torch.from_numpy(numbers.astype(np.int64)), Numbers(len(images)))
         dataset = Dataset(
             name="arrays",
             source=None,

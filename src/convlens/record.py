@@ -95,7 +95,7 @@ def write_predictions(folder: RunFolder, dataset: Dataset, probabilities: Tensor
 
 def write_split(folder: RunFolder, dataset: Dataset) -> None:
     """Record which image is in which split: ``split.csv``."""
-    rows = [[name, image] for name, split in dataset.splits.items() for image in split.ids]
+    rows = ((name, image) for name, split in dataset.splits.items() for image in split.ids)
     write_csv(folder.split, ["split", "id"], rows)
 
 

@@ -11,6 +11,7 @@ import typer
 
 from convlens.cli.app import check_new_file, data_app
 from convlens.console import describe_findings, first_line, print_table
+from convlens.errors import quoted
 
 
 @data_app.command("list")
@@ -75,6 +76,49 @@ def data_info(
     captions = [dataset.classes[label] for label in train.labels[chosen].tolist()]
     draw_images(target, train.images[chosen], captions, f"{dataset.name}: training images")
     print(f"samples {target}")
+
+
+@data_app.command("pack")
+def data_pack(
+    data: Annotated[str, typer.Argument(help="A data set by name, a folder of class folders, or a .npz file.")],
+    out: Annotated[Path, typer.Option(help="New folder for the shards.")],
+    validation: Annotated[float, typer.Option(min=0, max=0.9, help="Share of the training images held out.")] = 0.1,
+    image_size: Annotated[int, typer.Option(min=0, help="Side that a folder's images are fitted to.")] = 0,
+    shard_images: Annotated[
+        int, typer.Option(min=0, show_default=False, help="Images in a shard, instead of 4 MiB of pixels.")
+    ] = 0,
+    exclude: Annotated[Path | None, typer.Option(help="Leave out the images that this file names.")] = None,
+    allow_unreadable: Annotated[
+        bool, typer.Option("--allow-unreadable", help="Skip unreadable files, however many.")
+    ] = False,
+) -> None:
+    """Write a data set as tar files that a training reads a few at a time, from a disk or a web server.
+
+    Other readers of WebDataset take them too.
+
+    Examples:
+      convlens data pack photos/ --out shards/ --image-size 96
+
+      convlens train shards/
+
+      convlens train https://example.org/shards
+    """
+    from convlens.data.catalog import load_dataset
+    from convlens.data.shards import pack
+    from convlens.experiment import refuse_inside_data
+    from convlens.runfolder import RunFolder, read_names
+
+    RunFolder.refuse_existing(out)
+    refuse_inside_data(out, data)
+    dataset = load_dataset(data, image_size=image_size, allow_unreadable=allow_unreadable)
+    if exclude is not None:
+        dataset = dataset.without(read_names(exclude))
+    index = pack(dataset.with_validation(validation, 0), out, shard_images)
+    rows = [("split", "images", "shards")]
+    for name, split in index["splits"].items():
+        rows.append((name, f"{sum(s['images'] for s in split['shards']):,}", f"{len(split['shards']):,}"))
+    print_table(rows)
+    print(f"train with: convlens train {quoted(out)}")
 
 
 @data_app.command("doctor")

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from convlens.data.dataset import HELD_OUT, SPLIT_SEED, TEST_FRACTION, Dataset, Split, check_classes, numbered
+from convlens.data.dataset import HELD_OUT, SPLIT_SEED, TEST_FRACTION, Dataset, Numbers, Split, check_classes
 from convlens.data.decode import Header
 from convlens.data.folder import choose_form, load_folder
 from convlens.data.folds import take_fold
@@ -28,6 +28,7 @@ from convlens.data.pictures import (
     to_mode,
 )
 from convlens.data.published import DATASETS
+from convlens.data.shards import is_packed, load_shards
 from convlens.errors import ConvlensError, UnknownName, UsageError
 from convlens.progress import track
 
@@ -38,7 +39,8 @@ MOST_CLASSES = 100_000
 def load_dataset(source: Any, *, image_size: int = 0, channels: int = 0, allow_unreadable: bool = False) -> Dataset:
     """Return ``source`` as a Dataset.
 
-    ``source`` is a name (``convlens data list``), the path of a folder of class folders or of a .npz file, arrays
+    ``source`` is a name (``convlens data list``), the path of a folder of class folders or of a .npz file, a folder of
+    shards (``convlens data pack``) or their http(s) address, arrays
     ``(x, y)`` or ``(x_train, y_train, x_test, y_test)``, any sized map-style dataset of (PIL image or array, int)
     pairs, a tuple of two such (train, test), or a Dataset. ``image_size`` and ``channels`` say what a folder's images
     are brought to (0: as they are, large photos 64x64). Raises UsageError for what is none of these, ConvlensError
@@ -49,6 +51,8 @@ def load_dataset(source: Any, *, image_size: int = 0, channels: int = 0, allow_u
     if isinstance(source, (str, Path)):
         if str(source) in DATASETS:
             return DATASETS[str(source)]()
+        if is_packed(source):
+            return load_shards(source)
         path = Path(source)
         if path.is_dir():
             return load_folder(path, image_size=image_size, channels=channels, allow_unreadable=allow_unreadable)
@@ -113,7 +117,7 @@ def from_arrays(
     floats 0..1. Labels are (N,) whole numbers from 0.
     """
     train = make_split(x, y, name)
-    labels = classes or numbered(int(train.labels.max()) + 1)
+    labels = classes or Numbers(int(train.labels.max()) + 1)
     too_large = f"{name}: a label is larger than the number of classes, {len(labels)}"
     if int(train.labels.max()) >= len(labels):
         raise UsageError(too_large)
@@ -160,7 +164,7 @@ def make_split(x: Any, y: Any, name: str) -> Split:
     except BadImage as error:
         raise UsageError(f"{name}: {error}") from None
     images = torch.from_numpy(np.array(pixels, order="C"))
-    return Split(images, torch.from_numpy(y.astype(np.int64)), numbered(len(y)))
+    return Split(images, torch.from_numpy(y.astype(np.int64)), Numbers(len(y)))
 
 
 def load_npz(path: Path) -> Dataset:

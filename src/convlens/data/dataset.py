@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ HELD_OUT = f"{TEST_FRACTION:.0%} of every class is the test split (seed {SPLIT_S
 class Split:
     """Images and labels. ``ids`` names each image (a file's path, or its number in the source)."""
 
-    images: Tensor  # (N, C, H, W) uint8, in memory or memory-mapped
+    images: Tensor  # (N, C, H, W) uint8, in memory, memory-mapped, or (of shards) what can be indexed like it
     labels: Tensor  # (N,) int64
     ids: Sequence[str]
 
@@ -36,7 +37,12 @@ class Split:
 
     def spread(self, most: int) -> Tensor:
         """Return the rows of at most so many images, evenly from all of them: a folder's lie class by class."""
-        return torch.linspace(0, len(self) - 1, min(most, len(self))).round().long()
+        count = min(most, len(self))
+        return torch.arange(count) * (len(self) - 1) // max(count - 1, 1)
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """Return the rows in the order of an epoch, int64 (N,): a function of (seed, epoch)."""
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(derive_seed(seed, epoch)))
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of pixels and labels."""
@@ -129,9 +135,17 @@ class Dataset:
         return replace(self, train=train, validation=validation) if len(validation) else self
 
 
-def numbered(count: int) -> list[str]:
-    """Return "0", "1", ...: the ids of images that have no names."""
-    return [str(i) for i in range(count)]
+class Numbers(Sequence[str]):
+    """The ids of so many images that have no names: "0", "1", ..."""
+
+    def __init__(self, count: int):
+        self._numbers = range(count)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, key: Any) -> Any:
+        return [str(n) for n in self._numbers[key]] if isinstance(key, slice) else str(self._numbers[key])
 
 
 def check_classes(name: str, classes: Sequence[str], train: Split, what: str = "the training split") -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from convlens.data.augment import Draws, mirror
 from convlens.data.dataset import Split
 from convlens.data.normalise import Normalise
+from convlens.errors import UsageError
 from convlens.ranks import Ranks
 from convlens.runtime import derive_seed, seed_global
 
@@ -52,7 +53,10 @@ class Batches:
         balance: bool = False,
         ranks: Ranks | None = None,
     ):
+        if balance and not isinstance(split.images, Tensor):
+            raise UsageError("--balance draws images from all over; those in shards are read a few shards at a time")
         self._ranks = ranks or Ranks()
+        self._split = split
         self._images = split.images.to(device)  # (N, C, H, W) uint8
         self._labels = split.labels.to(device)  # (N,) int64
         self._normalise = normalise.to(device)
@@ -81,18 +85,17 @@ class Batches:
         It seeds PyTorch's global generator as well, for nets with dropout.
         """
         if epoch != self._epoch:
-            shuffle = torch.Generator().manual_seed(derive_seed(self._seed, epoch))
             if self._chances is None:
-                order = torch.randperm(len(self._labels), generator=shuffle)
+                self._order = self._split.order(self._seed, epoch)
             else:
-                order = torch.multinomial(self._chances, len(self._labels), replacement=True, generator=shuffle)
-            self._order = order.to(self._labels.device)
+                shuffle = torch.Generator().manual_seed(derive_seed(self._seed, epoch))
+                self._order = torch.multinomial(self._chances, len(self._labels), replacement=True, generator=shuffle)
             self._epoch = epoch
         step_seed = derive_seed(self._seed, epoch, index)
         seed_global(step_seed + self._ranks.rank, self._labels.device)
         count, first = self.size(index), index * self._batch_size
         part = self._ranks.part(count)
-        rows = self._order[first : first + count][part]
+        rows = self._order[first : first + count][part].to(self._labels.device)
         images = self._normalise(self._images[rows])
         if self._mirrored is not None:
             images = mirror(images, self._mirrored[rows] ^ bool(epoch % 2))

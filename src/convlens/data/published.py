@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlens.data.dataset import HELD_OUT, SPLIT_SEED, TEST_FRACTION, Dataset, Split, numbered
+from convlens.data.dataset import HELD_OUT, SPLIT_SEED, TEST_FRACTION, Dataset, Numbers, Split
 from convlens.data.fetch import (
     cache_folder,
     check_sha256,
@@ -53,7 +53,7 @@ class IdxSource:
             name = f"{prefix}-{kind}-ubyte"
             arrays.append(parse_idx(find_or_download(name, sha256, self.folders, self.mirrors), name))
         images, labels = arrays  # (N, 28, 28), (N,)
-        return Split(images.unsqueeze(1), labels.long(), numbered(len(labels)))
+        return Split(images.unsqueeze(1), labels.long(), Numbers(len(labels)))
 
 
 MNIST = IdxSource(
@@ -122,7 +122,7 @@ def load_digits() -> Dataset:
     digits = load_embedded()
     # counts 0..16 of set pixels in a 4x4 block -> 0..255
     images = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
-    everything = Split(images, torch.from_numpy(digits.target).long(), numbered(len(images)))
+    everything = Split(images, torch.from_numpy(digits.target).long(), Numbers(len(images)))
     train, test = everything.divide(TEST_FRACTION, SPLIT_SEED)
     note = HELD_OUT
     return Dataset("digits", "digits", DIGITS, train, test, None, PictureStyle(ink_box=8), note)
@@ -157,7 +157,7 @@ def load_cifar10() -> Dataset:
 
     def join(parts: list[tuple[Tensor, Tensor]]) -> Split:
         images = torch.cat([images for images, _ in parts])
-        return Split(images, torch.cat([labels for _, labels in parts]), numbered(len(images)))
+        return Split(images, torch.cat([labels for _, labels in parts]), Numbers(len(images)))
 
     train, test = join(parsed[:5]), join(parsed[5:])
     return Dataset("cifar10", "cifar10", CIFAR10_CLASSES, train, test, None, PictureStyle(), PUBLISHED_SPLITS)

@@ -40,7 +40,7 @@ class Trust:
     @classmethod
     def fit(cls, net: nn.Module, train: Split, validation: Split, classes: int, normalise: Normalise) -> Trust:
         """Fit on what ``net`` says of validation images; of training images only the features are looked at."""
-        rows = torch.linspace(0, len(train) - 1, min(len(train), FEW)).long()
+        rows = train.spread(FEW)
         _, known = compute_outputs(net, train.images[rows], normalise)
         space = FeatureSpace.fit(known.cpu(), train.labels[rows], classes)
         logits, features = (x.cpu() for x in compute_outputs(net, validation.images, normalise))

@@ -6,7 +6,6 @@ from convlens.models.contract import (
     ConvNet,
     check_model,
     create_model,
-    initialise_from,
     model_options,
 )
 from convlens.models.summary import LayerSummary, count_parameters, summarise
@@ -20,7 +19,6 @@ __all__ = [
     "check_model",
     "count_parameters",
     "create_model",
-    "initialise_from",
     "model_options",
     "register",
     "summarise",

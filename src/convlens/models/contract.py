@@ -43,16 +43,6 @@ class ConvNet(nn.Module):
         return dict(self.body.named_children())
 
 
-def initialise_from(net: nn.Module, images: Tensor, normalise: Callable[[Tensor], Tensor]) -> None:
-    """Show a fresh net some of its training images, uint8 (N, C, H, W): a million pixels, evenly from all of them.
-
-    Evenly, because the images of a folder lie class by class.
-    """
-    if isinstance(net, ConvNet):
-        count = min(len(images), max(1_000_000 // (images.shape[2] * images.shape[3]), 50))
-        net.initialise(normalise(images[torch.linspace(0, len(images) - 1, count).long()]))
-
-
 # name -> constructor (channels, height, width, classes, **options), all plain numbers and strings
 MODELS: Registry[Callable[..., nn.Module]] = Registry("model")
 

@@ -9,9 +9,11 @@ from torch import nn
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
-from convlens.models import create_model, initialise_from
+from convlens.models import ConvNet, create_model
 from convlens.training.memory import is_out_of_memory
 from convlens.training.recipe import Recipe
+
+MILLION = 1_000_000  # pixels that a fresh net may look at
 
 
 def describe_net(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
@@ -32,5 +34,8 @@ def make_net(described: dict[str, Any], dataset: Dataset, preprocess: Preprocess
         if not is_out_of_memory(error):
             raise
         raise UsageError(f"there is not enough memory for this net {described['name']}; try fewer --filters") from None
-    initialise_from(net, dataset.train.images, preprocess.normaliser())
+    if isinstance(net, ConvNet):
+        _, height, width = dataset.shape
+        some = dataset.train.spread(max(MILLION // (height * width), 50))
+        net.initialise(preprocess.normaliser()(dataset.train.images[some]))
     return net

@@ -1,0 +1,210 @@
+"""Shards: other readers take them, training from them is training from memory, and damage is named."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import convlens
+from convlens.data.dataset import Dataset
+from convlens.data.loader import Batches
+from convlens.data.preprocess import Preprocess
+from convlens.data.shards import Place, Shard, ShardImages, ShardOrder, load_shards, pack
+from convlens.errors import ConvlensError, UsageError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return convlens.load_dataset("digits").with_validation(0.1, 0)
+
+
+@pytest.fixture(scope="module")
+def shards(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed") / "shards"
+    pack(digits, folder, 100)
+    return folder
+
+
+@pytest.fixture
+def address(shards: Path) -> Iterator[str]:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(shards))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def pixels_by_label(images: torch.Tensor, labels: torch.Tensor) -> list[tuple[int, bytes]]:
+    return sorted(zip(labels.tolist(), (image.contiguous().numpy().tobytes() for image in images), strict=True))
+
+
+def test_what_was_packed_is_what_is_loaded(digits: Dataset, shards: Path) -> None:
+    loaded = load_shards(shards)
+    assert (loaded.name, loaded.classes, loaded.shape, loaded.style) == (
+        digits.name, digits.classes, digits.shape, digits.style,
+    )  # fmt: skip
+    assert torch.equal(loaded.test.images, digits.test.images)
+    assert torch.equal(loaded.test.labels, digits.test.labels)
+    train = loaded.train
+    assert len(train) == len(digits.train) == 1295
+    assert pixels_by_label(train.images[:], train.labels) == pixels_by_label(digits.train.images, digits.train.labels)
+    assert not torch.equal(train.labels, digits.train.labels)  # shuffled
+
+
+def test_rows_are_asked_for_as_of_a_tensor(shards: Path) -> None:
+    images = load_shards(shards).train.images
+    whole = images[:]
+    rows = torch.tensor([1294, 0, 3, 3, 700])
+    assert torch.equal(images[rows], whole[rows])
+    assert torch.equal(images[[5, 900]], whole[[5, 900]])
+    assert torch.equal(images[17], whole[17])
+    assert torch.equal(images[95:205], whole[95:205])
+    assert images.shape == tuple(whole.shape)
+
+
+def test_the_shards_are_the_same_bytes_again(digits: Dataset, shards: Path, tmp_path: Path) -> None:
+    pack(digits, tmp_path / "again", 100)
+    first, again = (sorted(folder.iterdir()) for folder in (shards, tmp_path / "again"))
+    assert [(file.name, file.read_bytes()) for file in first] == [(file.name, file.read_bytes()) for file in again]
+
+
+def test_webdataset_reads_them(digits: Dataset, shards: Path, tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    code = """
+import sys, numpy, webdataset
+samples = list(webdataset.WebDataset(sys.argv[2:], shardshuffle=False).decode().to_tuple("npy", "cls"))
+numpy.savez(sys.argv[1], images=numpy.stack([image for image, _ in samples]), labels=[label for _, label in samples])
+"""
+    files = sorted(map(str, shards.glob("test-*.tar")))  # in a process of its own: it leaves files open
+    subprocess.run([sys.executable, "-c", code, tmp_path / "read.npz", *files], check=True, timeout=60)
+    read = np.load(tmp_path / "read.npz")
+    assert read["labels"].tolist() == digits.test.labels.tolist()
+    assert torch.equal(torch.from_numpy(read["images"]).permute(0, 3, 1, 2), digits.test.images)
+
+
+@settings(max_examples=30, deadline=None, database=None, derandomize=True)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(0, 2**40), st.integers(1, 17))
+def test_an_epoch_shows_every_image_once_in_an_order_of_its_own(sizes: list[int], seed: int, batch: int) -> None:
+    images = ShardImages(Place("nowhere"), [Shard(str(i), n, "") for i, n in enumerate(sizes)], (1, 2, 2))
+    images.load = lambda numbers: []  # type: ignore[method-assign]  # nothing is read
+    whole = ShardOrder(images, seed)[0 : len(images)]
+    assert sorted(whole.tolist()) == list(range(len(images)))
+    parts = ShardOrder(images, seed)
+    starts = list(range(0, len(images), batch))
+    for start in starts[::-1]:  # a part is a function of the seed, whatever was asked before
+        assert torch.equal(parts[start : start + batch], whole[start : start + batch])
+    if len(images) > 20:
+        assert not torch.equal(ShardOrder(images, seed + 1)[0 : len(images)], whole)
+
+
+def test_few_shards_are_in_memory(shards: Path) -> None:
+    dataset = load_shards(shards)
+    normalise = Preprocess.measure(dataset.train.images, dataset.style).normaliser()  # type: ignore[arg-type]
+    batches = Batches(dataset.train, 64, normalise, seed=0, device=CPU, augment=lambda x, y, draws: (x, y))
+    seen = []
+    for index in range(len(batches)):
+        seen.append(batches(0, index)[1])
+        assert len(dataset.train.images._loaded) <= 8  # type: ignore[attr-defined]
+    assert torch.equal(torch.cat(seen).bincount(), dataset.train.labels.bincount())
+
+
+def test_training_from_shards_stops_anywhere_and_goes_on_in_the_same_bits(shards: Path, tmp_path: Path) -> None:
+    options = {"recipe": "digits", "epochs": 2, "threads": 1}
+    whole = convlens.train(str(shards), out=tmp_path / "whole", **options)
+    stopped = convlens.experiment.Experiment.create(str(shards), out=tmp_path / "stopped", **options)
+    asked = iter(range(1000))
+    with pytest.raises(convlens.errors.Interrupted):
+        list(stopped.epochs(should_stop=lambda: next(asked) >= 29))
+    again = convlens.experiment.Experiment.resume(tmp_path / "stopped")
+    list(again.epochs())
+    run = again.finish()
+    assert (run.path / "model/model.safetensors").read_bytes() == (whole.path / "model/model.safetensors").read_bytes()
+    assert run.accuracy > 0.95
+
+
+def test_over_the_network_they_are_the_same(shards: Path, address: str) -> None:
+    here, there = load_shards(shards), convlens.load_dataset(address)
+    assert there.source == address
+    assert there.fingerprint() == here.fingerprint()
+    assert torch.equal(there.train.images[:], here.train.images[:])
+
+
+def damaged(shards: Path, tmp_path: Path, file: str) -> Path:
+    """Return a copy of the shards with one bit of ``file`` turned."""
+    for old in shards.iterdir():
+        content = bytearray(old.read_bytes())
+        if old.name == file:
+            content[len(content) // 2] ^= 1
+        (tmp_path / old.name).write_bytes(content)
+    return tmp_path
+
+
+def test_a_damaged_shard_is_named(shards: Path, tmp_path: Path) -> None:
+    images = load_shards(damaged(shards, tmp_path, "train-000003.tar")).train.images
+    assert len(images[:300]) == 300
+    with pytest.raises(ConvlensError, match=r"train-000003.tar is damaged: its SHA-256 is not that in index.json"):
+        images[300]
+
+
+@pytest.mark.parametrize("file", ["test-000001.tar", "validation-labels.npy"])
+def test_damage_is_seen_at_once_where_it_can_be(shards: Path, tmp_path: Path, file: str) -> None:
+    with pytest.raises(ConvlensError, match=f"{file} is damaged"):
+        load_shards(damaged(shards, tmp_path, file))
+
+
+def test_a_missing_shard_is_named(shards: Path, tmp_path: Path, address: str) -> None:
+    images = load_shards(damaged(shards, tmp_path, "")).train.images
+    (tmp_path / "train-000000.tar").unlink()
+    with pytest.raises(ConvlensError, match=r"train-000000.tar cannot be read: No such file"):
+        images[0]
+    with pytest.raises(ConvlensError, match=r"the shard http://127.0.0.1:\d+/nothing.tar cannot be had: 404"):
+        Place(address).read("nothing.tar", "")
+    with pytest.raises(ConvlensError, match=r"http://127.0.0.1:1/index.json cannot be had"):
+        convlens.load_dataset("http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize("index", ["{}", "[]", '{"format": 99}', '{"format": 1, "splits": {"train": 3}}', "no JSON"])
+def test_an_index_that_is_none_is_one_line(tmp_path: Path, index: str) -> None:
+    (tmp_path / "index.json").write_text(index)
+    with pytest.raises(ConvlensError, match=r"index.json|format 99"):
+        load_shards(tmp_path)
+
+
+def test_what_shards_cannot_do_is_said(shards: Path) -> None:
+    dataset = load_shards(shards)
+    with pytest.raises(UsageError, match="data pack --exclude"):
+        dataset.without(["3"])
+    assert dataset.with_validation(0.5, 7) is dataset
+    with pytest.raises(UsageError, match="--balance"):
+        convlens.train(dataset, epochs=1, balance=True)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "convlens", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    packed = call("data", "pack", "digits", "--out", "shards", "--shard-images", "500")
+    assert packed.returncode == 0, packed.stderr
+    assert packed.stdout.splitlines()[-1] == "train with: convlens train shards"
+    assert [
+        shard["images"]
+        for shard in json.loads((tmp_path / "shards/index.json").read_text())["splits"]["train"]["shards"]
+    ] == [500, 500, 295]
+    again = call("data", "pack", "digits", "--out", "shards")
+    assert (again.returncode, again.stderr) == (2, "convlens: shards exists already; choose another --out\n")
