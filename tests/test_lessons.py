@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 
 from convlens.errors import UnknownName
@@ -40,6 +41,28 @@ def test_an_exercise_takes_its_solution_and_nothing_else(number, capsys):
         assert EXERCISES[number].hint in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("number", "answer", "right"),
+    [
+        ("1.2", torch.tensor([[1, 1, 1], [0, 0, 0], [-1, -1, -1]]), True),  # bright above dark
+        ("1.2", [[0, 0, 0], [-1, -1, -1], [1, 1, 1]], True),
+        ("1.2", [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], False),  # finds edges that stand
+        ("1.2", [[1, 1, 1], [1, 1, 1], [1, 1, 1]], False),
+        ("1.2", [[0, 0, 0]] * 3, False),
+        ("1.4", [8, 2], True),
+        ("1.4", (2, 8), False),
+        ("2.3", torch.tensor([5.0, 4.307, 4.307]), True),
+        ("2.3", (2, 1, 1), False),
+        ("2.4", 2.3, True),
+        ("3.3", " B", True),
+        ("3.3", "a", False),
+        ("4.1", 0.96, True),
+    ],
+)
+def test_an_answer_counts_by_what_it_does(number, answer, right):
+    assert check(number, answer) is right
+
+
 def test_an_exercise_that_there_is_not():
     with pytest.raises(UnknownName, match="exercise"):
         check("9.9", 1)
@@ -65,5 +88,5 @@ def test_a_lesson_runs(path, tmp_path, monkeypatch):
         monkeypatch.setenv("LESSON_CIFAR10", str(tmp_path / "photos"))
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
-        notebook, timeout=180, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
