@@ -26,7 +26,7 @@ test: setup ## lint, types, layers, tests: what CI runs
 	$(BIN)/lint-imports
 	$(BIN)/pytest
 
-lessons: setup ## run every lesson from beginning to end (about N minutes; needs the data, or the network)
+lessons: setup ## run every lesson from beginning to end (about ten minutes; needs CONVLENS_DATA)
 	$(BIN)/pytest -m slow tests/test_lessons.py
 
 bench: setup ## measure speed and write the tables of docs/benchmarks.md (about two hours; an idle machine; needs the data)

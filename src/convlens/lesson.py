@@ -152,7 +152,7 @@ EXERCISES: dict[str, Exercise] = {  # "lesson.number" -> the exercise
     ),
     "4.2": Exercise(
         near(0.1),
-        "All ten become 0, equal, so each class gets 1/10: the net said that it is hardly a cat, and nobody hears it.",
+        "All ten become 0, equal, so each class gets 1/10. Without the ReLU the cat would have 45%: that is lost.",
         "What does max(0, x) make of negative numbers? Then take the softmax of ten equal numbers.",
         0.1,
     ),
