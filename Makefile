@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test bench bench-gpu results clean
+.PHONY: help setup demo test lessons bench bench-gpu results clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ test: setup ## lint, types, layers, tests: what CI runs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest
+
+lessons: setup ## run every lesson from beginning to end (about ten minutes; needs CONVLENS_DATA)
+	$(BIN)/pytest -m slow tests/test_lessons.py
 
 bench: setup ## measure speed and write the tables of docs/benchmarks.md (about two hours; an idle machine; needs the data)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/bench.py

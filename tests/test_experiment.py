@@ -18,7 +18,7 @@ from PIL import Image
 
 import convlens
 from convlens.data.catalog import load_dataset
-from convlens.errors import ConvlensError, Interrupted, UsageError
+from convlens.errors import ConvlensError, Interrupted, UnknownName, UsageError
 from convlens.experiment import Experiment, train
 from convlens.record import command_line
 from convlens.reporting.report import PLOTS
@@ -199,6 +199,13 @@ def test_run_reads_its_folder(run: Run) -> None:
         Run("nowhere")
     with pytest.raises(UsageError, match="is not a run folder: it has no config.json$"):
         Run(run.path / "plots")
+
+
+def test_a_run_hands_out_its_plots_for_a_notebook(run: Run) -> None:
+    with Image.open(run.path / "plots" / "curves.png") as drawn:
+        assert np.array_equal(run.picture("curves"), drawn)
+    with pytest.raises(UnknownName, match="^unknown plot 'curve'; did you mean 'curves'"):
+        run.picture("curve")
 
 
 # the report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,161 @@ class Exercise:
     solution: Any
 
 
-EXERCISES: dict[str, Exercise] = {}  # "lesson.number" -> the exercise
+def near(*expected: float, within: float = 1e-6) -> Callable[[Any], bool]:
+    """Return the test whether an answer is this number, or these in this order."""
+
+    def is_right(answer: Any) -> bool:
+        given = [float(value) for value in answer] if len(expected) > 1 else [float(answer)]
+        return len(given) == len(expected) and all(
+            abs(a - b) <= within for a, b in zip(given, expected, strict=True)
+        )  # fmt: skip
+
+    return is_right
+
+
+def finds_horizontal_edges(kernel: Any) -> bool:
+    """Say whether a 3 x 3 kernel answers to an edge that lies, and hardly to one that stands or to an even image."""
+    rows = [[float(value) for value in row] for row in kernel]
+
+    def response(image: list[list[int]]) -> float:
+        return abs(sum(a * b for row, line in zip(rows, image, strict=True) for a, b in zip(row, line, strict=True)))
+
+    lying = max(response([[int(row >= edge)] * 3 for row in range(3)]) for edge in (1, 2))
+    standing = max(response([[int(column >= edge) for column in range(3)]] * 3) for edge in (1, 2))
+    return lying > 0 and max(standing, response([[1] * 3] * 3)) <= 0.1 * lying
+
+
+def softmax_is(*shares: float) -> Callable[[Any], bool]:
+    """Return the test whether the softmax of an answer is ``shares``, to one point of a hundred."""
+
+    def is_right(answer: Any) -> bool:
+        powers = [math.exp(float(logit)) for logit in answer]
+        return near(*shares, within=0.01)([power / sum(powers) for power in powers])
+
+    return is_right
+
+
+EXERCISES: dict[str, Exercise] = {  # "lesson.number" -> the exercise
+    # 1: what a convolution is
+    "1.1": Exercise(
+        near(-18),
+        "The lowest row of the patch adds up to 9 + 0 + 0, its uppermost to 9 + 9 + 9: it gets darker downwards.",
+        "Take the last three columns of those three rows, add up the lowest row, and take away the uppermost.",
+        -18,
+    ),
+    "1.2": Exercise(
+        finds_horizontal_edges,
+        "It compares what lies above with what lies below, and adds up to 0, so that it is silent where all is even.",
+        "Give three rows of three numbers. Those of the upper row and of the lower row need opposite signs, and all "
+        "nine must add up to 0; the kernels above do that from left to right.",
+        [[-1, -2, -1], [0, 0, 0], [1, 2, 1]],
+    ),
+    "1.3": Exercise(
+        near(13),
+        "(28 + 2 - 5) / 2 is 12.5; rounded down and one more is 13.",
+        "The padding comes on both sides, and what is divided by the stride is rounded down before the 1 is added.",
+        13,
+    ),
+    "1.4": Exercise(
+        near(8, 2),
+        "The maximum keeps the 8; the mean is 8 / 4 = 2.",
+        "Give two numbers in round brackets: the largest of the four, then their sum divided by four.",
+        (8, 2),
+    ),
+    "1.5": Exercise(
+        near(8),
+        "1 pixel; 2 more for the first kernel: 3; the pool's window adds 1: 4; the second kernel adds 2 steps of 2 "
+        "pixels: 8.",
+        "Begin with 1 pixel and go through the layers. Behind the pooling a step is two pixels wide.",
+        8,
+    ),
+    # 2: a first net, on clothes
+    "2.1": Exercise(
+        near(25),
+        "An epoch has 60,000 / 250 = 240 batches, and 6,000 / 240 = 25.",
+        "How many batches are there until every one of the 60,000 images was shown once?",
+        25,
+    ),
+    "2.2": Exercise(
+        near(12832),
+        "Each of the 32 kernels reaches through all 16 maps, 5 x 5 x 16 = 400 weights, and has one bias: 32 x 401.",
+        "A kernel of the second layer is as deep as the first layer has maps; and each kernel has one bias.",
+        12832,
+    ),
+    "2.3": Exercise(
+        softmax_is(0.5, 0.25, 0.25),
+        "One logit larger by ln 2 = 0.69 is twice the probability. Adding a number to all three changes nothing.",
+        "Give three numbers. The first must be larger than the others by so much that e to the power of it is twice as "
+        "large.",
+        (math.log(2), 0.0, 0.0),
+    ),
+    "2.4": Exercise(
+        near(math.log(10), within=0.01),
+        "It gives the right class a probability of 1/10, and -ln(1/10) = ln 10 = 2.30. A training that stays there has "
+        "learned nothing.",
+        "Which probability does it give to the right class, one of ten? The loss is minus the natural logarithm of it.",
+        math.log(10),
+    ),
+    # 3: a deep net for digits
+    "3.1": Exercise(
+        near(469),
+        "60,000 / 128 is 468.75: 468 whole batches, and a last one with the 96 images that are left.",
+        "Divide; and the images that are left over make a batch too.",
+        469,
+    ),
+    "3.2": Exercise(
+        near(256),
+        "28, 24, 20, pooled 10, 6, 2, pooled 1: one number in each of the 256 maps.",
+        "Each convolution of 5 x 5 without padding takes 4 pixels off the side, each pooling halves it. There are two "
+        "convolutions, a pooling, and the same again; then multiply the pixels of a map by the number of maps.",
+        256,
+    ),
+    "3.3": Exercise(
+        lambda answer: str(answer).strip().lower() == "b",
+        "The training images were cropped and turned, and counted while the net was still worse; the test images are "
+        "as they are, and asked at the end of the epoch.",
+        "Answer with a letter, such as 'a'. Think of which images each accuracy is counted on, and at what time.",
+        "b",
+    ),
+    "3.4": Exercise(
+        near(0.1),
+        "0.01 / (1 - 0.9): momentum 0.9 makes steps in a steady direction ten times as long.",
+        "In the long run the velocity v stays the same: v = 0.9 v + 1. Solve that for v, and multiply by the rate.",
+        0.1,
+    ),
+    # 4: colour photos, and why it learns
+    "4.1": Exercise(
+        near(0.956, within=0.01),
+        "51,328 + 10,836 + 850 = 63,014 of 65,886: convolutions use the same few weights everywhere, so they need few.",
+        "A linear layer has inputs x outputs weights and as many biases as outputs. Add the three up and divide by the "
+        "sum of all layers; the answer is between 0 and 1.",
+        63014 / 65886,
+    ),
+    "4.2": Exercise(
+        near(0.1),
+        "All ten become 0, equal, so each class gets 1/10. Without the ReLU the cat would have 45%: that is lost.",
+        "What does max(0, x) make of negative numbers? Then take the softmax of ten equal numbers.",
+        0.1,
+    ),
+    "4.3": Exercise(
+        near(0.8),
+        "Each tenth of the images belongs to one class; those of the two dead ones are lost, however good the rest is.",
+        "Which share of the images belongs to the other eight classes, if all have as many?",
+        0.8,
+    ),
+    "4.4": Exercise(
+        near(4),
+        "The noise of a mean falls with the root of the number: the root of 128 / 8 = 16 is 4.",
+        "The noise falls with the square root of the batch size, not with the batch size itself.",
+        4,
+    ),
+    "4.5": Exercise(
+        near(1),
+        "w becomes (1 - 2 lr) w. With 1 it jumps between 4 and -4 for ever; above 1, it grows.",
+        "Write the step as w times something. Of what size must that something be so that w gets no smaller?",
+        1,
+    ),
+}
 
 
 def check(number: str, answer: Any) -> bool:

@@ -8,10 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from convlens.data.catalog import load_dataset, load_recorded
 from convlens.data.dataset import Dataset
 from convlens.data.fetch import only_from_here
-from convlens.errors import ConvlensError, UsageError, quoted
+from convlens.errors import ConvlensError, UnknownName, UsageError, quoted
 from convlens.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from convlens.evaluation.metrics import Scores, make_views
 from convlens.evaluation.paired import Paired
@@ -67,6 +69,17 @@ class Run:
     def report(self) -> Path:
         """The HTML report."""
         return self.folder.report
+
+    def picture(self, name: str) -> Image.Image:
+        """Return one of the run's plots by its file's name ("curves", "confusion", ...), for a notebook to show.
+
+        Raises UnknownName for one that this run has not.
+        """
+        plots = {file.stem: file for file in self.folder.plots.glob("*.png")}
+        if name not in plots:
+            raise UnknownName("plot", name, plots)
+        with Image.open(plots[name]) as image:
+            return image.copy()
 
     def predict(self, picture: Picture, **options: Any) -> Prediction:
         """Classify one picture; see :meth:`convlens.Classifier.predict`."""
