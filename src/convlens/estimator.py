@@ -74,7 +74,7 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return tags
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> ConvClassifier:
-        """Train a fresh net on images ``X`` and labels ``y``; returns self.
+        """Train a fresh net on images ``X`` (N, ...) as above and labels ``y`` (N,); returns self.
 
         PyTorch's random numbers are left as they were. Raises ValueError for images or labels that scikit-learn or this
         class does not take, such as one class only, and UsageError for a parameter that no recipe takes.
@@ -139,7 +139,7 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return logits.softmax(dim=1).cpu().numpy()
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Return the most probable label of every image, (N,), of the type of ``y``; raises as predict_proba does."""
+        """Return the most probable label, (N,), of the type of ``y``, of images (N, ...); raises as predict_proba."""
         best = self.predict_proba(X).argmax(axis=1)
         return self.classes_[best]  # type: ignore[no-any-return]
 

@@ -43,7 +43,8 @@ def load_dataset(source: Any, *, image_size: int = 0, channels: int = 0, allow_u
     tuple of two such (train, test), or a Dataset. ``image_size`` and ``channels`` say what a folder's images are
     brought to (pixels, and 1 or 3; 0: as they are, large photos 64x64). Unreadable files of a folder are left out, and
     named in ``Dataset.unreadable``; more than 1% of them are an error, unless ``allow_unreadable``. Raises UsageError
-    for what is none of these, ConvlensError for files that are missing, damaged or not the published ones.
+    for what is none of these (UnknownName for a name), ConvlensError for files that are missing, damaged or not the
+    published ones.
 
     >>> digits = load_dataset("digits")
     >>> digits.train.images.shape, digits.train.images.dtype

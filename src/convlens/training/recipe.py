@@ -129,7 +129,8 @@ class Recipe:
         """Return the recipe with ``changes``; a new length takes the place of the old: epochs, iterations or seconds.
 
         Another optimizer forgets ``head_lr`` and ``bias_lr``, which mean nothing to it, unless they are given too.
-        Raises UsageError for an unknown key (with the nearest one) or a value that the field does not take.
+        Raises UnknownName for an unknown key (with the nearest one), UsageError for a value that the field does not
+        take.
         """
         known = [item.name for item in dataclasses.fields(self)]
         for key in changes:
