@@ -26,7 +26,7 @@ test: setup ## lint, types, layers, tests: what CI runs
 	$(BIN)/lint-imports
 	$(BIN)/pytest
 
-docs: setup ## build the site from docs/ and the code into site/, without a network
+docs: setup ## build the site from docs/ and the code into site/, without a network (CONVLENS_RUN_LESSONS=1: with the lessons' outputs, many minutes)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup ## measure speed and write the tables of docs/benchmarks.md (about two hours; an idle machine; needs the data)

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import json
 import os
 import pkgutil
 import re
@@ -113,6 +114,30 @@ def site(tmp_path_factory):
     done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return target
+
+
+def test_a_lesson_becomes_a_page(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    hooks = importlib.import_module("hooks")
+    prose = "# 1. One\n\nIt is $p$, not \\$5:\n\n$$\\frac{a}{b}$$\n\n[on](2-two.ipynb), [away](../../README.md#why)"
+    output = (
+        {"output_type": "stream", "text": ["1\n"]},
+        {"output_type": "display_data", "data": {"image/png": "QQ==\n"}},
+    )
+    cells = [
+        {"cell_type": "markdown", "source": [prose]},
+        {"cell_type": "code", "source": ["print(1)"], "outputs": output},
+    ]
+    Path("1-one.ipynb").write_text(json.dumps({"cells": cells}), encoding="utf-8")
+    page = hooks.lesson(Path("1-one.ipynb"))
+    assert page.startswith("# 1. One\n\n[This lesson as a notebook](1-one.ipynb)")
+    assert re.findall(r"<math [^>]*display=\"(\w+)\"", page) == ["inline", "block"]
+    assert "not \\$5:" in page
+    assert "[on](2-two.md), away" in page
+    assert (
+        "```python\nprint(1)\n```\n\n```text\n1\n```\n\n![What the cell above draws](data:image/png;base64,QQ==)"
+        in page
+    )
 
 
 class Loaded(HTMLParser):

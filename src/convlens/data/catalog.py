@@ -38,13 +38,13 @@ MOST_CLASSES = 100_000
 def load_dataset(source: Any, *, image_size: int = 0, channels: int = 0, allow_unreadable: bool = False) -> Dataset:
     """Return ``source`` as a Dataset.
 
-    ``source`` is a name (``convlens data list``), the path of a folder of class folders or of a .npz file, arrays ``(x,
-    y)`` or ``(x_train, y_train, x_test, y_test)``, any sized map-style dataset of (PIL image or array, int) pairs, a
-    tuple of two such (train, test), or a Dataset. ``image_size`` and ``channels`` say what a folder's images are
-    brought to (pixels, and 1 or 3; 0: as they are, large photos 64x64). Unreadable files of a folder are left out, and
-    named in ``Dataset.unreadable``; more than 1% of them are an error, unless ``allow_unreadable``. Raises UsageError
-    for what is none of these (UnknownName for a name), ConvlensError for files that are missing, damaged or not the
-    published ones.
+    ``source`` is a name (``convlens data list``), the path of a folder of class folders or of a .npz file, arrays
+    ``(x, y)`` or ``(x_train, y_train, x_test, y_test)``, any sized map-style dataset of (PIL image or array, int)
+    pairs, a tuple of two such (train, test), or a Dataset. ``image_size`` (pixels) and ``channels`` (1 or 3) say what
+    the images of a folder are brought to; with 0 that is a square of the median of their shorter sides, at most 64,
+    and grey if all of them are. Unreadable files are left out, and named in ``Dataset.unreadable``; more than 1% of
+    them are an error, unless ``allow_unreadable``. Raises UsageError for what is none of these (UnknownName for a
+    name), ConvlensError for files that are missing, damaged or not the published ones.
 
     >>> digits = load_dataset("digits")
     >>> digits.train.images.shape, digits.train.images.dtype

@@ -58,8 +58,12 @@ def initialise_from(net: nn.Module, images: Tensor, normalise: Callable[[Tensor]
         net.initialise(normalise(images[torch.linspace(0, len(images) - 1, count).long()]))
 
 
-# name -> constructor (channels, height, width, classes, **options), all plain numbers and strings
 MODELS: Registry[Callable[..., nn.Module]] = Registry("model")
+"""Every net by name: constructors (channels, height, width, classes, **options), all plain numbers and strings.
+
+``MODELS.names()`` lists them in the order in which they were registered, ``MODELS["small"]`` is one of them, and a name
+that there is not raises UnknownName.
+"""
 
 
 def model_options(name: str) -> dict[str, Any]:
