@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test lessons bench bench-gpu results clean
+.PHONY: help setup demo test lessons docs bench bench-gpu results clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ test: setup ## lint, types, layers, tests: what CI runs
 lessons: setup ## run every lesson from beginning to end (about ten minutes; needs CONVLENS_DATA)
 	$(BIN)/pytest -m slow tests/test_lessons.py
 
+docs: setup ## build the site from docs/ and the code into site/, without a network (CONVLENS_RUN_LESSONS=1: with the lessons' outputs, many minutes)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: setup ## measure speed and write the tables of docs/benchmarks.md (about two hours; an idle machine; needs the data)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/bench.py
 
@@ -42,4 +45,4 @@ results: setup ## train every run of docs/results.md, write its tables, ship the
 	$(BIN)/python benchmarks/trust.py
 
 clean: ## remove the environment and caches
-	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache src/*.egg-info
+	rm -rf .venv build site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache src/*.egg-info

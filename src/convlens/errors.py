@@ -19,7 +19,8 @@ def quoted(path: object) -> str:
 class ConvlensError(Exception):
     """A failure that a person can act on: what happened, to which file or flag, what to do. Exit code 1.
 
-    It is one line of what can be shown, whatever a library's own message or a file's name brings along.
+    It is one line of what can be shown, whatever a library's own message or a file's name brings along. All that
+    convlens raises on purpose is one of these.
     """
 
     exit_code = 1
@@ -36,7 +37,11 @@ class UsageError(ConvlensError):
 
 
 class UnknownName(UsageError):
-    """A name that is not registered; the message offers the nearest one."""
+    """A name that is not registered; the message offers the nearest one. Exit code 2.
+
+    >>> str(UnknownName("model", "smal", ["small", "tiny"]))
+    "unknown model 'smal'; did you mean 'small'?"
+    """
 
     def __init__(self, kind: str, name: str, choices: Iterable[str]):
         choices = sorted(choices)
@@ -46,7 +51,7 @@ class UnknownName(UsageError):
 
 
 class Diverged(ConvlensError):
-    """Training produced a loss that is not a number. Exit code 3."""
+    """Training came to a loss, a gradient or a statistic that is not a number. Exit code 3."""
 
     exit_code = 3
 

@@ -21,14 +21,23 @@ from convlens.training.recipe import Recipe
 
 
 class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """A small convolutional net as a scikit-learn classifier.
+    """A small convolutional net as a scikit-learn classifier: trained on the CPU, in fp32, with nothing held out.
 
     ``X`` is (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3, or (N, features): rows of pixels, square if
     the number of features is a square, else one row high. Any real numbers are taken; the smallest and largest seen
     in :meth:`fit` become black and white. ``y`` is (N,) labels of any kind.
 
-    Parameters are those of :class:`convlens.Recipe` of the same name. ``random_state`` is the seed: a whole number,
-    a NumPy RandomState, or None for another one at each fit.
+    Parameters are those of :class:`convlens.Recipe` of the same name; fitting raises UsageError for a value that none
+    of them takes. ``random_state`` is the seed: a whole number from 0, a NumPy RandomState, or None for another one at
+    each fit. After fitting, ``classes_`` holds the labels (K,), sorted, and ``net_`` the trained net.
+
+    >>> X, y = np.zeros((20, 4, 4)), np.arange(20) % 2
+    >>> X[y == 1, 1:3, 1:3] = 1  # class 1 has a bright middle
+    >>> classifier = ConvClassifier(epochs=20, filters=4, random_state=0).fit(X, y)
+    >>> classifier.score(X, y)
+    1.0
+    >>> classifier.predict_proba(X).shape
+    (20, 2)
     """
 
     def __init__(
@@ -65,7 +74,11 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return tags
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> ConvClassifier:
-        """Train a fresh net on images ``X`` and labels ``y``; returns self."""
+        """Train a fresh net on images ``X`` (N, ...) as above and labels ``y`` (N,); returns self.
+
+        PyTorch's random numbers are left as they were. Raises ValueError for images or labels that scikit-learn or this
+        class does not take, such as one class only, and UsageError for a parameter that no recipe takes.
+        """
         X, y = validate_data(self, X, y, allow_nd=True, dtype="numeric", ensure_min_samples=1)
         check_classification_targets(y)
         self.classes_, numbers = np.unique(y, return_inverse=True)
@@ -111,7 +124,11 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return self
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float32]:
-        """Return the probability of every class, float (N, K), in the order of ``classes_``."""
+        """Return the probability of every class, float32 (N, K), in the order of ``classes_``; not calibrated.
+
+        ``X`` is as in :meth:`fit`, of any number of images. Raises NotFittedError before :meth:`fit`, and ValueError
+        for images of another size.
+        """
         check_is_fitted(self, "net_")
         X = validate_data(self, X, reset=False, allow_nd=True, dtype="numeric")
         images = self._to_pixels(np.asarray(X, dtype=np.float64))
@@ -122,7 +139,7 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return logits.softmax(dim=1).cpu().numpy()
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Return the most probable label of every image, (N,)."""
+        """Return the most probable label, (N,), of the type of ``y``, of images (N, ...); raises as predict_proba."""
         best = self.predict_proba(X).argmax(axis=1)
         return self.classes_[best]  # type: ignore[no-any-return]
 

@@ -350,11 +350,14 @@ def train(
 ) -> Run:
     """Train a classifier on ``data`` and return the finished Run: folder, figures, net.
 
-    ``data`` is whatever :func:`convlens.load_dataset` takes; ``recipe`` a name, a Recipe, or None for the default
-    of the data; ``overrides`` are recipe options, such as ``epochs=3, seed=1``. The run lies in ``out``, or the
-    next free ``runs/<data>-<n>``. ``budget`` is the time that all of it may take (seconds, or "5m"): net and length
-    are chosen to fit. ``exclude`` is a file that names images to leave out.
-    Raises UsageError and ConvlensError with one line that says what to do.
+    ``data`` is whatever :func:`convlens.load_dataset` takes; ``recipe`` a name, a Recipe, or None for the default of
+    the data; ``overrides`` are recipe options, such as ``epochs=3, seed=1``. The run lies in ``out``, a new folder, or
+    the next free ``runs/<data>-<n>``. ``init`` names a run or model whose trained stages the net starts from, with a
+    new head. ``budget`` is the time that all of it may take (seconds, or "5m"): net and length are chosen to fit.
+    ``exclude`` is a file that names images to leave out, one a line, as the data doctor writes it. ``allow_unreadable``
+    trains although more than 1% of a folder's files cannot be read. PyTorch's random numbers and threads are left as
+    they were. Raises UsageError for what was asked wrongly, ConvlensError for data that cannot be read or a disk that
+    is full, Diverged when the loss is no number any more: one line each, that says what to do.
     """
     with callers_state_kept():
         experiment = Experiment.create(

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Maps names to entries, refuses a name that is taken, and offers the nearest one for a name it lacks.
+    """Maps names to entries, refuses a name that is taken, and offers the nearest one for one it lacks (UnknownName).
 
     >>> nets = Registry[type]("model")
     >>> nets.register("tiny")(int)

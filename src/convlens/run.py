@@ -28,7 +28,11 @@ from convlens.shipping.prediction import Picture, Prediction
 
 
 class Run:
-    """A finished training: its folder, its figures and its net."""
+    """A finished training: its folder, its figures and its net. What is read is read when it is first asked for.
+
+    ``path`` is the folder, also as the attribute ``path``. Raises UsageError if it is no run's folder; what a run that
+    is not finished has not got yet raises ConvlensError, with the name of the file.
+    """
 
     def __init__(self, path: str | Path):
         self.folder = RunFolder.open(path)
@@ -36,28 +40,37 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Recipe, data, machine and command line: ``config.json``."""
+        """What was trained, and on what: ``config.json``.
+
+        ``recipe``, ``model``, ``data``, ``preprocess``, ``machine``, ``command`` and ``convlens`` (its version).
+        """
         return self.folder.read_config()
 
     @cached_property
     def test(self) -> dict[str, Any]:
-        """Every figure of the final test: ``test.json``."""
+        """Every figure of the final test: ``test.json``.
+
+        Shares such as ``accuracy`` and ``balanced_accuracy`` are 0..1, ``accuracy_interval`` is Wilson's, 95%, ``loss``
+        the mean cross-entropy in nats; ``classes`` has precision, recall, F1 and count of each; rows of
+        ``confusion_matrix`` are the true classes. With validation images there are ``calibration``, ``coverage`` and
+        ``known`` as well.
+        """
         return read_json(self.folder.test)
 
     @cached_property
     def metrics(self) -> list[dict[str, float | None]]:
-        """One dict an epoch: ``metrics.csv``."""
+        """One dict an epoch, with the fields of an :class:`EpochRecord`: ``metrics.csv``."""
         return self.folder.read_metrics()
 
     @cached_property
     def predictions(self) -> list[dict[str, str]]:
-        """One dict a test image: ``predictions.csv``."""
+        """One dict a test image: ``predictions.csv``, with id, label, prediction and probability, all as text."""
         with open(self.folder.predictions, newline="", encoding="utf-8", errors="surrogateescape") as file:
             return list(csv.DictReader(file))
 
     @cached_property
     def classifier(self) -> Classifier:
-        """The trained net, ready to use."""
+        """The trained net, ready to use, on the CPU."""
         return Classifier.load(self.path)
 
     @property
@@ -67,7 +80,7 @@ class Run:
 
     @property
     def report(self) -> Path:
-        """The HTML report."""
+        """Where the HTML report is."""
         return self.folder.report
 
     def picture(self, name: str) -> Image.Image:
@@ -82,7 +95,7 @@ class Run:
             return image.copy()
 
     def predict(self, picture: Picture, **options: Any) -> Prediction:
-        """Classify one picture; see :meth:`convlens.Classifier.predict`."""
+        """Classify one picture; takes and raises what :meth:`convlens.Classifier.predict` does."""
         return self.classifier.predict(picture, **options)
 
     @cached_property
@@ -104,7 +117,9 @@ class Run:
 
         ``label`` is the class (its name) that the heat maps are about, by default the predicted one; ``unit`` (stage,
         channel, row, column) a unit whose receptive field is shown, instead of the stage's loudest. Training images
-        that look like the picture are among it if they are still there. :mod:`convlens.explain.explanation` says more.
+        that look like the picture are among it if they are still there. ``raw`` only resizes the picture. Raises
+        BadImage for what cannot be read, UnknownName for a class or stage that there is not, UsageError for a unit that
+        the stage has not, and ConvlensError for a net without a convolution.
         """
         pixels = self.classifier.adapt(picture, raw=raw)
         return explain(self.classifier, pixels, label=label, unit=unit, training=self.training_images)

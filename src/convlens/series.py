@@ -180,10 +180,14 @@ class Series:
 def train_series(
     data: Any, recipe: str | Recipe | None = None, *, show_progress: bool = False, **options: Any
 ) -> dict[str, Any]:
-    """Train several seeds, or the folds of a cross-validation, and return what :meth:`Series.finish` says of them.
+    """Train several seeds, or the folds of a cross-validation, and return what they came to.
 
-    ``seeds=5`` or ``folds=5``, and the options of :func:`convlens.train`; the runs lie beside each other in ``out``, or
-    in the next free ``runs/<data>-seeds-<n>`` (or ``folds``). Raises what :func:`convlens.train` raises.
+    ``seeds=5`` or ``folds=5``, and the options of :func:`convlens.train` but ``init`` and ``budget``; the runs lie
+    beside each other in ``out``, or in the next free ``runs/<data>-seeds-<n>`` (or ``folds``). The summary is that of
+    ``summary.json``: ``kind`` ("seed" or "fold"), ``n``, ``mean`` and ``sd`` (n - 1) of the test accuracies, 0..1,
+    ``best`` and ``worst``, ``runs`` by name with the Wilson interval of each, and for folds ``together``: all images,
+    each of which was tested on once. Raises what :func:`convlens.train` raises, and UsageError for both, or less than
+    two of either.
     """
     with callers_state_kept():
         series = Series.create(data, recipe, **options)

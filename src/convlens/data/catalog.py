@@ -42,9 +42,17 @@ def load_dataset(source: Any, *, image_size: int = 0, channels: int = 0, allow_u
     ``source`` is a name (``convlens data list``), the path of a folder of class folders or of a .npz file, a folder of
     shards (``convlens data pack``) or their http(s) address, arrays
     ``(x, y)`` or ``(x_train, y_train, x_test, y_test)``, any sized map-style dataset of (PIL image or array, int)
-    pairs, a tuple of two such (train, test), or a Dataset. ``image_size`` and ``channels`` say what a folder's images
-    are brought to (0: as they are, large photos 64x64). Raises UsageError for what is none of these, ConvlensError
-    for files that are missing, damaged or not the published ones.
+    pairs, a tuple of two such (train, test), or a Dataset. ``image_size`` (pixels) and ``channels`` (1 or 3) say what
+    the images of a folder are brought to; with 0 that is a square of the median of their shorter sides, at most 64,
+    and grey if all of them are. Unreadable files are left out, and named in ``Dataset.unreadable``; more than 1% of
+    them are an error, unless ``allow_unreadable``. Raises UsageError for what is none of these (UnknownName for a
+    name), ConvlensError for files that are missing, damaged or not the published ones.
+
+    >>> digits = load_dataset("digits")
+    >>> digits.train.images.shape, digits.train.images.dtype
+    (torch.Size([1438, 1, 8, 8]), torch.uint8)
+    >>> digits.test.labels.shape, digits.classes[:3]
+    (torch.Size([359]), ('0', '1', '2'))
     """
     if isinstance(source, Dataset):
         return source
@@ -113,8 +121,15 @@ def from_arrays(
 ) -> Dataset:
     """Return images and labels held in arrays as a Dataset; without test arrays a fifth of every class is test.
 
-    Images are (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels: uint8, whole numbers 0..255 or
-    floats 0..1. Labels are (N,) whole numbers from 0.
+    Images are (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels: uint8, whole numbers 0..255, booleans or
+    floats 0..1. Labels are (N,) whole numbers from 0, below the number of ``classes`` (by default "0", "1", ... up to
+    the largest label). Raises UsageError that says what is wrong with them, also where a class has less than two
+    training images, or test images have another size.
+
+    >>> x, y = np.zeros((10, 6, 6)), np.arange(10) % 2
+    >>> dataset = from_arrays(x, y, classes=["even", "odd"])
+    >>> len(dataset.train), len(dataset.test), dataset.shape
+    (8, 2, (1, 6, 6))
     """
     train = make_split(x, y, name)
     labels = classes or Numbers(int(train.labels.max()) + 1)

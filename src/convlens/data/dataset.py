@@ -22,7 +22,13 @@ HELD_OUT = f"{TEST_FRACTION:.0%} of every class is the test split (seed {SPLIT_S
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images and labels. ``ids`` names each image (a file's path, or its number in the source)."""
+    """Images and labels. ``ids`` names each image (a file's path, or its number in the source).
+
+    >>> split = Split(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 0, 1, 1]), Numbers(4))
+    >>> rest, part = split.divide(0.5, seed=0)
+    >>> len(part), part.labels
+    (2, tensor([0, 1]))
+    """
 
     images: Tensor  # (N, C, H, W) uint8, in memory, memory-mapped, or (of shards) what can be indexed like it
     labels: Tensor  # (N,) int64
@@ -32,11 +38,11 @@ class Split:
         return len(self.labels)
 
     def take(self, rows: Tensor) -> Split:
-        """Return the images at ``rows`` (int64) as a new split in memory."""
+        """Return the images at ``rows``, int64 (M,), as a new split in memory; IndexError for rows beyond its end."""
         return Split(self.images[rows], self.labels[rows], [self.ids[row] for row in rows.tolist()])
 
     def spread(self, most: int) -> Tensor:
-        """Return the rows of at most so many images, evenly from all of them: a folder's lie class by class."""
+        """Return the rows, int64, of at most so many images, evenly from all of them: a folder's lie class by class."""
         count = min(most, len(self))
         return torch.arange(count) * (len(self) - 1) // max(count - 1, 1)
 
@@ -53,7 +59,8 @@ class Split:
     def divide(self, fraction: float, seed: int) -> tuple[Split, Split]:
         """Return (rest, part): ``part`` has ``fraction`` of every class, chosen by ``seed``; both keep the order.
 
-        Every class with two images or more has at least one in each.
+        ``fraction`` is 0..1. Every class with two images or more has at least one in each; a single image stays in the
+        rest.
         """
         chosen = []
         for label in torch.unique(self.labels).tolist():
@@ -68,7 +75,10 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set: its splits, class names, and what a picture from outside must become to look like it."""
+    """A data set: its splits, class names, and what a picture from outside must become to look like it.
+
+    Labels are numbers of ``classes``, from 0. :func:`convlens.load_dataset` and :func:`convlens.from_arrays` make one.
+    """
 
     name: str
     source: str | None  # what load_dataset took (a name or an absolute path); None: made from objects in memory
@@ -128,7 +138,10 @@ class Dataset:
         return digest.hexdigest()
 
     def with_validation(self, fraction: float, seed: int) -> Dataset:
-        """Return the data set with a validation split: its own, or ``fraction`` of every class of train."""
+        """Return the data set with a validation split: its own, or ``fraction`` (0..1) of every class of train.
+
+        With a fraction of 0, or where no class has an image to spare, there is none.
+        """
         if self.validation is not None or fraction == 0:
             return self
         train, validation = self.train.divide(fraction, seed)

@@ -46,7 +46,12 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a net says of a picture, and why, as far as it can be seen."""
+    """What a net says of a picture, and why, as far as it can be seen. Arrays are float32 where nothing else is said.
+
+    ``occlusion``: what the class loses in probability where a place is covered (Zeiler, Fergus 2014). ``activations``:
+    class activation maps (HiResCAM; Draelos, Carin 2020). ``units``: measured receptive fields. ``pooled``: keys
+    "whole", "max" and "average".
+    """
 
     pixels: Pixels  # uint8 (C, H, W): what the net gets
     prediction: Prediction
@@ -96,7 +101,7 @@ def explain(
     ``label`` is the class that the heat maps are about, by default the predicted one; ``unit`` (stage, channel, y, x) a
     unit whose receptive field is shown, instead of the stage's loudest. ``training`` finds training images like it.
     Works with every net that keeps the model contract. Raises UnknownName for a class or a stage that there is not,
-    UsageError for a unit that the stage has not.
+    UsageError for a unit that the stage has not, ConvlensError for a net without a convolution.
     """
     net = classifier.net
     if label is not None:

@@ -11,6 +11,7 @@ from convlens.models.contract import (
 from convlens.models.summary import LayerSummary, count_parameters, summarise
 
 register = MODELS.register
+"""``@register("mine")`` above a class enters it into :data:`convlens.models.MODELS`; UsageError if it is taken."""
 
 __all__ = [
     "MODELS",

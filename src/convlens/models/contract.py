@@ -17,7 +17,11 @@ class ConvNet(nn.Module):
     """A convolutional net: ``body`` (an nn.Sequential of named stages), then ``head``.
 
     Calling it on normalised float images (N, C, H, W) gives logits (N, K). ``features`` gives the last spatial
-    map (N, C', H', W'), and ``stages`` the named modules whose outputs are worth looking at.
+    map (N, C', H', W'), and ``stages`` the named modules whose outputs are worth looking at. A net of your own sets
+    ``body`` and ``head`` in its constructor, or overrides these methods; :func:`convlens.models.check_model` tests it.
+
+    ``log_probabilities`` is True for a net that ends in log-softmax, which the loss ``nll`` needs; ``usual_shape`` is
+    the (C, H, W) of the images that the net is shown with.
     """
 
     body: nn.Sequential
@@ -45,10 +49,21 @@ class ConvNet(nn.Module):
 
 # name -> constructor (channels, height, width, classes, **options), all plain numbers and strings
 MODELS: Registry[Callable[..., nn.Module]] = Registry("model")
+"""Every net by name: constructors (channels, height, width, classes, **options), all plain numbers and strings.
+
+``MODELS.names()`` lists them in the order in which they were registered, ``MODELS["small"]`` is one of them, and a name
+that there is not raises UnknownName.
+"""
 
 
 def model_options(name: str) -> dict[str, Any]:
-    """Return the options that the model ``name`` takes beyond its input and output sizes, with their defaults."""
+    """Return the options that the model ``name`` takes beyond its input and output sizes, with their defaults.
+
+    Raises UnknownName if there is no such model.
+
+    >>> model_options("fashion-2conv")
+    {'pool': 'max', 'kernel_size': 5}
+    """
     parameters = inspect.signature(MODELS[name]).parameters.values()
     sizes = ("channels", "height", "width", "classes")
     return {p.name: p.default for p in parameters if p.name not in sizes}
@@ -59,8 +74,14 @@ def create_model(
 ) -> nn.Module:
     """Build the registered model ``name`` for images (channels, height, width) and ``classes`` classes.
 
-    Weights are random, drawn from PyTorch's global generator. Raises UsageError for an unknown model, an option
-    that it does not take, and images that are too small for it.
+    Weights are random, float32, drawn from PyTorch's global generator. ``height`` and ``width`` are in pixels. Raises
+    UsageError for an unknown model, an option that it does not take, and images that are too small for it.
+
+    >>> net = create_model("small", channels=1, height=8, width=8, classes=10, filters=4)
+    >>> net(torch.zeros(2, 1, 8, 8)).shape
+    torch.Size([2, 10])
+    >>> list(net.stages())
+    ['stem', 'conv1', 'conv2', 'conv3']
     """
     known = model_options(name)
     for option in options:
@@ -88,7 +109,10 @@ def check_model(name: str, *, channels: int = 1, height: int = 28, width: int = 
     Builds it twice, runs a batch through it forward and backward, and raises ConvlensError that says which part
     of the contract is broken: the shape of logits and features, ``features`` + ``head`` equal to the whole,
     stages that are really passed, gradients for every parameter, plain constructor arguments, and weights that
-    fit a net rebuilt from the same arguments.
+    fit a net rebuilt from the same arguments. The images that it is tried on are random, of the size that is given,
+    in pixels. Returns None where all is well. Raises UnknownName if there is no such model.
+
+    >>> check_model("tiny", height=12, width=12)
     """
     for option, default in model_options(name).items():
         plain = isinstance(default, (int, float, str, bool))

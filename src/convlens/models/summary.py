@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer as an image passes it."""
+    """One layer as an image passes it.
 
-    name: str
-    kind: str
+    ``flops`` are those of convolutions and linear layers; what else there is costs little beside them.
+    """
+
+    name: str  # as in net.named_modules(): "body.conv1.0"
+    kind: str  # its class: "Conv2d"
     output_shape: tuple[int, ...]  # without the batch dimension
     parameters: int
     flops: int  # forward, one image; a multiply-add counts as two
@@ -25,7 +28,12 @@ def summarise(net: nn.Module, channels: int, height: int, width: int) -> list[La
     """Return every leaf layer of ``net`` in the order in which one (channels, height, width) image passes it.
 
     The receptive field is that of a chain of layers (Araujo, Norris, Sim 2019): it grows by (kernel - 1) times
-    the product of all strides before.
+    the product of all strides before. For nets that are no chain ``convlens.explain.stages.receptive_field``
+    measures it. Raises what the net raises for images of another size than it was built for.
+
+    >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 8, 3))
+    >>> [(layer.kind, layer.output_shape, layer.receptive_field) for layer in summarise(net, 1, 12, 12)]
+    [('Conv2d', (4, 10, 10), 3), ('MaxPool2d', (4, 5, 5), 4), ('Conv2d', (8, 3, 3), 8)]
     """
     rows: list[LayerSummary] = []
     field, jump = 1, 1
@@ -68,5 +76,9 @@ def summarise(net: nn.Module, channels: int, height: int, width: int) -> list[La
 
 
 def count_parameters(net: nn.Module) -> int:
-    """Return the number of trainable and frozen parameters; buffers do not count."""
+    """Return the number of trainable and frozen parameters; buffers do not count.
+
+    >>> count_parameters(nn.Linear(3, 2))
+    8
+    """
     return sum(parameter.numel() for parameter in net.parameters())

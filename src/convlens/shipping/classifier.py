@@ -20,10 +20,19 @@ from convlens.shipping.prediction import Predictor
 
 
 class Classifier(Predictor):
-    """A trained net, ready to use.
+    """A trained net in PyTorch, ready to use; :meth:`load` makes one.
 
-    >>> Classifier.load("mnist").classes[:3]
+    ``classes`` are the names, ``net`` is the module, ``preprocess`` what adapts pictures to it, ``trust`` what its
+    answers are worth (None: it was trained without validation images).
+
+    >>> classifier = Classifier.load("digits")
+    >>> classifier.classes[:3]
     ('0', '1', '2')
+    >>> ring = np.zeros((8, 8), np.uint8)
+    >>> ring[1:7, 2:6] = 255
+    >>> ring[2:6, 3:5] = 0
+    >>> classifier.predict(ring).label
+    '0'
     """
 
     def __init__(self, bundle: Bundle, device: str = "cpu"):
@@ -38,7 +47,8 @@ class Classifier(Predictor):
     def load(cls, source: str | Path, device: str = "cpu") -> Classifier:
         """Load a run folder, a bundle's folder, or a model that comes with convlens, by name.
 
-        Raises UsageError if there is no such thing and ConvlensError if it cannot be read.
+        ``device`` is "cpu", "cuda", "mps", or "auto". Raises UsageError if there is no such thing or device, and
+        ConvlensError if it cannot be read.
         """
         return cls(load_bundle(find_bundle(source)), device)
 
@@ -47,7 +57,10 @@ class Classifier(Predictor):
         return (logits / (self.trust.temperature if self.trust else 1.0)).softmax(dim=1)
 
     def logits(self, images: Tensor, views: Views | None = None) -> Tensor:
-        """Return the logits, float32 (N, K), of uint8 images (N, C, H, W); with ``views``, the mean over them."""
+        """Return the logits, float32 (N, K), of uint8 images (N, C, H, W); with ``views``, the mean over them.
+
+        The images are of the size that the net takes, and are normalised here.
+        """
         return compute_logits(self.net, images, self.preprocess.normaliser(), views=views)
 
     def test(self, split: Split, views: Views | None = None) -> tuple[dict[str, Any], Tensor]:

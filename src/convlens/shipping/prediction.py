@@ -21,13 +21,19 @@ Picture = str | Path | bytes | Image.Image | NDArray[Any]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a net says of one picture."""
+    """What a net says of one picture.
 
-    label: str
-    probability: float  # 0..1
-    top: tuple[tuple[str, float], ...]  # the most probable classes, best first
+    >>> print(Prediction("7", 0.98, (("7", 0.98),), known=True))
+    7 (98.0%)
+    >>> print(Prediction("7", 0.5, (("7", 0.5),), known=False))
+    unknown; most like 7 (50.0%)
+    """
+
+    label: str  # the most probable class
+    probability: float  # of that class, 0..1; calibrated, if the bundle can
+    top: tuple[tuple[str, float], ...]  # the most probable classes and their probabilities, best first
     known: bool | None = None  # does it look like what the net was trained on? None: the bundle cannot say
-    labels: tuple[str, ...] | None = None  # the prediction set, where a coverage was asked for
+    labels: tuple[str, ...] | None = None  # the prediction set, where a coverage was asked for; it may be empty
 
     def __str__(self) -> str:
         told = f"{self.label} ({self.probability:.1%})"
@@ -62,18 +68,19 @@ class Predictor(ABC):
     ) -> Prediction | list[Prediction]:
         """Classify one picture (a Prediction) or a list of them (a list of Predictions).
 
-        A picture is a path, a file's content, a PIL image, or an array: (H, W), (H, W, C) or (C, H, W), uint8 or
-        float 0..1. It is adapted to what the net was trained on; ``raw`` only resizes. ``top`` is the number of
-        classes in ``Prediction.top``. With ``coverage`` (0.5 to 0.995) ``Prediction.labels`` is a set of classes that
-        holds the right one for that share of pictures like the training images. Raises BadImage for what cannot be
-        read, UsageError for a coverage that the bundle cannot give.
+        A picture is a path, a file's content, a PIL image, or an array: (H, W), (H, W, C) or (C, H, W), uint8 (or whole
+        numbers 0 to 255) or float 0..1, of any size. It is adapted to what the net was trained on; ``raw`` only
+        resizes. ``top`` is the number of classes in ``Prediction.top``. With ``coverage`` (0.5 to 0.995)
+        ``Prediction.labels`` is a set of classes that holds the right one for that share of pictures like the training
+        images (split conformal prediction; Vovk, Gammerman, Shafer 2005). Raises BadImage, a ConvlensError, for what
+        cannot be read, UsageError for a coverage that the bundle cannot give.
         """
         several = pictures if isinstance(pictures, list) else [pictures]
         predictions = self.describe([self.adapt(p, raw=raw) for p in several], top, coverage)
         return predictions if isinstance(pictures, list) else predictions[0]
 
     def adapt(self, picture: Picture, *, raw: bool = False) -> Pixels:
-        """Return a picture as the pixels that the net sees, uint8 (C, H, W)."""
+        """Return a picture as the pixels that the net sees, uint8 (C, H, W); BadImage for what cannot be read."""
         if isinstance(picture, (str, Path, bytes)):
             image = open_image(picture)
         elif isinstance(picture, Image.Image):

@@ -28,11 +28,15 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What one epoch came to: a row of ``metrics.csv``. ``seconds`` is training time so far, without evaluation."""
+    """What one epoch came to: a row of ``metrics.csv``. ``seconds`` is training time so far, without evaluation.
+
+    ``epoch`` counts from 1. Losses are means in nats, accuracies 0..1; those of training are of the augmented images,
+    as they went by. Those of the test split are there only where the recipe watches it.
+    """
 
     epoch: int
     seconds: float
-    lr: float
+    lr: float  # of the last step
     train_loss: float
     train_acc: float
     val_loss: float | None = None

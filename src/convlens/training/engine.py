@@ -47,7 +47,11 @@ def fit(
     watcher: Watcher | None = None,
     show_progress: bool = False,
 ) -> Iterator[EpochRecord]:
-    """Train ``net`` in place and yield one record an epoch; at the end it holds the weights that were chosen.
+    """Train ``net`` in place and yield one EpochRecord an epoch; at the end it holds the weights that were chosen.
+
+    ``net`` takes normalised float images (N, C, H, W) and gives logits (N, K); it is moved to the recipe's device.
+    Where the data set has no validation split, the recipe's share of train is held out. The test split is not looked
+    at, unless ``recipe.watch_test`` asks for its curve.
 
     ``preprocess`` normalises the images (by default measured on the training images). With a ``store`` every
     epoch is saved, and every ``recipe.save_every`` steps, and training goes on from what the store holds, bit for
@@ -56,7 +60,8 @@ def fit(
     BatchNorm statistics are not numbers (accelerators are asked every 20 steps), and nothing of it is saved. A caller
     who stops iterating early is left with the raw weights of that moment. In processes that torchrun has started, each
     trains on its part of every batch, and all end with the same weights; the first writes. CPU threads are the
-    caller's: ``recipe.threads`` is for :func:`convlens.train`.
+    caller's: ``recipe.threads`` is for :func:`convlens.train`. Raises UsageError, at the first record, for a recipe
+    that the net, the data or this machine cannot follow.
     """
     watcher = watcher or Watcher()
     ranks = join()

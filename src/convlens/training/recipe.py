@@ -26,7 +26,19 @@ def option(default: Any, text: str, *, choices: tuple[str, ...] = (), low: float
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a net is trained. Every field is a flag of ``convlens train`` and a key of a run's config.json."""
+    """How a net is trained. Every field is a flag of ``convlens train`` and a key of a run's config.json.
+
+    Exactly one of ``epochs``, ``iterations`` and ``seconds`` is set. What each field is, and takes, stands in its
+    metadata, and is checked: UsageError for a value of another type or out of range, or for fields that do not go
+    together.
+
+    >>> recipe = Recipe(epochs=3, optimizer="adamw", lr=0.01)
+    >>> recipe.override(iterations=100).epochs is None
+    True
+    >>> recipe.override(optimizer="adamm")
+    Traceback (most recent call last):
+    convlens.errors.UnknownName: unknown value of --optimizer 'adamm'; did you mean 'adam'?
+    """
 
     name: str = option("custom", "name of the recipe this one was made from")
     # the net; None leaves an option of the net at its default
@@ -117,7 +129,9 @@ class Recipe:
     def override(self, **changes: Any) -> Recipe:
         """Return the recipe with ``changes``; a new length takes the place of the old: epochs, iterations or seconds.
 
-        Raises UsageError for an unknown key (with the nearest one) or a value that the field does not take.
+        Another optimizer forgets ``head_lr`` and ``bias_lr``, which mean nothing to it, unless they are given too.
+        Raises UnknownName for an unknown key (with the nearest one), UsageError for a value that the field does not
+        take.
         """
         known = [item.name for item in dataclasses.fields(self)]
         for key in changes:
@@ -131,11 +145,15 @@ class Recipe:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Recipe:
-        """Rebuild a recipe from the values that :func:`dataclasses.asdict` gave."""
+        """Rebuild a recipe from the values that :func:`dataclasses.asdict` gave; raises as :meth:`override` does."""
         return cls(epochs=1).override(**{**dict.fromkeys(LENGTHS), **values})
 
     def model_options(self) -> dict[str, Any]:
-        """Return the options of the net that this recipe sets."""
+        """Return the options of the net that this recipe sets.
+
+        >>> Recipe(epochs=1, filters=8).model_options()
+        {'filters': 8}
+        """
         options = {name: getattr(self, name) for name in MODEL_OPTIONS}
         return {name: value for name, value in options.items() if value is not None}
 

@@ -20,12 +20,23 @@ RECIPES: Registry[Callable[[], Recipe]] = Registry("recipe")
 
 
 def get_recipe(name: str) -> Recipe:
-    """Return the recipe called ``name``; UnknownName with the nearest one if there is none."""
+    """Return the recipe called ``name``; UnknownName with the nearest one if there is none.
+
+    >>> get_recipe("digits").epochs
+    30
+    >>> get_recipe("digit")
+    Traceback (most recent call last):
+    convlens.errors.UnknownName: unknown recipe 'digit'; did you mean 'digits'?
+    """
     return RECIPES[name]()
 
 
 def default_recipe(data_name: str) -> Recipe:
-    """Return the recipe that ``convlens train DATA`` uses."""
+    """Return the recipe that ``convlens train DATA`` uses.
+
+    >>> default_recipe("mnist").name, default_recipe("photos/").name
+    ('mnist-995', 'folder')
+    """
     return get_recipe(DEFAULTS.get(data_name, "folder"))
 
 
