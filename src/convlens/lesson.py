@@ -93,8 +93,8 @@ EXERCISES: dict[str, Exercise] = {  # "lesson.number" -> the exercise
     # 6: trust
     "6.1": Exercise(
         near(4500, within=350),
-        "Between 4,100 and 4,850, depending on the rounding: half the width for four times the pictures.",
-        "The interval of 359 pictures reaches about 1.8 points to either side. It shrinks with the root of the number "
+        "Between 4,100 and 4,850, depending on the rounding: to halve the width takes four times the pictures.",
+        "The interval of 359 pictures reaches almost 2 points to either side. It shrinks with the root of the number "
         "of pictures; or try numbers in wilson_interval(round(0.97 * n), n).",
         4472,
     ),
