@@ -147,7 +147,7 @@ def test_own_test_arrays_are_kept() -> None:
     dataset = load_dataset((x, y, x[:5], y[:5]))
     assert (len(dataset.train), len(dataset.test)) == (20, 5)
     assert np.array_equal(dataset.test.images[:, 0].numpy(), x[:5])
-    assert dataset.test.ids == ["0", "1", "2", "3", "4"]
+    assert list(dataset.test.ids) == ["0", "1", "2", "3", "4"]
     assert dataset.note == "the arrays' own splits"
 
 
@@ -509,7 +509,7 @@ def test_a_class_is_divided_the_same_whatever_the_others_are() -> None:
 def test_take_copies() -> None:
     split = numbered_split([0, 1, 0])
     taken = split.take(torch.tensor([2, 0]))
-    assert taken.ids == ["id2", "id0"]
+    assert list(taken.ids) == ["id2", "id0"]
     taken.images.fill_(9)
     assert split.images.flatten().tolist() == [0, 1, 2]
 

@@ -410,6 +410,7 @@ def test_the_flags_of_train_are_the_recipe_and_these(shell: Shell) -> None:
         "exclude",
         "accept_changes",
         "live",
+        "processes",
     }
     fields = {item.name for item in dataclasses.fields(Recipe)} - {"name"}
     assert set(inspect.signature(cli.train.train).parameters) == own | fields
@@ -422,7 +423,8 @@ FROZEN_RECIPE_FLAGS = """
 --seconds --batch-size --parts --sync-batchnorm --small-size --small-share --save-every --balance --loss
 --label-smoothing --optimizer --lr --head-lr --bias-lr --momentum --nesterov --muon-momentum --weight-decay
 --clip-norm --schedule --warmup --step-epochs --step-factor --ema --select --patience --shift --rotation --scale
---flip --crop-probability --crop-fraction --cutout --colour-jitter --mixup --cutmix --test-views --snapshots --seed
+--flip --crop-probability --crop-fraction --cutout --colour-jitter --mixup --cutmix --test-views --snapshots
+--tensorboard --seed
 --device --threads --precision
 """
 

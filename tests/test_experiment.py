@@ -4,6 +4,8 @@ import base64
 import csv
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -523,3 +525,36 @@ def test_classic_with_log_softmax_has_probabilities_that_sum_to_one(tmp_path: Pa
     top = finished.predict(x[0], top=4).top
     assert sum(value for _, value in top) == pytest.approx(1.0, abs=1e-5)
     assert finished.test["loss"] == pytest.approx(np.log(4), abs=0.1)
+
+
+def test_tensorboard_shows_the_curves_of_metrics_csv(tmp_path: Path) -> None:
+    stopped = Experiment.create("digits", out=tmp_path / "run", epochs=3, tensorboard=True)
+    stop(stopped, 25)  # in the second epoch
+    experiment = Experiment.resume(tmp_path / "run")
+    assert len(list(experiment.epochs())) == 3
+    # in a process of its own: it leaves files open
+    code = """
+import json, sys
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+events = EventAccumulator(sys.argv[1])
+events.Reload()
+print(json.dumps({tag: [[e.step, e.value] for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}))
+"""
+    folder = tmp_path / "run/tensorboard"
+    read = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, text=True, timeout=60)
+    columns = {"loss/train": "train_loss", "accuracy/train": "train_acc", "learning rate": "lr"}
+    columns |= {"loss/val": "val_loss", "accuracy/val": "val_acc"}
+    curves, rows = json.loads(read.stdout), rows_of(tmp_path / "run/metrics.csv")
+    assert sorted(curves) == sorted(columns)
+    for tag, column in columns.items():
+        assert curves[tag] == [[number + 1, pytest.approx(float(row[column]))] for number, row in enumerate(rows)]
+
+
+def test_tensorboard_that_is_not_installed_is_said_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    with pytest.raises(UsageError, match=r"pip install 'convlens\[tensorboard\]'"):
+        train("digits", out=tmp_path / "run", epochs=1, tensorboard=True)
+    assert not (tmp_path / "run").exists()

@@ -169,7 +169,7 @@ def test_every_layout_loads(folder: str, end: str, cache: Path) -> None:
     assert test.images.shape == (4, 1, 28, 28)
     assert train.images.numpy().tobytes() == FILES[NAMES[0]][16:]
     assert train.labels.tolist() == [0, 1, 2, 0, 1, 2]
-    assert test.ids == ["0", "1", "2", "3"]
+    assert list(test.ids) == ["0", "1", "2", "3"]
     assert not cache.exists()
 
 
@@ -459,7 +459,7 @@ def check_cifar() -> None:
     assert dataset.test.labels.tolist() == [5, 9]
     assert dataset.train.images[2].unique().tolist() == [10]
     assert dataset.classes[:2] == ("airplane", "automobile")
-    assert dataset.train.ids == [str(i) for i in range(10)]
+    assert list(dataset.train.ids) == [str(i) for i in range(10)]
 
 
 @pytest.mark.parametrize("folder", ["cifar10", "cifar-10-batches-bin", "cifar10/cifar-10-batches-bin"])

@@ -158,7 +158,7 @@ def test_use_threads_refuses_more_than_there_are(count: int) -> None:
 
 def test_the_machine_is_described_in_plain_values() -> None:
     machine = describe_machine(torch.device("cpu"))
-    assert list(machine) == ["device", "device_name", "cores", "threads", "system", "python", "torch"]
+    assert list(machine) == ["device", "device_name", "cores", "threads", "processes", "system", "python", "torch"]
     assert machine["device"] == "cpu"
     assert machine["torch"] == torch.__version__
     assert json.loads(json.dumps(machine)) == machine
@@ -418,7 +418,15 @@ def test_open_and_read_a_run(folder: Path) -> None:
 def test_the_names_in_a_run_folder() -> None:
     run = RunFolder("r")
     names = {"config.json", "metrics.csv", "checkpoint", "model", "test.json", "predictions.csv", "split.csv"}
-    names |= {"excluded.txt", "plots", "report.html", "snapshots", "live/progress.json", "live/mistakes.json"}
+    names |= {
+        "excluded.txt",
+        "plots",
+        "report.html",
+        "snapshots",
+        "tensorboard",
+        "live/progress.json",
+        "live/mistakes.json",
+    }
     assert {p.relative_to(run.path).as_posix() for p in vars(run).values() if p != run.path} == names
 
 

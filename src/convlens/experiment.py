@@ -28,9 +28,11 @@ from convlens.machine import available_cores
 from convlens.models import count_parameters, model_options
 from convlens.ranks import Ranks, job, join, started_again
 from convlens.record import (
+    Board,
     LiveRecord,
     command_line,
     describe_data,
+    find_tensorboard,
     summarise_test,
     without_path,
     without_paths,
@@ -118,6 +120,8 @@ class Experiment:
             return recipe.override(**dict.fromkeys(unfit))
 
         settled = settle(recipe or default_recipe(data_name(data)))
+        if settled.tensorboard:
+            find_tensorboard()
         refuse_inside_data(out, data)
         device = choose_device(settled.device)
         threads = use_threads(settled.threads)
@@ -190,6 +194,7 @@ class Experiment:
         config = folder.read_config()
         if folder.report.exists() and not finished_too:
             raise UsageError(f"the training of {path} is finished; nothing to resume")
+        read_plan(folder, config)  # is it whole?
         changes = list_changes(folder, config, accept=accept_changes)
         left_out = read_names(folder.excluded) if folder.excluded.exists() else []
         again = cls._rebuild(folder, config, data, left_out, allow_unreadable=allow_unreadable)
@@ -208,12 +213,8 @@ class Experiment:
         cls, folder: RunFolder, config: dict[str, Any], data: Any, left_out: list[str], *, allow_unreadable: bool
     ) -> Experiment:
         """Load the data and build the net that a run's config.json tells of; UsageError if the data have changed."""
-        try:
-            recipe = Recipe.from_json(config["recipe"])
-            recorded, model = config["data"], config["model"]
-            preprocess = Preprocess.from_json(config["preprocess"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConvlensError(f"{folder.config} is damaged: {error!r}") from None
+        recipe, preprocess = read_plan(folder, config)
+        recorded, model = config["data"], config["model"]
         if data is None and recorded["source"] is None:
             raise UsageError(f"the data of {folder.path} were objects in memory; only data on disk can be resumed")
         loaded = load_recorded(
@@ -254,7 +255,9 @@ class Experiment:
         watcher = Watcher()
         if self.ranks.first:
             watcher = LiveRecord(self.folder, self.dataset, self.preprocess.normaliser(), self.recipe)
-        with self.folder.claimed() if self.ranks.first else contextlib.nullcontext():
+        board = Board(self.folder.tensorboard, wanted=self.recipe.tensorboard and self.ranks.first)
+        claim = self.folder.claimed() if self.ranks.first else contextlib.nullcontext()
+        with claim, contextlib.closing(board):
             for record in fit(
                 self.net,
                 self.dataset,
@@ -268,6 +271,7 @@ class Experiment:
                 records.append(record)
                 if self.ranks.first:
                     write_metrics(self.folder, records, watched=self.recipe.watch_test)
+                board.add(record)
                 yield record
 
     def finish(self) -> Run:
@@ -399,6 +403,15 @@ def find_begun(out: str | Path | None) -> Path | None:
             if read_json(config).get("job") == job():
                 return config.parent
     return None
+
+
+def read_plan(folder: RunFolder, config: Mapping[str, Any]) -> tuple[Recipe, Preprocess]:
+    """Return the recipe and the preprocessing of a run's config.json; ConvlensError if it is damaged."""
+    try:
+        config["data"]["source"], config["model"]["name"]
+        return Recipe.from_json(config["recipe"]), Preprocess.from_json(config["preprocess"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConvlensError(f"{folder.config} is damaged: {error!r}") from None
 
 
 def list_changes(folder: RunFolder, config: Mapping[str, Any], *, accept: bool) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from convlens.data.dataset import Dataset
 from convlens.data.normalise import Normalise
 from convlens.data.published import DATASETS
+from convlens.errors import UsageError
 from convlens.evaluation.metrics import compute_logits
 from convlens.explain.snapshots import write_snapshot
 from convlens.runfolder import RunFolder, write_csv, write_loosely
@@ -97,6 +99,45 @@ def write_split(folder: RunFolder, dataset: Dataset) -> None:
     """Record which image is in which split: ``split.csv``."""
     rows = ((name, image) for name, split in dataset.splits.items() for image in split.ids)
     write_csv(folder.split, ["split", "id"], rows)
+
+
+class Board:
+    """Files for TensorBoard, a curve for every column of ``metrics.csv``; nothing, unless they are ``wanted``.
+
+    Raises UsageError if the package is missing.
+    """
+
+    def __init__(self, folder: Path, *, wanted: bool):
+        self._writer: Any = None
+        if wanted:
+            writer = find_tensorboard()
+            shutil.rmtree(folder, ignore_errors=True)  # a resumed training tells of its first epochs again
+            self._writer = writer(str(folder))
+
+    def add(self, record: EpochRecord) -> None:
+        """Add an epoch: loss and accuracy of each split that is measured, and the learning rate."""
+        if self._writer is None:
+            return
+        for name in METRIC_COLUMNS:
+            split, _, what = name.rpartition("_")
+            if split and (value := getattr(record, name)) is not None:
+                self._writer.add_scalar(f"{'accuracy' if what == 'acc' else what}/{split}", value, record.epoch)
+        self._writer.add_scalar("learning rate", record.lr, record.epoch)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def find_tensorboard() -> Any:
+    """Return PyTorch's writer for TensorBoard; UsageError if the package that it needs is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError("--tensorboard needs a package more: pip install 'convlens[tensorboard]'") from None
+    return SummaryWriter
 
 
 class LiveRecord(Watcher):

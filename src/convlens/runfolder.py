@@ -30,6 +30,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.csv"
         self.checkpoint = self.path / "checkpoint"
         self.snapshots = self.path / "snapshots"
+        self.tensorboard = self.path / "tensorboard"
         self.model = self.path / "model"
         self.progress = self.path / "live" / "progress.json"
         self.mistakes = self.path / "live" / "mistakes.json"

@@ -105,6 +105,7 @@ class Recipe:
     )
     # running
     snapshots: bool = option(False, "keep the weights along the way, for `convlens timelapse`")
+    tensorboard: bool = option(False, "write the curves for TensorBoard too")
     seed: int = option(0, "fixes everything random", low=0)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     threads: int = option(0, "CPU threads; 0: all cores", low=0)
