@@ -138,7 +138,7 @@ def tile(kernels: NDArray[np.float32], heaviest: float) -> NDArray[Any]:
     columns = max(int(np.ceil(np.sqrt(len(kernels)))), 1)
     side = kernels.shape[2] + 1
     rows = -(-len(kernels) // columns)
-    picture = np.ones((rows * side - 1, columns * side - 1, 3))
+    picture = np.full((rows * side - 1, columns * side - 1, 3), 255, np.uint8)
     for number, kernel in enumerate((kernels / max(heaviest, 1e-9)).clip(-1, 1)):
         top, left = side * (number // columns), side * (number % columns)
         picture[top : top + side - 1, left : left + side - 1] = colour_kernel(kernel)
