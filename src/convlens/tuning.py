@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from convlens.data.dataset import Dataset
 from convlens.data.loader import Batches
 from convlens.data.preprocess import Preprocess
+from convlens.errors import ConvlensError
 from convlens.progress import track
 from convlens.runtime import choose_device
 from convlens.training.engine import shrink
@@ -42,6 +43,11 @@ class RangeTest:
     rates: tuple[float, ...]
     losses: tuple[float, ...]
     suggestion: float
+
+    @property
+    def lowest(self) -> float:
+        """The rate at which the loss was lowest: larger ones undo what was learned."""
+        return self.rates[self.losses.index(min(self.losses))]
 
 
 @dataclass(frozen=True)
@@ -203,5 +209,7 @@ def free_memory(recipe: Recipe) -> float:
 
 def pick_batch(paces: Sequence[Pace]) -> int:
     """Return the smallest batch size whose pace is within 5% of the highest: beyond it nothing is gained."""
+    if not paces:
+        raise ConvlensError(f"there is not enough memory for {SMALLEST_BATCH} images at once; try fewer --filters")
     best = max(pace.images_per_second for pace in paces)
     return next(pace.batch_size for pace in paces if pace.images_per_second >= AS_GOOD * best)

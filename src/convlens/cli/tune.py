@@ -69,7 +69,8 @@ def tune(
     found = find_lr(dataset, base)
     draw_range_test(target, found.rates, found.losses, found.suggestion)
     rates = with_lr(base, found.suggestion)
-    say(f"lr      {rates['lr']:g}: the loss falls most steeply there (of {len(found.rates)} rates tried)")
+    say(f"lr      {rates['lr']:g}: the loss falls most steeply there, and falls up to {found.lowest:.2g}: the best "
+        "often lies between, where a sweep finds it")  # fmt: skip
     say(f"picture {target}")
     chosen = {**overrides, "batch_size": base.batch_size, **rates}
     words = [f"{flag(k)} {v:g}" if isinstance(v, float) else f"{flag(k)} {v}" for k, v in chosen.items()

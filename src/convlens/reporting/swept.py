@@ -25,6 +25,9 @@ PICTURES = {
 }
 
 
+BACKING = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6}  # of words that lines pass behind
+
+
 def draw_history(path: Path, rows: Rows) -> None:
     """Draw the validation accuracy of the trials in their order."""
     figure = new_figure(9, 3.4)
@@ -44,11 +47,13 @@ def draw_history(path: Path, rows: Rows) -> None:
     # a few trials that learned nothing would squeeze all others together
     ordered = sorted(value for _, value in [*complete, *pruned])
     low = ordered[len(ordered) // 4]
-    axes.set_ylim(bottom=max(min(low, best[0]) - 1.5 * (best[-1] - low) - 0.005, 0.0))
+    bottom = max(min(low, best[0]) - 1.5 * (best[-1] - low) - 0.005, 0.0)
+    axes.set_ylim(bottom, best[-1] + 0.05 * (best[-1] - bottom))
+    axes.set_xlim(0, len(rows) + 1)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%" if value <= 1 else "")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("trial (some may lie below the picture)", fontsize=8, color=QUIET)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     save(figure, path)
 
 
@@ -94,7 +99,7 @@ def draw_parallel(path: Path, rows: Rows, logs: Mapping[str, bool]) -> None:
         places.append(where)
         axes.plot([at, at], [0, 1], color=GRID, lw=1.2, zorder=1)
         for height, text in ticks.items():
-            axes.text(at + 0.03, height, text, fontsize=8, color=QUIET, va="center", zorder=5)
+            axes.text(at + 0.03, height, text, fontsize=8, color=QUIET, va="center", zorder=5, bbox=BACKING)
         label = "validation accuracy, by rank" if name == "val_acc" else name.replace("_", " ") + " (log)" * logs[name]
         axes.text(at, 1.08, label, fontsize=9, color=INK, ha="center", parse_math=False)
     for number in range(len(chosen)):

@@ -20,7 +20,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from convlens.data.catalog import load_dataset
-from convlens.data.dataset import Dataset
+from convlens.data.dataset import Dataset, Split
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError, quoted
 from convlens.experiment import data_name, refuse_inside_data
@@ -31,6 +31,11 @@ from convlens.sweep.space import PRESETS, Choice, Range, Space, parse_space, rea
 from convlens.training.nets import describe_net, make_net
 from convlens.training.recipe import FIELD_TYPES, MODEL_OPTIONS, Recipe, flag
 from convlens.training.recipes import default_recipe, get_recipe
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 STUDY = "convlens"  # one sweep in a storage, under this name
 PLAN = "sweep.json"
@@ -86,7 +91,7 @@ class Sweep:
         base = (
             recipe if isinstance(recipe, Recipe) else get_recipe(recipe) if recipe else default_recipe(data_name(data))
         )
-        base = base.override(**overrides, watch_test=False, snapshots=False, save_every=0)
+        base = base.override(**{**overrides, "watch_test": False, "snapshots": False, "save_every": 0})
         for name in set(space) & set(overrides):
             raise UsageError(f"{flag(name)} is searched and fixed: give it once")
         dataset = load_for_sweep(data, base, allow_unreadable)
@@ -146,7 +151,7 @@ class Sweep:
 def load_for_sweep(data: Any, base: Recipe, allow_unreadable: bool) -> Dataset:
     """Return the data with the recipe's validation split and without a single test image."""
     dataset = load_dataset(data, image_size=base.image_size, allow_unreadable=allow_unreadable)
-    dataset = dataclasses.replace(dataset, test=dataset.test.take(torch.empty(0, dtype=torch.int64)))
+    dataset = dataclasses.replace(dataset, test=Split(dataset.train.images[:0], dataset.train.labels[:0], []))
     dataset = dataset.with_validation(base.validation, base.seed)
     if dataset.validation is None:
         raise UsageError("a sweep chooses on validation images, and this recipe holds none out: add --validation 0.1")
@@ -216,6 +221,28 @@ def absolute_storage(text: str) -> str:
     return text
 
 
+class SystemLock(JournalFileOpenLock):
+    """A journal's lock that the system itself gives free when a process dies, however it dies.
+
+    Optuna's own locks are files, which a killed process leaves behind for half a minute.
+    """
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        self._path, self._descriptor = f"{path}.lock", -1
+
+    def acquire(self) -> bool:
+        """Wait for the lock."""
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        self._descriptor = descriptor
+        return True
+
+    def release(self) -> None:
+        """Give it free."""
+        os.close(self._descriptor)
+
+
 def open_storage(text: str) -> BaseStorage:
     """Open a database by URL, or a journal file by its path; ConvlensError if that cannot be done."""
     text = os.path.expandvars(text)
@@ -224,7 +251,7 @@ def open_storage(text: str) -> BaseStorage:
             waits = {"connect_args": {"timeout": 60}} if text.startswith("sqlite") else {}
             return RDBStorage(text, engine_kwargs=waits)
         Path(text).parent.mkdir(parents=True, exist_ok=True)
-        lock = JournalFileOpenLock(text) if os.name == "nt" else None  # links need a privilege there
+        lock = SystemLock(text) if fcntl is not None else JournalFileOpenLock(text)
         return JournalStorage(JournalFileBackend(text, lock_obj=lock))
     except (OptunaError, SQLAlchemyError, ImportError, OSError, ValueError, KeyError, TypeError) as error:
         name = make_url(text).render_as_string() if "://" in text else text  # without its password

@@ -164,9 +164,9 @@ def run_trial(
                 trial.set_user_attr(key, found)
             study.tell(trial, value, state, skip_if_finished=True)
 
-    trial.set_user_attr("worker", process_name())
     accuracy, loss = -1.0, 0.0
     try:
+        trial.set_user_attr("worker", process_name())
         recipe = settle(sweep, trial.params, threads)
         for record in train_trial(sweep, recipe, stop_or_beat, show):
             assert record.val_acc is not None and record.val_loss is not None  # the data have a validation split
@@ -255,7 +255,8 @@ def help_out(folder: str, threads: str) -> None:
         signal.signal(number, lambda *_: stopping.set())
 
     def wait_for_the_end() -> None:
-        sys.stdin.read()
+        while os.read(0, 1024):  # not through sys.stdin, whose lock would be held when this process ends
+            pass
         stopping.set()
 
     threading.Thread(target=wait_for_the_end, daemon=True).start()
