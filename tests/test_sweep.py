@@ -376,8 +376,9 @@ def test_a_verdict_takes_seeds_and_images_into_account() -> None:
     assert PairedSeeds(worse, lucky).verdict("a", "b").startswith("may be chance")
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_however_it_ends_nothing_is_lost(kind: signal.Signals, toy: str) -> None:
+@pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+def test_however_it_ends_nothing_is_lost(kind: signal.Signals, toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "NAMELESS", 1.0)  # it may be killed before its trial has its name
     command = [
         sys.executable,
         "-m",
@@ -475,7 +476,7 @@ def test_batch_sizes_are_tried_until_they_bring_nothing(monkeypatch: pytest.Monk
     monkeypatch.setattr(tuning, "measure", lambda _, __, size: tuning.Pace(size, pace[size], memory[size]))
     recipe = get_recipe("digits")
     tried = list(tuning.probe_batches(dataset, recipe))
-    assert [p.batch_size for p in tried] == [16, 32, 64, 128, 256, 512] and tuning.pick_batch(tried) == 64
+    assert [p.batch_size for p in tried] == [16, 32, 64, 128, 256] and tuning.pick_batch(tried) == 64
     memory[32] = 1 << 60
     assert [p.batch_size for p in tuning.probe_batches(dataset, recipe)] == [16, 32]
 

@@ -34,6 +34,7 @@ from convlens.training.recipe import Recipe
 
 BEAT = 20.0  # seconds between the signs of life of a process that is at a trial
 GRACE = 180.0  # seconds without one, and it is taken for dead
+NAMELESS = 10.0  # seconds that a process may take from taking a trial to putting its name to it
 MOST_DEATHS = 3  # a trial whose process died so often is given up: it may be the cause
 POLL = 0.5  # seconds
 
@@ -99,7 +100,8 @@ class Crew:
         if self._signs.get(trial.number, (None, now))[0] != sign or trial.number not in self._signs:
             self._signs[trial.number] = (sign, now)
         worker = trial.user_attrs.get("worker")
-        return (worker is not None and is_gone(worker)) or now - self._signs[trial.number][1] > GRACE
+        silent = now - self._signs[trial.number][1]
+        return silent > NAMELESS if worker is None else is_gone(worker) or silent > GRACE
 
 
 def put_back(study: optuna.Study, trial: FrozenTrial | Trial, reason: str, deaths: int = 0) -> None:
