@@ -417,6 +417,15 @@ def test_the_flags_of_train_are_the_recipe_and_these(shell: Shell) -> None:
     assert {flag(name) for name in fields} == set(FROZEN_RECIPE_FLAGS.split())
 
 
+def test_the_flags_of_sweep_and_tune_are_the_recipe_and_these() -> None:
+    import inspect
+
+    fields = {item.name for item in dataclasses.fields(Recipe)} - {"name"}
+    searching = "data param preset trials jobs recipe config storage confirm out resume allow_unreadable"
+    for verb, own in ((cli.sweep.sweep, searching), (cli.tune.tune, "data recipe to allow_unreadable")):
+        assert set(inspect.signature(verb).parameters) == set(own.split()) | fields
+
+
 # taking a flag away, or renaming one, breaks people's scripts
 FROZEN_RECIPE_FLAGS = """
 --model --filters --kernel-size --pool --output-relu --image-size --validation --watch-test --epochs --iterations
