@@ -342,6 +342,7 @@ def test_models_and_recipes(shell: Shell) -> None:
 
 def test_help_has_examples_for_every_verb(shell: Shell) -> None:
     verbs = ["train", "evaluate", "mistakes", "compare", "predict", "models", "recipes", "data info", "data doctor"]
+    verbs += ["sweep", "tune"]
     for verb in map(str.split, verbs):
         code, out, _ = shell(*verb, "--help")
         assert code == 0
@@ -415,6 +416,15 @@ def test_the_flags_of_train_are_the_recipe_and_these(shell: Shell) -> None:
     fields = {item.name for item in dataclasses.fields(Recipe)} - {"name"}
     assert set(inspect.signature(cli.train.train).parameters) == own | fields
     assert {flag(name) for name in fields} == set(FROZEN_RECIPE_FLAGS.split())
+
+
+def test_the_flags_of_sweep_and_tune_are_the_recipe_and_these() -> None:
+    import inspect
+
+    fields = {item.name for item in dataclasses.fields(Recipe)} - {"name"}
+    searching = "data param preset trials jobs recipe config storage confirm out resume allow_unreadable"
+    for verb, own in ((cli.sweep.sweep, searching), (cli.tune.tune, "data recipe to allow_unreadable")):
+        assert set(inspect.signature(verb).parameters) == set(own.split()) | fields
 
 
 # taking a flag away, or renaming one, breaks people's scripts
@@ -604,7 +614,7 @@ def test_a_list_of_files_may_hold_any_name(tmp_path: Path) -> None:
 def test_what_nobody_foresaw_is_one_line_too(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     shell.fails("train", "a" * 300, code=1, says="File name too long")
     Path("bad.json").write_text('{"recipe": 3}')
-    shell.fails("train", "digits", "--config", "bad.json", code=1, says="--debug shows where")
+    shell.fails("train", "digits", "--config", "bad.json", code=2, says='bad.json: "recipe" is neither')
     monkeypatch.setattr(cli.use, "expand", lambda _: 1 / 0)
     shell.fails("predict", "mnist", "x.png", code=1, says="unexpected ZeroDivisionError: division by zero")
     _, _, err = shell("predict", "mnist", "x.png", "--debug")

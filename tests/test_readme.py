@@ -12,7 +12,16 @@ from PIL import Image, ImageDraw
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 # what needs real data (tests marked "data" and docs/results.md cover it) or another folder
 # what takes long, and what runs until it is stopped (tests/test_server.py)
-ELSEWHERE = ("convlens train mnist", "convlens serve", "convlens train photos/", "make ", "pip ", ". .venv")
+ELSEWHERE = (
+    "convlens train mnist",
+    "convlens serve",
+    "convlens sweep mnist",
+    "convlens sweep --resume",
+    "convlens train photos/",
+    "make ",
+    "pip ",
+    ". .venv",
+)
 
 
 def blocks(language: str) -> list[str]:

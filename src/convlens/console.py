@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from convlens.doctor import Findings
     from convlens.experiment import Experiment
     from convlens.shipping.prediction import Prediction
+    from convlens.sweep.study import Sweep
     from convlens.training.checkpoint import EpochRecord
 
 
@@ -135,6 +136,69 @@ def describe_series(summary: dict[str, Any]) -> list[str]:
             f"(95% interval {low:.2%} to {high:.2%})"
         )
     return lines
+
+
+def describe_params(params: Mapping[str, Any]) -> str:
+    """Return the values of a trial: "lr 0.05, batch-size 64"."""
+    return ", ".join(
+        f"{name.replace('_', '-')} {f'{value:.4g}' if isinstance(value, float) else value}"
+        for name, value in params.items()
+    )
+
+
+def describe_sweep(sweep: Sweep, jobs: int) -> list[str]:
+    """Return the lines that say what is about to be searched, on what, from which recipe."""
+    data, plan = sweep.data, sweep.plan
+    assert data.validation is not None
+    images = f"{len(data.train):,} train, {len(data.validation):,} validation images"
+    lines = [
+        f"data    {data.name}: {images}; no trial looks at the test images",
+        f"base    recipe {sweep.base.name}, seed {sweep.base.seed}",
+        *(f"        {note}" for note in sweep.notes),
+        *(f"search  {name.replace('_', '-')}: {values}" for name, values in plan["space"].items()),
+        f"sweep   {sweep.folder}: {count(plan['trials'], 'trial')}, {jobs} at a time",
+    ]
+    if sweep.joined:
+        lines.append("        goes on with what is in its storage, together with whoever else works on it")
+    return lines
+
+
+def describe_trial(row: Mapping[str, Any], fields: Iterable[str], done: int, of: int) -> str:
+    """Return the line of a trial that has ended."""
+    what = "      -" if row["val_acc"] is None else f"{row['val_acc']:>7.2%}"
+    how = {"complete": "", "pruned": ", stopped early"}.get(row["state"], f", {row['state']}: {row['reason']}")
+    spent = f"{count(row['epochs'] or 0, 'epoch')}, {row['seconds'] or 0:.1f} s{how}"
+    told = describe_params({name: row[name] for name in fields if row[name] is not None})
+    return f"trial {row['trial']:>3}  ({done} of {of})  val {what}  {told}  ({spent})"
+
+
+def rank_trial(row: Mapping[str, Any]) -> tuple[float, float, int]:
+    """Return what complete trials are ordered by: accuracy; of equals the loss, then the number."""
+    return -row["val_acc"], row["val_loss"] or 0.0, row["trial"]
+
+
+def print_trials(rows: Sequence[Mapping[str, Any]], fields: Sequence[str], most: int = 10) -> None:
+    """Print the best trials of a sweep as a table."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    complete = sorted((r for r in rows if r["state"] == "complete"), key=rank_trial)[:most]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("trial", "val acc", "val loss", "epochs", "seconds", *(field.replace("_", "-") for field in fields)):
+        table.add_column(name, justify="right")
+    for row in complete:
+        values = (f"{row[n]:.4g}" if isinstance(row[n], float) else str(row[n]) for n in fields)
+        figures = (
+            str(row["trial"]),
+            f"{row['val_acc']:.2%}",
+            f"{row['val_loss']:.4f}",
+            str(row["epochs"]),
+            f"{row['seconds']:.1f}",
+        )
+        table.add_row(*figures, *values)
+    width = None if sys.stdout.isatty() else 200  # what is read by programs is not folded
+    Console(file=sys.stdout, width=width, highlight=False).print(table)
 
 
 def describe_findings(findings: Findings) -> list[str]:

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import typer
 
-from convlens.cli import train, use, see, ship, serve, lists, data  # noqa: F401  # isort: skip - in the order of --help
+from convlens.cli import train, sweep, tune, use, see, ship, serve, lists, data  # noqa: F401  # isort: skip - in the order of --help
 from convlens.cli.app import ParseError, app
 from convlens.errors import ConvlensError, Diverged, Interrupted, PeerGone
 

@@ -63,7 +63,9 @@ def train(
         typer.Argument(help="digits, mnist, fashion-mnist, cifar10, a folder of class folders, or a .npz file."),
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe by name; `convlens recipes` lists them.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Take the recipe from a run's config.json.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Take the recipe from a file: a sweep's best.json, a run's config.json.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the run, instead of runs/DATA-N.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder.")] = None,
     init: Annotated[str | None, typer.Option(help="Start from this run's or model's trained stages.")] = None,
@@ -144,10 +146,9 @@ def train(
 
     chosen: Any = recipe
     if config is not None:
-        from convlens.runfolder import read_json
+        from convlens.training.recipes import read_recipe
 
-        values = read_json(config)
-        chosen = Recipe.from_json(values.get("recipe", values))
+        chosen = read_recipe(config)
     allowed = {"allow_unreadable": allow_unreadable, "accept_changes": accept_changes}
     if resume is not None and RunFolder.is_series(resume):
         run_series(Series.resume(resume, **allowed), live=live)

@@ -1,9 +1,13 @@
-"""Which of two nets is better, from what they say of the same images."""
+"""Which of two nets, or of two recipes, is better, from what is said of the same images."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as student
 
 from convlens.evaluation.metrics import Z95
 
@@ -51,3 +55,44 @@ class Paired:
         if proven or apart:  # interval and test are two approximations
             return f"{b} may be better than {a}: {points}"
         return f"no difference between {a} and {b} that these {self.n:,} images show: {points}"
+
+
+@dataclass(frozen=True, eq=False)
+class PairedSeeds:
+    """Two recipes A and B, each trained with the same seeds and tested on the same images."""
+
+    right_a: NDArray[np.bool_]  # (seeds, images)
+    right_b: NDArray[np.bool_]
+
+    @property
+    def differences(self) -> NDArray[np.float64]:
+        """(seeds, images): 1 where B alone is right, -1 where A alone is."""
+        return self.right_b.astype(np.float64) - self.right_a.astype(np.float64)
+
+    @property
+    def difference(self) -> float:
+        """Mean accuracy of B minus that of A, -1..1."""
+        return float(self.differences.mean())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% interval of the difference for other seeds and other images of the kind: Student's t, seeds - 1 degrees.
+
+        The variance over seeds and the variance over images are added, each divided by its own number: what images
+        make seeds differ by is counted twice, so the interval is rather too wide than too narrow.
+        """
+        found = self.differences
+        seeds, images = found.shape
+        variance = found.mean(axis=1).var(ddof=1) / seeds + found.mean(axis=0).var(ddof=1) / images
+        spread = float(student.ppf(0.975, seeds - 1)) * math.sqrt(variance)
+        return max(self.difference - spread, -1.0), min(self.difference + spread, 1.0)
+
+    def verdict(self, a: str, b: str) -> str:
+        """Return the sentence that says which is better, in points of accuracy, or that it may be chance."""
+        low, high = (100 * end for end in self.interval)
+        if high < 0:  # named first, and with a plus, is the better one
+            return PairedSeeds(self.right_b, self.right_a).verdict(b, a)
+        seeds, images = self.differences.shape
+        told = f"{100 * self.difference:+.2f} points, 95% interval {low:+.2f} to {high:+.2f}"
+        told += f" ({seeds} fresh seeds each, {images:,} test images)"
+        return f"{b} is better than {a}: {told}" if low > 0 else f"may be chance: {b} against {a} {told}"

@@ -220,6 +220,22 @@ def draw_corruptions(path: Path, clean: float, figures: dict[str, list[float]]) 
     save(figure, path)
 
 
+def draw_range_test(path: Path, rates: Sequence[float], losses: Sequence[float], suggestion: float) -> None:
+    """Draw the smoothed loss over a rising learning rate, and the rate that is suggested."""
+    figure = new_figure(6.6, 3.6)
+    title(figure, f"Where the loss falls most steeply: {suggestion:.2g}")
+    axes = figure.subplots()
+    quiet_axes(axes)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.plot(rates, losses, color=TRAIN, lw=1.6)
+    axes.axvline(suggestion, color=VALIDATION, lw=1.4, ls="--", label="suggested")
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate, rising with every step", fontsize=8, color=QUIET)
+    axes.set_ylabel("loss, smoothed", fontsize=8, color=QUIET)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    save(figure, path)
+
+
 def colour_kernel(share: NDArray[np.float32]) -> NDArray[Any]:
     """Return a kernel (C, k, k) of -1..1 as a picture, uint8 (k, k, 3): three channels as colours, else channel 0."""
     level = share / 2 + 0.5

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+from convlens.errors import UsageError
 from convlens.registry import Registry
+from convlens.runfolder import read_json
 from convlens.training.recipe import Recipe
 
 # what `convlens train DATA` takes for a data set; any other data is a folder's
@@ -38,6 +41,27 @@ def default_recipe(data_name: str) -> Recipe:
     ('mnist-995', 'folder')
     """
     return get_recipe(DEFAULTS.get(data_name, "folder"))
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Return the recipe in a JSON file: ``{"recipe": "digits", "lr": 0.05}``, a named one and what is other in this.
+
+    Files without the name hold every field, as ``convlens recipes NAME`` prints them; a run's config.json holds them
+    beside other things. Raises UsageError for an unknown key (with the nearest one) or a value that a field does not
+    take, ConvlensError for a file that cannot be read.
+    """
+    values = read_json(Path(path))
+    start = values.pop("recipe", None)
+    try:
+        if isinstance(start, dict):
+            return Recipe.from_json(start)
+        if isinstance(start, str):
+            return get_recipe(start).override(**values)
+        if start is not None:
+            raise UsageError('"recipe" is neither the name of a recipe nor the recipe of a run')
+        return Recipe.from_json(values)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
 @RECIPES.register("digits")

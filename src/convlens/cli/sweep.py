@@ -1,0 +1,193 @@
+"""``convlens sweep``: many short trainings in search of a better recipe, and an honest look at what was found."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from convlens.cli.app import app
+from convlens.cli.train import with_recipe_flags
+from convlens.console import describe_params, describe_sweep, describe_trial, print_trials, rank_trial, say
+from convlens.errors import Interrupted, UsageError, quoted
+
+if TYPE_CHECKING:
+    from convlens.sweep.study import Sweep
+
+TRIALS, SEEDS = 20, 3
+
+
+@app.command()
+@with_recipe_flags
+def sweep(
+    data: Annotated[
+        str | None,
+        typer.Argument(help="digits, mnist, fashion-mnist, cifar10, a folder of class folders, or a .npz file."),
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUES",
+            help="What to search, as often as you like: lr=1e-4..1e-1:log, momentum=0..0.99, batch-size=64,128,256.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="classic: batch size, kernel size, learning rate and momentum.")
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(help=f"Trials in all, with those done before; {TRIALS} if not said.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Trials at a time, each with its share of the cores.")] = 1,
+    recipe: Annotated[str | None, typer.Option(help="Recipe to start from; by default that of the data.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Take that recipe from a file, as `train --config` does.")] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="Journal file or database URL that several processes or machines share; $NAME is filled in."),
+    ] = None,
+    confirm: Annotated[
+        int, typer.Option(help="Fresh seeds to train the best and the base recipe with, and to test; 0: none.")
+    ] = SEEDS,
+    out: Annotated[Path | None, typer.Option(help="Folder for the sweep, instead of runs/DATA-sweep-N.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the sweep in this folder.")] = None,
+    allow_unreadable: Annotated[
+        bool, typer.Option("--allow-unreadable", help="Skip unreadable files, however many.")
+    ] = False,
+    **overrides: Any,
+) -> None:
+    """Search for a better recipe: many short trainings, compared on validation images.
+
+    Trials that lag behind are stopped early. At the end the best recipe and the one it started from are trained with
+    fresh seeds and tested, to see whether it is better. Flags of a recipe are fixed for all trials.
+
+    Examples:
+      convlens sweep digits --param lr=1e-3..1:log --param momentum=0..0.99 --trials 50
+
+      convlens sweep mnist --recipe mnist-4conv --validation 0.1 --preset classic --epochs 3 --jobs 2
+
+      convlens sweep mnist --param filters=8,16,32 --storage sqlite:///sweep.db
+
+      convlens sweep --resume runs/digits-sweep-1 --trials 100
+    """
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    if (data is None) == (resume is None):
+        raise UsageError("name the data to search on, or a sweep to --resume, one of the two")
+    if resume is not None and (overrides or param or preset or recipe or config or storage or out or allow_unreadable):
+        raise UsageError("--resume goes on with the sweep's own plan; it takes --trials, --jobs and --confirm only")
+    if recipe is not None and config is not None:
+        raise UsageError("give --recipe or --config, not both")
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        raise UsageError("a sweep needs a package more: pip install 'convlens[sweep]'") from None
+    from convlens.machine import available_cores
+    from convlens.sweep.outcome import require_seeds
+    from convlens.sweep.study import Sweep
+    from convlens.training.recipes import read_recipe
+
+    require_seeds(confirm)
+    if jobs > available_cores():
+        raise UsageError(f"--jobs is {jobs}; this machine lets convlens use {available_cores()} cores")
+    if resume is not None:
+        planned = Sweep.resume(resume, trials=trials)
+    else:
+        chosen: Any = read_recipe(config) if config is not None else recipe
+        given: dict[str, Any] = {"storage": storage, "out": out, "allow_unreadable": allow_unreadable, **overrides}
+        trials = TRIALS if trials is None else trials
+        planned = Sweep.create(data, chosen, params=param or (), preset=preset, trials=trials, **given)
+    run_sweep(planned, jobs, confirm)
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Give a function that says whether Ctrl-C was pressed, or a polite kill came; a second time stops at once."""
+    asked = False
+
+    def stop(*_: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        print("stopping after this step ...", file=sys.stderr)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def run_sweep(sweep: Sweep, jobs: int, seeds: int) -> None:
+    """Do the trials, write what came of them, and confirm the best; say how to go on if that is interrupted."""
+    from convlens.sweep.outcome import trial_rows, write_outcome
+    from convlens.sweep.work import helpers, share_of_cores, work
+
+    for line in describe_sweep(sweep, jobs):
+        say(line)
+    teller = Teller(sweep)
+    with asked_to_stop() as should_stop:
+        try:
+            threads = share_of_cores(jobs)
+            with helpers(sweep, jobs - 1, threads):
+                show = jobs == 1 and sys.stderr.isatty()
+                work(sweep, threads=threads, should_stop=should_stop, between=teller.tell, show_progress=show)
+            said = write_outcome(sweep)
+            print_trials(trial_rows(sweep), list(sweep.space))
+            say(f"best    trial {said['best']['trial']}: val {said['best']['val_acc']:.2%} with "
+                f"{describe_params(said['best']['params'])}")  # fmt: skip
+            say(confirm_best(sweep, seeds, should_stop))
+        except (Interrupted, KeyboardInterrupt):
+            raise Interrupted(f"interrupted; nothing is lost. Go on with: {sweep.command}") from None
+    say(f"report  {sweep.folder / 'report.html'}")
+    data = quoted(sweep.plan["data"] if sweep.plan["data"] is not None else "DATA")
+    say(f"train with: convlens train {data} --config {quoted(sweep.folder / 'best.json')}")
+
+
+class Teller:
+    """Prints a line for every trial that has ended since it last looked, whoever did it."""
+
+    def __init__(self, sweep: Sweep):
+        from convlens.sweep.outcome import trial_rows
+
+        self._sweep, self._rows = sweep, trial_rows
+        before = trial_rows(sweep)
+        self._told = {row["trial"] for row in before}
+        self._started, self._first = time.monotonic(), len(before)
+
+    def tell(self) -> None:
+        """Look, and print."""
+        rows = self._rows(self._sweep)
+        done = [row for row in rows if row["state"] != "interrupted"]
+        of = self._sweep.plan["trials"]
+        for row in rows:
+            if row["trial"] in self._told:
+                continue
+            self._told.add(row["trial"])
+            best = min((r for r in done if r["state"] == "complete"), key=rank_trial, default=None)
+            spent, new = time.monotonic() - self._started, len(rows) - self._first
+            left = f"{spent / new * max(of - len(done), 0):,.0f} s left"
+            so_far = f"best {best['val_acc']:.2%} (trial {best['trial']})" if best else "no best yet"
+            say(f"{describe_trial(row, self._sweep.space, len(done), of)}; {so_far}, {left}")
+
+
+def confirm_best(sweep: Sweep, seeds: int, should_stop: Callable[[], bool]) -> str:
+    """Train the best and the base recipe with fresh seeds, write what that says, and return it as a line."""
+    from convlens.sweep.outcome import claim_confirmation, compare_confirmed, confirm, is_base, write_outcome
+
+    if is_base(sweep):
+        return "nothing better than the base recipe was found"
+    if not seeds:
+        return "not confirmed (--confirm 0): the best of many trials looks better than it is, so nothing is claimed"
+    if other := claim_confirmation(sweep):
+        return f"another process confirms it ({other}); nothing is claimed here"
+    for which, name, run in confirm(sweep, seeds, should_stop, show_progress=True):
+        say(f"confirm {which} recipe, {name}: test accuracy {run.accuracy:.2%}")
+    confirmation = compare_confirmed(sweep, seeds)
+    write_outcome(sweep, confirmation)
+    return f"verdict {confirmation['verdict']}"

@@ -1,0 +1,190 @@
+"""The page of a sweep and its pictures: how it went, what the trials were like, what mattered."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.ticker import MaxNLocator
+
+from convlens.reporting.plots import GRID, INK, QUIET, TRAIN, VALIDATION, new_figure, quiet_axes, save, title
+from convlens.reporting.report import pairs_table, table
+from convlens.runfolder import write_text
+
+Rows = Sequence[Mapping[str, Any]]
+PICTURES = {
+    "history.png": "Each dot is a trial, a cross one that was stopped early; the line is the best so far.",
+    "parallel.png": "Each line is a trial, from its values to its accuracy: the darker the better, the thick one best.",
+    "importance.png": "How much each field has to do with whether a trial is among the best tenth (PED-ANOVA).",
+}
+
+
+BACKING = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6}  # of words that lines pass behind
+
+
+def draw_history(path: Path, rows: Rows) -> None:
+    """Draw the validation accuracy of the trials in their order."""
+    figure = new_figure(9, 3.4)
+    axes = figure.subplots()
+    quiet_axes(axes)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    complete = [(row["trial"], row["val_acc"]) for row in rows if row["state"] == "complete"]
+    pruned = [(row["trial"], row["val_acc"]) for row in rows if row["state"] == "pruned" and row["val_acc"] is not None]
+    best = [max(value for _, value in complete[: number + 1]) for number in range(len(complete))]
+    title(figure, f"The best of {len(rows)} trials: {best[-1]:.2%} on validation images")
+    axes.step([number for number, _ in complete], best, where="post", color=INK, lw=1.6, label="best so far")
+    numbers, values = zip(*complete, strict=True)
+    axes.scatter(numbers, values, color=TRAIN, s=16, label="trained to the end", zorder=3)
+    if pruned:
+        numbers, values = zip(*pruned, strict=True)
+        axes.scatter(numbers, values, color=VALIDATION, s=18, marker="x", label="stopped early")
+    # a few trials that learned nothing would squeeze all others together
+    ordered = sorted(value for _, value in [*complete, *pruned])
+    low = ordered[len(ordered) // 4]
+    bottom = max(min(low, best[0]) - 1.5 * (best[-1] - low) - 0.005, 0.0)
+    axes.set_ylim(bottom, best[-1] + 0.05 * (best[-1] - bottom))
+    axes.set_xlim(0, len(rows) + 1)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%" if value <= 1 else "")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("trial (some may lie below the picture)", fontsize=8, color=QUIET)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    save(figure, path)
+
+
+def positions(values: Sequence[Any], log: bool) -> tuple[list[float], dict[float, str]]:
+    """Return where values lie on an axis from 0 to 1, and its ticks."""
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        ordered = sorted(set(values))
+        if len(ordered) > 8 or log:
+            scale = math.log if log else float
+            low, high = scale(ordered[0]), scale(ordered[-1])
+            span = (high - low) or 1.0
+            marks = [low + span * k / 4 for k in range(5)]
+            texts = [f"{math.exp(mark) if log else mark:.2g}" for mark in marks]
+            return [(scale(v) - low) / span for v in values], {k / 4: text for k, text in enumerate(texts)}
+        found: list[Any] = ordered
+    else:
+        found = sorted(set(values), key=str)
+    place = {value: number / max(len(found) - 1, 1) for number, value in enumerate(found)}
+    names = {True: "yes", False: "no"}
+    texts_at = {at: names[value] if isinstance(value, bool) else str(value) for value, at in place.items()}
+    return [place[value] for value in values], texts_at
+
+
+def draw_parallel(path: Path, rows: Rows, logs: Mapping[str, bool]) -> None:
+    """Draw the complete trials as lines over one axis a field, the accuracy at the right."""
+    chosen = sorted(
+        (row for row in rows if row["state"] == "complete"), key=lambda row: (row["val_acc"], -row["val_loss"])
+    )
+    figure = new_figure(9, 3.9)
+    title(figure, f"What the {len(chosen)} complete trials were like: the dark lines are the good ones")
+    axes = figure.subplots()
+    axes.set_axis_off()
+    columns = [*logs, "val_acc"]
+    places = []
+    for at, name in enumerate(columns):
+        values = [row[name] for row in chosen]
+        # accuracies by rank: most lie close together at the top
+        if name == "val_acc":
+            where = [number / max(len(chosen) - 1, 1) for number in range(len(chosen))]
+            ticks = {k / 4: f"{values[round(k / 4 * (len(values) - 1))]:.2%}" for k in range(5)}
+        else:
+            where, ticks = positions(values, logs[name])
+        places.append(where)
+        axes.plot([at, at], [0, 1], color=GRID, lw=1.2, zorder=1)
+        for height, text in ticks.items():
+            axes.text(at + 0.03, height, text, fontsize=8, color=QUIET, va="center", zorder=5, bbox=BACKING)
+        label = "validation accuracy, by rank" if name == "val_acc" else name.replace("_", " ") + " (log)" * logs[name]
+        axes.text(at, 1.08, label, fontsize=9, color=INK, ha="center", parse_math=False)
+    for number in range(len(chosen)):
+        best, share = number == len(chosen) - 1, (number + 1) / len(chosen)
+        colour = INK if best else colormaps["Blues"](0.15 + 0.8 * share)
+        heights = [where[number] for where in places]
+        axes.plot(range(len(columns)), heights, color=colour, lw=3.2 if best else 0.8 + share, zorder=4 if best else 2)
+    axes.set_xlim(-0.3, len(columns) - 0.6)
+    save(figure, path)
+
+
+def draw_importance(path: Path, importance: Mapping[str, float]) -> None:
+    """Draw each field's share, the largest first."""
+    figure = new_figure(9, 0.9 + 0.4 * len(importance))
+    names, shares = list(importance), list(importance.values())
+    title(figure, f"What mattered most: {names[0].replace('_', ' ')}")
+    axes = figure.subplots()
+    quiet_axes(axes)
+    axes.barh(range(len(names)), shares, color=TRAIN, height=0.55)
+    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], parse_math=False)
+    axes.invert_yaxis()
+    for number, share in enumerate(shares):
+        axes.text(share + 0.005, number, f"{share:.0%}", va="center", fontsize=8, color=INK)
+    axes.set_xlim(0, max(shares) * 1.1)
+    axes.set_xticks([])
+    save(figure, path)
+
+
+def format_value(value: Any) -> str:
+    """Return a cell: numbers short, nothing for None."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_page(folder: Path, said: Mapping[str, Any], rows: Rows, logs: Mapping[str, bool]) -> None:
+    """Draw the pictures into ``plots/`` of the sweep's folder, and write ``report.html`` beside it."""
+    plots, best, importance = folder / "plots", said["best"], said["importance"]
+    draw_history(plots / "history.png", rows)
+    draw_parallel(plots / "parallel.png", rows, logs)
+    if importance:
+        draw_importance(plots / "importance.png", importance)
+    else:
+        (plots / "importance.png").unlink(missing_ok=True)
+    css = resources.files("convlens.reporting").joinpath("report.css").read_text(encoding="utf-8")
+    confirmation = said["confirmation"]
+    verdict = confirmation["verdict"] if confirmation else "not confirmed on fresh seeds: nothing is claimed"
+    values = ", ".join(f"{name.replace('_', ' ')} {format_value(value)}" for name, value in best["params"].items())
+    cards = [
+        ("best on validation", f"{best['val_acc']:.2%}", f"trial {best['trial']}: {values}"),
+        ("trials", str(len(rows)), ", ".join(f"{count} {state}" for state, count in said["states"].items())),
+    ]
+    if confirmation:
+        means = confirmation["test_accuracy"]
+        cards.append(("test accuracy", f"{means['best']:.2%}", f"base recipe {means['base']:.2%}; {verdict}"))
+    figures = "".join(
+        f"<div>{name}<b>{value}</b><span class=quiet>{escape(note)}</span></div>" for name, value, note in cards
+    )
+    pictures = "".join(
+        f'<section><img alt="{text}" src="data:image/png;base64,{encoded}"><p class=quiet>{text}</p></section>'
+        for file, text in PICTURES.items()
+        if (plots / file).exists() and (encoded := base64.b64encode((plots / file).read_bytes()).decode())
+    )
+    ordered = sorted(
+        rows, key=lambda row: (row["state"] != "complete", -(row["val_acc"] or 0), row["val_loss"] or 0, row["trial"])
+    )
+    columns = [name for name in rows[0] if name != "worker"]
+    cells = [
+        [f"{row[c]:.2%}" if c == "val_acc" and row[c] is not None else format_value(row[c]) for c in columns]
+        for row in ordered
+    ]
+    name = escape(folder.name)
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name} - convlens</title><style>{css}</style></head>
+<body><main>
+<h1>{name}</h1>
+<p class=quiet>{escape(said["data_name"])}, base recipe {escape(said["recipe"]["name"])}. Every trial was judged on
+validation images; of the test images, none was looked at.</p>
+<p><code>{escape(said["command"])}</code></p>
+<section class=figures>{figures}</section>
+<section class=wide><h2>What it is worth</h2><p>{escape(verdict)}</p><p class=quiet>The best of many trials looks better
+on the images that it was chosen by than it is. Fresh seeds and test images tell.</p></section>
+<div class=pictures>{pictures}</div>
+<section class=wide><h2>Trials, the best first</h2>{table([c.replace("_", " ") for c in columns], cells)}</section>
+<section class=wide><details><summary>Space and base recipe</summary>{pairs_table({**said["space"]})}
+{pairs_table({**said["recipe"]})}</details></section>
+</main></body></html>
+"""
+    write_text(folder / "report.html", page)

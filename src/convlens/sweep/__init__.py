@@ -1,0 +1,1 @@
+"""Searching for a better recipe: many short trainings, judged on validation images."""

@@ -1,0 +1,303 @@
+"""A sweep: its folder, its plan, its data without the test images, and the Optuna study that all workers share."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.exceptions import DuplicatedStudyError, OptunaError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from convlens.data.catalog import load_dataset
+from convlens.data.dataset import Dataset, Split
+from convlens.data.preprocess import Preprocess
+from convlens.errors import ConvlensError, UsageError, quoted
+from convlens.experiment import data_name, refuse_inside_data
+from convlens.models import model_options
+from convlens.record import command_line
+from convlens.runfolder import RunFolder, read_json, write_json
+from convlens.sweep.space import PRESETS, Choice, Range, Space, parse_space, read_space, space_texts
+from convlens.training.nets import describe_net, make_net
+from convlens.training.recipe import FIELD_TYPES, MODEL_OPTIONS, Recipe, flag
+from convlens.training.recipes import default_recipe, get_recipe
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+STUDY = "convlens"  # one sweep in a storage, under this name
+PLAN = "sweep.json"
+JOURNAL = "journal.log"
+WARM_UP = 5  # trials that come to their end before any is pruned
+MACHINE = ("device", "threads")  # of the base recipe, what may differ between those who share a sweep
+PATIENCE = 30.0  # seconds that another process has to set up what it began
+
+optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # the command says what is to be said
+
+
+@dataclass(eq=False)
+class Sweep:
+    """What is searched, on what, from which recipe, and the study where all trials are kept."""
+
+    folder: Path
+    plan: dict[str, Any]  # what sweep.json says
+    base: Recipe
+    space: Space
+    data: Dataset  # its test split is empty: no trial can look at it
+    study: optuna.Study
+    joined: bool  # others had begun it
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def create(
+        cls,
+        data: Any,
+        recipe: str | Recipe | None = None,
+        *,
+        params: Iterable[str] = (),
+        preset: str | None = None,
+        trials: int = 20,
+        storage: str | None = None,
+        out: str | Path | None = None,
+        allow_unreadable: bool = False,
+        **overrides: Any,
+    ) -> Sweep:
+        """Plan ``trials`` trainings in the space of ``params`` and ``preset``; begin or join the study in ``storage``.
+
+        ``storage`` is a database URL, in which $NAME is taken from the environment, or a journal file; by default a
+        file in the new folder. Raises UsageError for whatever cannot work, before anything runs or is written.
+        """
+        if trials < 1:
+            raise UsageError(f"--trials is {trials}; it must be at least 1")
+        if out is not None:
+            RunFolder.refuse_existing(out)
+        space = parse_space(params)
+        if not space and preset is None:
+            raise UsageError("say what to search: --param lr=1e-3..1:log, as often as you like, or --preset classic")
+        if preset is not None and preset not in PRESETS:
+            raise UsageError(f"unknown preset {preset!r}; choose from: {', '.join(PRESETS)}")
+        base = (
+            recipe if isinstance(recipe, Recipe) else get_recipe(recipe) if recipe else default_recipe(data_name(data))
+        )
+        base = base.override(**{**overrides, "watch_test": False, "snapshots": False, "save_every": 0})
+        for name in set(space) & set(overrides):
+            raise UsageError(f"{flag(name)} is searched and fixed: give it once")
+        dataset = load_for_sweep(data, base, allow_unreadable)
+        refuse_inside_data(out, dataset)
+        notes: list[str] = []
+        for name, values in parse_space(PRESETS[preset] if preset else ()).items():
+            if name not in space and name not in overrides:
+                fitting = fit_to_net(name, values, base, dataset, notes)
+                space |= {} if fitting is None else {name: fitting}
+        check_space(space, base, dataset)
+        plan: dict[str, Any] = {
+            "convlens": version("convlens"),
+            "command": command_line(),
+            "data": dataset.source,
+            "data_name": dataset.name,
+            "allow_unreadable": allow_unreadable,
+            "fingerprint": dataset.fingerprint(),
+            "recipe": dataclasses.asdict(base),
+            "space": space_texts(space),
+            "trials": trials,
+            "storage": None if storage is None else absolute_storage(storage),
+        }
+        if storage is not None:  # another's study is refused before there is a folder
+            study, joined = join_study(open_storage(plan["storage"]), plan, storage)
+        folder = RunFolder.create(out, f"{dataset.name}-sweep").path
+        if storage is None:
+            study, joined = join_study(open_storage(str(folder / JOURNAL)), plan, str(folder / JOURNAL))
+        write_json(folder / PLAN, plan)
+        return cls(folder, plan, base, space, dataset, study, joined, tuple(notes))
+
+    @classmethod
+    def resume(cls, path: str | Path, *, trials: int | None = None) -> Sweep:
+        """Set up a sweep to go on, to ``trials`` in all (None: as planned); UsageError if the data have changed."""
+        folder = Path(path)
+        if not (folder / PLAN).is_file():
+            raise UsageError(f"{path} is not the folder of a sweep: it has no {PLAN}")
+        plan = read_json(folder / PLAN)
+        base, space = Recipe.from_json(plan["recipe"]), read_space(plan["space"])
+        if plan["data"] is None:
+            raise UsageError(f"the data of {path} were objects in memory; only data on disk can be gone on with")
+        dataset = load_for_sweep(plan["data"], base, plan["allow_unreadable"])
+        if dataset.fingerprint() != plan["fingerprint"]:
+            raise UsageError(f"the data of {path} have changed since it was started; make a new sweep")
+        storage = plan["storage"] or str(folder / JOURNAL)
+        study, joined = join_study(open_storage(storage), plan, storage)
+        if trials is not None and trials != plan["trials"]:
+            plan["trials"] = trials
+            write_json(folder / PLAN, plan)
+        return cls(folder, plan, base, space, dataset, study, joined)
+
+    @property
+    def command(self) -> str:
+        """What goes on with it, to be pasted."""
+        return f"convlens sweep --resume {quoted(self.folder)}"
+
+
+def load_for_sweep(data: Any, base: Recipe, allow_unreadable: bool) -> Dataset:
+    """Return the data with the recipe's validation split and without a single test image."""
+    dataset = load_dataset(data, image_size=base.image_size, allow_unreadable=allow_unreadable)
+    dataset = dataclasses.replace(dataset, test=Split(dataset.train.images[:0], dataset.train.labels[:0], []))
+    dataset = dataset.with_validation(base.validation, base.seed)
+    if dataset.validation is None:
+        raise UsageError("a sweep chooses on validation images, and this recipe holds none out: add --validation 0.1")
+    return dataset
+
+
+def fit_to_net(
+    name: str, values: Range | Choice, base: Recipe, dataset: Dataset, notes: list[str]
+) -> Range | Choice | None:
+    """Return what of a preset's ``values`` the base recipe's net can take, and note what it cannot."""
+    if name not in MODEL_OPTIONS or not isinstance(values, Choice):
+        return values
+    if name not in model_options(base.model):
+        notes.append(f"the net {base.model} has no {name}: it is left out")
+        return None
+    fitting = []
+    for value in values.values:
+        try:
+            check_space({name: Choice((value,))}, base, dataset)
+            fitting.append(value)
+        except UsageError:
+            notes.append(f"{name} {value} does not fit the net {base.model} and these images: it is left out")
+    return Choice(tuple(fitting)) if len(fitting) > 1 else None
+
+
+def check_space(space: Space, base: Recipe, dataset: Dataset) -> None:
+    """Raise UsageError for a value that the base recipe, its net or these images cannot take."""
+    if not space:
+        raise UsageError("nothing is left to search: say what with --param")
+    preprocess = Preprocess.measure(dataset.train.images[:100], dataset.style)
+    for name, values in space.items():
+        # the ends of a range may be shut out by another field, such as momentum 0 by --nesterov; what is inside may not
+        for value in values.tried if isinstance(values, Choice) else (values.inside(),):
+            try:
+                recipe = base.override(**{name: value})
+            except UsageError as error:
+                raise UsageError(f"--param {flag(name)[2:]}={value}: {error}") from None
+        if name != "model" and name not in MODEL_OPTIONS:
+            continue
+        for value in values.tried:
+            try:
+                recipe = base.override(**{name: value})
+                if name == "model":  # the width of one net is no option of another
+                    unfit = set(recipe.model_options()) - set(model_options(recipe.model))
+                    recipe = recipe.override(**dict.fromkeys(unfit))
+                with torch.random.fork_rng():
+                    make_net(describe_net(recipe, dataset), dataset, preprocess)
+            except UsageError as error:
+                raise UsageError(f"--param {flag(name)[2:]}={value}: {error}") from None
+
+
+def absolute_storage(text: str) -> str:
+    """Return ``--storage`` so that it means the same from any folder; UsageError for a password that would be kept."""
+    if "://" not in text:
+        return str(Path(text).resolve())
+    try:
+        url = make_url(os.path.expandvars(text))
+    except SQLAlchemyError as error:
+        raise UsageError(f"--storage {text}: {error}") from None
+    if make_url(text).password and "$" not in text:
+        raise UsageError(
+            "--storage: the command is written into the sweep's folder, so a password had better not be in it; put the "
+            "URL into the environment and give --storage '$NAME'"
+        )
+    if url.get_backend_name() == "sqlite" and url.database and not os.path.isabs(url.database) and "$" not in text:
+        return f"{url.drivername}:///{Path(url.database).resolve()}"
+    return text
+
+
+class SystemLock(JournalFileOpenLock):
+    """A journal's lock that the system itself gives free when a process dies, however it dies.
+
+    Optuna's own locks are files, which a killed process leaves behind for half a minute.
+    """
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        self._path, self._descriptor = f"{path}.lock", -1
+
+    def acquire(self) -> bool:
+        """Wait for the lock."""
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        self._descriptor = descriptor
+        return True
+
+    def release(self) -> None:
+        """Give it free."""
+        os.close(self._descriptor)
+
+
+def open_storage(text: str) -> BaseStorage:
+    """Open a database by URL, or a journal file by its path; ConvlensError if that cannot be done."""
+    text = os.path.expandvars(text)
+    try:
+        if "://" in text:
+            waits = {"connect_args": {"timeout": 60}} if text.startswith("sqlite") else {}
+            return RDBStorage(text, engine_kwargs=waits)
+        Path(text).parent.mkdir(parents=True, exist_ok=True)
+        lock = SystemLock(text) if fcntl is not None else JournalFileOpenLock(text)
+        return JournalStorage(JournalFileBackend(text, lock_obj=lock))
+    except (OptunaError, SQLAlchemyError, ImportError, OSError, ValueError, KeyError, TypeError) as error:
+        name = make_url(text).render_as_string() if "://" in text else text  # without its password
+        reason = str(error).strip().split("\n", 1)[0]
+        raise ConvlensError(f"cannot open the storage {name}: {reason}") from None
+
+
+def identity(plan: dict[str, Any]) -> dict[str, Any]:
+    """Return what all who share a study must have in common."""
+    recipe = {name: value for name, value in plan["recipe"].items() if name not in MACHINE}
+    return {"fingerprint": plan["fingerprint"], "space": plan["space"], "recipe": recipe}
+
+
+def join_study(storage: BaseStorage, plan: dict[str, Any], name: str) -> tuple[optuna.Study, bool]:
+    """Return the study in ``storage``, made if there is none, and whether others had begun it.
+
+    Raises UsageError if it is one of other data, another space or another recipe.
+    """
+    mine = identity(plan)
+    pruner = optuna.pruners.MedianPruner(
+        n_startup_trials=WARM_UP, n_warmup_steps=max((plan["recipe"]["epochs"] or 0) // 5, 1)
+    )
+    try:
+        study = optuna.create_study(storage=storage, study_name=STUDY, direction="maximize", pruner=pruner)
+    except DuplicatedStudyError:
+        study = optuna.load_study(storage=storage, study_name=STUDY, pruner=pruner)
+        patient_until = time.monotonic() + PATIENCE
+        while "sweep" not in study.user_attrs and time.monotonic() < patient_until:
+            time.sleep(0.1)
+        refuse_another(study.user_attrs.get("sweep", {}), mine, name)
+        return study, True
+    # the recipe itself comes first, as far as it lies in the space: what is found is to be better than that
+    known = {name: plan["recipe"][name] for name in plan["space"] if plan["recipe"][name] is not None}
+    space = read_space(plan["space"])
+    study.enqueue_trial({name: value for name, value in known.items() if value in space[name]})
+    study.set_user_attr("sweep", mine)
+    return study, False
+
+
+def refuse_another(theirs: dict[str, Any], mine: dict[str, Any], name: str) -> None:
+    """Raise UsageError that says in what a study differs from the sweep that would join it."""
+    if theirs == mine:
+        return
+    why = "other data"
+    for key, what in (("space", "another space"), ("recipe", "another base recipe")):
+        there, here = theirs.get(key, {}), mine[key]
+        for field in (f for f in {**there, **here} if f in FIELD_TYPES and there.get(f) != here.get(f)):
+            why = f"{what} ({flag(field)[2:]} is {there.get(field)} there and {here.get(field)} here)"
+    raise UsageError(f"{name} holds a sweep of {why}; name another --storage")

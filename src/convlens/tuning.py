@@ -1,0 +1,215 @@
+"""A learning rate and a batch size for a recipe on this machine, from a moment of training each."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from convlens.data.dataset import Dataset
+from convlens.data.loader import Batches
+from convlens.data.preprocess import Preprocess
+from convlens.errors import ConvlensError
+from convlens.progress import track
+from convlens.runtime import choose_device
+from convlens.training.engine import shrink
+from convlens.training.memory import is_out_of_memory
+from convlens.training.nets import describe_net, make_net
+from convlens.training.optim import make_augment, make_clip, make_loss, make_optimizer
+from convlens.training.precision import autocast, choose_precision
+from convlens.training.recipe import Recipe
+
+STEPS = 100
+LOWEST, HIGHEST = 1e-5, 10.0  # learning rates of the range test
+SMOOTHING = 0.9  # share of what was before in the smoothed loss
+EXPLODED = 3.0  # so many times the lowest loss ends the range test
+SMALLEST_BATCH, LARGEST_BATCH = 16, 8192
+PROBE_SECONDS = 1.0  # for each batch size, and two steps at least
+FEWEST_STEPS = 10  # of an epoch: larger batches would hardly learn
+AS_GOOD = 0.95  # of the highest pace: what lies above is not worth a larger batch
+MEMORY_SHARE = 0.5  # of the memory that is free: the other half is for validation, and for other programs
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """What a learning-rate range test saw: the rate and the smoothed loss of every step, and what it suggests."""
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    suggestion: float
+
+    @property
+    def lowest(self) -> float:
+        """The rate at which the loss was lowest: larger ones undo what was learned."""
+        return self.rates[self.losses.index(min(self.losses))]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a batch size costs: images a second, and bytes of memory at the peak, where the system tells."""
+
+    batch_size: int
+    images_per_second: float
+    memory: int
+
+
+class Trainer:
+    """One step after another of a recipe on training images alone, at whatever learning rate."""
+
+    def __init__(self, dataset: Dataset, recipe: Recipe):
+        self.device = choose_device(recipe.device)
+        train = dataset.with_validation(recipe.validation, recipe.seed).train
+        preprocess = Preprocess.measure(train.images, dataset.style)
+        torch.manual_seed(recipe.seed)
+        self.net: nn.Module = make_net(
+            describe_net(recipe, dataset), dataclasses.replace(dataset, train=train), preprocess
+        )
+        self.precision = choose_precision(recipe, self.device, self.net, dataset.shape)
+        self.net.to(self.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self._batches = Batches(
+            train, recipe.batch_size, preprocess.normaliser(), seed=recipe.seed, device=self.device,
+            augment=make_augment(recipe, len(dataset.classes)), flip=recipe.flip, balance=recipe.balance,
+        )  # fmt: skip
+        self.whole = max(len(self._batches) - 1, 1)  # batches of an epoch without the last, which may be smaller
+        self._loss, self._clip = make_loss(recipe, self.net), make_clip(self.net, recipe)
+        self._optimizer, self._small = make_optimizer(self.net, recipe), recipe.small_size
+
+    def step(self, number: int, lr: float) -> Tensor:
+        """Take step ``number`` (from 0) and return its loss, before the weights moved."""
+        images, labels = self._batches(*divmod(number, len(self._batches)))  # (N, C, H, W)
+        if self._small:
+            images = shrink(images, self._small)
+        self._optimizer.zero_grad()
+        with autocast(self.precision, self.device):
+            logits = self.net(images)
+        loss = self._loss(logits.float(), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._clip()
+        self._optimizer.step(lr)
+        return loss.detach()
+
+
+def find_lr(dataset: Dataset, recipe: Recipe, steps: int = STEPS) -> RangeTest:
+    """Return the range test of the recipe (L. Smith 2015): the learning rate rises from step to step, the loss is seen.
+
+    It rises by the same factor each time and stops where the loss explodes. The suggestion is the rate at which the
+    smoothed loss falls most steeply. Rates of other layers (``head_lr``, ``bias_lr``) rise with it.
+    """
+    trainer = Trainer(dataset, recipe)
+    rates, losses, mean = list[float](), list[float](), 0.0
+    for number in track(range(steps), "looking for a learning rate", steps):
+        lr = LOWEST * (HIGHEST / LOWEST) ** (number / (steps - 1))
+        loss = float(trainer.step(number, lr))
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
+        smooth = mean / (1 - SMOOTHING ** (number + 1))
+        if not math.isfinite(smooth) or (losses and smooth > EXPLODED * min(losses)):
+            break
+        rates.append(lr)
+        losses.append(smooth)
+    return RangeTest(tuple(rates), tuple(losses), steepest(rates, losses))
+
+
+def steepest(rates: Sequence[float], losses: Sequence[float]) -> float:
+    """Return the rate at which the loss falls most over its logarithm, between its neighbours; of one, that.
+
+    The first tenth is left out: the mean of the first few losses is not yet smooth.
+    """
+    first = max(len(rates) // 10, 1)
+    slopes = {i: losses[i + 1] - losses[i - 1] for i in range(first, len(rates) - 1)}
+    return rates[min(slopes, key=slopes.__getitem__)] if slopes else rates[0]
+
+
+def with_lr(recipe: Recipe, lr: float) -> dict[str, float]:
+    """Return the fields of the recipe with another learning rate: those of other layers keep their share of it."""
+    lr = float(f"{lr:.2g}")
+    scale = lr / recipe.lr if recipe.lr else 1.0
+    own = {name: float(f"{value * scale:.2g}") for name in ("head_lr", "bias_lr") if (value := getattr(recipe, name))}
+    return {"lr": lr, **own}
+
+
+def probe_batches(dataset: Dataset, recipe: Recipe) -> Iterator[Pace]:
+    """Train for a moment with batches of 16, 32, 64, ... images, and yield what each costs.
+
+    It ends where the pace has not grown for two sizes, where half of the free memory would not suffice for the next
+    size, and where an epoch would have fewer than 10 steps.
+    """
+    train = len(dataset.with_validation(recipe.validation, recipe.seed).train)
+    size = min(SMALLEST_BATCH, train)
+    most = max(min(train // FEWEST_STEPS, LARGEST_BATCH), size)
+    seen: list[Pace] = []
+    while size <= most:
+        try:
+            seen.append(measure(dataset, recipe, size))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return
+        yield seen[-1]
+        flat = len(seen) > 2 and max(p.images_per_second for p in seen[-2:]) * AS_GOOD < seen[-3].images_per_second
+        if flat or 2 * seen[-1].memory > MEMORY_SHARE * free_memory(recipe):
+            return
+        size *= 2
+
+
+def measure(dataset: Dataset, recipe: Recipe, size: int) -> Pace:
+    """Return what batches of ``size`` cost: the pace of the quickest step, which no other program disturbed."""
+    trainer = Trainer(dataset, recipe.override(batch_size=size))
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    float(trainer.step(0, 0.0))
+    seconds: list[float] = []
+    while len(seconds) < 2 or sum(seconds) < PROBE_SECONDS:
+        started = time.perf_counter()
+        float(trainer.step(len(seconds) % trainer.whole, 0.0))  # only timed; reading the loss waits for the step
+        seconds.append(time.perf_counter() - started)
+    pace = size / min(seconds)
+    memory = torch.cuda.max_memory_allocated() if trainer.device.type == "cuda" else activations(trainer, dataset, size)
+    return Pace(size, pace, memory)
+
+
+def activations(trainer: Trainer, dataset: Dataset, size: int) -> int:
+    """Return the bytes that a batch of ``size`` keeps for the backward pass: what two images keep, times as many."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    images = torch.zeros(2, *dataset.shape, device=trainer.device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        trainer.net(images)
+    weights = {w.untyped_storage().data_ptr() for w in trainer.net.parameters()}
+    return sum(count for place, count in kept.items() if place not in weights) * size // 2
+
+
+def free_memory(recipe: Recipe) -> float:
+    """Return the bytes of memory that are free on the recipe's device; infinity where the system does not tell."""
+    device = choose_device(recipe.device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved()
+    bounds = [float("inf")]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        bounds += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()  # of a container
+        used = Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii").strip()
+        bounds += [float(limit) - float(used)] if limit != "max" else []
+    except OSError:
+        pass
+    return min(bounds)
+
+
+def pick_batch(paces: Sequence[Pace]) -> int:
+    """Return the smallest batch size whose pace is within 5% of the highest: beyond it nothing is gained."""
+    if not paces:
+        raise ConvlensError(f"there is not enough memory for {SMALLEST_BATCH} images at once; try fewer --filters")
+    best = max(pace.images_per_second for pace in paces)
+    return next(pace.batch_size for pace in paces if pace.images_per_second >= AS_GOOD * best)

@@ -1,0 +1,518 @@
+"""Sweeps: what is searched, that no test image is, that nothing is lost; the learning rate and batch size of tune."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.trial import TrialState
+
+import convlens
+from convlens import tuning
+from convlens.data.catalog import load_dataset
+from convlens.errors import ConvlensError, Interrupted, UsageError
+from convlens.evaluation.paired import PairedSeeds
+from convlens.sweep import outcome, study, work
+from convlens.sweep.outcome import pick_best, recipe_file, trial_rows, write_outcome
+from convlens.sweep.space import Choice, Range, parse_space, read_space, space_texts
+from convlens.sweep.study import Sweep
+from convlens.training.recipe import Recipe
+from convlens.training.recipes import RECIPES, get_recipe, read_recipe
+
+QUICK: dict[str, Any] = {
+    "epochs": 1, "filters": 4, "batch_size": 16, "validation": 0.25, "device": "cpu", "threads": 1, "precision": "fp32",
+    "shift": 0, "schedule": "constant", "warmup": 0.0,
+}  # fmt: skip
+FLAGS = [
+    word for name, value in QUICK.items() for word in (f"--{name.replace('_', '-')}", str(value))
+]  # the same for the command line
+LR = ("lr=1e-3..1:log",)
+
+
+@pytest.fixture
+def toy() -> str:
+    """A file of 100 images of two kinds that are easy to tell apart."""
+    random = np.random.default_rng(0)
+    y = np.arange(100) % 2
+    x = (random.integers(0, 120, (100, 8, 8)) + 100 * y[:, None, None]).astype(np.uint8)
+    np.savez("toy.npz", x=x, y=y)
+    return "toy.npz"
+
+
+def run_all(sweep: Sweep) -> list[dict[str, Any]]:
+    work.work(sweep, threads=1)
+    return trial_rows(sweep)
+
+
+def values_of(rows: list[dict[str, Any]]) -> list[Any]:
+    return [(row["state"], row["lr"], row["val_acc"]) for row in rows if row["state"] != "interrupted"]
+
+
+@given(st.floats(1e-9, 0.5), st.floats(0.6, 100), st.booleans())
+def test_a_range_is_read_as_it_is_written(low: float, high: float, log: bool) -> None:
+    space = parse_space([f"lr={low!r}..{high!r}" + ":log" * log])
+    assert space == {"lr": Range(low, high, log)} == read_space(space_texts(space))
+    assert space["lr"].inside() in space["lr"] and low in space["lr"] and high + 1 not in space["lr"]  # type: ignore[union-attr]
+
+
+@given(st.lists(st.integers(1, 9999), min_size=2, unique=True))
+def test_choices_are_read_as_they_are_written(values: list[int]) -> None:
+    space = parse_space([f"batch-size={','.join(map(str, values))}"])
+    assert space == {"batch_size": Choice(tuple(values))} == read_space(space_texts(space))
+
+
+def test_the_type_is_that_of_the_field() -> None:
+    space = parse_space(["epochs=1..9", "momentum=0..0.9", "flip=yes,no", "optimizer=sgd,adam", "--kernel-size=3,5"])
+    assert space["epochs"] == Range(1, 9) and isinstance(space["epochs"].inside(), int)  # type: ignore[union-attr]
+    assert space["momentum"] == Range(0.0, 0.9) and space["flip"] == Choice((True, False))
+    assert space["optimizer"] == Choice(("sgd", "adam")) and space["kernel_size"] == Choice((3, 5))
+    assert str(space["flip"]) == "yes,no"
+
+
+@pytest.mark.parametrize(
+    ("param", "message"),
+    [
+        ("lr", "--param takes NAME=VALUES, such as lr=1e-4..1e-1:log or kernel-size=3,5, not 'lr'"),
+        ("batchsize=3,5", "unknown name of a --param 'batchsize'; did you mean 'batch-size'?"),
+        ("seed=1..9", "--param seed makes no sense to search: the luckiest of many seeds is no better recipe"),
+        ("device=cpu,cuda", "--param device makes no sense to search: it changes nothing that is learned"),
+        ("validation=0.1,0.2", "--param validation makes no sense to search"),
+        ("lr=a..b", "--param lr=a..b: --lr takes a number, not 'a'"),
+        ("epochs=1.5..9", "--param epochs=1.5..9: --epochs takes a whole number, not '1.5'"),
+        ("lr=1..0.1", "--param lr=1..0.1: a range goes from a smaller number to a larger one"),
+        ("lr=0..1:log", "--param lr=0..1:log: a range with :log begins above 0"),
+        ("lr=0..1:exp", "a range ends in :log or in nothing, not in :exp"),
+        ("momentum=0..1", "--param momentum=0..1: --momentum is 1.0; it must be below 1"),
+        ("batch-size=0,8", "--batch-size is 0; it must be at least 1"),
+        ("optimizer=sgd,adan", "unknown value of --optimizer 'adan'; did you mean 'adam'?"),
+        ("optimizer=a..z", "--optimizer takes a word: name its values with commas"),
+        ("lr=0.1", "give two different values or more; one is fixed for all trials with --lr"),
+        ("lr=0.1,0.1,0.2", "a value is named twice"),
+        ("kernel-size=3,5", "--param kernel-size=3: model 'small' has no option 'kernel_size'; it takes filters"),
+        ("momentum=0,0.9", "--param momentum=0.0: --nesterov needs --optimizer sgd or muon and a --momentum above 0"),
+        ("model=small,tiny,smal", "--param model=smal: unknown model 'smal'; did you mean 'small'?"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_before_anything_runs(param: str, message: str, toy: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        Sweep.create(toy, params=[param], **{k: v for k, v in QUICK.items() if k not in ("epochs", "batch_size")})
+    assert not Path("runs").exists()
+
+
+def test_other_plans_that_cannot_work(toy: str) -> None:
+    for options, message in (
+        ({}, "say what to search: --param lr="),
+        ({"params": LR, "preset": "classics"}, "unknown preset 'classics'; choose from: classic"),
+        ({"params": LR, "trials": 0}, "--trials is 0"),
+        ({"params": LR, "lr": 0.1}, "--lr is searched and fixed"),
+        ({"params": [*LR, *LR]}, "--param lr is given twice"),
+        ({"params": ["epochs=1,2", "iterations=5,9"]}, "--param epochs or --param iterations, not both"),
+        ({"params": LR, "validation": 0.0}, "a sweep chooses on validation images, and this recipe holds none out"),
+        ({"params": LR, "epoch": 1}, "unknown recipe option 'epoch'; did you mean 'epochs'"),
+    ):
+        with pytest.raises(UsageError, match=f"^{re.escape(message)}"):
+            Sweep.create(toy, **{**QUICK, **options})  # type: ignore[arg-type]
+    assert not Path("runs").exists()
+
+
+def test_the_classic_preset_takes_what_fits() -> None:
+    sweep = Sweep.create("digits", preset="classic", epochs=1)
+    assert list(sweep.space) == ["batch_size", "lr", "momentum"]
+    assert sweep.notes == ("the net small has no kernel_size: it is left out",)
+    x = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    np.savez("big.npz", x=x, y=np.arange(40) % 2)
+    sweep = Sweep.create("big.npz", "mnist-4conv", preset="classic", params=["lr=0.1,0.2"], validation=0.1)
+    assert sweep.space["kernel_size"] == Choice((3, 5)) and sweep.space["lr"] == Choice((0.1, 0.2))
+    assert sweep.notes == ("kernel_size 7 does not fit the net mnist-4conv and these images: it is left out",)
+    assert not sweep.base.watch_test
+
+
+def test_no_trial_can_look_at_a_test_image(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Untouchable:
+        def __getattribute__(self, name: str) -> Any:
+            raise AssertionError(f"the test split was touched: {name}")
+
+    dataset = dataclasses.replace(load_dataset(toy), test=Untouchable())  # type: ignore[arg-type]
+    monkeypatch.setattr(study, "load_dataset", lambda *_, **__: dataset)
+    sweep = Sweep.create(toy, params=LR, trials=2, watch_test=True, **QUICK)
+    assert len(sweep.data.test) == 0
+    run_all(sweep)
+    assert write_outcome(sweep)["states"] == {"complete": 2}
+
+
+def test_a_trial_is_what_train_does_and_its_recipe_travels_in_a_file(toy: str, no_plots: None) -> None:
+    sweep = Sweep.create(toy, params=[*LR, "momentum=0.1..0.8"], trials=3, **QUICK)
+    assert [row["state"] for row in run_all(sweep)] == ["complete"] * 3
+    said = write_outcome(sweep)
+    best = pick_best(sweep)
+    assert best is not None and said["best"]["val_acc"] == best.value == max(r["val_acc"] for r in trial_rows(sweep))
+    recipe = read_recipe(sweep.folder / "best.json")
+    assert recipe.override(device="cpu", threads=1) == sweep.base.override(**best.params)
+    values = json.loads((sweep.folder / "best.json").read_text())
+    assert values["recipe"] == "folder" and values["momentum"] == best.params["momentum"] and "loss" not in values
+    run = convlens.train(toy, recipe, device="cpu", threads=1)
+    assert run.folder.read_metrics()[-1]["val_acc"] == best.value
+    with open(sweep.folder / "trials.csv", newline="", encoding="utf-8") as file:
+        assert [row["trial"] for row in csv.DictReader(file)] == ["1", "2", "3"]
+    page = (sweep.folder / "report.html").read_text()
+    assert "nothing is claimed" in page and page.count("data:image/png") == 2
+    assert not list(sweep.folder.rglob("model"))
+
+
+@pytest.mark.parametrize("name", RECIPES.names())
+def test_every_recipe_can_be_a_file(name: str) -> None:
+    for recipe in (get_recipe(name), get_recipe(name).override(iterations=7, lr=0.3, optimizer="sgd", momentum=0.5)):
+        Path("recipe.json").write_text(json.dumps(recipe_file(recipe)))
+        assert read_recipe("recipe.json") == recipe
+    own = Recipe(epochs=1, lr=0.2)
+    Path("own.json").write_text(json.dumps(recipe_file(own)))
+    assert read_recipe("own.json") == own
+
+
+def test_a_wrong_recipe_file_says_what_is_wrong() -> None:
+    for content, message in (
+        ('{"recipe": "digits", "learning": 1}', "unknown recipe option 'learning'"),
+        ('{"recipe": "digits", "momentun": 0.1}', "unknown recipe option 'momentun'; did you mean 'momentum'?"),
+        ('{"recipe": "digit"}', "unknown recipe 'digit'; did you mean 'digits'?"),
+        ('{"recipe": "digits", "lr": "fast"}', "--lr takes a number, not 'fast'"),
+        ('{"recipe": 3}', '"recipe" is neither the name of a recipe nor the recipe of a run'),
+    ):
+        Path("r.json").write_text(content)
+        with pytest.raises(UsageError, match=f"^r.json: {re.escape(message)}"):
+            read_recipe("r.json")
+
+
+def test_the_same_seed_gives_the_same_trials_however_often_it_is_interrupted(toy: str) -> None:
+    options: dict[str, Any] = {"params": LR, **QUICK, "epochs": 2}
+    whole = run_all(Sweep.create(toy, trials=12, **options))
+    parts = Sweep.create(toy, trials=4, **options)
+    run_all(parts)
+    parts = Sweep.resume(parts.folder, trials=12)
+    epochs = iter(range(100))
+    with pytest.raises(Interrupted):  # in the middle of a trial
+        work.work(parts, threads=1, should_stop=lambda: next(epochs) > 20)
+    assert [row["state"] for row in trial_rows(parts)].count("interrupted") == 1
+    assert values_of(run_all(Sweep.resume(parts.folder))) == values_of(whole)
+    assert len(values_of(whole)) == 12
+    other = run_all(Sweep.create(toy, trials=3, seed=1, **options))
+    assert values_of(other)[1:] != values_of(whole)[1:3]
+
+
+def test_the_base_recipe_comes_first(toy: str) -> None:
+    sweep = Sweep.create(toy, params=["lr=0.01..1", "momentum=0.95,0.99"], trials=1, **QUICK)
+    (row,) = run_all(sweep)
+    assert row["lr"] == sweep.base.lr == 0.02 and row["momentum"] in (0.95, 0.99)
+    sweep = Sweep.create(toy, params=["lr=0.01..1"], trials=1, **QUICK)
+    run_all(sweep)
+    assert outcome.is_base(sweep)
+
+
+def test_trials_that_lag_behind_are_stopped(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "WARM_UP", 2)
+    sweep = Sweep.create(toy, params=["lr=0.02,0.03,1e-12"], trials=8, **{**QUICK, "epochs": 4})
+    rows = run_all(sweep)
+    pruned = [row for row in rows if row["state"] == "pruned"]
+    assert pruned and all(row["lr"] == 1e-12 and row["epochs"] < 4 for row in pruned)
+    said = write_outcome(sweep)
+    assert said["states"]["pruned"] == len(pruned) and said["best"]["params"]["lr"] != 1e-12
+
+
+def test_a_trial_that_diverges_is_written_down_and_the_sweep_goes_on(toy: str) -> None:
+    sweep = Sweep.create(toy, params=["lr=0.02,1e30"], trials=6, **{**QUICK, "epochs": 3})
+    rows = run_all(sweep)
+    failed = [row for row in rows if row["state"] == "failed"]
+    assert failed and failed[0]["lr"] == 1e30 and failed[0]["reason"].startswith("Diverged: ")
+    assert len(rows) == 6 and write_outcome(sweep)["states"]["failed"] == len(failed)
+
+
+def test_where_all_fail_that_is_said(toy: str) -> None:
+    sweep = Sweep.create(toy, params=["lr=1e29,1e30"], trials=2, **{**QUICK, "epochs": 3})
+    run_all(sweep)
+    with pytest.raises(
+        ConvlensError, match="^no trial of runs/toy-sweep-1 was trained to its end; most often: Diverged"
+    ):
+        write_outcome(sweep)
+    assert (sweep.folder / "trials.csv").exists()
+
+
+@pytest.mark.parametrize("storage", ["shared/journal.log", "sqlite:///shared.db"])
+def test_only_the_same_search_is_joined(storage: str, toy: str) -> None:
+    first = Sweep.create(toy, params=LR, trials=2, storage=storage, **QUICK)
+    assert not first.joined
+    run_all(first)
+    again = Sweep.create(toy, params=LR, trials=3, storage=storage, **{**QUICK, "device": "auto"})
+    assert again.joined and len(run_all(again)) == 3 and len(trial_rows(first)) == 3
+    assert len(trial_rows(Sweep.resume(again.folder))) == 3
+    np.savez("other.npz", x=255 - np.load(toy)["x"], y=np.load(toy)["y"])
+    for data, options, message in (
+        (toy, {"params": ["lr=1e-3..2:log"]}, "another space (lr is 0.001..1.0:log there and 0.001..2.0:log here)"),
+        (toy, {"params": LR, "epochs": 2}, "another base recipe (epochs is 1 there and 2 here)"),
+        ("other.npz", {"params": LR}, "other data"),
+    ):
+        with pytest.raises(
+            UsageError, match=re.escape(f"{storage} holds a sweep of {message}; name another --storage")
+        ):
+            Sweep.create(data, trials=2, storage=storage, **{**QUICK, **options})
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+def test_storages_that_cannot_be_opened(toy: str) -> None:
+    for storage, message in (
+        ("nothing://x", "cannot open the storage nothing://x: "),
+        ("sqlite:////nowhere/at/all.db", "cannot open the storage sqlite:////nowhere/at/all.db: "),
+        ("postgresql://me:secret@host/db", "--storage: the command is written into the sweep's folder"),
+        ("toy.npz/journal", "cannot open the storage "),
+    ):
+        with pytest.raises(ConvlensError, match=f"^{re.escape(message)}") as caught:
+            Sweep.create(toy, params=LR, storage=storage, **QUICK)
+        assert "secret" not in str(caught.value)
+    assert not Path("runs").exists()
+
+
+def test_a_trial_whose_process_is_gone_is_done_again(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = Sweep.create(toy, params=LR, trials=3, **QUICK)
+    asked = sweep.study.ask({"lr": sweep.space["lr"].distribution()})
+    mine = work.process_name()
+    assert mine is not None and not work.is_gone(mine) and not work.is_gone("another 1 2 3 4")
+    gone = " ".join([*mine.split(" ")[:-1], "1"])  # the same number, started at another time
+    asked.set_user_attr("worker", gone if sys.platform == "linux" else mine)
+    if sys.platform != "linux":
+        monkeypatch.setattr(work, "GRACE", 0.0)
+    rows = run_all(sweep)
+    assert [row["state"] for row in rows] == ["interrupted", "complete", "complete", "complete"]
+    assert rows[0]["reason"] == "its process is gone" and rows[1]["lr"] == rows[0]["lr"] == 0.02
+
+
+def test_another_machine_is_taken_for_dead_when_it_is_silent_for_long(
+    toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = Sweep.create(toy, params=LR, trials=3, **QUICK)
+    crew, asked = work.Crew(sweep.study), sweep.study.ask({"lr": sweep.space["lr"].distribution()})
+    asked.set_user_attr("worker", "another-machine 1 2 3 4")
+    assert len(crew.running()) == 1
+    clock = time.monotonic()
+    monkeypatch.setattr(work.time, "monotonic", lambda: clock + work.GRACE / 2)
+    asked.set_user_attr("alive", 1.0)
+    assert len(crew.running()) == 1
+    monkeypatch.setattr(work.time, "monotonic", lambda: clock + 1.4 * work.GRACE)
+    assert len(crew.running()) == 1  # it gave a sign of life in between
+    monkeypatch.setattr(work.time, "monotonic", lambda: clock + 1.6 * work.GRACE)
+    assert crew.running() == [] and crew.done() == []
+    work.run_trial(sweep, asked, 1, lambda: False, lambda: None, False)  # it comes back, too late: nothing happens
+    assert crew.done() == []
+
+
+def test_a_trial_that_kills_its_processes_is_given_up(toy: str) -> None:
+    sweep = Sweep.create(toy, params=LR, trials=2, **QUICK)
+    for deaths in range(work.MOST_DEATHS):
+        trial = sweep.study.ask({"lr": sweep.space["lr"].distribution()})
+        assert trial.user_attrs.get("deaths", 0) == deaths
+        work.put_back(sweep.study, trial, "its process is gone", deaths + 1)
+    rows = run_all(sweep)
+    assert [row["state"] for row in rows] == ["interrupted", "interrupted", "failed", "complete"]
+    assert sweep.study.get_trials()[-1].state is TrialState.COMPLETE
+
+
+def test_two_processes_share_the_work(toy: str) -> None:
+    sweep = Sweep.create(toy, params=LR, trials=6, **{**QUICK, "epochs": 10})
+    command = [sys.executable, "-m", "convlens.sweep.work", str(sweep.folder), "1"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as helper:
+        while not work.Crew(sweep.study).running():
+            assert helper.poll() is None, helper.stderr and helper.stderr.read()
+            time.sleep(0.01)
+        rows = run_all(sweep)
+        _, err = helper.communicate(timeout=60)
+    assert (helper.returncode, err) == (0, "")
+    workers = write_outcome(sweep)["workers"]
+    assert len(workers) == 2 and 6 <= sum(workers.values()) <= 7, workers
+    assert len({row["lr"] for row in rows}) == len(rows)  # none was done twice
+
+
+def test_the_best_is_confirmed_on_fresh_seeds_and_no_claim_without(toy: str, no_plots: None) -> None:
+    base = get_recipe("folder").override(**QUICK, lr=1e-6)
+    sweep = Sweep.create(toy, base, params=["lr=0.01,0.02"], trials=2)
+    run_all(sweep)
+    write_outcome(sweep)
+    runs = list(outcome.confirm(sweep, 2, lambda: False))
+    assert [(which, name) for which, name, _ in runs] == [
+        ("base", "seed-1"), ("base", "seed-2"), ("best", "seed-1"), ("best", "seed-2"),
+    ]  # fmt: skip
+    said = outcome.compare_confirmed(sweep, 2)
+    assert said["test_accuracy"]["base"] == pytest.approx(np.mean([run.accuracy for w, _, run in runs if w == "base"]))
+    assert said["difference"] == pytest.approx(said["test_accuracy"]["best"] - said["test_accuracy"]["base"])
+    assert list(outcome.confirm(sweep, 2, lambda: False)) == []  # it is there already
+    for seeds in (1, -1):
+        with pytest.raises(UsageError, match=f"^--confirm is {seeds}; it takes 2 seeds or more, or 0 for none$"):
+            outcome.require_seeds(seeds)
+
+
+def test_a_verdict_takes_seeds_and_images_into_account() -> None:
+    random = np.random.default_rng(0)
+    worse, better = random.random((3, 2000)) < 0.90, random.random((3, 2000)) < 0.99
+    pair = PairedSeeds(worse, better)
+    low, high = pair.interval
+    assert 0 < low < pair.difference < high
+    assert pair.verdict("a", "b").startswith("b is better than a: +")
+    assert PairedSeeds(better, worse).verdict("b", "a") == pair.verdict("a", "b")
+    alike = PairedSeeds(worse, random.random((3, 2000)) < 0.90).verdict("a", "b")
+    assert alike.startswith("may be chance: b against a ") and "3 fresh seeds each, 2,000 test images" in alike
+    # one seed that fails makes the mean uncertain, however many images agree
+    lucky = better.copy()
+    lucky[0] = worse[0]
+    lucky[1] = worse[1]
+    assert PairedSeeds(worse, lucky).verdict("a", "b").startswith("may be chance")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+def test_however_it_ends_nothing_is_lost(kind: signal.Signals, toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "NAMELESS", 1.0)  # it may be killed before its trial has its name
+    command = [
+        sys.executable,
+        "-m",
+        "convlens",
+        "sweep",
+        toy,
+        *FLAGS,
+        "--param",
+        LR[0],
+        "--trials",
+        "4",
+        "--confirm",
+        "0",
+    ]
+    command += ["--epochs", "30", "--out", "mine", "--jobs", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        while not process.stdout.readline().startswith("trial "):
+            assert process.poll() is None, process.stderr.read()
+        process.send_signal(kind)
+        _, err = process.communicate(timeout=60)  # until the helper, which holds the pipes too, has gone
+    if kind is signal.SIGKILL:
+        assert process.returncode == -9
+    else:
+        assert process.returncode == 130
+        last = "convlens: interrupted; nothing is lost. Go on with: convlens sweep --resume mine"
+        assert err.strip().splitlines() == ["stopping after this step ...", last]
+    sweep = Sweep.resume("mine")
+    rows = run_all(sweep)
+    counted = [row for row in rows if row["state"] != "interrupted"]
+    assert len(counted) == 4 and len({row["lr"] for row in counted}) == 4
+
+
+def test_on_the_command_line(toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from convlens import cli
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["convlens", *map(str, words)])
+        with pytest.raises(SystemExit) as leaving:
+            cli.main()
+        return int(leaving.value.code or 0), *capsys.readouterr()
+
+    code, out, err = call("sweep", toy, *FLAGS, "--param", "lr=0.01..0.5", "--trials", 3, "--confirm", 0)
+    assert (code, err) == (0, "")
+    assert (
+        "best    trial " in out
+        and "train with: convlens train " in out
+        and "--config runs/toy-sweep-1/best.json" in out
+    )
+    assert "no trial looks at the test images" in out
+    assert "nothing is claimed" in out or "nothing better than the base recipe was found" in out
+    code, out, _ = call("train", toy, "--config", "runs/toy-sweep-1/best.json", "--epochs", 2, "--device", "cpu")
+    assert code == 0 and "epoch   2" in out  # a flag wins
+    code, out, _ = call("sweep", "--resume", "runs/toy-sweep-1", "--trials", 4, "--confirm", 0)
+    assert code == 0 and "trial   4  (4 of 4)" in out and "trial   3  (" not in out
+    for words, message in (
+        ((), "name the data to search on, or a sweep to --resume, one of the two"),
+        (("--resume", "runs/toy-sweep-1", "--lr", 1), "--resume goes on with the sweep's own plan"),
+        (("--resume", "runs"), "runs is not the folder of a sweep: it has no sweep.json"),
+        ((toy, "--param", "lrr=1,2"), "unknown name of a --param 'lrr'; did you mean 'lr'?"),
+        ((toy, "--param", LR[0], "--jobs", 9999), "--jobs is 9999; this machine lets convlens use"),
+        ((toy, "--param", LR[0], "--confirm", 1), "--confirm is 1; it takes 2 seeds or more"),
+        ((toy, "--param", LR[0], "--out", "runs"), "runs exists already; choose another --out"),
+    ):
+        code, _, err = call("sweep", *words)
+        assert code == 2 and err.startswith(f"convlens: {message}") and err.count("\n") == 1, err
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    code, _, err = call("sweep", toy, "--param", LR[0])
+    assert (code, err) == (2, "convlens: a sweep needs a package more: pip install 'convlens[sweep]'\n")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
+def test_the_range_test_finds_a_rate_between_nothing_and_too_much(optimizer: str) -> None:
+    recipe = get_recipe("digits").override(optimizer=optimizer, nesterov=False, filters=4, bias_lr=0.5)
+    dataset = load_dataset("digits")
+    found = tuning.find_lr(dataset, recipe)
+    assert 1e-4 < found.suggestion <= found.lowest < 10 and len(found.rates) == len(found.losses)
+    assert found == tuning.find_lr(dataset, recipe)
+    rates = tuning.with_lr(recipe, found.suggestion)
+    assert rates["bias_lr"] / rates["lr"] == pytest.approx(0.5 / recipe.lr, rel=0.1)
+
+
+def test_the_steepest_place_is_found() -> None:
+    rates = [10 ** (-4 + 0.05 * k) for k in range(100)]
+    losses = [2 / (1 + np.exp(8 * (np.log10(rate) + 2))) + 0.3 for rate in rates]  # falls most steeply at 0.01
+    assert tuning.steepest(rates, losses) == pytest.approx(0.01, rel=0.15)
+    assert tuning.steepest([0.1], [1.0]) == 0.1
+
+
+def test_batch_sizes_are_tried_until_they_bring_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pace = {16: 100.0, 32: 190.0, 64: 300.0, 128: 310.0, 256: 280.0, 512: 270.0}
+    memory = dict.fromkeys(pace, 0)
+    dataset = load_dataset("digits")
+    dataset = dataclasses.replace(dataset, train=dataset.train.take(torch.arange(1200).repeat(5)))
+    monkeypatch.setattr(tuning, "measure", lambda _, __, size: tuning.Pace(size, pace[size], memory[size]))
+    recipe = get_recipe("digits")
+    tried = list(tuning.probe_batches(dataset, recipe))
+    assert [p.batch_size for p in tried] == [16, 32, 64, 128, 256] and tuning.pick_batch(tried) == 64
+    memory[32] = 1 << 60
+    assert [p.batch_size for p in tuning.probe_batches(dataset, recipe)] == [16, 32]
+
+    def run_out(*_: object) -> tuning.Pace:
+        raise MemoryError
+
+    few = dataclasses.replace(dataset, train=dataset.train.take(torch.arange(350)))  # ten steps an epoch at least
+    assert [p.batch_size for p in tuning.probe_batches(few, recipe)] == [16]
+    monkeypatch.setattr(tuning, "measure", run_out)
+    assert list(tuning.probe_batches(dataset, recipe)) == []
+    with pytest.raises(ConvlensError, match="^there is not enough memory for 16 images at once"):
+        tuning.pick_batch([])
+
+
+def test_what_a_batch_costs_is_measured_without_a_test_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "PROBE_SECONDS", 0.01)
+    dataset = dataclasses.replace(load_dataset("digits"), test=None)  # type: ignore[arg-type]
+    recipe = get_recipe("digits").override(filters=4)
+    small, large = (tuning.measure(dataset, recipe, size) for size in (16, 64))
+    assert small.images_per_second > 0 and large.memory == 4 * small.memory > 0
+    assert tuning.free_memory(recipe) > 0
+
+
+def test_tune_prints_a_command_that_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from convlens import cli
+
+    monkeypatch.setattr(tuning, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(sys, "argv", ["convlens", "tune", "digits", "--filters", "4", "--no-nesterov", "--seed", "2"])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    out = capsys.readouterr().out
+    assert not leaving.value.code and Path("digits-lr.png").stat().st_size > 5000
+    line = out.splitlines()[-1]
+    words = line.removeprefix("train with: convlens ").split()
+    assert words[:2] == ["train", "digits"] and "--no-nesterov" in words and "--lr" in words and "--batch-size" in words
+    monkeypatch.setattr(sys, "argv", ["convlens", *words, "--epochs", "1"])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    assert not leaving.value.code
