@@ -31,6 +31,7 @@ from typing import Any
 
 import contenders
 import numpy as np
+import scale
 import serving
 import torch
 import torch.nn.functional as F
@@ -648,6 +649,30 @@ def gpu() -> tuple[list[Record], str]:
     return records, table(["who", "time", "training, s", "test accuracy", "with test-time augmentation"], rows)
 
 
+def processes() -> tuple[list[Record], str]:
+    """Images/s of one process, and of two that share every batch."""
+    records, (head, *rows) = scale.measure_processes()
+    return records, table(head, rows)
+
+
+def shards() -> tuple[list[Record], str]:
+    """Images/s of training from memory and from shards."""
+    records, (head, *rows) = scale.measure_shards()
+    return records, table(head, rows)
+
+
+def streams() -> tuple[list[Record], str]:
+    """Peak memory and pace of a training from shards, against the number of images."""
+    records, (head, *rows) = scale.measure_streams()
+    return records, table(head, rows)
+
+
+def sweep() -> tuple[list[Record], str]:
+    """Seconds of fifty trials on the digits with two jobs."""
+    records, (head, *rows) = scale.measure_sweep()
+    return records, table(head, rows)
+
+
 SECTIONS = {
     "race": race,
     "speedrun": speedrun,
@@ -664,6 +689,10 @@ SECTIONS = {
     "growth": growth,
     "folders": folders,
     "many": many,
+    "processes": processes,
+    "shards": shards,
+    "streams": streams,
+    "sweep": sweep,
     "gpu": gpu,
 }
 

@@ -1,0 +1,165 @@
+"""What many processes, shards and a sweep cost: those sections of bench.py, and ``streams``."""
+
+from __future__ import annotations
+
+import csv
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import convlens
+from convlens.data.catalog import from_arrays
+from convlens.data.dataset import Dataset, Split
+from convlens.data.pictures import PictureStyle
+from convlens.data.shards import pack
+
+PAIRS = 5
+NETS = [  # net, options of the recipe, image (C, H, W), batch, steps
+    ("mnist-4conv", {}, (1, 28, 28), 512, 12),
+    ("whitened", {"filters": 30}, (3, 32, 32), 500, 16),
+    ("small", {}, (1, 28, 28), 256, 200),
+]
+STREAMED = [  # net, options of the recipe, image (C, H, W), batch, steps
+    ("whitened", {"filters": 30}, (3, 32, 32), 500, 24),
+    ("small", {}, (3, 32, 32), 256, 200),
+    ("tiny", {}, (1, 28, 28), 512, 200),
+]
+GROWN = (10_000, 100_000, 1_000_000)  # images
+
+
+def noise(images: int, shape: tuple[int, int, int]) -> tuple[Any, Any]:
+    """Return random images, uint8 (N, H, W, C), and labels of ten classes."""
+    channels, height, width = shape
+    pixels = np.random.default_rng(0).integers(0, 256, (images, height, width, channels), np.uint8)
+    return pixels, np.arange(images) % 10
+
+
+def train(data: Path, net: str, options: dict[str, Any], batch: int, steps: int, *arguments: str) -> float:
+    """Run ``convlens train`` on ``data``; return images a second of its training."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [f"--{name}={value}" for name, value in options.items()]
+        command = ["convlens", "train", str(data), "--recipe", "digits", "--model", net, *flags]
+        command += [f"--batch-size={batch}", f"--iterations={steps}", "--rotation=0", "--scale=0", "--precision=auto"]
+        command += ["--lr=0.001", "--out", f"{folder}/run", *arguments]
+        subprocess.run(command, capture_output=True, check=True)
+        with open(f"{folder}/run/metrics.csv", encoding="utf-8") as file:
+            return batch * steps / float(list(csv.DictReader(file))[-1]["seconds"])
+
+
+def ratio(first: list[float], second: list[float]) -> str:
+    """Return the median of the ratios second / first of each pair, with the smallest and the largest."""
+    ratios = [b / a for a, b in zip(first, second, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def measure_processes() -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """Images/s of one process with one thread, and of two that share every batch."""
+    records, rows = [], []
+    for net, options, shape, batch, steps in NETS:
+        with tempfile.TemporaryDirectory() as folder:
+            x, y = noise(batch * steps // 2, shape)
+            np.savez(f"{folder}/noise.npz", x_train=x, y_train=y, x_test=x[:200], y_test=y[:200])
+            paces: dict[str, list[float]] = {"1": [], "2": []}
+            for _ in range(PAIRS):
+                for count in paces:
+                    flags = ["--threads=1", "--processes", count, "--validation=0"]
+                    paces[count].append(train(Path(folder) / "noise.npz", net, options, batch, steps, *flags))
+        label = " ".join([net, *(f"--{name} {value}" for name, value in options.items())])
+        records.append({"net": label, "batch": batch, "images_per_second": paces})
+        medians = [f"{statistics.median(paces[count]):,.0f}" for count in paces]
+        rows.append([f"`{label}`", f"{batch}", *medians, ratio(paces["1"], paces["2"])])
+    return records, [["net", "batch", "one process, images/s", "two, images/s", "ratio"], *rows]
+
+
+def measure_shards() -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """Images/s of training from memory and from shards, in pairs."""
+    records, rows = [], []
+    for net, options, shape, batch, steps in STREAMED:
+        with tempfile.TemporaryDirectory() as folder:
+            x, y = noise(batch * steps // 2, shape)
+            place = Path(folder)
+            np.savez(place / "noise.npz", x_train=x, y_train=y, x_test=x[:200], y_test=y[:200])
+            dataset = from_arrays(x, y, x[:200], y[:200])
+            pack(dataset.with_validation(0.02, 0), place / "shards")
+            paces: dict[str, list[float]] = {"memory": [], "shards": []}
+            for _ in range(PAIRS):
+                for kind, source in (("memory", place / "noise.npz"), ("shards", place / "shards")):
+                    paces[kind].append(train(source, net, options, batch, steps, "--validation=0.02"))
+        label = " ".join([net, *(f"--{name} {value}" for name, value in options.items())])
+        records.append({"net": label, "shape": shape, "batch": batch, "images_per_second": paces})
+        medians = [f"{statistics.median(paces[kind]):,.0f}" for kind in paces]
+        rows.append([f"`{label}`", f"{shape[1]} px", *medians, ratio(paces["memory"], paces["shards"])])
+    return records, [["net", "images", "from memory, images/s", "from shards, images/s", "ratio"], *rows]
+
+
+def make_noise_shards(images: int, folder: Path) -> None:
+    """Pack so many random grey images of 28 pixels, and 2,000 to validate and test on."""
+    (x, y), (few, labels) = noise(images, (1, 28, 28)), noise(2_000, (1, 28, 28))
+    train, held_out = from_arrays(x, y, few, labels).train, from_arrays(few, labels, few, labels).train
+    classes = tuple(map(str, range(10)))
+    assert isinstance(train, Split)
+    pack(Dataset("noise", None, classes, train, held_out, held_out, PictureStyle(), "noise"), folder)
+
+
+def stream(folder: str) -> None:
+    """Train one epoch from shards, and print its seconds, and this process's peak memory."""
+    with tempfile.TemporaryDirectory() as out:
+        run = convlens.train(folder, "mnist-99", epochs=1, out=Path(out) / "run")
+        seconds = run.metrics[-1]["seconds"]
+    print(json.dumps({"seconds": seconds, "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+
+
+def measure_streams() -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """Peak memory and pace of a training from shards, against the number of images."""
+    records, rows = [], []
+    for images in GROWN:
+        with tempfile.TemporaryDirectory() as folder:
+            shards = Path(folder) / "shards"
+            subprocess.run([sys.executable, __file__, "--pack", str(images), str(shards)], check=True)
+            size = sum(file.stat().st_size for file in shards.iterdir())
+            done = subprocess.run(
+                [sys.executable, __file__, "--stream", str(shards)], capture_output=True, text=True, check=True
+            )
+        record = {"images": images, "bytes": size, **json.loads(done.stdout.splitlines()[-1])}
+        records.append(record)
+        rows.append(
+            [f"{images:,}", f"{size / 2**20:,.0f}", f"{record['seconds']:.1f}", f"{images / record['seconds']:,.0f}",
+             f"{record['mib']:,.0f}"]
+        )  # fmt: skip
+    return records, [["images", "shards, MiB", "seconds an epoch", "images/s", "peak memory, MiB"], *rows]
+
+
+def measure_sweep() -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """Seconds of fifty trials on the digits with two jobs, and how the trials fell to them."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["convlens", "sweep", "digits", "--trials", "50", "--jobs", "2", "--confirm", "0"]
+        command += ["--param", "lr=1e-4..1e-1:log", "--param", "batch-size=64,128,256", "--param", "momentum=0..0.99"]
+        start = time.perf_counter()
+        subprocess.run([*command, "--out", f"{folder}/sweep"], capture_output=True, check=True)
+        seconds = time.perf_counter() - start
+        with open(f"{folder}/sweep/trials.csv", encoding="utf-8") as file:
+            trials = list(csv.DictReader(file))
+    states, workers = (Counter(trial[column] for trial in trials) for column in ("state", "worker"))
+    told = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+    share = " and ".join(map(str, workers.values()))
+    record = {"seconds": seconds, "states": states, "workers": list(workers.values())}
+    return [record], [
+        ["trials", "seconds", "what became of them", "in each job"],
+        ["50", f"{seconds:.0f}", told, share],
+    ]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--pack"]:
+        make_noise_shards(int(sys.argv[2]), Path(sys.argv[3]))
+    elif sys.argv[1:2] == ["--stream"]:
+        stream(sys.argv[2])
