@@ -93,6 +93,8 @@ def test_train_in_two_processes_writes_one_run_and_goes_on_in_one(tmp_path: Path
     again = convlens("--resume", "runs/digits-1", "--accept-changes")
     assert again.returncode == 0, again.stderr
     assert "another number of processes (2, now 1)" in again.stdout
+    wrong = convlens("digits", "--budget", "9s", "--processes", "2")
+    assert wrong.stderr == "convlens: --budget measures the pace of one process; give several of them --seconds\n"
     wrong = convlens("nothing", "--processes", "2")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1), wrong.stderr
     assert wrong.stderr.startswith("convlens: unknown data set or folder 'nothing'")

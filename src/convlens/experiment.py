@@ -97,6 +97,8 @@ class Experiment:
         ranks = join()
         if not ranks.first:
             return cls._follow(data, ranks)
+        if budget is not None and ranks.size > 1:
+            raise UsageError("--budget measures the pace of one process; give several of them --seconds")
         if begun := find_begun(out):
             return cls.resume(begun, finished_too=True)
         started = time.perf_counter() if started is None else started

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 import threading
 import urllib.error
@@ -159,10 +160,14 @@ def load_shards(source: str | Path) -> Dataset:
         index = json.loads(place.read(INDEX, "")) if address else read_json(Path(source) / INDEX)
         if index["format"] != FORMAT:
             raise ConvlensError(f"the shards in {source} are of another version of convlens: format {index['format']}")
+        if not {"train", "test"} <= set(index["splits"]) <= {"train", "validation", "test"}:
+            raise ValueError(f"its splits are {', '.join(index['splits'])}")
         splits: dict[str, Split] = {}
         for name, about in index["splits"].items():
             labels = np.load(io.BytesIO(place.read(f"{name}-labels.npy", about["labels"])), allow_pickle=False)
-            shards = [Shard(s["file"], int(s["images"]), s["sha256"]) for s in about["shards"]]
+            shards = [Shard(s["file"], int(s["images"]), str(s["sha256"])) for s in about["shards"]]
+            if not all(re.fullmatch(rf"{name}-\d+\.tar", shard.file) and shard.images > 0 for shard in shards):
+                raise ValueError(f"{name} names files that are no shards")
             shape = tuple(int(side) for side in index["shape"])
             images = ShardImages(place, shards, shape)  # type: ignore[arg-type]
             if len(labels) != len(images):
@@ -250,7 +255,8 @@ class ShardImages:
         """Begin to read shards that are not in memory yet; those that were not asked for longest are forgotten."""
         with self._lock:
             for number in numbers:
-                if number not in self._loaded:
+                known = self._loaded.get(number)
+                if known is None or (known.done() and known.exception()):  # it may be there by now
                     self._loaded[number] = self._pool.submit(self._read, number)
                 self._loaded.move_to_end(number)
             asked = [self._loaded[number] for number in numbers]
@@ -283,6 +289,8 @@ class ShardImages:
         header = len(npy_header((height, width, channels)))
         pixels = height * width * channels
         size = BLOCK + -(-(header + pixels) // BLOCK) * BLOCK + 2 * BLOCK
+        if len(content) < shard.images * size:
+            raise ConvlensError(f"the shard {self.place.path}/{shard.file} holds fewer images than {INDEX} says")
         samples = content[: shard.images * size].reshape(shard.images, size)
         return np.ascontiguousarray(samples[:, BLOCK + header :][:, :pixels]).reshape(-1, height, width, channels)
 
