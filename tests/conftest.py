@@ -10,8 +10,6 @@ import pytest
 import torch
 from hypothesis import settings
 
-from convlens.experiment import Experiment
-
 settings.register_profile("patient", deadline=None)  # a busy machine is no bug
 settings.load_profile("patient")
 
@@ -31,7 +29,7 @@ def own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.F
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the drawing, for tests that look at something else."""
-    monkeypatch.setattr(Experiment, "_draw", lambda *_: None)
+    monkeypatch.setattr("convlens.finish.draw_plots", lambda *_: None)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -369,7 +369,7 @@ def test_a_run_that_was_stopped_while_it_finished(tmp_path: Path, monkeypatch: p
     for _ in experiment.epochs():
         pass
     with monkeypatch.context() as patch:
-        patch.setattr("convlens.experiment.write_predictions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("convlens.finish.write_predictions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             experiment.finish()
     again = Experiment.resume(tmp_path / "run")

@@ -13,17 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from convlens.data.augment import Draws, mirror
 from convlens.data.catalog import load_dataset, load_recorded
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
 from convlens.data.published import DATASETS
 from convlens.errors import ConvlensError, UsageError
-from convlens.evaluation.metrics import make_views
-from convlens.evaluation.trust import Trust
-from convlens.explain.stages import first_convolution
+from convlens.finish import conclude
 from convlens.machine import available_cores
 from convlens.models import count_parameters, model_options
 from convlens.ranks import Ranks, job, join, started_again
@@ -33,26 +30,18 @@ from convlens.record import (
     command_line,
     describe_data,
     find_tensorboard,
-    summarise_test,
-    without_path,
-    without_paths,
     write_metrics,
-    write_predictions,
     write_split,
 )
-from convlens.reporting import plots
-from convlens.reporting.report import write_report
 from convlens.run import Run
 from convlens.runfolder import RunFolder, read_json, read_names, write_json, write_names
 from convlens.runtime import callers_state_kept, choose_device, describe_machine, use_threads
 from convlens.shipping.bundle import Bundle, load_bundle
-from convlens.shipping.classifier import Classifier
 from convlens.shipping.places import find_bundle, shipped_models
 from convlens.training.budget import candidates, fit_into, parse_budget
 from convlens.training.checkpoint import CheckpointStore, EpochRecord
 from convlens.training.engine import Watcher, fit
 from convlens.training.nets import describe_net, make_net
-from convlens.training.optim import make_augment
 from convlens.training.precision import choose_precision
 from convlens.training.recipe import LENGTHS, MODEL_OPTIONS, Recipe
 from convlens.training.recipes import default_recipe, get_recipe
@@ -281,65 +270,9 @@ class Experiment:
         if self.ranks.first:
             with self.folder.claimed():
                 if not self.folder.report.exists():  # else another process has finished it
-                    self._finish()
+                    conclude(self.folder, self.config, self.recipe, self.dataset, self.preprocess, self.net)
         self.ranks.share(None)  # the others wait for it
         return Run(self.folder.path)
-
-    def _finish(self) -> None:
-        """Do what :meth:`finish` says."""
-        dataset, folder = self.dataset, self.folder
-        records = folder.read_metrics()
-        model = {key: self.config["model"][key] for key in ("name", "arguments")}
-        trust = None
-        if dataset.validation is not None:
-            normalise = self.preprocess.normaliser()
-            trust = Trust.fit(self.net, dataset.train, dataset.validation, len(dataset.classes), normalise)
-        bundle = Bundle(self.net, model, dataset.classes, self.preprocess, {}, trust)
-        classifier = Classifier(bundle, self.recipe.device)
-        views = make_views(self.recipe.flip) if self.recipe.test_views else None
-        test, logits = classifier.test(dataset.test, views)
-        seconds = records[-1]["seconds"] if records else 0.0
-        trained = {
-            "convlens": version("convlens"),
-            "command": without_paths(self.config["command"], self.config["data"]),
-            "recipe": self.config["recipe"],
-            "data": without_path(self.config["data"]),
-            "machine": self.config["machine"],
-            "parameters": self.config["model"]["parameters"],
-            "seconds": seconds,
-            "test": summarise_test(test),
-        }
-        dataclasses.replace(bundle, trained=trained).save(folder.model)
-        probabilities = classifier.probabilities(logits)
-        write_predictions(folder, dataset, probabilities)
-        write_json(folder.test, test)
-        self._draw(records, test, probabilities)
-        write_report(folder)  # last: its presence says that the training is finished
-
-    def _draw(self, records: list[dict[str, float | None]], test: dict[str, Any], probabilities: Tensor) -> None:
-        """Draw every plot of the run."""
-        dataset, folder, classes = self.dataset, self.folder.plots, self.dataset.classes
-        train = dataset.train
-        rows = plots.pick_samples(train.labels, len(classes))
-        images, labels = train.images[rows], train.labels[rows]
-        names = [classes[label] for label in labels.tolist()]
-        plots.draw_images(folder / "samples.png", images, names, "What it learns from: training images")
-        augment = make_augment(self.recipe, len(classes))
-        normalise = self.preprocess.normaliser()
-        with torch.no_grad():
-            turned = torch.arange(len(rows)) % 2 == 1  # every second one, as in each epoch
-            seen = mirror(normalise(images), turned) if self.recipe.flip else normalise(images)
-            draws = Draws(torch.Generator().manual_seed(self.recipe.seed), len(rows), slice(None))
-            changed, _ = augment(seen, labels, draws)
-        pixels = normalise.invert(changed)
-        plots.draw_images(folder / "augmented.png", pixels, names, "The same images as the net saw them")
-        plots.draw_curves(folder / "curves.png", records)
-        plots.draw_confusion(folder / "confusion.png", test["confusion_matrix"], classes)
-        if calibration := test.get("calibration"):
-            plots.draw_reliability(folder / "calibration.png", calibration)
-        plots.draw_mistakes(folder / "mistakes.png", dataset.test.images, dataset.test.labels, probabilities, classes)
-        if conv := first_convolution(self.net):
-            plots.draw_filters(folder / "filters.png", conv.weight.detach().cpu().numpy())
 
 
 def train(

@@ -1,0 +1,86 @@
+"""What stands at the end of a training: one test, the bundle, the figures, the pictures, the report."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convlens.data.augment import Draws, mirror
+from convlens.data.dataset import Dataset
+from convlens.data.preprocess import Preprocess
+from convlens.evaluation.metrics import make_views
+from convlens.evaluation.trust import Trust
+from convlens.explain.stages import first_convolution
+from convlens.record import summarise_test, without_path, without_paths, write_predictions
+from convlens.reporting import plots
+from convlens.reporting.report import write_report
+from convlens.runfolder import RunFolder, write_json
+from convlens.shipping.bundle import Bundle
+from convlens.shipping.classifier import Classifier
+from convlens.training.optim import make_augment
+from convlens.training.recipe import Recipe
+
+
+def conclude(
+    folder: RunFolder, config: dict[str, Any], recipe: Recipe, dataset: Dataset, preprocess: Preprocess, net: nn.Module
+) -> None:
+    """Test the trained ``net``, once; write bundle, ``test.json``, ``predictions.csv``, plots and report."""
+    records = folder.read_metrics()
+    model = {key: config["model"][key] for key in ("name", "arguments")}
+    trust = None
+    if dataset.validation is not None:
+        trust = Trust.fit(net, dataset.train, dataset.validation, len(dataset.classes), preprocess.normaliser())
+    bundle = Bundle(net, model, dataset.classes, preprocess, {}, trust)
+    classifier = Classifier(bundle, recipe.device)
+    test, logits = classifier.test(dataset.test, make_views(recipe.flip) if recipe.test_views else None)
+    trained = {
+        "convlens": version("convlens"),
+        "command": without_paths(config["command"], config["data"]),
+        "recipe": config["recipe"],
+        "data": without_path(config["data"]),
+        "machine": config["machine"],
+        "parameters": config["model"]["parameters"],
+        "seconds": records[-1]["seconds"] if records else 0.0,
+        "test": summarise_test(test),
+    }
+    dataclasses.replace(bundle, trained=trained).save(folder.model)
+    probabilities = classifier.probabilities(logits)
+    write_predictions(folder, dataset, probabilities)
+    write_json(folder.test, test)
+    draw_plots(folder, recipe, dataset, preprocess, net, test, probabilities)
+    write_report(folder)  # last: its presence says that the training is finished
+
+
+def draw_plots(
+    folder: RunFolder,
+    recipe: Recipe,
+    dataset: Dataset,
+    preprocess: Preprocess,
+    net: nn.Module,
+    test: dict[str, Any],
+    probabilities: Tensor,
+) -> None:
+    """Draw every plot of a run, from its test and the probabilities (N, K) of the test images."""
+    train, classes, place = dataset.train, dataset.classes, folder.plots
+    rows = plots.pick_samples(train.labels, len(classes))
+    images, labels = train.images[rows], train.labels[rows]
+    names = [classes[label] for label in labels.tolist()]
+    plots.draw_images(place / "samples.png", images, names, "What it learns from: training images")
+    augment, normalise = make_augment(recipe, len(classes)), preprocess.normaliser()
+    with torch.no_grad():
+        turned = torch.arange(len(rows)) % 2 == 1  # every second one, as in each epoch
+        seen = mirror(normalise(images), turned) if recipe.flip else normalise(images)
+        draws = Draws(torch.Generator().manual_seed(recipe.seed), len(rows), slice(None))
+        changed, _ = augment(seen, labels, draws)
+    plots.draw_images(place / "augmented.png", normalise.invert(changed), names, "The same images as the net saw them")
+    plots.draw_curves(place / "curves.png", folder.read_metrics())
+    plots.draw_confusion(place / "confusion.png", test["confusion_matrix"], classes)
+    if calibration := test.get("calibration"):
+        plots.draw_reliability(place / "calibration.png", calibration)
+    plots.draw_mistakes(place / "mistakes.png", dataset.test.images, dataset.test.labels, probabilities, classes)
+    if conv := first_convolution(net):
+        plots.draw_filters(place / "filters.png", conv.weight.detach().cpu().numpy())
