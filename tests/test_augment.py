@@ -24,7 +24,7 @@ def generator(seed: int = 0) -> Generator:
 
 
 def draws(x: Tensor, seed: int = 0) -> Draws:
-    return Draws(generator(seed), len(x), slice(None))
+    return Draws.seeded(seed, len(x))
 
 
 def batch(n: int = 8, c: int = 3, h: int = 12, w: int = 10) -> Tensor:

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import convlens
 from convlens.data.dataset import Dataset
+from convlens.data.folds import merge
 from convlens.data.loader import Batches
 from convlens.data.preprocess import Preprocess
 from convlens.data.shards import Place, Shard, ShardImages, ShardOrder, load_shards, pack
@@ -33,7 +34,7 @@ def digits() -> Dataset:
 @pytest.fixture(scope="module")
 def shards(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packed") / "shards"
-    pack(digits, folder, 100)
+    pack(digits, folder, 40)
     return folder
 
 
@@ -78,7 +79,7 @@ def test_rows_are_asked_for_as_of_a_tensor(shards: Path) -> None:
 
 
 def test_the_shards_are_the_same_bytes_again(digits: Dataset, shards: Path, tmp_path: Path) -> None:
-    pack(digits, tmp_path / "again", 100)
+    pack(digits, tmp_path / "again", 40)
     first, again = (sorted(folder.iterdir()) for folder in (shards, tmp_path / "again"))
     assert [(file.name, file.read_bytes()) for file in first] == [(file.name, file.read_bytes()) for file in again]
 
@@ -112,15 +113,21 @@ def test_an_epoch_shows_every_image_once_in_an_order_of_its_own(sizes: list[int]
         assert not torch.equal(ShardOrder(images, seed + 1)[0 : len(images)], whole)
 
 
-def test_few_shards_are_in_memory(shards: Path) -> None:
+def test_few_shards_are_in_memory_and_each_is_read_once(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = load_shards(shards)
     normalise = Preprocess.measure(dataset.train.images, dataset.style).normaliser()  # type: ignore[arg-type]
+    read: list[int] = []
+    images = dataset.train.images
+    images._loaded.clear()  # type: ignore[attr-defined]
+    get = images._read  # type: ignore[attr-defined]
+    monkeypatch.setattr(images, "_read", lambda number: read.append(number) or get(number))
     batches = Batches(dataset.train, 64, normalise, seed=0, device=CPU, augment=lambda x, y, draws: (x, y))
     seen = []
     for index in range(len(batches)):
         seen.append(batches(0, index)[1])
-        assert len(dataset.train.images._loaded) <= 8  # type: ignore[attr-defined]
+        assert len(images._loaded) <= 12  # type: ignore[attr-defined]
     assert torch.equal(torch.cat(seen).bincount(), dataset.train.labels.bincount())
+    assert sorted(read) == list(range(len(images.shards)))  # type: ignore[attr-defined]  # each once
 
 
 def test_training_from_shards_stops_anywhere_and_goes_on_in_the_same_bits(shards: Path, tmp_path: Path) -> None:
@@ -156,9 +163,9 @@ def damaged(shards: Path, tmp_path: Path, file: str) -> Path:
 
 def test_a_damaged_shard_is_named(shards: Path, tmp_path: Path) -> None:
     images = load_shards(damaged(shards, tmp_path, "train-000003.tar")).train.images
-    assert len(images[:300]) == 300
+    assert len(images[:120]) == 120
     with pytest.raises(ConvlensError, match=r"train-000003.tar is damaged: its SHA-256 is not that in index.json"):
-        images[300]
+        images[120]
 
 
 @pytest.mark.parametrize("file", ["test-000001.tar", "validation-labels.npy"])
@@ -173,9 +180,66 @@ def test_a_missing_shard_is_named(shards: Path, tmp_path: Path, address: str) ->
     with pytest.raises(ConvlensError, match=r"train-000000.tar cannot be read: No such file"):
         images[0]
     with pytest.raises(ConvlensError, match=r"the shard http://127.0.0.1:\d+/nothing.tar cannot be had: 404"):
-        Place(address).read("nothing.tar", "")
+        Place(address).read("nothing.tar", None, 100)
     with pytest.raises(ConvlensError, match=r"http://127.0.0.1:1/index.json cannot be had"):
         convlens.load_dataset("http://127.0.0.1:1")
+
+
+def test_a_shard_that_is_put_back_is_read(shards: Path, tmp_path: Path) -> None:
+    images = load_shards(damaged(shards, tmp_path, "")).train.images
+    (tmp_path / "train-000000.tar").rename(tmp_path / "away")
+    with pytest.raises(ConvlensError, match="cannot be read"):
+        images[0]
+    (tmp_path / "away").rename(tmp_path / "train-000000.tar")
+    assert images[0].shape == (1, 8, 8)
+
+
+def test_a_download_that_breaks_off_is_tried_again() -> None:
+    asked = []
+
+    class Breaking(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", "10")
+            self.end_headers()
+            self.wfile.write(b"0123456789" if len(asked) == 3 else b"0123")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = Place(f"http://127.0.0.1:{server.server_address[1]}")
+        assert place.read("x.tar", None, 100) == b"0123456789"
+        assert len(asked) == 3
+        with pytest.raises(ConvlensError, match=r"x.tar cannot be had: it came only in part|IncompleteRead"):
+            place.read("x.tar", None, 100)
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("splits", "test", "shards", 0, "file"), "../secret.tar"),
+        (("splits", "test", "shards", 0, "sha256"), ""),
+        (("splits", "train", "shards", 0, "images"), 10**12),
+        (("splits", "train", "shards", 0, "images"), -1),
+        (("splits", "train", "labels"), ""),
+        (("name",), "../../elsewhere"),
+        (("name",), ".."),
+        (("classes",), ["0", "1"]),
+    ],
+)
+def test_an_index_is_not_believed(shards: Path, tmp_path: Path, path: tuple[str | int, ...], value: object) -> None:
+    index = json.loads((damaged(shards, tmp_path, "") / "index.json").read_text())
+    inner = index
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ConvlensError, match=r"index.json is damaged|labels.npy is damaged"):
+        load_shards(tmp_path)
 
 
 @pytest.mark.parametrize("index", ["{}", "[]", '{"format": 99}', '{"format": 1, "splits": {"train": 3}}', "no JSON"])
@@ -190,6 +254,8 @@ def test_what_shards_cannot_do_is_said(shards: Path) -> None:
     with pytest.raises(UsageError, match="data pack --exclude"):
         dataset.without(["3"])
     assert dataset.with_validation(0.5, 7) is dataset
+    with pytest.raises(UsageError, match="name what they are made of"):
+        merge(dataset)
     with pytest.raises(UsageError, match="--balance"):
         convlens.train(dataset, epochs=1, balance=True)
 

@@ -23,7 +23,7 @@ from convlens.errors import ConvlensError, UsageError
 from convlens.finish import conclude
 from convlens.machine import available_cores
 from convlens.models import count_parameters, model_options
-from convlens.ranks import Ranks, job, join, started_again
+from convlens.ranks import Ranks, job, job_began, join, started_again
 from convlens.record import (
     Board,
     LiveRecord,
@@ -86,10 +86,41 @@ class Experiment:
         ranks = join()
         if not ranks.first:
             return cls._follow(data, ranks)
-        if budget is not None and ranks.size > 1:
-            raise UsageError("--budget measures the pace of one process; give several of them --seconds")
-        if begun := find_begun(out):
-            return cls.resume(begun, finished_too=True)
+        with ranks.leading():
+            if budget is not None and ranks.size > 1:
+                raise UsageError("--budget measures the pace of one process; give several of them --seconds")
+            training = job()
+            if begun := find_begun(out, training):
+                return cls._go_on(begun, memory_of(data), accept_changes=True, finished_too=True)._lead()
+            return cls._begin(
+                data,
+                recipe,
+                out=out,
+                init=init,
+                allow_unreadable=allow_unreadable,
+                budget=budget,
+                exclude=exclude,
+                started=started,
+                training=training,
+                **overrides,
+            )._lead()
+
+    @classmethod
+    def _begin(
+        cls,
+        data: Any,
+        recipe: str | Recipe | None,
+        *,
+        out: str | Path | None,
+        init: str | Path | None,
+        allow_unreadable: bool,
+        budget: float | str | None,
+        exclude: str | Path | None,
+        started: float | None,
+        training: str | None,
+        **overrides: Any,
+    ) -> Experiment:
+        """Do what :meth:`create` says; ``training`` is the name of this one among those of torchrun."""
         started = time.perf_counter() if started is None else started
         allowed = None if budget is None else parse_budget(str(budget))  # seconds
         if budget is not None and any(overrides.get(name) is not None for name in LENGTHS):
@@ -146,7 +177,7 @@ class Experiment:
             "data": describe_data(dataset, loaded.fingerprint()),
             "preprocess": preprocess.to_json(),
             "machine": describe_machine(device),
-            **({"job": job()} if job() else {}),
+            **({"job": training} if training else {}),
         }
         if init is not None and start is not None:
             origin = str(init) if str(init) in shipped_models() else str(Path(init).resolve())
@@ -160,7 +191,7 @@ class Experiment:
         except BaseException:  # Ctrl-C too
             shutil.rmtree(folder.path, ignore_errors=True)
             raise
-        return cls(folder, config, settled, dataset, preprocess, net)._lead()
+        return cls(folder, config, settled, dataset, preprocess, net)
 
     @classmethod
     def resume(
@@ -181,6 +212,26 @@ class Experiment:
         ranks = join()
         if not ranks.first:
             return cls._follow(data, ranks)
+        with ranks.leading():
+            return cls._go_on(
+                path,
+                data,
+                allow_unreadable=allow_unreadable,
+                accept_changes=accept_changes,
+                finished_too=finished_too,
+            )._lead()
+
+    @classmethod
+    def _go_on(
+        cls,
+        path: str | Path,
+        data: Any,
+        *,
+        allow_unreadable: bool = False,
+        accept_changes: bool,
+        finished_too: bool,
+    ) -> Experiment:
+        """Do what :meth:`resume` says."""
         folder = RunFolder.open(path)
         config = folder.read_config()
         if folder.report.exists() and not finished_too:
@@ -197,7 +248,7 @@ class Experiment:
                 write_json(folder.config, config)
         if "init" in config and not any(folder.checkpoint.glob("*.json")):
             adopt_weights(again.net, load_bundle(find_bundle(config["init"]["from"])))
-        return again._lead()
+        return again
 
     @classmethod
     def _rebuild(
@@ -227,16 +278,15 @@ class Experiment:
 
     def _lead(self) -> Experiment:
         """Tell the other processes what to train."""
-        self.ranks.share([str(self.folder.path), self.config, list(self.dataset.left_out)])
+        self.ranks.lead([str(self.folder.path), self.config, list(self.dataset.left_out)])
         return self
 
     @classmethod
     def _follow(cls, data: Any, ranks: Ranks) -> Experiment:
         """Set up what the first process has decided."""
-        path, config, left_out = ranks.share(None)
+        path, config, left_out = ranks.follow()
         use_threads(min(config["recipe"]["threads"], available_cores()))
-        source = None if config["data"]["source"] else data
-        return cls._rebuild(RunFolder(path), config, source, left_out, allow_unreadable=True)
+        return cls._rebuild(RunFolder(path), config, memory_of(data), left_out, allow_unreadable=True)
 
     def epochs(
         self, *, should_stop: Callable[[], bool] = lambda: False, show_progress: bool = False
@@ -246,9 +296,11 @@ class Experiment:
         watcher = Watcher()
         if self.ranks.first:
             watcher = LiveRecord(self.folder, self.dataset, self.preprocess.normaliser(), self.recipe)
-        board = Board(self.folder.tensorboard, wanted=self.recipe.tensorboard and self.ranks.first)
-        claim = self.folder.claimed() if self.ranks.first else contextlib.nullcontext()
-        with claim, contextlib.closing(board):
+        tensorboard = self.recipe.tensorboard and self.ranks.first
+        with (
+            self.folder.claimed() if self.ranks.first else contextlib.nullcontext(),
+            contextlib.closing(Board(self.folder.tensorboard, wanted=tensorboard)) as board,
+        ):
             for record in fit(
                 self.net,
                 self.dataset,
@@ -329,14 +381,26 @@ def refuse_inside_data(out: str | Path | None, data: Any, flag: str = "--out") -
         raise UsageError(f"{target} would be written into the data in {data}; choose a place outside with {flag}")
 
 
-def find_begun(out: str | Path | None) -> Path | None:
-    """Return the run that this job of torchrun has begun, in ``out`` or in ``runs``, if it has been started again."""
+def memory_of(data: Any) -> Any:
+    """Return data that are objects in memory, and None for what can be found again by its name or path."""
+    return None if isinstance(data, (str, Path)) else data
+
+
+def find_begun(out: str | Path | None, training: str | None) -> Path | None:
+    """Return the run that this job of torchrun has begun, in ``out`` or in ``runs``, if it has been started again.
+
+    A folder ``out`` that it had only begun to fill is cleared away.
+    """
     if not started_again():
         return None
-    for config in [Path(out) / "config.json"] if out is not None else Path("runs").glob("*/config.json"):
-        with contextlib.suppress(ConvlensError):
-            if read_json(config).get("job") == job():
-                return config.parent
+    if out is not None and not (Path(out) / "config.json").exists():
+        RunFolder(out).clear_begun()
+    for path in [Path(out) / "config.json"] if out is not None else Path("runs").glob("*/config.json"):
+        with contextlib.suppress(ConvlensError, OSError):
+            config = read_json(path)
+            same = config.get("job") == training and config.get("command") == command_line()
+            if same and path.stat().st_mtime >= job_began():
+                return path.parent
     return None
 
 
@@ -355,9 +419,13 @@ def list_changes(folder: RunFolder, config: Mapping[str, Any], *, accept: bool) 
     It computes with that run's threads from here on, if there are as many. Raises UsageError that names the changes
     unless they are accepted; another number of processes, which sum up in another order, is no hindrance.
     """
-    names = {"device_name": "processor", "threads": "number of threads", "torch": "version of PyTorch"}
-    use_threads(min(config["recipe"]["threads"], available_cores()))
+    names = {"device_name": "processor", "torch": "version of PyTorch"}
     was, now = config.get("machine", {}), describe_machine(choose_device(config["recipe"]["device"]))
+    if was.get("processes", 1) == now["processes"]:
+        names["threads"] = "number of threads"
+        now["threads"] = use_threads(min(config["recipe"]["threads"], available_cores()))
+    else:
+        use_threads()
     changes = [f"{name} ({was.get(key)}, now {now[key]})" for key, name in names.items() if was.get(key) != now[key]]
     if config.get("convlens") != (own := version("convlens")):
         changes.append(f"version of convlens ({config.get('convlens')}, now {own})")

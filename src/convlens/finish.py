@@ -74,8 +74,7 @@ def draw_plots(
     with torch.no_grad():
         turned = torch.arange(len(rows)) % 2 == 1  # every second one, as in each epoch
         seen = mirror(normalise(images), turned) if recipe.flip else normalise(images)
-        draws = Draws(torch.Generator().manual_seed(recipe.seed), len(rows), slice(None))
-        changed, _ = augment(seen, labels, draws)
+        changed, _ = augment(seen, labels, Draws.seeded(recipe.seed, len(rows)))
     plots.draw_images(place / "augmented.png", normalise.invert(changed), names, "The same images as the net saw them")
     plots.draw_curves(place / "curves.png", folder.read_metrics())
     plots.draw_confusion(place / "confusion.png", test["confusion_matrix"], classes)

@@ -8,9 +8,10 @@ import sys
 import uuid
 
 from convlens.errors import PeerGone
-from convlens.ranks import OWN_JOB
+from convlens.ranks import OWN_JOB, OWN_LAUNCHER
 
 RESTARTS = 3
+SAVING = 600  # seconds that the processes have to finish a step and save, when they are asked to stop
 
 
 def launch(arguments: list[str], processes: int) -> int:
@@ -25,10 +26,11 @@ def launch(arguments: list[str], processes: int) -> int:
 
     # what a process says of another that has gone away is no news
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ[OWN_LAUNCHER] = str(os.getpid())
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=f"{OWN_JOB}{uuid.uuid4().hex}",
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, shutdown_timeout=SAVING,
     )  # fmt: skip
     for left in reversed(range(RESTARTS + 1)):
         try:
@@ -39,7 +41,15 @@ def launch(arguments: list[str], processes: int) -> int:
         except ChildFailedError as error:
             codes = [failure.exitcode for failure in error.failures.values()]
             told = [code for code in codes if code > 0 and code != PeerGone.exit_code]
-            if told or not left:
-                return told[0] if told else 1
-            print("convlens: a process was killed; all go on from the last checkpoint", file=sys.stderr)
+            if told:
+                return told[0]
+            killed = f"a process was killed (signal {-min(codes)})"
+            if not left:
+                print(
+                    f"convlens: {killed} for the {RESTARTS + 1}th time; is there too little memory? Go on from the "
+                    "last checkpoint with --resume",
+                    file=sys.stderr,
+                )
+                return 1
+            print(f"convlens: {killed}; all go on from the last checkpoint", file=sys.stderr)
     raise AssertionError("unreachable")

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import datetime
 import functools
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from convlens.errors import ConvlensError, PeerGone
+from convlens.errors import ConvlensError, PeerGone, UsageError
 
+OWN_LAUNCHER = "CONVLENS_LAUNCHER"  # names the process that has started this one
+TRAININGS = itertools.count(1)  # that this process has begun
 OWN_JOB = "convlens-"  # what the names of jobs that convlens has started begin with
 PATIENCE = datetime.timedelta(hours=1)  # for the slowest of them: the first one tests alone, and may download
 
@@ -84,6 +87,28 @@ class Ranks:
             letters.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         self._add_up(letters)
         return json.loads(letters.numpy().tobytes())
+
+    def lead(self, content: Any) -> None:
+        """Tell the others, who :meth:`follow`, what is to be done."""
+        self.share({"do": content})
+
+    def follow(self) -> Any:
+        """Return what the first one tells to do; PeerGone if it could not make out what."""
+        told = self.share(None)
+        if "do" not in told:
+            raise PeerGone(told["failed"])
+        return told["do"]
+
+    @contextlib.contextmanager
+    def leading(self) -> Iterator[None]:
+        """Inside the block the first one makes out what is to be done; if it cannot, the others hear of it."""
+        try:
+            yield
+        except PeerGone:
+            raise
+        except Exception as error:
+            self.share({"failed": str(error)})
+            raise
 
     def equalise(self, net: nn.Module) -> None:
         """Give the nets of all ranks the first one's weights."""
@@ -185,7 +210,7 @@ def peers_needed() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PeerGone(f"another process of this training has stopped: {str(error).splitlines()[0]}") from error
+        raise PeerGone("another process of this training has stopped, or cannot be reached") from error
 
 
 @functools.cache
@@ -198,6 +223,11 @@ def join() -> Ranks:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             backend = "cpu:gloo,cuda:nccl"
+        if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+            raise UsageError(
+                "RANK and WORLD_SIZE say that this is one of several processes, but MASTER_ADDR and MASTER_PORT are "
+                "not set: start them with torchrun, or unset those two"
+            )
         with peers_needed():
             dist.init_process_group(backend, timeout=PATIENCE)
         atexit.register(dist.destroy_process_group)
@@ -209,16 +239,38 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def require_alone(what: str) -> None:
+    """Raise UsageError if this is one of several processes, where ``what`` is for one."""
+    if join().size > 1:
+        raise UsageError(f"{what} cannot be shared by several processes: start it without torchrun")
+
+
 def job() -> str | None:
-    """Return a name of the training job that torchrun has started, the same after a restart; None without torchrun."""
+    """Return a name of the training that torchrun has started, the same after a restart; None without torchrun.
+
+    A script that trains several nets gets another name each time.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    name = os.environ["TORCHELASTIC_RUN_ID"]
-    # torchrun calls every job "none" unless it is told a name: then it is the one process that starts the others
-    return name if name != "none" else f"{os.environ.get('MASTER_ADDR')}-{os.getppid()}"
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {os.environ.get('MASTER_ADDR')} {next(TRAININGS)}"
 
 
 def started_again() -> bool:
     """Say whether this process may take the place of one that has died."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
     # a job of convlens.launch has a name that no other has, so a run by that name is its own
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 or (job() or "").startswith(OWN_JOB)
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 or name.startswith(OWN_JOB)
+
+
+def job_began() -> float:
+    """Return the time (of time.time) at which the process that started this one began, as far as the system tells."""
+    try:
+        return os.stat(f"/proc/{os.getppid()}").st_ctime
+    except OSError:
+        return 0.0
+
+
+def is_orphan() -> bool:
+    """Say whether this process was started by convlens.launch, and that is gone."""
+    started = os.environ.get(OWN_LAUNCHER)
+    return started is not None and os.getppid() != int(started)

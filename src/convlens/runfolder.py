@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -67,6 +68,13 @@ class RunFolder:
                 raise ConvlensError(
                     f"cannot make the run folder {path}: {error.strerror}; choose a writable place with --out"
                 ) from None
+
+    def clear_begun(self) -> None:
+        """Remove the folder if it holds nothing but what is written before ``config.json`` makes it a run."""
+        known = {self.split.name, self.excluded.name}
+        with contextlib.suppress(OSError):
+            if all(path.name in known or path.name.startswith(".") for path in self.path.iterdir()):
+                shutil.rmtree(self.path)
 
     @staticmethod
     def refuse_existing(out: str | Path) -> None:

@@ -16,6 +16,7 @@ from convlens.data.folds import deal_out, merge, take_fold
 from convlens.errors import UsageError
 from convlens.evaluation.metrics import wilson_interval
 from convlens.experiment import Experiment, data_name, list_changes, refuse_inside_data
+from convlens.ranks import require_alone
 from convlens.record import command_line
 from convlens.run import Run
 from convlens.runfolder import SERIES, RunFolder, read_json, read_names, write_json
@@ -54,6 +55,7 @@ class Series:
         For folds all images, those of the test split too, are dealt out anew: each is tested on once. Options are
         those of :func:`convlens.train`. Raises UsageError for less than two of either.
         """
+        require_alone("a series of trainings")
         kind, count = ("fold", folds) if folds else ("seed", seeds)
         if seeds and folds:
             raise UsageError("--seeds or --folds, not both: each fold is one training")
@@ -106,6 +108,7 @@ class Series:
 
         Raises UsageError if it is finished, the data have changed, or as Experiment.resume does.
         """
+        require_alone("a series of trainings")
         plan = read_json(Path(path) / SERIES)
         if (Path(path) / SUMMARY).exists():
             raise UsageError(f"the series {path} is finished; nothing to resume")

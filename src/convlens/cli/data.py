@@ -46,6 +46,7 @@ def data_info(
 
     from convlens.data.catalog import load_dataset
     from convlens.data.folder import image_sizes
+    from convlens.data.shards import is_packed
     from convlens.experiment import refuse_inside_data
     from convlens.reporting.plots import draw_images, pick_samples
 
@@ -64,7 +65,7 @@ def data_info(
     print_table(rows)
     for file in dataset.unreadable:
         print(f"unreadable: {file}")
-    if Path(data).is_dir() and dataset.source == str(Path(data).resolve()):
+    if Path(data).is_dir() and not is_packed(data) and dataset.source == str(Path(data).resolve()):
         sizes = ["{} x {}".format(*size) for size in image_sizes(data)]
         print(
             f"files are {sizes[0]} to {sizes[-1]} pixels (width x height), half of them over {sizes[len(sizes) // 2]}"

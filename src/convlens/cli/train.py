@@ -60,7 +60,9 @@ def with_recipe_flags(verb: Callable[..., None]) -> Callable[..., None]:
 def train(
     data: Annotated[
         str | None,
-        typer.Argument(help="digits, mnist, fashion-mnist, cifar10, a folder of class folders, or a .npz file."),
+        typer.Argument(
+            help="digits, mnist, fashion-mnist, cifar10, a folder of class folders, a .npz file, or shards."
+        ),
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe by name; `convlens recipes` lists them.")] = None,
     config: Annotated[
@@ -130,15 +132,12 @@ def train(
         raise UsageError("--seeds and --folds take no --init and no --budget")
     if processes > 1 and (seeds or folds):
         raise UsageError("--processes is for one training; --seeds and --folds train one after the other")
-    from convlens.ranks import job, join
-
-    if processes > 1 and job() is None:
+    if processes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         from convlens.launch import launch
 
         raise typer.Exit(launch(sys.argv[1:], processes))
-    if join().size > 1 and (seeds or folds or (resume is not None and RunFolder.is_series(resume))):
-        raise UsageError("--seeds and --folds train one after the other, in one process: start them without torchrun")
     from convlens.experiment import Experiment
+    from convlens.ranks import started_again
     from convlens.series import Series
 
     if threading.current_thread() is threading.main_thread():
@@ -153,7 +152,7 @@ def train(
     if resume is not None and RunFolder.is_series(resume):
         run_series(Series.resume(resume, **allowed), live=live)
     elif resume is not None:
-        run_experiment(Experiment.resume(resume, **allowed), live=live)
+        run_experiment(Experiment.resume(resume, finished_too=started_again(), **allowed), live=live)
     else:
         given: dict[str, Any] = {"out": out, "allow_unreadable": allow_unreadable, "exclude": exclude, **overrides}
         if seeds or folds:
@@ -192,6 +191,8 @@ def run_experiment(experiment: Experiment, part_of: Path | None = None, *, live:
 
     That is by the series that it is a part of, if it is.
     """
+    from convlens.ranks import is_orphan
+
     whole = part_of or experiment.folder.path
     alone, first = experiment.ranks.size == 1, experiment.ranks.first
     if not first:  # one process speaks for all
@@ -211,7 +212,7 @@ def run_experiment(experiment: Experiment, part_of: Path | None = None, *, live:
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for record in experiment.epochs(should_stop=lambda: stopping, show_progress=True):
+        for record in experiment.epochs(should_stop=lambda: stopping or is_orphan(), show_progress=True):
             say(describe_record(record))
     except Interrupted as error:
         raise Interrupted(f"{error}; saved. Go on with: convlens train --resume {quoted(whole)}") from None
@@ -219,7 +220,7 @@ def run_experiment(experiment: Experiment, part_of: Path | None = None, *, live:
         for number, handler in previous.items():
             signal.signal(number, handler)
     untested = f"trained, but not tested; go on with: convlens train --resume {quoted(whole)}"
-    if stopping:  # in the last step, or behind it
+    if experiment.ranks.agree(stopping, 0.0)[0]:  # in the last step, or behind it
         raise Interrupted(untested)
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -22,6 +22,11 @@ class Draws:
     count: int  # images in the whole batch
     rows: slice  # which of them are here
 
+    @classmethod
+    def seeded(cls, seed: int, count: int) -> Draws:
+        """Return draws for a whole batch of ``count`` images, on the CPU."""
+        return cls(Generator().manual_seed(seed), count, slice(None))
+
     def uniform(self, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Return random numbers (N,) in [low, high) on the generator's device."""
         drawn = torch.rand(self.count, generator=self.generator, device=self.generator.device)

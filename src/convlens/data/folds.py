@@ -15,6 +15,8 @@ from convlens.runtime import derive_seed
 
 def merge(dataset: Dataset) -> tuple[Split, list[str]]:
     """Return all images of a data set as one split, and for each the name of the split that it came from."""
+    if not isinstance(dataset.train.images, Tensor):
+        raise UsageError(f"{dataset.source} has shards, which are not looked at as a whole: name what they are made of")
     parts = dataset.splits
     everything = Split(
         torch.cat([part.images for part in parts.values()]),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # who only predicts does without PyTorch
 
     from convlens.data.normalise import Normalise
 
-MEASURED_PART, MOST_PARTS = 4096, 32  # images at a time, and how often, for their mean and spread
+PART_BYTES, MOST_PARTS = 4 << 20, 128  # of pixels at a time, and how often, for their mean and spread
 LARGEST_SIDE = 4096  # pixels, of the images that a net takes
 
 
@@ -44,9 +44,10 @@ class Preprocess:
             raise UsageError(f"images of {width} x {height} pixels; nets take at most {LARGEST_SIDE} a side")
         # counting the 256 values is exact, and needs no float copy of the data; of very many images some are enough
         counts = np.zeros((channels, 256))
-        starts = range(0, len(images), MEASURED_PART)  # NumPy counts whole numbers of 8 bytes
-        for start in starts[:: -(-len(starts) // MOST_PARTS)]:
-            pixels = images[start : start + MEASURED_PART].numpy()
+        part = max(PART_BYTES // (channels * height * width), 1)  # NumPy counts whole numbers of 8 bytes
+        starts = range(0, len(images), part)
+        for start in starts[:: max(len(starts) // MOST_PARTS, 1)]:
+            pixels = images[start : start + part].numpy()
             counts += [np.bincount(pixels[:, c].ravel(), minlength=256) for c in range(channels)]
         levels = np.arange(256) / 255
         share = counts / counts.sum(axis=1, keepdims=True)  # (C, 256)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import json
+import os
 import re
 import tarfile
 import threading
 import urllib.error
 import urllib.request
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ from convlens.data.dataset import Dataset, Numbers, Split
 from convlens.data.pictures import PictureStyle
 from convlens.errors import ConvlensError, UsageError
 from convlens.progress import Meter
-from convlens.runfolder import new_folder, read_json, write_json
+from convlens.runfolder import LARGEST_JSON, new_folder, read_json, write_json
 from convlens.runtime import derive_seed
 
 INDEX = "index.json"
@@ -101,11 +103,13 @@ class Place:
 
     path: str
 
-    def read(self, file: str, sha256: str) -> bytes:
-        """Return a file's content; ConvlensError names it if it is missing, or not what was packed."""
+    def read(self, file: str, sha256: str | None, most: int) -> bytes:
+        """Return a file's content; ConvlensError names it if it is missing, too large, or not what was packed."""
         where = f"{self.path.rstrip('/')}/{file}"
-        content = read_address(where) if is_address(self.path) else read_file(where)
-        if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+        content = read_address(where, most) if is_address(self.path) else read_file(where, most)
+        if len(content) > most:
+            raise ConvlensError(f"the shard {where} is larger than it may be: {most:,} bytes")
+        if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
             raise ConvlensError(f"the shard {where} is damaged: its SHA-256 is not that in {INDEX}; copy it anew")
         return content
 
@@ -115,28 +119,31 @@ def is_address(source: str) -> bool:
     return source.startswith(("http://", "https://"))
 
 
-def read_file(path: str) -> bytes:
-    """Return a file's content; ConvlensError if it cannot be read."""
+def read_file(path: str, most: int) -> bytes:
+    """Return a file's content, or its first ``most`` bytes and one more; ConvlensError if it cannot be read."""
     try:
-        return Path(path).read_bytes()
+        if Path(path).exists() and not Path(path).is_file():
+            raise ConvlensError(f"the shard {path} is no file")
+        with open(path, "rb") as file:
+            return file.read(min(most, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
         raise ConvlensError(f"the shard {path} cannot be read: {error.strerror}") from None
 
 
-def read_address(address: str) -> bytes:
-    """Return what lies at an address, tried three times; ConvlensError if it cannot be had."""
+def read_address(address: str, most: int) -> bytes:
+    """Return what lies at an address, or its first ``most`` bytes and one more; ConvlensError after three tries."""
     for left in reversed(range(TRIES)):
         try:
             with urllib.request.urlopen(address, timeout=PATIENCE) as answer:
-                content: bytes = answer.read()
-                if len(content) == int(answer.headers.get("Content-Length", len(content))):
+                content: bytes = answer.read(most + 1)
+                if len(content) >= min(int(answer.headers.get("Content-Length", 0)), most + 1):
                     return content
                 reason = "it came only in part"
         except urllib.error.HTTPError as error:
             reason = f"{error.code} {error.reason}"
             if error.code < 500:  # asking again would not help
                 break
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", error))
         if left:
             threading.Event().wait(0.5)
@@ -157,31 +164,42 @@ def load_shards(source: str | Path) -> Dataset:
     address = is_address(str(source))
     place = Place(str(source) if address else str(Path(source).resolve()))
     try:
-        index = json.loads(place.read(INDEX, "")) if address else read_json(Path(source) / INDEX)
+        index = json.loads(place.read(INDEX, None, LARGEST_JSON)) if address else read_json(Path(source) / INDEX)
         if index["format"] != FORMAT:
             raise ConvlensError(f"the shards in {source} are of another version of convlens: format {index['format']}")
         if not {"train", "test"} <= set(index["splits"]) <= {"train", "validation", "test"}:
             raise ValueError(f"its splits are {', '.join(index['splits'])}")
         splits: dict[str, Split] = {}
         for name, about in index["splits"].items():
-            labels = np.load(io.BytesIO(place.read(f"{name}-labels.npy", about["labels"])), allow_pickle=False)
+            count = sum(int(shard["images"]) for shard in about["shards"])
+            content = place.read(f"{name}-labels.npy", str(about["labels"]), 4 * count + BLOCK)
+            labels = np.load(io.BytesIO(content), allow_pickle=False)
             shards = [Shard(s["file"], int(s["images"]), str(s["sha256"])) for s in about["shards"]]
-            if not all(re.fullmatch(rf"{name}-\d+\.tar", shard.file) and shard.images > 0 for shard in shards):
-                raise ValueError(f"{name} names files that are no shards")
+            for shard in shards:
+                whole = re.fullmatch(rf"{name}-\d+\.tar", shard.file) and re.fullmatch("[0-9a-f]{64}", shard.sha256)
+                if not whole or shard.images < 1:
+                    raise ValueError(f"{shard.file!r} is no shard of {name}")
             shape = tuple(int(side) for side in index["shape"])
             images = ShardImages(place, shards, shape)  # type: ignore[arg-type]
-            if len(labels) != len(images):
-                raise ValueError(f"{name} has {len(images)} images and {len(labels)} labels")
+            if labels.shape != (count,) or labels.dtype != np.uint32 or labels.max() >= len(index["classes"]):
+                raise ValueError(f"the labels of {name} do not fit")
             kind = ShardedSplit if name == "train" else Split
             seen = images if name == "train" else images[:]
             splits[name] = kind(seen, torch.from_numpy(labels.astype(np.int64)), Numbers(len(labels)))  # type: ignore[arg-type]
+        if not re.fullmatch(r"[^/\\\x00-\x1f]*[^/\\\x00-\x1f.][^/\\\x00-\x1f]*", index["name"]):
+            raise ValueError(f"{index['name']!r} is no name")
         style = PictureStyle(**index["style"])
         return PackedDataset(
             str(index["name"]), place.path, tuple(index["classes"]), splits["train"], splits["test"],
-            splits.get("validation"), style, f"shards; {index['note']}", packed=str(index["fingerprint"]),
+            splits.get("validation"), style, f"shards; {index['note']}", packed=digest_index(index),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConvlensError(f"{place.path}/{INDEX} is damaged, or no index of shards: {error}") from None
+
+
+def digest_index(index: Mapping[str, Any]) -> str:
+    """Return the SHA-256 (hex) of an index, however it is written."""
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -197,15 +215,11 @@ class Shard:
 class PackedDataset(Dataset):
     """A data set in shards."""
 
-    packed: str = ""  # the fingerprint of what was packed
+    packed: str = ""  # the SHA-256 of the index
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of the data that were packed: each shard is proved against it when it is read."""
-        digest = hashlib.sha256(self.packed.encode())
-        assert isinstance(self.train.images, ShardImages)
-        for shard in self.train.images.shards:
-            digest.update(shard.sha256.encode())
-        return digest.hexdigest()
+        """Return the SHA-256 (hex) of the index, which holds those of all shards; each is proved when it is read."""
+        return self.packed
 
     def without(self, names: Any) -> Dataset:
         """Raise UsageError if there are ``names``: what is packed stays together."""
@@ -260,7 +274,7 @@ class ShardImages:
                     self._loaded[number] = self._pool.submit(self._read, number)
                 self._loaded.move_to_end(number)
             asked = [self._loaded[number] for number in numbers]
-            while len(self._loaded) > max(2 * WINDOW, len(numbers)):
+            while len(self._loaded) > 3 * WINDOW:  # a batch may lie in two windows, and the next one is on its way
                 self._loaded.popitem(last=False)
         return asked
 
@@ -284,11 +298,12 @@ class ShardImages:
     def _read(self, number: int) -> Images:
         """Return the images of a shard, uint8 (n, H, W, C); ConvlensError names it if it is missing or damaged."""
         shard, (channels, height, width) = self.shards[number], self.shape[1:]
-        content = np.frombuffer(self.place.read(shard.file, shard.sha256), np.uint8)
         # every sample takes the same room: a header and the .npy file, a header and the class's number
         header = len(npy_header((height, width, channels)))
         pixels = height * width * channels
         size = BLOCK + -(-(header + pixels) // BLOCK) * BLOCK + 2 * BLOCK
+        most = shard.images * size + tarfile.RECORDSIZE + 2 * BLOCK  # with what a tar file ends in
+        content = np.frombuffer(self.place.read(shard.file, shard.sha256, most), np.uint8)
         if len(content) < shard.images * size:
             raise ConvlensError(f"the shard {self.place.path}/{shard.file} holds fewer images than {INDEX} says")
         samples = content[: shard.images * size].reshape(shard.images, size)
@@ -324,10 +339,11 @@ class ShardOrder:
         rows = []
         window = int(np.searchsorted(self._first, start, side="right")) - 1
         while start < stop:
+            self._images.load(self._windows[window])
             begin, end = int(self._first[window]), int(self._first[window + 1])
             rows.append(self._rows(window)[start - begin : stop - begin])
             start, window = end, window + 1
-        if window < len(self._windows):
+        if window < len(self._windows):  # the next one, behind what is needed now
             self._images.load(self._windows[window])
         return torch.cat(rows)
 

@@ -17,7 +17,7 @@ from convlens.errors import ConvlensError, Interrupted, UsageError
 from convlens.evaluation.paired import PairedSeeds
 from convlens.reporting import swept
 from convlens.run import Run, read_answers
-from convlens.runfolder import write_csv, write_json
+from convlens.runfolder import read_json, write_csv, write_json
 from convlens.series import SUMMARY, Series
 from convlens.sweep.space import Choice
 from convlens.sweep.study import MACHINE, PLAN, Sweep
@@ -96,6 +96,9 @@ def write_outcome(sweep: Sweep, confirmation: dict[str, Any] | None = None) -> d
     Raises ConvlensError if no trial was trained to its end.
     """
     rows, best = trial_rows(sweep), pick_best(sweep)
+    before = read_json(sweep.folder / PLAN)
+    if confirmation is None and best is not None and before.get("best", {}).get("trial") == best.number + 1:
+        confirmation = before.get("confirmation")  # it still holds
     write_csv(sweep.folder / "trials.csv", list(rows[0]) if rows else [], [list(row.values()) for row in rows])
     said = {
         **sweep.plan,

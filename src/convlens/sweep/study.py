@@ -25,6 +25,7 @@ from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError, quoted
 from convlens.experiment import data_name, refuse_inside_data
 from convlens.models import model_options
+from convlens.ranks import require_alone
 from convlens.record import command_line
 from convlens.runfolder import RunFolder, read_json, write_json
 from convlens.sweep.space import PRESETS, Choice, Range, Space, parse_space, read_space, space_texts
@@ -79,6 +80,7 @@ class Sweep:
         ``storage`` is a database URL, in which $NAME is taken from the environment, or a journal file; by default a
         file in the new folder. Raises UsageError for whatever cannot work, before anything runs or is written.
         """
+        require_alone("a sweep")
         if trials < 1:
             raise UsageError(f"--trials is {trials}; it must be at least 1")
         if out is not None:
@@ -125,6 +127,7 @@ class Sweep:
     @classmethod
     def resume(cls, path: str | Path, *, trials: int | None = None) -> Sweep:
         """Set up a sweep to go on, to ``trials`` in all (None: as planned); UsageError if the data have changed."""
+        require_alone("a sweep")
         folder = Path(path)
         if not (folder / PLAN).is_file():
             raise UsageError(f"{path} is not the folder of a sweep: it has no {PLAN}")
@@ -211,7 +214,7 @@ def absolute_storage(text: str) -> str:
         url = make_url(os.path.expandvars(text))
     except SQLAlchemyError as error:
         raise UsageError(f"--storage {text}: {error}") from None
-    if make_url(text).password and "$" not in text:
+    if "$" not in str(make_url(text).password or "$"):
         raise UsageError(
             "--storage: the command is written into the sweep's folder, so a password had better not be in it; put the "
             "URL into the environment and give --storage '$NAME'"

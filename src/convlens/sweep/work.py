@@ -6,6 +6,7 @@ Run as a module it is one of those processes: ``python -m convlens.sweep.work FO
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import torch
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from convlens.data.loader import count_batches
 from convlens.data.preprocess import Preprocess
 from convlens.errors import Interrupted
 from convlens.machine import available_cores
@@ -170,6 +172,8 @@ def run_trial(
     try:
         trial.set_user_attr("worker", process_name())
         recipe = settle(sweep, trial.params, threads)
+        steps = count_batches(len(sweep.data.train), recipe.batch_size)
+        last = math.ceil(recipe.total_steps(steps) / steps) if recipe.seconds is None else 0
         for record in train_trial(sweep, recipe, stop_or_beat, show):
             assert record.val_acc is not None and record.val_loss is not None  # the data have a validation split
             epochs = record.epoch
@@ -180,7 +184,7 @@ def run_trial(
                 accuracy, loss = record.val_acc, record.val_loss
             trial.report(record.val_acc, epochs)
             between()
-            if epochs != recipe.epochs and trial.should_prune():
+            if epochs != last and trial.should_prune():
                 end(TrialState.PRUNED)
                 return
         end(TrialState.COMPLETE, accuracy, val_loss=loss)

@@ -83,7 +83,10 @@ def fit(
     compute_loss, clip = make_loss(recipe, net), make_clip(net, recipe)
     optimizer, average = make_optimizer(net, recipe), WeightAverage(net, recipe.ema)
 
-    batchnorm = BatchNormTogether(net) if recipe.sync_batchnorm and ranks.size > 1 else contextlib.nullcontext()
+    together = recipe.sync_batchnorm and ranks.size > 1
+    if together and recipe.parts > 1:
+        raise UsageError("--sync-batchnorm measures a batch in one go; leave --parts away")
+    batchnorm = BatchNormTogether(net) if together else contextlib.nullcontext()
     state, best = TrainState(parts=recipe.parts), dict[str, Tensor]()
 
     def save() -> None:
@@ -116,7 +119,7 @@ def fit(
     begun = time.perf_counter() - state.elapsed
     total = recipe.total_steps(len(batches), state.step, state.elapsed)
     while state.step < total and not state.finished:
-        if should_stop():
+        if ranks.agree(should_stop(), 0.0)[0]:
             raise Interrupted(f"stopped at {describe_place(recipe, state.step, total)}")
         epoch, first = divmod(state.step, len(batches))
         tally = Tally(state, device)
@@ -132,7 +135,9 @@ def fit(
                 if recipe.small_size and state.step < recipe.small_share * total:
                     images = shrink(images, recipe.small_size)
                 lr = learning_rate(recipe, state.step, total, len(batches))
-                loss, logits, state.parts = in_parts(forward_backward, optimizer.zero_grad, images, labels, state.parts)
+                loss, logits, state.parts = in_parts(
+                    forward_backward, optimizer.zero_grad, images, labels, state.parts, again=not together
+                )
                 right = share_right(logits, labels)
                 gradients = [p.grad for p in weights if p.grad is not None]
                 ranks.average([loss, right, *gradients, *statistics], len(images))
@@ -177,9 +182,8 @@ def fit(
             for name, split in watched.items():
                 if split is not None:
                     cast = autocast(precision, device)
-                    scores[name] = evaluate(
-                        net, split, normalise, batch_size=recipe.batch_size, autocast=cast, ranks=ranks
-                    )
+                    score = evaluate(net, split, normalise, batch_size=recipe.batch_size, autocast=cast, ranks=ranks)
+                    scores[name] = Scores(*ranks.share([score.loss, score.accuracy]))  # to the last bit
             if not all(math.isfinite(score.loss) for score in scores.values()):
                 raise diverged("the loss", state, recipe)
             record = make_record(epoch + 1, state, lr, scores)

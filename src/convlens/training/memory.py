@@ -12,15 +12,15 @@ Step = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
 def in_parts(
-    step: Step, restart: Callable[[], None], images: Tensor, labels: Tensor, parts: int
+    step: Step, restart: Callable[[], None], images: Tensor, labels: Tensor, parts: int, *, again: bool = True
 ) -> tuple[Tensor, Tensor, int]:
     """Run ``step`` on the images (N, ...) in ``parts``; return its mean loss, all logits (N, K), and how many parts.
 
     ``step`` takes images, labels and their share of the batch, adds to the gradients, and returns (loss, logits).
     Where memory does not suffice for it, ``restart`` forgets the gradients, and all is done again in twice as many
-    parts, which is said once. BatchNorm measures each part by itself. The error is raised again if there is not
-    enough for two images at a time. The attempt that failed has moved BatchNorm's running statistics, and the random
-    numbers of dropout, by what it got through.
+    parts, which is said once; unless it may not be done ``again``, since other processes take part. BatchNorm measures
+    each part by itself. The error is raised again if there is not enough for two images at a time. The attempt that
+    failed has moved BatchNorm's running statistics, and the random numbers of dropout, by what it got through.
     """
     asked = parts
     while True:
@@ -37,7 +37,7 @@ def in_parts(
                 losses.append(loss * share)
                 logits.append(output)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or len(images) // (2 * parts) < 2:
+            if not again or not is_out_of_memory(error) or len(images) // (2 * parts) < 2:
                 raise
             parts *= 2
             continue  # the error, which holds on to what filled the memory, is forgotten before the next attempt
