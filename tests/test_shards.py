@@ -22,6 +22,7 @@ from convlens.data.loader import Batches
 from convlens.data.preprocess import Preprocess
 from convlens.data.shards import Place, Shard, ShardImages, ShardOrder, load_shards, pack
 from convlens.errors import ConvlensError, UsageError
+from convlens.experiment import data_name
 
 CPU = torch.device("cpu")
 
@@ -179,7 +180,7 @@ def test_a_missing_shard_is_named(shards: Path, tmp_path: Path, address: str) ->
     (tmp_path / "train-000000.tar").unlink()
     with pytest.raises(ConvlensError, match=r"train-000000.tar cannot be read: No such file"):
         images[0]
-    with pytest.raises(ConvlensError, match=r"the shard http://127.0.0.1:\d+/nothing.tar cannot be had: 404"):
+    with pytest.raises(ConvlensError, match=r"http://127.0.0.1:\d+/nothing.tar cannot be had: 404"):
         Place(address).read("nothing.tar", None, 100)
     with pytest.raises(ConvlensError, match=r"http://127.0.0.1:1/index.json cannot be had"):
         convlens.load_dataset("http://127.0.0.1:1")
@@ -258,6 +259,15 @@ def test_what_shards_cannot_do_is_said(shards: Path) -> None:
         merge(dataset)
     with pytest.raises(UsageError, match="--balance"):
         convlens.train(dataset, epochs=1, balance=True)
+
+
+def test_shards_of_a_known_data_set_take_its_recipe(shards: Path, tmp_path: Path) -> None:
+    assert data_name(str(shards)) == "digits"
+    arrays = convlens.from_arrays(*(t.numpy() for t in (torch.zeros(9, 8, 8, dtype=torch.uint8), torch.arange(9) % 3)))
+    pack(arrays.with_validation(0.3, 0), tmp_path / "arrays")
+    assert data_name(tmp_path / "arrays") == "None"
+    with pytest.raises(UsageError, match="is one of several shards; give their folder"):
+        convlens.load_dataset(shards / "index.json")
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from convlens.data.catalog import load_dataset, load_recorded
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
 from convlens.data.published import DATASETS
+from convlens.data.shards import is_packed, packed_from
 from convlens.errors import ConvlensError, UsageError
 from convlens.finish import conclude
 from convlens.machine import available_cores
@@ -367,8 +368,10 @@ def train(
 
 
 def data_name(data: Any) -> str:
-    """Return the name by which a default recipe is looked up."""
-    return data.name if isinstance(data, Dataset) else str(data)
+    """Return the name by which a default recipe is looked up; shards have that of what they were made of."""
+    if isinstance(data, Dataset):
+        return data.name
+    return str(packed_from(data) if isinstance(data, (str, Path)) and is_packed(data) else data)
 
 
 def refuse_inside_data(out: str | Path | None, data: Any, flag: str = "--out") -> None:

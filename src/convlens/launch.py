@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import uuid
 
-from convlens.errors import PeerGone
+import torch
+
+from convlens.errors import PeerGone, UsageError
+from convlens.machine import available_cores
 from convlens.ranks import OWN_JOB, OWN_LAUNCHER
 
 RESTARTS = 3
@@ -20,6 +22,10 @@ def launch(arguments: list[str], processes: int) -> int:
     If one of them is killed, all are started again and go on from the last checkpoint, three times at most. What a
     person should read has been printed by the processes.
     """
+    most = max(available_cores(), torch.cuda.device_count())
+    if processes > most:
+        raise UsageError(f"--processes is {processes}; this machine has cores or GPUs for {most}")
+    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of PyTorch's launcher, which is read when it is imported
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -27,7 +33,6 @@ def launch(arguments: list[str], processes: int) -> int:
     # what a process says of another that has gone away is no news
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ[OWN_LAUNCHER] = str(os.getpid())
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=f"{OWN_JOB}{uuid.uuid4().hex}",
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, shutdown_timeout=SAVING,

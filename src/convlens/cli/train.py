@@ -132,7 +132,10 @@ def train(
         raise UsageError("--seeds and --folds take no --init and no --budget")
     if processes > 1 and (seeds or folds):
         raise UsageError("--processes is for one training; --seeds and --folds train one after the other")
-    if processes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+    own = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if processes > 1 and own and not own.startswith("convlens-"):
+        raise UsageError("torchrun says how many processes there are; leave --processes out")
+    if processes > 1 and not own:
         from convlens.launch import launch
 
         raise typer.Exit(launch(sys.argv[1:], processes))

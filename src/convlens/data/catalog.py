@@ -66,6 +66,8 @@ def load_dataset(source: Any, *, image_size: int = 0, channels: int = 0, allow_u
             return load_folder(path, image_size=image_size, channels=channels, allow_unreadable=allow_unreadable)
         if path.suffix == ".npz":
             return load_npz(path)
+        if path.exists() and is_packed(path.parent):
+            raise UsageError(f"{path} is one of several shards; give their folder, {path.parent}")
         if path.exists():
             raise UsageError(f"{path} is a file; give a folder of class folders, a .npz file or a name")
         if len(path.parts) > 1:

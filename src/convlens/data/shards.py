@@ -26,6 +26,7 @@ from torch import Tensor
 
 from convlens.data.dataset import Dataset, Numbers, Split
 from convlens.data.pictures import PictureStyle
+from convlens.data.published import DATASETS
 from convlens.errors import ConvlensError, UsageError
 from convlens.progress import Meter
 from convlens.runfolder import LARGEST_JSON, new_folder, read_json, write_json
@@ -54,6 +55,7 @@ def pack(dataset: Dataset, folder: Path, per_shard: int = 0) -> dict[str, Any]:
     index: dict[str, Any] = {
         "format": FORMAT,
         "name": dataset.name,
+        "source": dataset.source if dataset.source in DATASETS else None,  # a data set that has a recipe of its own
         "classes": list(dataset.classes),
         "shape": list(dataset.shape),
         "style": asdict(dataset.style),
@@ -113,6 +115,20 @@ class Place:
             raise ConvlensError(f"the shard {where} is damaged: its SHA-256 is not that in {INDEX}; copy it anew")
         return content
 
+    def read_index(self) -> dict[str, Any]:
+        """Return what stands in ``index.json``; ConvlensError if it is none of this version's."""
+        try:
+            if is_address(self.path):
+                index: dict[str, Any] = json.loads(read_address(f"{self.path.rstrip('/')}/{INDEX}", LARGEST_JSON))
+            else:
+                index = read_json(Path(self.path) / INDEX)
+            version = index["format"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConvlensError(f"{self.path}/{INDEX} is no index of shards: {error!r}") from None
+        if version != FORMAT:
+            raise ConvlensError(f"the shards in {self.path} are of another version of convlens: format {version}")
+        return index
+
 
 def is_address(source: str) -> bool:
     """Say whether data are asked for over the network."""
@@ -127,7 +143,7 @@ def read_file(path: str, most: int) -> bytes:
         with open(path, "rb") as file:
             return file.read(min(most, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
-        raise ConvlensError(f"the shard {path} cannot be read: {error.strerror}") from None
+        raise ConvlensError(f"the shard {path} cannot be read: {error.strerror}; copy it anew") from None
 
 
 def read_address(address: str, most: int) -> bytes:
@@ -147,12 +163,17 @@ def read_address(address: str, most: int) -> bytes:
             reason = str(getattr(error, "reason", error))
         if left:
             threading.Event().wait(0.5)
-    raise ConvlensError(f"the shard {address} cannot be had: {reason}")
+    raise ConvlensError(f"{address} cannot be had: {reason}")
 
 
 def is_packed(source: str | Path) -> bool:
     """Say whether ``source`` is where :func:`pack` has written, or may be so: an address."""
     return is_address(str(source)) or (Path(source) / INDEX).is_file()
+
+
+def packed_from(source: str | Path) -> str | None:
+    """Return the name of the published data set that shards were made of, None for other data."""
+    return Place(str(source)).read_index().get("source")
 
 
 def load_shards(source: str | Path) -> Dataset:
@@ -161,12 +182,9 @@ def load_shards(source: str | Path) -> Dataset:
     ``source`` is a folder, or its http(s) address. Validation and test images are read at once. Raises ConvlensError
     for what is missing or damaged.
     """
-    address = is_address(str(source))
-    place = Place(str(source) if address else str(Path(source).resolve()))
+    place = Place(str(source) if is_address(str(source)) else str(Path(source).resolve()))
+    index = place.read_index()
     try:
-        index = json.loads(place.read(INDEX, None, LARGEST_JSON)) if address else read_json(Path(source) / INDEX)
-        if index["format"] != FORMAT:
-            raise ConvlensError(f"the shards in {source} are of another version of convlens: format {index['format']}")
         if not {"train", "test"} <= set(index["splits"]) <= {"train", "validation", "test"}:
             raise ValueError(f"its splits are {', '.join(index['splits'])}")
         splits: dict[str, Split] = {}

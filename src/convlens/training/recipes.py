@@ -50,7 +50,7 @@ def read_recipe(path: str | Path) -> Recipe:
     beside other things. Raises UsageError for an unknown key (with the nearest one) or a value that a field does not
     take, ConvlensError for a file that cannot be read.
     """
-    values = read_json(Path(path))
+    values = read_json(Path(path) / "config.json" if Path(path).is_dir() else Path(path))  # of a run
     start = values.pop("recipe", None)
     try:
         if isinstance(start, dict):
