@@ -107,6 +107,7 @@ def test_the_command(remembered: Run, tmp_path: Path, capsys: pytest.CaptureFixt
     # again: the run's own page is made anew, the files of the user are not
     assert run("timelapse", remembered.path) == 0
     assert str(model_of(page)["picture"]).startswith("an image of “")
+    capsys.readouterr()
     assert run("timelapse", remembered.path, "--gif", tmp_path / "a.gif") == 2
     assert capsys.readouterr().err == f"convlens: --gif {tmp_path / 'a.gif'}: that file exists; choose another name\n"
 
@@ -119,6 +120,7 @@ def test_what_is_missing_is_said(remembered: Run, tmp_path: Path, capsys: pytest
         f"convlens: {snapshots[2]} is no snapshot of this net; delete it to go without: "
     )
     shutil.rmtree(remembered.folder.snapshots)
+    capsys.readouterr()
     assert run("timelapse", remembered.path) == 2
     told = "kept no snapshots; train with --snapshots, such as: convlens train digits --snapshots"
     assert capsys.readouterr().err == f"convlens: {remembered.path} {told}\n"

@@ -238,7 +238,7 @@ class Experiment:
         if folder.report.exists() and not finished_too:
             raise UsageError(f"the training of {path} is finished; nothing to resume")
         read_plan(folder, config)  # is it whole?
-        changes = list_changes(folder, config, accept=accept_changes)
+        changes = list_changes(path, config, accept=accept_changes)
         left_out = read_names(folder.excluded) if folder.excluded.exists() else []
         again = cls._rebuild(folder, config, data, left_out, allow_unreadable=allow_unreadable)
         if not folder.split.exists():
@@ -416,7 +416,7 @@ def read_plan(folder: RunFolder, config: Mapping[str, Any]) -> tuple[Recipe, Pre
         raise ConvlensError(f"{folder.config} is damaged: {error!r}") from None
 
 
-def list_changes(folder: RunFolder, config: Mapping[str, Any], *, accept: bool) -> list[str]:
+def list_changes(path: str | Path, config: Mapping[str, Any], *, accept: bool) -> list[str]:
     """Return what is not as it was when the run of ``config`` was started, of what decides the last digits.
 
     It computes with that run's threads from here on, if there are as many. Raises UsageError that names the changes
@@ -434,7 +434,7 @@ def list_changes(folder: RunFolder, config: Mapping[str, Any], *, accept: bool) 
         changes.append(f"version of convlens ({config.get('convlens')}, now {own})")
     if changes and not accept:
         raise UsageError(
-            f"{folder.path} was started with another {', another '.join(changes)}: what comes of it would not be what "
+            f"{path} was started with another {', another '.join(changes)}: what comes of it would not be what "
             "one uninterrupted training gives; go on all the same with --accept-changes"
         )
     if was.get("processes", 1) != now["processes"]:

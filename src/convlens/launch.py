@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 import uuid
 
@@ -25,7 +27,6 @@ def launch(arguments: list[str], processes: int) -> int:
     most = max(available_cores(), torch.cuda.device_count())
     if processes > most:
         raise UsageError(f"--processes is {processes}; this machine has cores or GPUs for {most}")
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of PyTorch's launcher, which is read when it is imported
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -33,6 +34,9 @@ def launch(arguments: list[str], processes: int) -> int:
     # what a process says of another that has gone away is no news
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ[OWN_LAUNCHER] = str(os.getpid())
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=f"{OWN_JOB}{uuid.uuid4().hex}",
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, shutdown_timeout=SAVING,
@@ -48,7 +52,10 @@ def launch(arguments: list[str], processes: int) -> int:
             told = [code for code in codes if code > 0 and code != PeerGone.exit_code]
             if told:
                 return told[0]
-            killed = f"a process was killed (signal {-min(codes)})"
+            # those that were left have been asked to stop, with SIGTERM
+            signals = [-code for code in codes if code < 0]
+            number = next((n for n in signals if n != signal.SIGTERM), signal.SIGTERM)
+            killed = f"a process was killed (signal {int(number)})"
             if not left:
                 print(
                     f"convlens: {killed} for the {RESTARTS + 1}th time; is there too little memory? Go on from the "

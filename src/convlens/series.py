@@ -123,7 +123,7 @@ class Series:
             raise UsageError(f"the data of {path} have changed since it was started; train anew")
         first = RunFolder(Path(path) / plan["runs"][0])
         if first.config.is_file():  # the runs to come are to be what the first one is
-            list_changes(first, first.read_config(), accept=accept_changes)
+            list_changes(path, first.read_config(), accept=accept_changes)
         return cls(Path(path), plan, dataset, accept_changes=accept_changes)
 
     def experiments(self) -> Iterator[Experiment]:

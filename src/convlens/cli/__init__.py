@@ -56,7 +56,8 @@ def main() -> None:
         sys.stdout.flush()
         raise SystemExit(code if isinstance(code, int) else 0)
     except ConvlensError as error:
-        if isinstance(error, SHARED) and os.environ.get("RANK", "0") != "0":  # the first process says it
+        first, told = os.environ.get("RANK", "0") == "0", "CONVLENS_LAUNCHER" in os.environ
+        if isinstance(error, SHARED) and (not first or (told and isinstance(error, PeerGone))):  # another says it
             raise SystemExit(error.exit_code) from None
         fail(error, str(error), error.exit_code, debug=debug)
     except ParseError as error:
