@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from convlens.errors import ConvlensError, PeerGone
+from convlens.errors import ConvlensError, PeerGone, UsageError
 
 OWN_JOB = "convlens-"  # what the names of jobs that convlens has started begin with
 PATIENCE = datetime.timedelta(hours=1)  # for the slowest of them: the first one tests alone, and may download
@@ -120,6 +120,9 @@ class BatchNormTogether:
 
     def __init__(self, net: nn.Module):
         self._layers = [layer for layer in net.modules() if isinstance(layer, _BatchNorm)]
+        for layer in self._layers:
+            if type(layer).forward is not _BatchNorm.forward:  # timm's, some of which hold what follows as well
+                raise UsageError(f"--sync-batchnorm cannot measure {type(layer).__name__}, a BatchNorm of its own kind")
 
     def __enter__(self) -> None:
         for layer in self._layers:
