@@ -429,11 +429,11 @@ def test_the_flags_of_sweep_and_tune_are_the_recipe_and_these() -> None:
 
 # taking a flag away, or renaming one, breaks people's scripts
 FROZEN_RECIPE_FLAGS = """
---model --filters --kernel-size --pool --output-relu --image-size --validation --watch-test --epochs --iterations
---seconds --batch-size --parts --sync-batchnorm --small-size --small-share --save-every --balance --loss
---label-smoothing --optimizer --lr --head-lr --bias-lr --momentum --nesterov --muon-momentum --weight-decay
---clip-norm --schedule --warmup --step-epochs --step-factor --ema --select --patience --shift --rotation --scale
---flip --crop-probability --crop-fraction --cutout --colour-jitter --mixup --cutmix --test-views --snapshots
+--model --filters --kernel-size --pool --output-relu --pretrained --frozen --image-size --validation --watch-test
+--epochs --iterations --seconds --batch-size --parts --sync-batchnorm --small-size --small-share --save-every
+--balance --loss --label-smoothing --optimizer --lr --head-lr --bias-lr --momentum --nesterov --muon-momentum
+--weight-decay --clip-norm --schedule --warmup --step-epochs --step-factor --ema --select --patience --shift --rotation
+--scale --flip --crop-probability --crop-fraction --cutout --colour-jitter --mixup --cutmix --test-views --snapshots
 --tensorboard --seed
 --device --threads --precision
 """

@@ -615,6 +615,42 @@ def test_a_cache_that_cannot_be_written_is_done_without(
         assert left == []
 
 
+def test_large_splits_stay_on_disk(
+    root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixture(root)
+    expected = load_folder(root, image_size=10, allow_unreadable=True).with_validation(0.4, 0)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("convlens.data.cache.memory_size", lambda: 4 * 299)  # less than one image is a quarter of it
+    monkeypatch.setattr("convlens.data.cache.GATHERED", 700)  # two images at a time
+    dataset = load_folder(root, image_size=10, allow_unreadable=True).with_validation(0.4, 0)
+    assert dataset.fingerprint() == expected.fingerprint()
+    assert "GB of images stay on disk" in capsys.readouterr().err
+    before = dataset.train.images.clone()
+    assert [path.name for path in cache.iterdir()] == ["folders"]  # what they are in has no name any more
+    dataset.train.images.fill_(9)  # nor is it anybody else's
+    again = load_folder(root, image_size=10, allow_unreadable=True).with_validation(0.4, 0)
+    assert torch.equal(again.train.images, before)
+
+
+@pytest.mark.parametrize("where", ["the cache", "a split"])
+def test_large_splits_that_the_disk_has_no_room_for(
+    where: str, root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture(root)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("convlens.data.cache.memory_size", lambda: 400)
+    if where == "the cache":
+        monkeypatch.setattr(np.lib.format, "write_array_header_1_0", fail)
+    else:
+        monkeypatch.setattr("convlens.data.cache.tempfile.NamedTemporaryFile", fail)
+    with pytest.raises(ConvlensError, match="has no room for .* GB of images .No space left on device., more than a"):
+        load_folder(root, image_size=10, allow_unreadable=True)
+
+
 @pytest.mark.parametrize(
     "damage",
     [

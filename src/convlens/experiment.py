@@ -37,15 +37,14 @@ from convlens.record import (
 from convlens.run import Run
 from convlens.runfolder import RunFolder, read_json, read_names, write_json, write_names
 from convlens.runtime import callers_state_kept, choose_device, describe_machine, use_threads
-from convlens.shipping.bundle import Bundle, load_bundle
-from convlens.shipping.places import find_bundle, shipped_models
 from convlens.training.budget import candidates, fit_into, parse_budget
 from convlens.training.checkpoint import CheckpointStore, EpochRecord
 from convlens.training.engine import Watcher, fit
 from convlens.training.nets import describe_net, make_net
 from convlens.training.precision import choose_precision
-from convlens.training.recipe import LENGTHS, MODEL_OPTIONS, Recipe
+from convlens.training.recipe import LENGTHS, Recipe
 from convlens.training.recipes import default_recipe, get_recipe
+from convlens.training.start import adopt_weights, image_form, start_from_model, start_from_weights
 
 
 @dataclass(eq=False)
@@ -132,17 +131,22 @@ class Experiment:
             recipe = get_recipe(recipe)
         elif not isinstance(recipe, Recipe | None):
             raise UsageError(f"a recipe is a name or a Recipe, not a {type(recipe).__name__}; arrays go as one: (x, y)")
-        start = load_bundle(find_bundle(init)) if init is not None else None
+        start = start_from_model(init) if init is not None else None
 
         def settle(recipe: Recipe) -> Recipe:
-            if start is not None:
-                recipe = recipe.override(**recipe_of_model(start))
+            if start is not None and start.options is not None:
+                recipe = recipe.override(**start.options)
             recipe = recipe.override(**overrides)
             # the recipe's width of its own net is no option of another net that --model asks for
             unfit = set(recipe.model_options()) - set(model_options(recipe.model)) - set(overrides)
             return recipe.override(**dict.fromkeys(unfit))
 
         settled = settle(recipe or default_recipe(data_name(data)))
+        if start is not None and settled.pretrained:
+            raise UsageError("--init or --pretrained, not both: each says what weights to start from")
+        start = start or start_from_weights(settled)
+        if settled.frozen and start is None:
+            raise UsageError("--frozen leaves trained stages as they are; name them with --pretrained or --init")
         if settled.tensorboard:
             find_tensorboard()
         refuse_inside_data(out, data)
@@ -151,18 +155,24 @@ class Experiment:
         # what was resolved is what is recorded: a resumed run computes as the first part did
         settled = settled.override(device=device.type, threads=threads)
 
-        channels = start.preprocess.channels if start is not None else 0
-        loaded = load_dataset(data, image_size=settled.image_size, channels=channels, allow_unreadable=allow_unreadable)
+        form = image_form(settled, start)
+        loaded = load_dataset(data, **form, allow_unreadable=allow_unreadable)
         if exclude is not None:
             loaded = loaded.without(read_names(exclude))
         if settled.image_size not in (0, loaded.shape[1]):
             raise UsageError(f"--image-size is for folders; {loaded.name} has images of {loaded.shape[1]} pixels")
+        if loaded.shape[1] == form["image_size"]:
+            settled = settled.override(image_size=form["image_size"])
         if allowed is not None:
-            running = {"device": device.type, "threads": threads}
+            running = {"device": device.type, "threads": threads, "image_size": settled.image_size}
             choices = [settle(choice).override(**running) for choice in candidates(data_name(data), recipe)]
             settled = fit_into(allowed, started, loaded, choices)
         dataset = loaded.with_validation(settled.validation, settled.seed)
         preprocess = Preprocess.measure(dataset.train.images, dataset.style)
+        if start is not None:
+            if settled.pretrained:
+                settled = settled.override(pretrained=start.origin)  # which holds in another folder too
+            preprocess = start.normalise(preprocess)
         torch.manual_seed(settled.seed)
         model = describe_net(settled, dataset)
         net = make_net(model, dataset, preprocess)
@@ -180,9 +190,8 @@ class Experiment:
             "machine": describe_machine(device),
             **({"job": training} if training else {}),
         }
-        if init is not None and start is not None:
-            origin = str(init) if str(init) in shipped_models() else str(Path(init).resolve())
-            config["init"] = {"from": origin, "tensors": adopt_weights(net, start)}
+        if start is not None:
+            config["init"] = {"from": start.origin, "tensors": adopt_weights(net, start, settled.frozen)}
         folder = RunFolder.create(out, dataset.name)
         try:
             write_split(folder, dataset)
@@ -248,7 +257,7 @@ class Experiment:
             with folder.claimed():
                 write_json(folder.config, config)
         if "init" in config and not any(folder.checkpoint.glob("*.json")):
-            adopt_weights(again.net, load_bundle(find_bundle(config["init"]["from"])))
+            adopt_weights(again.net, start_from_weights(again.recipe) or start_from_model(config["init"]["from"]))
         return again
 
     @classmethod
@@ -440,24 +449,3 @@ def list_changes(path: str | Path, config: Mapping[str, Any], *, accept: bool) -
     if was.get("processes", 1) != now["processes"]:
         changes.append(f"number of processes ({was.get('processes', 1)}, now {now['processes']})")
     return changes
-
-
-def recipe_of_model(bundle: Bundle) -> dict[str, Any]:
-    """Return the recipe options that rebuild a bundle's net."""
-    name, arguments = bundle.model["name"], bundle.model["arguments"]
-    unset = dict.fromkeys(MODEL_OPTIONS)  # what the bundle does not name is its net's default, not the recipe's
-    return {"model": name, **unset, **{key: arguments[key] for key in model_options(name) if key in arguments}}
-
-
-def adopt_weights(net: nn.Module, bundle: Bundle) -> str:
-    """Copy the trained stages of ``bundle`` into ``net``, leaving its head fresh; say how many tensors fitted."""
-    own, trained = net.state_dict(), bundle.net.state_dict()
-    fitting = {
-        key: value
-        for key, value in trained.items()
-        if not key.startswith("head.") and key in own and own[key].shape == value.shape
-    }
-    if not any(value.dim() > 1 for value in fitting.values()):
-        raise UsageError(f"--init: no weight of its {bundle.model['name']} fits a net {type(net).__name__} here")
-    net.load_state_dict({**own, **fitting})
-    return f"{len(fitting)} of {len(own)}"

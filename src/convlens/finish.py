@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def conclude(
     trained = {
         "convlens": version("convlens"),
         "command": without_paths(config["command"], config["data"]),
-        "recipe": config["recipe"],
+        "recipe": {**config["recipe"], "pretrained": Path(recipe.pretrained).name},
         "data": without_path(config["data"]),
         "machine": config["machine"],
         "parameters": config["model"]["parameters"],

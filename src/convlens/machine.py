@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 
@@ -9,6 +10,16 @@ import platform
 def available_cores() -> int:
     """Return the number of CPU cores this process may use (containers often get fewer than the machine has)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_size() -> int:
+    """Return the bytes of memory that this machine has, or that this container may use; 0 where it is not told."""
+    sizes = []
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max", encoding="utf-8") as limit:
+        sizes.append(int(limit.read()))
+    return min(sizes, default=0)
 
 
 def processor_name() -> str:

@@ -145,6 +145,9 @@ class BatchNormTogether:
 
     def __init__(self, net: nn.Module):
         self._layers = [layer for layer in net.modules() if isinstance(layer, _BatchNorm)]
+        for layer in self._layers:
+            if type(layer).forward is not _BatchNorm.forward:  # timm's, some of which hold what follows as well
+                raise UsageError(f"--sync-batchnorm cannot measure {type(layer).__name__}, a BatchNorm of its own kind")
 
     def __enter__(self) -> None:
         for layer in self._layers:

@@ -1,4 +1,4 @@
-"""A registry: names and the callables (nets, data sets, losses) that they stand for."""
+"""A registry: names, and whole families of names, and the callables (nets, data sets, losses) they stand for."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Registry(Generic[T]):
     def __init__(self, kind: str):
         self.kind = kind
         self._entries: dict[str, T] = {}
+        self.families: dict[str, Callable[[str], T]] = {}  # by what their names begin with
 
     def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that enters its argument as ``name``; UsageError if the name is taken."""
@@ -35,14 +36,26 @@ class Registry(Generic[T]):
 
         return enter
 
+    def family(self, prefix: str) -> Callable[[Callable[[str], T]], Callable[[str], T]]:
+        """Return a decorator for what finds the entry of any name that begins with ``prefix``; it gets what follows."""
+
+        def enter(find: Callable[[str], T]) -> Callable[[str], T]:
+            self.families[prefix] = find
+            return find
+
+        return enter
+
     def __getitem__(self, name: str) -> T:
+        for prefix, find in self.families.items():
+            if name.startswith(prefix):
+                return find(name.removeprefix(prefix))
         if name not in self._entries:
             raise UnknownName(self.kind, name, self._entries)
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._entries or str(name).startswith(tuple(self.families))
 
     def names(self) -> list[str]:
-        """All names, in the order in which they were registered."""
+        """All names, in the order in which they were registered; those of families are not listed."""
         return list(self._entries)

@@ -23,6 +23,7 @@ from convlens.runfolder import SERIES, RunFolder, read_json, read_names, write_j
 from convlens.runtime import callers_state_kept
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import default_recipe, get_recipe
+from convlens.training.start import image_form, start_from_weights
 
 SUMMARY = "summary.json"
 
@@ -66,7 +67,8 @@ class Series:
         if not isinstance(recipe, Recipe):
             recipe = get_recipe(recipe) if recipe is not None else default_recipe(data_name(data))
         settled = recipe.override(**overrides)
-        dataset = load_dataset(data, image_size=settled.image_size, allow_unreadable=allow_unreadable)
+        form = image_form(settled, start_from_weights(settled))
+        dataset = load_dataset(data, **form, allow_unreadable=allow_unreadable)
         if exclude is not None:
             dataset = dataset.without(read_names(exclude))
         refuse_inside_data(out, dataset)
@@ -76,7 +78,7 @@ class Series:
             "kind": kind,
             "runs": [f"{kind}-{number + (settled.seed if kind == 'seed' else 1)}" for number in range(count)],
             "seed": settled.seed,
-            "image_size": settled.image_size,
+            **form,
             "data": dataset.source,
             "excluded": list(dataset.left_out),
             "fingerprint": dataset.fingerprint(),
@@ -116,7 +118,8 @@ class Series:
         if source is None:
             raise UsageError(f"the data of {path} were objects in memory; only data on disk can be resumed")
         allowed = allow_unreadable or plan["allow_unreadable"]
-        dataset = load_dataset(source, image_size=plan["image_size"], allow_unreadable=allowed)
+        form = {key: plan[key] for key in ("image_size", "channels") if key in plan}
+        dataset = load_dataset(source, **form, allow_unreadable=allowed)
         if not dataset.left_out:
             dataset = dataset.without(plan["excluded"])
         if dataset.fingerprint() != plan["fingerprint"]:

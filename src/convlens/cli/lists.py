@@ -35,7 +35,9 @@ def models(
 
     if name is None:
         print("nets")
-        print_table([(net, first_line(MODELS[net])) for net in MODELS.names()], head=False)
+        rows: list[Any] = [(net, first_line(MODELS[net])) for net in MODELS.names()]
+        rows += [(f"{prefix}NAME", first_line(find)) for prefix, find in MODELS.families.items()]
+        print_table(rows, head=False)
         print("trained models (convlens predict NAME IMAGE)")
         from convlens.runfolder import read_json
 
@@ -53,10 +55,12 @@ def models(
     channels, side = channels or usual[0], size or usual[1]
     net = create_model(name, channels=channels, height=side, width=side, classes=classes)
     layers = summarise(net, channels, side, side)
-    rows: list[Any] = [("layer", "kind", "output", "parameters", "MFLOPs", "sees")]
+    rows = [("layer", "kind", "output", "parameters", "MFLOPs", "sees")]
     for layer in layers:
         shape = "x".join(map(str, layer.output_shape))
         field = "all" if layer.receptive_field is None else f"{layer.receptive_field}x{layer.receptive_field}"
+        if not getattr(net, "is_chain", True):  # the formula knows no other ways through a net
+            field = "-"
         flops = f"{layer.flops / 1e6:.2f}" if layer.flops else "-"
         rows.append(
             (

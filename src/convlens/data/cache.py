@@ -1,4 +1,7 @@
-"""Decoded images on disk: memory-mapped, there whole or not at all, safe beside other processes."""
+"""Decoded images on disk: memory-mapped, there whole or not at all, safe beside other processes.
+
+What is less than a quarter of the memory is read into it when a split is made; the rest stays on disk.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from convlens.data.decode import Decoded
+from convlens.data.fetch import cache_folder
+from convlens.errors import ConvlensError
+from convlens.machine import memory_size
 from convlens.runfolder import sync
+
+GATHERED = 64 << 20  # bytes that are copied from disk to disk at a time
 
 
 def read_cache(folder: Path, shape: tuple[int, int, int, int]) -> Decoded | None:
@@ -83,3 +93,43 @@ def keep_in_memory(decoded: Iterable[Decoded], shape: tuple[int, int, int, int])
         everything[number : number + len(images)] = images
         number += len(images)
     return everything[:number], unreadable
+
+
+def stays_on_disk(size: int) -> bool:
+    """Say whether so many bytes of images are too many to hold in memory: more than a quarter of it."""
+    return 0 < memory_size() // 4 < size
+
+
+def no_room(size: int, error: OSError) -> ConvlensError:
+    """Return the error that says that so many bytes of images found no room."""
+    return ConvlensError(
+        f"{cache_folder()} has no room for {size / 1e9:.1f} GB of images ({error.strerror or error}), more than a "
+        "quarter of the memory; set CONVLENS_CACHE to a larger disk, or take a smaller --image-size"
+    )
+
+
+def gather(images: Tensor, rows: Tensor) -> Tensor:
+    """Return the images (N, C, H, W) at ``rows``, int64 (M,): in memory, or, if they are many, in a file of their own.
+
+    That file, in the user's cache, has no name any more when this returns, and is gone with its last user. Raises
+    ConvlensError if the disk has no room for it.
+    """
+    shape = (len(rows), *images.shape[1:])
+    if not stays_on_disk(math.prod(shape)):
+        return images[rows]
+    some = max(GATHERED // math.prod(shape[1:]), 1)
+    place = cache_folder()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".rows-", delete=False) as file:
+            try:
+                for part in torch.split(rows, some):
+                    file.write(images[part].contiguous().numpy().data)
+                file.flush()
+                mapped = np.memmap(file.name, np.uint8, "c", shape=shape)
+            finally:
+                with contextlib.suppress(OSError):  # Windows keeps it while it is in use
+                    os.unlink(file.name)
+    except OSError as error:
+        raise no_room(math.prod(shape), error) from None
+    return torch.from_numpy(mapped)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convlens.data.cache import gather
 from convlens.data.pictures import PictureStyle
 from convlens.errors import UsageError
 from convlens.runtime import derive_seed
@@ -38,8 +39,11 @@ class Split:
         return len(self.labels)
 
     def take(self, rows: Tensor) -> Split:
-        """Return the images at ``rows``, int64 (M,), as a new split in memory; IndexError for rows beyond its end."""
-        return Split(self.images[rows], self.labels[rows], [self.ids[row] for row in rows.tolist()])
+        """Return the images at ``rows``, int64 (M,), as a new split; IndexError for rows beyond its end.
+
+        It is in memory, unless it would take more than a quarter of it: then it is memory-mapped.
+        """
+        return Split(gather(self.images, rows), self.labels[rows], [self.ids[row] for row in rows.tolist()])
 
     def spread(self, most: int) -> Tensor:
         """Return the rows, int64, of at most so many images, evenly from all of them: a folder's lie class by class."""

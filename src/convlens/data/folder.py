@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from convlens.data.cache import keep_in_memory, read_cache, write_cache
+from convlens.data.cache import keep_in_memory, no_room, read_cache, stays_on_disk, write_cache
 from convlens.data.dataset import HELD_OUT, SPLIT_SEED, TEST_FRACTION, Dataset, Split, check_classes
 from convlens.data.decode import Header, decode_files, survey_files
 from convlens.data.fetch import cache_folder
@@ -108,11 +109,20 @@ def load_folder(root: str | Path, *, image_size: int = 0, channels: int = 0, all
     shape = (len(entries), planes, side, side)
     found = read_cache(folder, shape)
     if found is None:
-        with contextlib.suppress(OSError):
+        try:
             write_cache(folder, decode_files(root, names, digests, planes, side), shape)
+        except OSError as error:
+            if stays_on_disk(math.prod(shape)):
+                raise no_room(math.prod(shape), error) from None
         found = read_cache(folder, shape)
     pixels, unreadable = found or keep_in_memory(decode_files(root, names, digests, planes, side), shape)
     check_unreadable(root, unreadable, len(entries), allow_unreadable)
+    if stays_on_disk(pixels.nbytes):
+        print(
+            f"convlens: {pixels.nbytes / 1e9:.1f} GB of images stay on disk, for they are more than a quarter of the "
+            "memory; if that is slow, pack them: convlens data pack",
+            file=sys.stderr,
+        )
     kept = [entry for i, entry in enumerate(entries) if i not in unreadable]
     classes = tuple(sorted({entry.label for entry in entries if entry.split in ("train", "all")}))
     for entry in kept:

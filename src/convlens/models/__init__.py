@@ -1,6 +1,6 @@
 """The nets: the five classics, the strong defaults, their registry and the contract they keep."""
 
-from convlens.models import classic, fast  # noqa: F401 - entering their nets into the registry
+from convlens.models import backbones, classic, fast  # noqa: F401 - entering their nets into the registry
 from convlens.models.contract import (
     MODELS,
     ConvNet,

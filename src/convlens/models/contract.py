@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,12 @@ class ConvNet(nn.Module):
     log_probabilities = False
     # (C, H, W) of the images that the net is usually shown with
     usual_shape = (1, 28, 28)
+    # what the names of the weights begin with that belong to the classes: other classes need fresh ones
+    head_names: tuple[str, ...] = ("head.",)
+    # whether each layer takes what the one before it gives, so that a formula says how far its units see
+    is_chain = True
+    # modules whose weights a training leaves as they are
+    frozen: tuple[nn.Module, ...] = ()
 
     def initialise(self, x: Tensor) -> None:
         """Set what a fresh net takes from its training images: normalised, float (N, C, H, W). Most take nothing."""
@@ -45,6 +51,30 @@ class ConvNet(nn.Module):
     def stages(self) -> dict[str, nn.Module]:
         """Return the stages by name, in the order in which an image passes them."""
         return dict(self.body.named_children())
+
+    def first_modules(self, count: int) -> list[nn.Module]:
+        """Return the modules that hold all weights of the first ``count`` stages."""
+        return list(self.stages().values())[:count]
+
+    def freeze(self, count: int) -> None:
+        """Let trainings leave the first ``count`` stages as they are, the statistics of their BatchNorm too.
+
+        Raises UsageError if the net has not so many.
+        """
+        stages = list(self.stages())
+        if count > len(stages):
+            raise UsageError(f"--frozen {count}: the net has {len(stages)} stages, {', '.join(stages)}")
+        self.frozen = tuple(self.first_modules(count))
+        for module in self.frozen:
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set whether the net is trained; what is frozen computes as in use either way."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
 
 # name -> constructor (channels, height, width, classes, **options), all plain numbers and strings

@@ -22,6 +22,7 @@ from convlens.ranks import BatchNormTogether, batchnorm_statistics, join
 from convlens.runtime import choose_device
 from convlens.training.checkpoint import CheckpointStore, EpochRecord, TrainState, pack, unpack
 from convlens.training.memory import in_parts
+from convlens.training.nets import freeze
 from convlens.training.optim import (
     WeightAverage,
     learning_rate,
@@ -80,6 +81,7 @@ def fit(
     ranks.equalise(net)
     if recipe.small_size:
         require_any_size(net, dataset.shape, recipe)
+    freeze(net, recipe)
     compute_loss, clip = make_loss(recipe, net), make_clip(net, recipe)
     optimizer, average = make_optimizer(net, recipe), WeightAverage(net, recipe.ema)
 

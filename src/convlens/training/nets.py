@@ -39,3 +39,11 @@ def make_net(described: dict[str, Any], dataset: Dataset, preprocess: Preprocess
         some = dataset.train.spread(max(MILLION // (height * width), 50))
         net.initialise(preprocess.normaliser()(dataset.train.images[some]))
     return net
+
+
+def freeze(net: nn.Module, recipe: Recipe) -> None:
+    """Freeze the recipe's first stages of ``net``; UsageError if it has not so many, or is none that can."""
+    if recipe.frozen:
+        if not isinstance(net, ConvNet):
+            raise UsageError(f"--frozen: the net {recipe.model} is no convlens.models.ConvNet, which it takes")
+        net.freeze(recipe.frozen)

@@ -47,8 +47,13 @@ class Recipe:
     kernel_size: int | None = option(None, "side of the convolution kernels", low=1)
     pool: str | None = option(None, "pooling of the net", choices=("max", "avg"))
     output_relu: bool | None = option(None, "keep the ReLU behind the last layer")
+    pretrained: str = option("", "weights to start from: a .safetensors file, or timm for timm's own")
+    frozen: int = option(0, "leave so many of the first stages as they were trained", low=0)
     # data
-    image_size: int = option(0, "side in pixels that a folder's images are fitted to; 0: their own, up to 64", low=0)
+    image_size: int = option(
+        0, "side in pixels that a folder's images are fitted to; 0: as --pretrained has them, else their own, up to 64",
+        low=0,
+    )  # fmt: skip
     validation: float = option(0.1, "share of the training images held out for validation; 0: none", low=0)
     watch_test: bool = option(False, "measure the test split every epoch, for the curves only")
     # length
