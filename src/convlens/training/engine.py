@@ -85,7 +85,7 @@ def fit(
 
     together = recipe.sync_batchnorm and ranks.size > 1
     if together and recipe.parts > 1:
-        raise UsageError("--sync-batchnorm measures a batch in one go; leave --parts away")
+        raise UsageError("--sync-batchnorm measures a batch in one go; leave out --parts")
     batchnorm = BatchNormTogether(net) if together else contextlib.nullcontext()
     state, best = TrainState(parts=recipe.parts), dict[str, Tensor]()
 
