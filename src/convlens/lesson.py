@@ -244,7 +244,7 @@ EXERCISES: dict[str, Exercise] = {  # "lesson.number" -> the exercise
     "5.3": Exercise(
         share(48 / 54, within=0.005),
         "48 of 54, so 89% and not 90%. With more leaks it would be far more; most of the time nobody counts them.",
-        "Leave the six out of both numbers: how many new pictures are there, and how many of them has it right?",
+        "Leave the six out of both numbers: how many new pictures are there, and how many of them does it get right?",
         48 / 54,
     ),
     "5.4": Exercise(
