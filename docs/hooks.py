@@ -25,7 +25,7 @@ def on_config(config):
     """Add the lessons that there are to the navigation."""
     lessons = sorted(Path(config.docs_dir, "lessons").glob("*.ipynb"))
     if lessons:
-        config.nav.insert(2, {"Lessons": [f"lessons/{path.stem}.md" for path in lessons]})
+        config.nav.insert(2, {"Lessons": ["lessons/index.md", *(f"lessons/{path.stem}.md" for path in lessons)]})
     return config
 
 
@@ -37,7 +37,8 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, **_):
-    """Put what is generated in the place of its mark, such as ``<!-- generated: cli -->``."""
+    """Put what is generated in the place of its mark, such as ``<!-- generated: cli -->``; link lessons' pages."""
+    markdown = re.sub(r"(]\([\w/.-]+)\.ipynb\)(?!\{ download)", r"\1.md)", markdown)
     makers = {"cli": command_line, "fields": fields, "recipes": recipes, "nets": nets, "headline": headline}
     return re.sub(r"<!-- generated: (\w+) -->", lambda mark: makers[mark[1]](), markdown)
 
@@ -144,9 +145,8 @@ def lesson(path):
 
 
 def prose(text):
-    """Return a notebook's Markdown as a page's: links go to pages, and formulas are MathML, which needs no script."""
+    """Return a notebook's Markdown as a page's: no links to what is no page; formulas as MathML, without a script."""
     text = re.sub(r"\[([^]]+)]\(\.\./\.\./[^)]*\)", r"\1", text)  # to what is no page
-    text = re.sub(r"(]\([\w-]+)\.ipynb", r"\1.md", text)
     text = re.sub(r"\$\$(.+?)\$\$", lambda found: formula(found[1], "block"), text, flags=re.DOTALL)
     return re.sub(r"(?<![\\\w$])\$([^$`\n]+)\$(?!\w)", lambda found: formula(found[1], "inline"), text)
 

@@ -129,8 +129,8 @@ def test_a_lesson_becomes_a_page(monkeypatch):
         {"cell_type": "code", "source": ["print(1)"], "outputs": output},
     ]
     Path("1-one.ipynb").write_text(json.dumps({"cells": cells}), encoding="utf-8")
-    page = hooks.lesson(Path("1-one.ipynb"))
-    assert page.startswith("# 1. One\n\n[This lesson as a notebook](1-one.ipynb)")
+    page = hooks.on_page_markdown(hooks.lesson(Path("1-one.ipynb")))
+    assert page.startswith("# 1. One\n\n[This lesson as a notebook](1-one.ipynb){ download }")
     assert re.findall(r"<math [^>]*display=\"(\w+)\"", page) == ["inline", "block"]
     assert "not \\$5:" in page
     assert "[on](2-two.md), away" in page

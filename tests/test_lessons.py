@@ -2,20 +2,27 @@
 
 import os
 import re
+import subprocess
 import tarfile
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
+import convlens
 from convlens.errors import UnknownName
-from convlens.lesson import EXERCISES, check, show_solution
+from convlens.lesson import EXERCISES, check, draw_scene, show_solution, terminal
 
 FOLDER = Path(__file__).parents[1] / "docs" / "lessons"
 LESSONS = sorted(FOLDER.glob("*.ipynb"))
 ASKED = re.compile(r'lesson\.check\(\\"([\d.]+)\\"')  # as JSON writes it
+SLOW = re.compile(r"convlens\.train|\btrial\(\)|lesson\.terminal\(")  # a training, or a process of its own
+SHAPES = {"mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+load_real = convlens.load_dataset
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
@@ -49,18 +56,88 @@ def test_an_exercise_takes_its_solution_and_nothing_else(number, capsys):
         ("1.2", [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], False),  # finds edges that stand
         ("1.2", [[1, 1, 1], [1, 1, 1], [1, 1, 1]], False),
         ("1.2", [[0, 0, 0]] * 3, False),
+        ("1.3", torch.Size([13, 13]), True),
+        ("1.3", (13, 12), False),
+        ("1.3", (), False),
+        ("1.3", "13", True),
         ("1.4", [8, 2], True),
         ("1.4", (2, 8), False),
+        ("1.4", (8,), False),
+        ("1.5", (8, 8), True),
         ("2.3", torch.tensor([5.0, 4.307, 4.307]), True),
         ("2.3", (2, 1, 1), False),
         ("2.4", 2.3, True),
+        ("3.2", (256,), True),
         ("3.3", " B", True),
         ("3.3", "a", False),
         ("4.1", 0.96, True),
+        ("6.3", 0.98, True),
+        ("6.3", 98.2, True),
+        ("6.3", "98.2%", True),
+        ("6.3", "0.982", True),
+        ("6.3", 0.88, False),
+        ("6.4", 0.35, False),
+        ("6.5", 73, True),
+        ("6.5", "73 %", True),
+        ("6.5", "0.73%", False),
     ],
 )
 def test_an_answer_counts_by_what_it_does(number, answer, right):
     assert check(number, answer) is right
+
+
+@pytest.mark.parametrize(
+    ("kernel", "hint"),
+    [
+        ([-1, 0, 1], "not yet. Give three rows"),
+        ([[-1, 1], [1, -1]], "must be three rows of three"),
+        ([[-1, 0, 1]] * 3, "says nothing where bright lies above dark"),
+        ([[1, 1, 1]] * 3, "where every pixel is 1 it says 9,"),
+        ([[-1, -1, 0], [-1, 0, 1], [0, 1, 1]], "a standing one 2:"),
+    ],
+)
+def test_a_wrong_kernel_is_told_what_it_lacks(kernel, hint, capsys):
+    assert not check("1.2", kernel)
+    assert hint in capsys.readouterr().out
+
+
+def made_up(name, **options):
+    """Return noise in the place of a data set that would be downloaded, as load_dataset would."""
+    if name not in SHAPES:
+        return load_real(name, **options)
+    images = torch.randint(0, 256, (6000, *SHAPES[name]), dtype=torch.uint8)
+    labels = torch.arange(6000) % 10
+    return convlens.from_arrays(images, labels, images[:2000], labels[:2000], name=name)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # PyTorch's, where Matplotlib draws a tensor
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_a_lesson_runs_up_to_its_first_training(path, tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("agg")
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    monkeypatch.setattr(convlens, "load_dataset", made_up, raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    names = {}
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code":
+            if SLOW.search(cell.source):
+                break
+            exec(TransformerManager().transform_cell(cell.source), names)
+    else:
+        pytest.fail("nothing in it is slow: is SLOW still right?")
+    plt.close("all")
+
+
+def test_a_terminal_says_what_the_command_says(capfd):
+    with pytest.raises(subprocess.CalledProcessError):
+        terminal("convlens fly 'to the moon'")
+    assert "No such command 'fly'" in capfd.readouterr().out
+
+
+def test_a_scene_is_the_same_for_the_same_numbers():
+    first, again, dry = (draw_scene("boat", np.random.default_rng(1), ground) for ground in ("", "water", "grass"))
+    assert first.tobytes() == again.tobytes() != dry.tobytes()
 
 
 def test_an_exercise_that_there_is_not():

@@ -1,14 +1,18 @@
-"""The exercises of the lessons in ``docs/lessons``: what is asked, and whether an answer is right."""
+"""For the lessons in ``docs/lessons``: their exercises, the pictures that lesson 5 draws, and a terminal."""
 
 from __future__ import annotations
 
 import math
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from convlens.errors import UnknownName
 
@@ -17,34 +21,60 @@ from convlens.errors import UnknownName
 class Exercise:
     """One exercise: the test of an answer, what is said to a right one and to another, and an answer that is right."""
 
-    is_right: Callable[[Any], bool]
+    is_right: Callable[[Any], bool | str]  # or what this very answer lacks
     right: str  # why it is so
     hint: str  # what to look at, without giving the answer away
     solution: Any
 
 
 def near(*expected: float, within: float = 1e-6) -> Callable[[Any], bool]:
-    """Return the test whether an answer is this number, or these in this order."""
+    """Return the test whether an answer is this number, or these in this order.
+
+    One number may be given several times, as a shape gives both sides of a square: (13, 13) is 13.
+    """
 
     def is_right(answer: Any) -> bool:
-        given = [float(value) for value in answer] if len(expected) > 1 else [float(answer)]
-        return len(given) == len(expected) and all(
-            abs(a - b) <= within for a, b in zip(given, expected, strict=True)
-        )  # fmt: skip
+        several = np.iterable(answer) and not isinstance(answer, str)
+        given = [float(value) for value in answer] if several else [float(answer)]
+        wanted = expected * len(given) if len(expected) == 1 else expected
+        return 0 < len(given) == len(wanted) and all(abs(a - b) <= within for a, b in zip(given, wanted, strict=True))
 
     return is_right
 
 
-def finds_horizontal_edges(kernel: Any) -> bool:
-    """Say whether a 3 x 3 kernel answers to an edge that lies, and hardly to one that stands or to an even image."""
+def share(expected: float, within: float) -> Callable[[Any], bool]:
+    """Return the test whether an answer is this share: a number from 0 to 1, or per cent (73, "73%")."""
+
+    def is_right(answer: Any) -> bool:
+        per_cent = isinstance(answer, str) and answer.strip().endswith("%")
+        given = float(answer.strip(" %")) if isinstance(answer, str) else float(answer)
+        return near(expected, within=within)(given / 100 if per_cent or given > 1 else given)
+
+    return is_right
+
+
+def finds_horizontal_edges(kernel: Any) -> bool | str:
+    """Say whether a 3 x 3 kernel answers to an edge that lies, and hardly to one that stands or to an even image.
+
+    If not, say at which of these it fails.
+    """
     rows = [[float(value) for value in row] for row in kernel]
+    if [len(row) for row in rows] != [3, 3, 3]:
+        return "It must be three rows of three numbers: [[..., ..., ...], [..., ..., ...], [..., ..., ...]]."
 
     def response(image: list[list[int]]) -> float:
         return abs(sum(a * b for row, line in zip(rows, image, strict=True) for a, b in zip(row, line, strict=True)))
 
     lying = max(response([[int(row >= edge)] * 3 for row in range(3)]) for edge in (1, 2))
     standing = max(response([[int(column >= edge) for column in range(3)]] * 3) for edge in (1, 2))
-    return lying > 0 and max(standing, response([[1] * 3] * 3)) <= 0.1 * lying
+    even = response([[1] * 3] * 3)
+    if lying == 0:
+        return "It says nothing where bright lies above dark. Which rows should count against each other?"
+    if even > 0.1 * lying:
+        return f"Where all is even it should say nothing, but where every pixel is 1 it says {even:g}, for or against."
+    if standing > 0.1 * lying:
+        return f"A lying edge makes it say {lying:g}, but a standing one {standing:g}: that should be about 0."
+    return True
 
 
 def softmax_is(*shares: float) -> Callable[[Any], bool]:
@@ -89,8 +119,7 @@ EXERCISES: dict[str, Exercise] = {  # "lesson.number" -> the exercise
     "1.2": Exercise(
         finds_horizontal_edges,
         "It compares what lies above with what lies below, and adds up to 0, so that it is silent where all is even.",
-        "Give three rows of three numbers. Those of the upper row and of the lower row need opposite signs, and all "
-        "nine must add up to 0; the kernels above do that from left to right.",
+        "Give three rows of three numbers, like the kernels above. What should it compare with what?",
         [[-1, -2, -1], [0, 0, 0], [1, 2, 1]],
     ),
     "1.3": Exercise(
@@ -157,7 +186,7 @@ EXERCISES: dict[str, Exercise] = {  # "lesson.number" -> the exercise
         lambda answer: str(answer).strip().lower() == "b",
         "The training images were cropped and turned, and counted while the net was still worse; the test images are "
         "as they are, and asked at the end of the epoch.",
-        "Answer with a letter, such as 'a'. Think of which images each accuracy is counted on, and at what time.",
+        'Answer with a letter in quotes, such as "a". Think of which images each accuracy is counted on, and when.',
         "b",
     ),
     "3.4": Exercise(
@@ -168,20 +197,20 @@ EXERCISES: dict[str, Exercise] = {  # "lesson.number" -> the exercise
     ),
     # 4: colour photos, and why it learns
     "4.1": Exercise(
-        near(0.956, within=0.01),
+        share(0.956, within=0.01),
         "51,328 + 10,836 + 850 = 63,014 of 65,886: convolutions use the same few weights everywhere, so they need few.",
         "A linear layer has inputs x outputs weights and as many biases as outputs. Add the three up and divide by the "
         "sum of all layers; the answer is between 0 and 1.",
         63014 / 65886,
     ),
     "4.2": Exercise(
-        near(0.1),
+        share(0.1, within=0.005),
         "All ten become 0, equal, so each class gets 1/10. Without the ReLU the cat would have 45%: that is lost.",
         "What does max(0, x) make of negative numbers? Then take the softmax of ten equal numbers.",
         0.1,
     ),
     "4.3": Exercise(
-        near(0.8),
+        share(0.8, within=0.005),
         "Each tenth of the images belongs to one class; those of the two dead ones are lost, however good the rest is.",
         "Which share of the images belongs to the other eight classes, if all have as many?",
         0.8,
@@ -200,22 +229,22 @@ EXERCISES: dict[str, Exercise] = {  # "lesson.number" -> the exercise
     ),
     # 5: your own folder
     "5.1": Exercise(
-        near(36 / 84, within=0.005),
+        share(36 / 84, within=0.005),
         '36 of the 84 test pictures are boats: always saying "boat" is right 43% of the time, and a net that is '
         "right less often than that is worth nothing.",
-        "Which class has the most test pictures, and what share of all of them is that? Say 0.5, not 50.",
+        "Which class has the most test pictures, and what share of all of them is that?",
         36 / 84,
     ),
     "5.2": Exercise(
-        near(0.25, within=0.005),
+        share(0.25, within=0.005),
         "480 x 480 of 640 x 480 pixels are left, three quarters. What matters should be in the middle.",
         "A square that is as high as the photo: how many of the 640 columns does it have?",
         0.25,
     ),
     "5.3": Exercise(
-        near(48 / 54, within=0.005),
+        share(48 / 54, within=0.005),
         "48 of 54, so 89% and not 90%. With more leaks it would be far more; most of the time nobody counts them.",
-        "Leave the six out of both numbers: how many new pictures are there, and how many of them has it right?",
+        "Leave the six out of both numbers: how many new pictures are there, and how many of them does it get right?",
         48 / 54,
     ),
     "5.4": Exercise(
@@ -243,12 +272,12 @@ EXERCISES: dict[str, Exercise] = {  # "lesson.number" -> the exercise
     "6.2": Exercise(
         near(6),
         "Six coins in a row that all show the same side: 2 * (1/2)**6 = 3.1%. Five are not enough: 6.3%.",
-        "If both nets were equally good, each such picture were a coin. How probable are n heads in a row, or n tails? "
+        "If both nets are equally good, each such picture is a coin. How probable are n heads in a row, or n tails? "
         "Paired(359, 0, n).p_value knows it too.",
         6,
     ),
     "6.3": Exercise(
-        near(0.982, within=0.002),
+        share(0.982, within=0.005),
         "The logits become 4 and 0, and 1 / (1 + exp(-4)) = 98.2%: a temperature below 1 makes a net surer. The order "
         "of the classes stays, and so does the accuracy.",
         "Divide both logits by 0.5 first. Then exp of the first, by the sum of exp of both.",
@@ -256,13 +285,13 @@ EXERCISES: dict[str, Exercise] = {  # "lesson.number" -> the exercise
     ),
     "6.4": Exercise(
         near(0.61, within=0.001),
-        "8 of the 9 are at least 0.61: of the 10 places that a new picture could take among them, 8 lie above the "
-        "bound, which is 80%.",
-        "Sort them, the largest first. (9 + 1) * 0.8 = 8: which is the eighth?",
+        "Eight of the ten stretches lie above 0.61, and a new picture falls into one of them in 80% of cases.",
+        "Sort them, and count the stretches from above: the first reaches from the largest number up to 1. Where does "
+        "the eighth begin?",
         0.61,
     ),
     "6.5": Exercise(
-        near(490 / 670, within=0.005),
+        share(490 / 670, within=0.005),
         "490 of the 670 warnings are about real digits. What is rare is seldom what a warning is about, however good "
         "the test: doctors know this too.",
         "Count the warnings of both kinds: 5% of 9,800 digits, and 90% of 200 others. What share of their sum is the "
@@ -321,11 +350,12 @@ def check(number: str, answer: Any) -> bool:
         print(f"{number}: no answer yet. {exercise.hint}")
         return False
     try:
-        right = bool(exercise.is_right(answer))
+        verdict = exercise.is_right(answer)
     except Exception:  # an answer of a kind that nobody thought of is a wrong one
-        right = False
-    print(f"{number}: right. {exercise.right}" if right else f"{number}: not yet. {exercise.hint}")
-    return right
+        verdict = False
+    hint = verdict if isinstance(verdict, str) else exercise.hint
+    print(f"{number}: right. {exercise.right}" if verdict is True else f"{number}: not yet. {hint}")
+    return verdict is True
 
 
 def show_solution(number: str) -> Any:
@@ -333,3 +363,61 @@ def show_solution(number: str) -> Any:
     if number not in EXERCISES:
         raise UnknownName("exercise", number, EXERCISES)
     return EXERCISES[number].solution
+
+
+def terminal(command: str) -> None:
+    """Do what a terminal would do with a command of convlens, and print what it says.
+
+    Raises subprocess.CalledProcessError if it fails.
+    """
+    words = [sys.executable, "-m", *shlex.split(command)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout)
+    done.check_returncode()
+
+
+COLOURS = {
+    "sky": (140, 180, 225),
+    "grass": (110, 150, 80),
+    "water": (60, 110, 150),
+    "wall": (215, 195, 165),
+    "roof": (165, 80, 60),
+    "leaf": (70, 120, 60),
+    "wood": (110, 80, 55),
+    "sail": (225, 220, 205),
+}
+
+
+def draw_scene(kind: str, rng: np.random.Generator, ground: str = "") -> Image.Image:
+    """Draw a "boat", a "house" or a "tree" in a landscape with bushes and stones, turned a little and grainy.
+
+    Its sides are 90 to 199 pixels. ``ground`` is "water" or "grass"; without it, boats are on water, and of the others
+    three in ten.
+    """
+
+    def tint(name: str) -> tuple[int, ...]:  # darker or lighter and a little off, as light and cameras make a colour
+        off = np.array(COLOURS[name]) + rng.normal(0, 45) + rng.normal(0, 30, 3)
+        return tuple(off.clip(0, 255).astype(int).tolist())
+
+    image = Image.new("RGB", (200, 200), tint("sky"))
+    pen = ImageDraw.Draw(image)
+    usual = "water" if kind == "boat" or rng.random() < 0.3 else "grass"
+    pen.rectangle((0, int(rng.integers(105, 150)), 200, 200), fill=tint(ground or usual))
+    for bush in zip(rng.integers(0, 200, 5), rng.integers(90, 190, 5), rng.integers(5, 28, 5), strict=True):
+        x, y, r = map(int, bush)
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=tint(rng.choice(["leaf", "wall"])))
+    x, y, s = int(rng.integers(60, 140)), int(rng.integers(65, 130)), int(rng.integers(28, 58))
+    if kind == "boat":
+        hull = [(x - 1.2 * s, y + s / 2), (x + 1.2 * s, y + s / 2), (x + 0.7 * s, y + s), (x - 0.7 * s, y + s)]
+        pen.polygon(hull, fill=tint("wood"))
+        pen.polygon([(x, y - s), (x, y + 0.4 * s), (x + s, y + 0.4 * s)], fill=tint("sail"))
+    elif kind == "house":
+        pen.rectangle((x - s, y, x + s, y + s), fill=tint("wall"))
+        pen.polygon([(x - 1.2 * s, y), (x, y - s), (x + 1.2 * s, y)], fill=tint("roof"))
+    else:
+        pen.rectangle((x - s / 5, y, x + s / 5, y + s), fill=tint("wood"))
+        pen.ellipse((x - 0.8 * s, y - s, x + 0.8 * s, y + s / 3), fill=tint("leaf"))
+    image = image.rotate(int(rng.integers(-12, 13)), Image.Resampling.BICUBIC).crop((20, 20, 180, 180))
+    width, height = rng.integers(90, 200, 2).tolist()
+    grainy = np.asarray(image.resize((width, height))) + rng.normal(0, 12, (height, width, 3))
+    return Image.fromarray(grainy.clip(0, 255).astype(np.uint8))

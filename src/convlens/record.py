@@ -144,7 +144,7 @@ class LiveRecord(Watcher):
     """What `convlens watch` shows of a training under way, and its snapshots, if they are wanted.
 
     Where it stands is written twice a second at most. What it has wrong is looked at after the first epoch, after the
-    last, and in between so seldom that it takes a hundredth of the time. What cannot be written is left away; but
+    last, and in between so seldom that it takes a hundredth of the time. What cannot be written is left out; but
     snapshots were asked for.
     """
 

@@ -150,7 +150,7 @@ def load_tested(source: str | Path, data: Any = None) -> tuple[Bundle, Dataset]:
     else:
         dataset = load_dataset(data, **form)
         if recorded.get("fold") and dataset.source == recorded["source"]:
-            raise UsageError(f"{source} was trained on the test images of {data}: it is one fold; leave --data away")
+            raise UsageError(f"{source} was trained on the test images of {data}: it is one fold; leave out --data")
     named = data if isinstance(data, (str, Path)) else dataset.name
     if dataset.classes != bundle.classes:
         raise UsageError(f"{named} has other classes than {source}: {', '.join(dataset.classes)}")
