@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import html
 import json
+import os
 import re
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from optuna.trial import TrialState
 
 import convlens
 from convlens import tuning
+from convlens.cli.sweep import confirm_best
 from convlens.data.catalog import load_dataset
 from convlens.errors import ConvlensError, Interrupted, UsageError
 from convlens.evaluation.paired import PairedSeeds
@@ -379,7 +381,9 @@ def test_the_best_is_confirmed_on_fresh_seeds_and_no_claim_without(toy: str, no_
     assert said["test_accuracy"]["base"] == pytest.approx(np.mean([run.accuracy for w, _, run in runs if w == "base"]))
     assert said["difference"] == pytest.approx(said["test_accuracy"]["best"] - said["test_accuracy"]["base"])
     assert list(outcome.confirm(sweep, 2, lambda: False)) == []  # it is there already
-    write_outcome(sweep, said)
+    line, worth_it = confirm_best(sweep, 2, lambda: False)
+    assert worth_it == (said["interval"][0] > 0) != ("there is no reason to change" in line)
+    assert line.startswith(f"verdict {said['verdict']}") and sweep.study.user_attrs["confirming"] is None
     assert write_outcome(Sweep.resume(sweep.folder))["confirmation"] == said  # as with --resume and --confirm 0
     assert said["verdict"] in html.unescape((sweep.folder / "report.html").read_text())
     for seeds in (1, -1):
@@ -404,9 +408,31 @@ def test_a_verdict_takes_seeds_and_images_into_account() -> None:
     assert PairedSeeds(worse, lucky).verdict("a", "b").startswith("may be chance")
 
 
-@pytest.mark.parametrize(
-    "kind", [signal.SIGINT, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (signal.SIGTERM, signal.SIGKILL))]
-)
+def test_ctrl_c_writes_what_there_is(
+    toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from convlens import cli
+    from convlens.cli.sweep import Teller
+
+    def tell(self: Teller) -> None:
+        if len(self._rows(self._sweep)) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Teller, "tell", tell)
+    monkeypatch.setattr(sys, "argv", ["convlens", "sweep", toy, *FLAGS, "--param", LR[0], "--trials", "4"])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    last = "convlens: interrupted; nothing is lost. Go on with: convlens sweep --resume runs/toy-sweep-1"
+    assert leaving.value.code == 130
+    assert capsys.readouterr().err.splitlines() == ["stopping after this step ...", last]
+    folder = Path("runs/toy-sweep-1")
+    states = [row["state"] for row in csv.DictReader((folder / "trials.csv").read_text().splitlines())]
+    assert states == ["complete", "complete", "interrupted"]
+    assert "not finished, 2 of 4 trials are done: nothing is claimed" in (folder / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_however_it_ends_nothing_is_lost(kind: signal.Signals, toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work, "NAMELESS", 1.0)  # it may be killed before its trial has its name
     command = [
@@ -433,10 +459,6 @@ def test_however_it_ends_nothing_is_lost(kind: signal.Signals, toy: str, monkeyp
     if kind is signal.SIGKILL:
         assert process.returncode == -9
     else:
-        rows = list(csv.DictReader(Path("mine/trials.csv").read_text().splitlines()))
-        assert rows and (Path("mine/report.html").exists() == any(row["state"] == "complete" for row in rows))
-        if Path("mine/report.html").exists():
-            assert "of 4 trials are done: nothing is claimed" in Path("mine/report.html").read_text()
         assert process.returncode == 130
         last = "convlens: interrupted; nothing is lost. Go on with: convlens sweep --resume mine"
         assert err.strip().splitlines() == ["stopping after this step ...", last]
@@ -446,15 +468,20 @@ def test_however_it_ends_nothing_is_lost(kind: signal.Signals, toy: str, monkeyp
     assert len(counted) == 4 and len({row["lr"] for row in counted}) == 4
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_stopped_while_it_loads_it_says_that_nothing_was_begun(toy: str) -> None:
-    code = (
-        "import os, signal, sys\nimport convlens.sweep.study as study\nfrom convlens import cli\n"
-        "study.load_dataset = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\ncli.main()"
-    )
-    command = [sys.executable, "-c", code, "sweep", toy, "--param", LR[0]]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (found.returncode, found.stderr) == (130, "convlens: interrupted; nothing was begun\n")
+def test_stopped_while_it_loads_it_says_that_nothing_was_begun(
+    toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from convlens import cli
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(study, "load_dataset", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(sys, "argv", ["convlens", "sweep", toy, "--param", LR[0]])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    assert leaving.value.code == 130 and capsys.readouterr().err == "convlens: interrupted; nothing was begun\n"
     assert not Path("runs").exists()
 
 
@@ -489,7 +516,9 @@ def test_torchrun_is_refused(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Path("runs").exists()
 
 
-def test_on_the_command_line(toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_the_command_line(
+    toy: str, no_plots: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from convlens import cli
 
     monkeypatch.setenv("COLUMNS", "60")
@@ -593,7 +622,9 @@ def test_what_a_batch_costs_is_measured_without_a_test_image(monkeypatch: pytest
     assert tuning.free_memory(recipe) > 0
 
 
-def test_tune_prints_a_command_that_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_prints_a_command_that_runs(
+    no_plots: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from convlens import cli
 
     monkeypatch.setattr(tuning, "PROBE_SECONDS", 0.01)
