@@ -57,8 +57,8 @@ def tune(
     from convlens.training.recipes import default_recipe, get_recipe
     from convlens.tuning import find_lr, pick_batch, probe_batches, with_lr
 
-    base = (get_recipe(recipe) if recipe else default_recipe(data_name(data))).override(**overrides)
-    own_size = base.batch_size
+    own = get_recipe(recipe) if recipe else default_recipe(data_name(data))
+    base = own.override(**overrides)
     use_threads(base.threads)
     dataset = load_dataset(data, image_size=base.image_size, allow_unreadable=allow_unreadable)
     target = to or free_name(f"{dataset.name}-lr")
@@ -74,10 +74,12 @@ def tune(
     found = find_lr(dataset, base)
     rates = with_lr(base, found.suggestion)
     marks = [("suggested", rates["lr"]), ("steepest descent", found.steepest), ("lowest loss", found.lowest)]
-    draw_range_test(target, found.rates, found.losses, [*marks, ("the recipe's own", base.lr)][: 3 + (base.lr > 0)])
+    draw_range_test(target, found.rates, found.losses, [*marks, ("the recipe's own", own.lr)][: 3 + (own.lr > 0)])
     say(f"lr      {rates['lr']:g}: between where the loss fell most steeply, {found.steepest:.2g}, and where it was "
         f"lowest, {found.lowest:.2g}")  # fmt: skip
-    say(f"        the recipe's own is {base.lr:g}, for batches of {own_size}: both are a start, a sweep compares them")
+    say(
+        f"        the recipe's own is {own.lr:g}, for batches of {own.batch_size}: both are a start, a sweep compares them"
+    )
     say(f"picture {target}")
     chosen = {**overrides, "batch_size": base.batch_size, **rates}
     words = [f"{flag(k)} {v:g}" if isinstance(v, float) else f"{flag(k)} {v}" for k, v in chosen.items()
