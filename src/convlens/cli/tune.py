@@ -77,9 +77,7 @@ def tune(
     draw_range_test(target, found.rates, found.losses, [*marks, ("the recipe's own", own.lr)][: 3 + (own.lr > 0)])
     say(f"lr      {rates['lr']:g}: between where the loss fell most steeply, {found.steepest:.2g}, and where it was "
         f"lowest, {found.lowest:.2g}")  # fmt: skip
-    say(
-        f"        the recipe's own is {own.lr:g}, for batches of {own.batch_size}: both are a start, a sweep compares them"
-    )
+    say(f"        the recipe's own is {own.lr:g}, for batches of {own.batch_size}: a sweep compares them")
     say(f"picture {target}")
     chosen = {**overrides, "batch_size": base.batch_size, **rates}
     words = [f"{flag(k)} {v:g}" if isinstance(v, float) else f"{flag(k)} {v}" for k, v in chosen.items()
