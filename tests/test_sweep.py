@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import html
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from optuna.trial import TrialState
 
 import convlens
 from convlens import tuning
+from convlens.cli.sweep import confirm_best
 from convlens.data.catalog import load_dataset
 from convlens.errors import ConvlensError, Interrupted, UsageError
 from convlens.evaluation.paired import PairedSeeds
@@ -203,7 +207,7 @@ def test_the_same_seed_gives_the_same_trials_however_often_it_is_interrupted(toy
     parts = Sweep.resume(parts.folder, trials=12)
     epochs = iter(range(100))
     with pytest.raises(Interrupted):  # in the middle of a trial
-        work.work(parts, threads=1, should_stop=lambda: next(epochs) > 20)
+        work.work(parts, threads=1, should_stop=lambda: next(epochs) > 15)
     assert [row["state"] for row in trial_rows(parts)].count("interrupted") == 1
     assert values_of(run_all(Sweep.resume(parts.folder))) == values_of(whole)
     assert len(values_of(whole)) == 12
@@ -228,6 +232,19 @@ def test_trials_that_lag_behind_are_stopped(toy: str, monkeypatch: pytest.Monkey
     assert pruned and all(row["lr"] == 1e-12 and row["epochs"] < 4 for row in pruned)
     said = write_outcome(sweep)
     assert said["states"]["pruned"] == len(pruned) and said["best"]["params"]["lr"] != 1e-12
+    page = (sweep.folder / "report.html").read_text()
+    assert "<th>reason</th>" not in page and "no trial looked at a test image" in page
+
+
+@pytest.mark.parametrize("length", [{"epochs": 3}, {"epochs": None, "iterations": 12}])  # 5 steps an epoch
+def test_no_trial_is_stopped_in_its_last_epoch(
+    length: dict[str, int | None], toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work.Trial, "should_prune", lambda _: asked.append(1) or len(asked) > 2)
+    asked: list[int] = []
+    sweep = Sweep.create(toy, params=LR, trials=1, **{**QUICK, **length})
+    (row,) = run_all(sweep)
+    assert (row["state"], row["epochs"], len(asked)) == ("complete", 3, 2)
 
 
 def test_a_trial_that_diverges_is_written_down_and_the_sweep_goes_on(toy: str) -> None:
@@ -282,6 +299,15 @@ def test_storages_that_cannot_be_opened(toy: str) -> None:
     assert not Path("runs").exists()
 
 
+def test_a_password_is_taken_from_the_environment_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB", "trials")
+    monkeypatch.setenv("PASSWORD", "secret")
+    with pytest.raises(UsageError, match="^--storage: the command is written into the sweep's folder"):
+        study.absolute_storage("postgresql://me:secret@host/$DB")
+    for kept in ("postgresql://me:$PASSWORD@host/db", "postgresql://me@host/$DB"):
+        assert study.absolute_storage(kept) == kept
+
+
 def test_a_trial_whose_process_is_gone_is_done_again(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = Sweep.create(toy, params=LR, trials=3, **QUICK)
     asked = sweep.study.ask({"lr": sweep.space["lr"].distribution()})
@@ -326,6 +352,7 @@ def test_a_trial_that_kills_its_processes_is_given_up(toy: str) -> None:
     assert sweep.study.get_trials()[-1].state is TrialState.COMPLETE
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(toy: str) -> None:
     sweep = Sweep.create(toy, params=LR, trials=6, **{**QUICK, "epochs": 10})
     command = [sys.executable, "-m", "convlens.sweep.work", str(sweep.folder), "1"]
@@ -354,6 +381,11 @@ def test_the_best_is_confirmed_on_fresh_seeds_and_no_claim_without(toy: str, no_
     assert said["test_accuracy"]["base"] == pytest.approx(np.mean([run.accuracy for w, _, run in runs if w == "base"]))
     assert said["difference"] == pytest.approx(said["test_accuracy"]["best"] - said["test_accuracy"]["base"])
     assert list(outcome.confirm(sweep, 2, lambda: False)) == []  # it is there already
+    line, worth_it = confirm_best(sweep, 2, lambda: False)
+    assert worth_it == (said["interval"][0] > 0) != ("there is no reason to change" in line)
+    assert line.startswith(f"verdict {said['verdict']}") and sweep.study.user_attrs["confirming"] is None
+    assert write_outcome(Sweep.resume(sweep.folder))["confirmation"] == said  # as with --resume and --confirm 0
+    assert said["verdict"] in html.unescape((sweep.folder / "report.html").read_text())
     for seeds in (1, -1):
         with pytest.raises(UsageError, match=f"^--confirm is {seeds}; it takes 2 seeds or more, or 0 for none$"):
             outcome.require_seeds(seeds)
@@ -376,7 +408,31 @@ def test_a_verdict_takes_seeds_and_images_into_account() -> None:
     assert PairedSeeds(worse, lucky).verdict("a", "b").startswith("may be chance")
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+def test_ctrl_c_writes_what_there_is(
+    toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from convlens import cli
+    from convlens.cli.sweep import Teller
+
+    def tell(self: Teller) -> None:
+        if len(self._rows(self._sweep)) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Teller, "tell", tell)
+    monkeypatch.setattr(sys, "argv", ["convlens", "sweep", toy, *FLAGS, "--param", LR[0], "--trials", "4"])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    last = "convlens: interrupted; nothing is lost. Go on with: convlens sweep --resume runs/toy-sweep-1"
+    assert leaving.value.code == 130
+    assert capsys.readouterr().err.splitlines() == ["stopping after this step ...", last]
+    folder = Path("runs/toy-sweep-1")
+    states = [row["state"] for row in csv.DictReader((folder / "trials.csv").read_text().splitlines())]
+    assert states == ["complete", "complete", "interrupted"]
+    assert "not finished, 2 of 4 trials are done: nothing is claimed" in (folder / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_however_it_ends_nothing_is_lost(kind: signal.Signals, toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work, "NAMELESS", 1.0)  # it may be killed before its trial has its name
     command = [
@@ -412,8 +468,60 @@ def test_however_it_ends_nothing_is_lost(kind: signal.Signals, toy: str, monkeyp
     assert len(counted) == 4 and len({row["lr"] for row in counted}) == 4
 
 
-def test_on_the_command_line(toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stopped_while_it_loads_it_says_that_nothing_was_begun(
+    toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from convlens import cli
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(study, "load_dataset", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(sys, "argv", ["convlens", "sweep", toy, "--param", LR[0]])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    assert leaving.value.code == 130 and capsys.readouterr().err == "convlens: interrupted; nothing was begun\n"
+    assert not Path("runs").exists()
+
+
+def test_a_helper_that_dies_is_named_once(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = Sweep.create(toy, params=LR, trials=2, **QUICK)
+    monkeypatch.setattr(work.sys, "executable", "false")
+    said: list[str] = []
+    with work.helpers(sweep, 1, 1, said.append) as look:
+        work.work(sweep, threads=1, between=look)
+    assert said == ["a helper process has died (exit code 1); the sweep goes on without it"]
+    assert len(trial_rows(sweep)) == 2
+
+
+def test_one_process_confirms_until_it_is_silent_for_long(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = Sweep.create(toy, params=LR, trials=1, **QUICK)
+    claim = outcome.Claim(sweep)
+    assert claim.take() is None and claim.take() is None  # its own
+    claim.release()
+    now = time.time()
+    sweep.study.set_user_attr("confirming", {"process": "another-machine 1 2 3 4", "alive": now})
+    other = outcome.Claim(sweep)
+    assert other.take() == "another-machine 1 2 3 4"
+    monkeypatch.setattr(outcome.time, "time", lambda: now + 1.1 * work.GRACE)
+    assert other.take() is None
+    assert sweep.study.user_attrs["confirming"]["process"] == work.process_name()
+
+
+def test_torchrun_is_refused(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("convlens.ranks.join", lambda: SimpleNamespace(size=2))
+    with pytest.raises(UsageError, match="^a sweep cannot be shared by several processes: start it without torchrun$"):
+        Sweep.create(toy, params=LR, **QUICK)
+    assert not Path("runs").exists()
+
+
+def test_on_the_command_line(
+    toy: str, no_plots: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from convlens import cli
+
+    monkeypatch.setenv("COLUMNS", "60")
 
     def call(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["convlens", *map(str, words)])
@@ -423,17 +531,17 @@ def test_on_the_command_line(toy: str, monkeypatch: pytest.MonkeyPatch, capsys: 
 
     code, out, err = call("sweep", toy, *FLAGS, "--param", "lr=0.01..0.5", "--trials", 3, "--confirm", 0)
     assert (code, err) == (0, "")
-    assert (
-        "best    trial " in out
-        and "train with: convlens train " in out
-        and "--config runs/toy-sweep-1/best.json" in out
-    )
-    assert "no trial looks at the test images" in out
-    assert "nothing is claimed" in out or "nothing better than the base recipe was found" in out
+    assert "best    trial " in out and "no trial looks at the test images" in out
+    if "nothing better than the base recipe was found: there is no reason to change it" in out:
+        assert "train with" not in out
+    else:
+        assert "nothing is claimed" in out and "--config runs/toy-sweep-1/best.json" in out
+    assert max(map(len, (line for line in out.splitlines() if line.startswith("trial  ")))) <= 60
     code, out, _ = call("train", toy, "--config", "runs/toy-sweep-1/best.json", "--epochs", 2, "--device", "cpu")
     assert code == 0 and "epoch   2" in out  # a flag wins
     code, out, _ = call("sweep", "--resume", "runs/toy-sweep-1", "--trials", 4, "--confirm", 0)
-    assert code == 0 and "trial   4  (4 of 4)" in out and "trial   3  (" not in out
+    assert code == 0 and re.search("^trial   4  .*, 0 s left  lr ", out, re.MULTILINE) and "trial   3  " not in out
+    Path("empty").mkdir()
     for words, message in (
         ((), "name the data to search on, or a sweep to --resume, one of the two"),
         (("--resume", "runs/toy-sweep-1", "--lr", 1), "--resume goes on with the sweep's own plan"),
@@ -442,6 +550,10 @@ def test_on_the_command_line(toy: str, monkeypatch: pytest.MonkeyPatch, capsys: 
         ((toy, "--param", LR[0], "--jobs", 9999), "--jobs is 9999; this machine lets convlens use"),
         ((toy, "--param", LR[0], "--confirm", 1), "--confirm is 1; it takes 2 seeds or more"),
         ((toy, "--param", LR[0], "--out", "runs"), "runs exists already; choose another --out"),
+        (
+            (toy, "--param", LR[0], "--out", "empty"),
+            "empty exists already (an empty folder counts too); choose another",
+        ),
     ):
         code, _, err = call("sweep", *words)
         assert code == 2 and err.startswith(f"convlens: {message}") and err.count("\n") == 1, err
@@ -455,7 +567,11 @@ def test_the_range_test_finds_a_rate_between_nothing_and_too_much(optimizer: str
     recipe = get_recipe("digits").override(optimizer=optimizer, nesterov=False, filters=4, bias_lr=0.5)
     dataset = load_dataset("digits")
     found = tuning.find_lr(dataset, recipe)
-    assert 1e-4 < found.suggestion <= found.lowest < 10 and len(found.rates) == len(found.losses)
+    assert (
+        1e-4 < found.steepest <= found.lowest < 10
+        and found.steepest <= found.suggestion <= found.lowest
+        and len(found.rates) == len(found.losses)
+    )
     assert found == tuning.find_lr(dataset, recipe)
     rates = tuning.with_lr(recipe, found.suggestion)
     assert rates["bias_lr"] / rates["lr"] == pytest.approx(0.5 / recipe.lr, rel=0.1)
@@ -475,18 +591,24 @@ def test_batch_sizes_are_tried_until_they_bring_nothing(monkeypatch: pytest.Monk
     dataset = dataclasses.replace(dataset, train=dataset.train.take(torch.arange(1200).repeat(5)))
     monkeypatch.setattr(tuning, "measure", lambda _, __, size: tuning.Pace(size, pace[size], memory[size]))
     recipe = get_recipe("digits")
-    tried = list(tuning.probe_batches(dataset, recipe))
-    assert [p.batch_size for p in tried] == [16, 32, 64, 128, 256] and tuning.pick_batch(tried) == 64
+    told: list[tuning.Pace] = []
+    tried, why = tuning.probe_batches(dataset, recipe, told.append)
+    assert [p.batch_size for p in tried] == [16, 32, 64, 128, 256] and tuning.pick_batch(tried) == 64 and told == tried
+    assert why == "batches of 128 and 256 are hardly faster"
     memory[32] = 1 << 60
-    assert [p.batch_size for p in tuning.probe_batches(dataset, recipe)] == [16, 32]
+    tried, why = tuning.probe_batches(dataset, recipe)
+    assert [p.batch_size for p in tried] == [16, 32] and tuning.pick_batch(tried) == 32
+    assert why == "batches of 64 may need more than half of the memory that is free"
 
     def run_out(*_: object) -> tuning.Pace:
         raise MemoryError
 
     few = dataclasses.replace(dataset, train=dataset.train.take(torch.arange(350)))  # ten steps an epoch at least
-    assert [p.batch_size for p in tuning.probe_batches(few, recipe)] == [16]
+    tried, why = tuning.probe_batches(few, recipe)
+    assert [p.batch_size for p in tried] == [16]
+    assert why == "with batches of 32 an epoch would have fewer than 10 steps"
     monkeypatch.setattr(tuning, "measure", run_out)
-    assert list(tuning.probe_batches(dataset, recipe)) == []
+    assert tuning.probe_batches(dataset, recipe) == ([], "batches of 16 do not fit into memory")
     with pytest.raises(ConvlensError, match="^there is not enough memory for 16 images at once"):
         tuning.pick_batch([])
 
@@ -500,7 +622,9 @@ def test_what_a_batch_costs_is_measured_without_a_test_image(monkeypatch: pytest
     assert tuning.free_memory(recipe) > 0
 
 
-def test_tune_prints_a_command_that_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_prints_a_command_that_runs(
+    no_plots: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from convlens import cli
 
     monkeypatch.setattr(tuning, "PROBE_SECONDS", 0.01)
@@ -509,9 +633,17 @@ def test_tune_prints_a_command_that_runs(monkeypatch: pytest.MonkeyPatch, capsys
         cli.main()
     out = capsys.readouterr().out
     assert not leaving.value.code and Path("digits-lr.png").stat().st_size > 5000
+    assert re.search(r"^batches of +16: about +\d", out, re.MULTILINE)
+    assert "the recipe's own is 0.1, for batches of 64" in out
     line = out.splitlines()[-1]
     words = line.removeprefix("train with: convlens ").split()
     assert words[:2] == ["train", "digits"] and "--no-nesterov" in words and "--lr" in words and "--batch-size" in words
+    monkeypatch.setattr(sys, "argv", ["convlens", "tune", "digits", "--to", "nowhere/x.png"])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    said = "--to nowhere/x.png: there is no folder nowhere; make it, or choose another place"
+    assert leaving.value.code == 2 and capsys.readouterr().err == f"convlens: {said}\n"
+    assert not Path("nowhere").exists()
     monkeypatch.setattr(sys, "argv", ["convlens", *words, "--epochs", "1"])
     with pytest.raises(SystemExit) as leaving:
         cli.main()

@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
@@ -141,7 +142,7 @@ def describe_series(summary: dict[str, Any]) -> list[str]:
 def describe_params(params: Mapping[str, Any]) -> str:
     """Return the values of a trial: "lr 0.05, batch-size 64"."""
     return ", ".join(
-        f"{name.replace('_', '-')} {f'{value:.4g}' if isinstance(value, float) else value}"
+        f"{name.replace('_', '-')} {f'{value:.3g}' if isinstance(value, float) else value}"
         for name, value in params.items()
     )
 
@@ -163,13 +164,18 @@ def describe_sweep(sweep: Sweep, jobs: int) -> list[str]:
     return lines
 
 
-def describe_trial(row: Mapping[str, Any], fields: Iterable[str], done: int, of: int) -> str:
-    """Return the line of a trial that has ended."""
-    what = "      -" if row["val_acc"] is None else f"{row['val_acc']:>7.2%}"
-    how = {"complete": "", "pruned": ", stopped early"}.get(row["state"], f", {row['state']}: {row['reason']}")
-    spent = f"{count(row['epochs'] or 0, 'epoch')}, {row['seconds'] or 0:.1f} s{how}"
-    told = describe_params({name: row[name] for name in fields if row[name] is not None})
-    return f"trial {row['trial']:>3}  ({done} of {of})  val {what}  {told}  ({spent})"
+def describe_trial(row: Mapping[str, Any], fields: Iterable[str], so_far: str) -> str:
+    """Return the line of a trial that has ended, as wide as the terminal at most; trials.csv has it all."""
+    what = f"val {row['val_acc']:>6.2%}" if row["state"] == "complete" else f"{row['state']:>10}"
+    line = f"trial {row['trial']:>3}  {what}  {so_far}"
+    if row["state"] not in ("complete", "pruned"):
+        return f"{line}  {row['reason']}"
+    values = [describe_params({name: row[name]}) for name in fields if row[name] is not None]
+    room, told = shutil.get_terminal_size().columns - len(line) - 2, ", ".join(values)
+    while len(told) > room and len(values) > 1:  # one is always shown
+        values.pop()
+        told = ", ".join([*values, "..."])
+    return f"{line}  {told}"
 
 
 def rank_trial(row: Mapping[str, Any]) -> tuple[float, float, int]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,8 @@ LOWEST, HIGHEST = 1e-5, 10.0  # learning rates of the range test
 SMOOTHING = 0.9  # share of what was before in the smoothed loss
 EXPLODED = 3.0  # so many times the lowest loss ends the range test
 SMALLEST_BATCH, LARGEST_BATCH = 16, 8192
-PROBE_SECONDS = 1.0  # for each batch size, and two steps at least
+PROBE_SECONDS = 0.5  # of each timing, and two steps at least
+TIMINGS = 3  # of each batch size; the median counts
 FEWEST_STEPS = 10  # of an epoch: larger batches would hardly learn
 AS_GOOD = 0.95  # of the highest pace: what lies above is not worth a larger batch
 MEMORY_SHARE = 0.5  # of the memory that is free: the other half is for validation, and for other programs
@@ -38,16 +40,21 @@ MEMORY_SHARE = 0.5  # of the memory that is free: the other half is for validati
 
 @dataclass(frozen=True)
 class RangeTest:
-    """What a learning-rate range test saw: the rate and the smoothed loss of every step, and what it suggests."""
+    """What a learning-rate range test saw: the rate and the smoothed loss of every step, and where it fell most."""
 
     rates: tuple[float, ...]
     losses: tuple[float, ...]
-    suggestion: float
+    steepest: float
 
     @property
     def lowest(self) -> float:
         """The rate at which the loss was lowest: larger ones undo what was learned."""
         return self.rates[self.losses.index(min(self.losses))]
+
+    @property
+    def suggestion(self) -> float:
+        """The middle of both rates, as their geometric mean: the loss fell there, and has not yet begun to rise."""
+        return math.sqrt(self.steepest * self.lowest)
 
 
 @dataclass(frozen=True)
@@ -98,8 +105,8 @@ class Trainer:
 def find_lr(dataset: Dataset, recipe: Recipe, steps: int = STEPS) -> RangeTest:
     """Return the range test of the recipe (L. Smith 2015): the learning rate rises from step to step, the loss is seen.
 
-    It rises by the same factor each time and stops where the loss explodes. The suggestion is the rate at which the
-    smoothed loss falls most steeply. Rates of other layers (``head_lr``, ``bias_lr``) rise with it.
+    It rises by the same factor each time and stops where the loss explodes. Rates of other layers
+    (``head_lr``, ``bias_lr``) rise with it.
     """
     trainer = Trainer(dataset, recipe)
     rates, losses, mean = list[float](), list[float](), 0.0
@@ -133,11 +140,13 @@ def with_lr(recipe: Recipe, lr: float) -> dict[str, float]:
     return {"lr": lr, **own}
 
 
-def probe_batches(dataset: Dataset, recipe: Recipe) -> Iterator[Pace]:
-    """Train for a moment with batches of 16, 32, 64, ... images, and yield what each costs.
+def probe_batches(
+    dataset: Dataset, recipe: Recipe, tell: Callable[[Pace], None] = lambda pace: None
+) -> tuple[list[Pace], str]:
+    """Train for a moment with batches of 16, 32, 64, ... images; return what each costs, and why no larger was tried.
 
     It ends where the pace has not grown for two sizes, where half of the free memory would not suffice for the next
-    size, and where an epoch would have fewer than 10 steps.
+    size, and where an epoch would have fewer than 10 steps. ``tell`` is called with each as it is measured.
     """
     train = len(dataset.with_validation(recipe.validation, recipe.seed).train)
     size = min(SMALLEST_BATCH, train)
@@ -149,26 +158,36 @@ def probe_batches(dataset: Dataset, recipe: Recipe) -> Iterator[Pace]:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            return
-        yield seen[-1]
-        flat = len(seen) > 2 and max(p.images_per_second for p in seen[-2:]) * AS_GOOD < seen[-3].images_per_second
-        if flat or 2 * seen[-1].memory > MEMORY_SHARE * free_memory(recipe):
-            return
+            return seen, f"batches of {size:,} do not fit into memory"
+        tell(seen[-1])
         size *= 2
+        if len(seen) > 2 and max(p.images_per_second for p in seen[-2:]) * AS_GOOD < seen[-3].images_per_second:
+            return seen, f"batches of {seen[-2].batch_size:,} and {seen[-1].batch_size:,} are hardly faster"
+        if 2 * seen[-1].memory > MEMORY_SHARE * free_memory(recipe):
+            return seen, f"batches of {size:,} may need more than half of the memory that is free"
+    if size > LARGEST_BATCH:
+        return seen, f"batches of more than {LARGEST_BATCH:,} are not tried"
+    return seen, f"with batches of {size:,} an epoch would have fewer than {FEWEST_STEPS} steps"
 
 
 def measure(dataset: Dataset, recipe: Recipe, size: int) -> Pace:
-    """Return what batches of ``size`` cost: the pace of the quickest step, which no other program disturbed."""
+    """Return what batches of ``size`` cost; the pace is that of the quickest step, the median of three timings.
+
+    The quickest step is the one that other programs disturbed least.
+    """
     trainer = Trainer(dataset, recipe.override(batch_size=size))
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     float(trainer.step(0, 0.0))
-    seconds: list[float] = []
-    while len(seconds) < 2 or sum(seconds) < PROBE_SECONDS:
-        started = time.perf_counter()
-        float(trainer.step(len(seconds) % trainer.whole, 0.0))  # only timed; reading the loss waits for the step
-        seconds.append(time.perf_counter() - started)
-    pace = size / min(seconds)
+    quickest: list[float] = []
+    for _ in range(TIMINGS):
+        seconds: list[float] = []
+        while len(seconds) < 2 or sum(seconds) < PROBE_SECONDS:
+            started = time.perf_counter()
+            float(trainer.step(len(seconds) % trainer.whole, 0.0))  # only timed; reading the loss waits for the step
+            seconds.append(time.perf_counter() - started)
+        quickest.append(min(seconds))
+    pace = size / statistics.median(quickest)
     memory = torch.cuda.max_memory_allocated() if trainer.device.type == "cuda" else activations(trainer, dataset, size)
     return Pace(size, pace, memory)
 

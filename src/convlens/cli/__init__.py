@@ -15,7 +15,7 @@ from typing import NoReturn
 import typer
 
 from convlens.cli import train, sweep, tune, use, see, ship, serve, lists, data  # noqa: F401  # isort: skip - in the order of --help
-from convlens.cli.app import ParseError, app
+from convlens.cli.app import ParseError, app, leave_with
 from convlens.errors import ConvlensError, Diverged, Interrupted, PeerGone
 
 SHARED = (Diverged, Interrupted, PeerGone)  # what ends all processes of a training alike
@@ -31,12 +31,6 @@ def fail(error: BaseException, message: str, code: int, *, debug: bool) -> NoRet
     raise SystemExit(code)
 
 
-def leave(*_: object) -> NoReturn:
-    """Leave at once: Ctrl-C while nothing is at stake, such as an import that must not be cut in two."""
-    print("convlens: interrupted", file=sys.stderr, flush=True)
-    os._exit(130)
-
-
 def main() -> None:
     """Run the command; every error becomes one line and its exit code. ``--debug`` may stand anywhere."""
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
@@ -50,7 +44,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, leave)
+        signal.signal(signal.SIGINT, leave_with("interrupted"))
     try:
         code = app(arguments, standalone_mode=False)
         sys.stdout.flush()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -36,6 +39,18 @@ def check_new_file(path: Path | None, flag: str, suffix: str) -> None:
         raise UsageError(f"{flag} {path}: that file exists; choose another name")
     if path.suffix.lower() != f".{suffix}":
         raise UsageError(f"{flag} {path}: the name must end in .{suffix}")
+    if not path.parent.is_dir():
+        raise UsageError(f"{flag} {path}: there is no folder {path.parent}; make it, or choose another place")
+
+
+def leave_with(message: str) -> Callable[..., NoReturn]:
+    """Return what to do at Ctrl-C while nothing is at stake, such as an import that must not be cut in two: leave."""
+
+    def leave(*_: object) -> NoReturn:
+        print(f"convlens: {message}", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    return leave
 
 
 def show_version(value: bool) -> None:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convlens.cli.app import app
+from convlens.cli.app import app, leave_with
 from convlens.cli.train import with_recipe_flags
 from convlens.console import describe_params, describe_sweep, describe_trial, print_trials, rank_trial, say
-from convlens.errors import Interrupted, UsageError, quoted
+from convlens.errors import ConvlensError, Interrupted, UsageError, quoted
 
 if TYPE_CHECKING:
     from convlens.sweep.study import Sweep
@@ -81,6 +81,7 @@ def sweep(
         raise UsageError("--resume goes on with the sweep's own plan; it takes --trials, --jobs and --confirm only")
     if recipe is not None and config is not None:
         raise UsageError("give --recipe or --config, not both")
+    signal.signal(signal.SIGINT, leave_with("interrupted; nothing was begun"))
     try:
         import optuna  # noqa: F401
     except ImportError:
@@ -128,66 +129,95 @@ def run_sweep(sweep: Sweep, jobs: int, seeds: int) -> None:
     from convlens.sweep.outcome import trial_rows, write_outcome
     from convlens.sweep.work import helpers, share_of_cores, work
 
-    for line in describe_sweep(sweep, jobs):
-        say(line)
-    teller = Teller(sweep)
     with asked_to_stop() as should_stop:
+        for line in describe_sweep(sweep, jobs):
+            say(line)
         try:
-            threads = share_of_cores(jobs)
-            with helpers(sweep, jobs - 1, threads):
+            teller, threads = Teller(sweep), share_of_cores(jobs)
+            with helpers(sweep, jobs - 1, threads, warn) as look_after:
                 show = jobs == 1 and sys.stderr.isatty()
-                work(sweep, threads=threads, should_stop=should_stop, between=teller.tell, show_progress=show)
+
+                def between() -> None:
+                    teller.tell()
+                    look_after()
+
+                work(sweep, threads=threads, should_stop=should_stop, between=between, show_progress=show)
             said = write_outcome(sweep)
             print_trials(trial_rows(sweep), list(sweep.space))
             say(f"best    trial {said['best']['trial']}: val {said['best']['val_acc']:.2%} with "
                 f"{describe_params(said['best']['params'])}")  # fmt: skip
-            say(confirm_best(sweep, seeds, should_stop))
+            verdict, worth_it = confirm_best(sweep, seeds, should_stop)
+            say(verdict)
         except (Interrupted, KeyboardInterrupt):
+            with contextlib.suppress(ConvlensError):  # no trial has come to its end yet
+                write_outcome(sweep)
             raise Interrupted(f"interrupted; nothing is lost. Go on with: {sweep.command}") from None
     say(f"report  {sweep.folder / 'report.html'}")
-    data = quoted(sweep.plan["data"] if sweep.plan["data"] is not None else "DATA")
-    say(f"train with: convlens train {data} --config {quoted(sweep.folder / 'best.json')}")
+    if worth_it:
+        data = quoted(sweep.plan["data"] if sweep.plan["data"] is not None else "DATA")
+        say(f"train with: convlens train {data} --config {quoted(sweep.folder / 'best.json')}")
+
+
+def warn(message: str) -> None:
+    """Print a line for a person beside what the sweep prints."""
+    print(f"convlens: {message}", file=sys.stderr)
 
 
 class Teller:
     """Prints a line for every trial that has ended since it last looked, whoever did it."""
 
     def __init__(self, sweep: Sweep):
-        from convlens.sweep.outcome import trial_rows
+        from convlens.sweep.outcome import count_ended, trial_rows
 
-        self._sweep, self._rows = sweep, trial_rows
+        self._sweep, self._rows, self._count = sweep, trial_rows, count_ended
         before = trial_rows(sweep)
         self._told = {row["trial"] for row in before}
         self._started, self._first = time.monotonic(), len(before)
 
     def tell(self) -> None:
         """Look, and print."""
+        if self._count(self._sweep) == len(self._told):
+            return
         rows = self._rows(self._sweep)
         done = [row for row in rows if row["state"] != "interrupted"]
         of = self._sweep.plan["trials"]
+        best = min((row for row in done if row["state"] == "complete"), key=rank_trial, default=None)
+        so_far = f"best {best['val_acc']:.2%}" if best else "no best yet"
+        spent, new = time.monotonic() - self._started, len(rows) - self._first
+        left = f"{spent / max(new, 1) * max(of - len(done), 0):,.0f} s left"
         for row in rows:
-            if row["trial"] in self._told:
-                continue
-            self._told.add(row["trial"])
-            best = min((r for r in done if r["state"] == "complete"), key=rank_trial, default=None)
-            spent, new = time.monotonic() - self._started, len(rows) - self._first
-            left = f"{spent / new * max(of - len(done), 0):,.0f} s left"
-            so_far = f"best {best['val_acc']:.2%} (trial {best['trial']})" if best else "no best yet"
-            say(f"{describe_trial(row, self._sweep.space, len(done), of)}; {so_far}, {left}")
+            if row["trial"] not in self._told:
+                self._told.add(row["trial"])
+                say(describe_trial(row, self._sweep.space, f"{so_far}, {left}"))
 
 
-def confirm_best(sweep: Sweep, seeds: int, should_stop: Callable[[], bool]) -> str:
-    """Train the best and the base recipe with fresh seeds, write what that says, and return it as a line."""
-    from convlens.sweep.outcome import claim_confirmation, compare_confirmed, confirm, is_base, write_outcome
+def confirm_best(sweep: Sweep, seeds: int, should_stop: Callable[[], bool]) -> tuple[str, bool]:
+    """Train the best and the base recipe with fresh seeds and write what that says.
+
+    Return it as a line, and whether there is a reason to take the best recipe from now on.
+    """
+    from convlens.sweep.outcome import Claim, compare_confirmed, confirm, is_base, write_outcome
 
     if is_base(sweep):
-        return "nothing better than the base recipe was found"
+        return "nothing better than the base recipe was found: there is no reason to change it", False
     if not seeds:
-        return "not confirmed (--confirm 0): the best of many trials looks better than it is, so nothing is claimed"
-    if other := claim_confirmation(sweep):
-        return f"another process confirms it ({other}); nothing is claimed here"
-    for which, name, run in confirm(sweep, seeds, should_stop, show_progress=True):
-        say(f"confirm {which} recipe, {name}: test accuracy {run.accuracy:.2%}")
+        why = "the best of many trials looks better than it is, so nothing is claimed"
+        return f"not confirmed (--confirm 0): {why}", True
+    claim = Claim(sweep)
+    if other := claim.take():
+        return f"another process confirms it ({other}); nothing is claimed here", False
+
+    def stop_or_renew() -> bool:
+        claim.renew()
+        return should_stop()
+
+    try:
+        for which, name, run in confirm(sweep, seeds, stop_or_renew, show_progress=True):
+            say(f"confirm {which} recipe, {name}: test accuracy {run.accuracy:.2%}")
+    finally:
+        claim.release()
     confirmation = compare_confirmed(sweep, seeds)
     write_outcome(sweep, confirmation)
-    return f"verdict {confirmation['verdict']}"
+    if confirmation["interval"][0] > 0:
+        return f"verdict {confirmation['verdict']}", True
+    return f"verdict {confirmation['verdict']}: there is no reason to change the base recipe", False

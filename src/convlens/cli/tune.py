@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from convlens.cli.train import with_recipe_flags
 from convlens.console import say
 from convlens.errors import UsageError, quoted
 from convlens.training.recipe import flag
+
+if TYPE_CHECKING:
+    from convlens.tuning import Pace
 
 
 @app.command()
@@ -29,10 +32,11 @@ def tune(
 ) -> None:
     """Find a batch size and a learning rate for a recipe, from a moment of training, and print the command to use.
 
-    The batch size is the smallest with which this machine is within 5% of its highest pace, as far as memory goes; with
-    --batch-size it is that. The learning rate is where the loss falls most steeply in a range test (Smith 2015): 100
-    steps from 0.00001 up to 10, or until the loss explodes. Only training images are used. Both are a start: a sweep
-    finds better ones.
+    The batch size is the smallest with which this machine is within 5% of its highest pace, as far as memory goes and
+    an epoch keeps 10 steps; with --batch-size it is that. The learning rate lies between the one at which the loss
+    falls most steeply and the one at which it is lowest (their geometric mean), in a range test (Smith 2015): 100 steps
+    from 0.00001 up to 10, or until the loss explodes. Only training images are used. Both are a start: the recipe's own
+    rate may be better, and a sweep compares.
 
     Examples:
       convlens tune digits
@@ -53,24 +57,27 @@ def tune(
     from convlens.training.recipes import default_recipe, get_recipe
     from convlens.tuning import find_lr, pick_batch, probe_batches, with_lr
 
-    base = (get_recipe(recipe) if recipe else default_recipe(data_name(data))).override(**overrides)
+    own = get_recipe(recipe) if recipe else default_recipe(data_name(data))
+    base = own.override(**overrides)
     use_threads(base.threads)
     dataset = load_dataset(data, image_size=base.image_size, allow_unreadable=allow_unreadable)
     target = to or free_name(f"{dataset.name}-lr")
     refuse_inside_data(target, dataset, "--to")
     say(f"data    {dataset.name}: {len(dataset.train):,} training images; recipe {base.name}")
     if "batch_size" not in overrides:
-        paces = []
-        for pace in probe_batches(dataset, base):
-            paces.append(pace)
-            say(f"batches of {pace.batch_size:>5}: {pace.images_per_second:>9,.0f} images/s")
-        base = base.override(batch_size=pick_batch(paces))
-        say(f"batch   {base.batch_size}: larger ones are hardly faster here, or do not fit into memory")
+        paces, limit = probe_batches(dataset, base, lambda pace: say(describe_pace(pace)))
+        size = pick_batch(paces)
+        if size < paces[-1].batch_size:
+            limit = f"larger ones, up to {paces[-1].batch_size}, are hardly faster here (about 5% at most)"
+        say(f"batch   {size}: {limit}")
+        base = base.override(batch_size=size)
     found = find_lr(dataset, base)
-    draw_range_test(target, found.rates, found.losses, found.suggestion)
     rates = with_lr(base, found.suggestion)
-    say(f"lr      {rates['lr']:g}: the loss falls most steeply there, and falls up to {found.lowest:.2g}: the best "
-        "often lies between, where a sweep finds it")  # fmt: skip
+    marks = [("suggested", rates["lr"]), ("steepest descent", found.steepest), ("lowest loss", found.lowest)]
+    draw_range_test(target, found.rates, found.losses, [*marks, ("the recipe's own", own.lr)][: 3 + (own.lr > 0)])
+    say(f"lr      {rates['lr']:g}: between where the loss fell most steeply, {found.steepest:.2g}, and where it was "
+        f"lowest, {found.lowest:.2g}")  # fmt: skip
+    say(f"        the recipe's own is {own.lr:g}, for batches of {own.batch_size}: a sweep compares them")
     say(f"picture {target}")
     chosen = {**overrides, "batch_size": base.batch_size, **rates}
     words = [f"{flag(k)} {v:g}" if isinstance(v, float) else f"{flag(k)} {v}" for k, v in chosen.items()
@@ -78,3 +85,8 @@ def tune(
     words += [flag(k) if v else f"--no-{flag(k)[2:]}" for k, v in chosen.items() if isinstance(v, bool)]
     named = f" --recipe {recipe}" if recipe else ""
     say(f"train with: convlens train {quoted(data)}{named} {' '.join(words)}")
+
+
+def describe_pace(pace: Pace) -> str:
+    """Return the line of a batch size: "batches of    64: about    12,000 images/s"; timings tell no more than that."""
+    return f"batches of {pace.batch_size:>5}: about {float(f'{pace.images_per_second:.2g}'):>9,.0f} images/s"

@@ -220,15 +220,19 @@ def draw_corruptions(path: Path, clean: float, figures: dict[str, list[float]]) 
     save(figure, path)
 
 
-def draw_range_test(path: Path, rates: Sequence[float], losses: Sequence[float], suggestion: float) -> None:
-    """Draw the smoothed loss over a rising learning rate, and the rate that is suggested."""
+def draw_range_test(
+    path: Path, rates: Sequence[float], losses: Sequence[float], marks: Sequence[tuple[str, float]]
+) -> None:
+    """Draw the smoothed loss over a rising learning rate, and rates with their names, the suggested one first."""
     figure = new_figure(6.6, 3.6)
-    title(figure, f"Where the loss falls most steeply: {suggestion:.2g}")
+    title(figure, f"A learning rate to begin with: {marks[0][1]:.2g}")
     axes = figure.subplots()
     quiet_axes(axes)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.plot(rates, losses, color=TRAIN, lw=1.6)
-    axes.axvline(suggestion, color=VALIDATION, lw=1.4, ls="--", label="suggested")
+    looks = ((VALIDATION, "-"), (INK, "--"), (QUIET, ":"), (QUIET, "-."))
+    for (name, rate), (colour, line) in zip(marks, looks, strict=False):
+        axes.axvline(rate, color=colour, lw=1.4, ls=line, label=f"{name}: {rate:.2g}")
     axes.set_xscale("log")
     axes.set_xlabel("learning rate, rising with every step", fontsize=8, color=QUIET)
     axes.set_ylabel("loss, smoothed", fontsize=8, color=QUIET)

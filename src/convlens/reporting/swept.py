@@ -19,41 +19,50 @@ from convlens.runfolder import write_text
 
 Rows = Sequence[Mapping[str, Any]]
 PICTURES = {
-    "history.png": "Each dot is a trial, a cross one that was stopped early; the line is the best so far.",
-    "parallel.png": "Each line is a trial, from its values to its accuracy: the darker the better, the thick one best.",
+    "history.png": "Each dot is a trial, an orange cross one that was stopped early; what is far below stands as "
+    "an arrow at the lower edge. The line is the best so far.",
+    "parallel.png": "Each line is a trial, from its values to its accuracy: the darker the better, the thick one best. "
+    "The last axis has the trials in their order, evenly spaced, so equal accuracies can lie apart.",
     "importance.png": "How much each field has to do with whether a trial is among the best tenth (PED-ANOVA).",
 }
-
-
+SIZE = (7.2, 3.6)  # inches: two pictures stand beside each other, each half as wide as the page
+SMALL = 10  # points, of all words but the title
 BACKING = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6}  # of words that lines pass behind
 
 
 def draw_history(path: Path, rows: Rows) -> None:
     """Draw the validation accuracy of the trials in their order."""
-    figure = new_figure(9, 3.4)
+    figure = new_figure(*SIZE)
     axes = figure.subplots()
     quiet_axes(axes)
+    axes.tick_params(labelsize=SMALL)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     complete = [(row["trial"], row["val_acc"]) for row in rows if row["state"] == "complete"]
     pruned = [(row["trial"], row["val_acc"]) for row in rows if row["state"] == "pruned" and row["val_acc"] is not None]
     best = [max(value for _, value in complete[: number + 1]) for number in range(len(complete))]
     title(figure, f"The best of {len(rows)} trials: {best[-1]:.2%} on validation images")
     axes.step([number for number, _ in complete], best, where="post", color=INK, lw=1.6, label="best so far")
-    numbers, values = zip(*complete, strict=True)
-    axes.scatter(numbers, values, color=TRAIN, s=16, label="trained to the end", zorder=3)
-    if pruned:
-        numbers, values = zip(*pruned, strict=True)
-        axes.scatter(numbers, values, color=VALIDATION, s=18, marker="x", label="stopped early")
     # a few trials that learned nothing would squeeze all others together
     ordered = sorted(value for _, value in [*complete, *pruned])
     low = ordered[len(ordered) // 4]
     bottom = max(min(low, best[0]) - 1.5 * (best[-1] - low) - 0.005, 0.0)
-    axes.set_ylim(bottom, best[-1] + 0.05 * (best[-1] - bottom))
+    margin = 0.05 * (best[-1] - bottom)
+    axes.set_ylim(bottom - margin, best[-1] + margin)
+    for found, colour, marker, label in (
+        (complete, TRAIN, "o", "trained to the end"),
+        (pruned, VALIDATION, "x", "stopped early"),
+    ):
+        inside = [(number, value) for number, value in found if value >= bottom]
+        below = [number for number, value in found if value < bottom]
+        shape: dict[str, Any] = {"color": colour, "label": label, "zorder": 3}
+        if found:  # an empty one keeps its place in the legend
+            axes.scatter([n for n, _ in inside], [v for _, v in inside], s=36, marker=marker, linewidths=1.4, **shape)
+        axes.scatter(below, [bottom] * len(below), color=colour, s=40, marker="v", zorder=3)
     axes.set_xlim(0, len(rows) + 1)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%" if value <= 1 else "")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("trial (some may lie below the picture)", fontsize=8, color=QUIET)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    axes.set_xlabel("trial", fontsize=SMALL, color=QUIET)
+    axes.legend(frameon=False, fontsize=SMALL, labelcolor=INK, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     save(figure, path)
 
 
@@ -66,14 +75,17 @@ def positions(values: Sequence[Any], log: bool) -> tuple[list[float], dict[float
             low, high = scale(ordered[0]), scale(ordered[-1])
             span = (high - low) or 1.0
             marks = [low + span * k / 4 for k in range(5)]
-            texts = [f"{math.exp(mark) if log else mark:.2g}" for mark in marks]
+            texts = [f"{math.exp(mark) if log else mark:.3g}" for mark in marks]
             return [(scale(v) - low) / span for v in values], {k / 4: text for k, text in enumerate(texts)}
         found: list[Any] = ordered
     else:
         found = sorted(set(values), key=str)
     place = {value: number / max(len(found) - 1, 1) for number, value in enumerate(found)}
     names = {True: "yes", False: "no"}
-    texts_at = {at: names[value] if isinstance(value, bool) else str(value) for value, at in place.items()}
+    texts_at = {
+        at: names[value] if isinstance(value, bool) else f"{value:.3g}" if isinstance(value, float) else str(value)
+        for value, at in place.items()
+    }
     return [place[value] for value in values], texts_at
 
 
@@ -82,7 +94,7 @@ def draw_parallel(path: Path, rows: Rows, logs: Mapping[str, bool]) -> None:
     chosen = sorted(
         (row for row in rows if row["state"] == "complete"), key=lambda row: (row["val_acc"], -row["val_loss"])
     )
-    figure = new_figure(9, 3.9)
+    figure = new_figure(*SIZE)
     title(figure, f"What the {len(chosen)} complete trials were like: the dark lines are the good ones")
     axes = figure.subplots()
     axes.set_axis_off()
@@ -93,15 +105,16 @@ def draw_parallel(path: Path, rows: Rows, logs: Mapping[str, bool]) -> None:
         # accuracies by rank: most lie close together at the top
         if name == "val_acc":
             where = [number / max(len(chosen) - 1, 1) for number in range(len(chosen))]
-            ticks = {k / 4: f"{values[round(k / 4 * (len(values) - 1))]:.2%}" for k in range(5)}
+            at_rank = {round(k / 4 * (len(values) - 1)): "" for k in range(5)}  # of few trials, fewer than five
+            ticks = {where[rank]: f"{values[rank]:.2%}" for rank in at_rank}
         else:
             where, ticks = positions(values, logs[name])
         places.append(where)
         axes.plot([at, at], [0, 1], color=GRID, lw=1.2, zorder=1)
         for height, text in ticks.items():
-            axes.text(at + 0.03, height, text, fontsize=8, color=QUIET, va="center", zorder=5, bbox=BACKING)
-        label = "validation accuracy, by rank" if name == "val_acc" else name.replace("_", " ") + " (log)" * logs[name]
-        axes.text(at, 1.08, label, fontsize=9, color=INK, ha="center", parse_math=False)
+            axes.text(at + 0.03, height, text, fontsize=SMALL, color=INK, va="center", zorder=5, bbox=BACKING)
+        label = "val accuracy, by rank" if name == "val_acc" else name.replace("_", " ") + " (log)" * logs[name]
+        axes.text(at, 1.08, label, fontsize=SMALL, color=INK, ha="center", parse_math=False)
     for number in range(len(chosen)):
         best, share = number == len(chosen) - 1, (number + 1) / len(chosen)
         colour = INK if best else colormaps["Blues"](0.15 + 0.8 * share)
@@ -113,16 +126,17 @@ def draw_parallel(path: Path, rows: Rows, logs: Mapping[str, bool]) -> None:
 
 def draw_importance(path: Path, importance: Mapping[str, float]) -> None:
     """Draw each field's share, the largest first."""
-    figure = new_figure(9, 0.9 + 0.4 * len(importance))
+    figure = new_figure(SIZE[0], 0.9 + 0.4 * len(importance))
     names, shares = list(importance), list(importance.values())
     title(figure, f"What mattered most: {names[0].replace('_', ' ')}")
     axes = figure.subplots()
     quiet_axes(axes)
     axes.barh(range(len(names)), shares, color=TRAIN, height=0.55)
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], parse_math=False)
+    axes.tick_params(labelsize=SMALL)
     axes.invert_yaxis()
     for number, share in enumerate(shares):
-        axes.text(share + 0.005, number, f"{share:.0%}", va="center", fontsize=8, color=INK)
+        axes.text(share + 0.005, number, f"{share:.0%}", va="center", fontsize=SMALL, color=INK)
     axes.set_xlim(0, max(shares) * 1.1)
     axes.set_xticks([])
     save(figure, path)
@@ -144,7 +158,13 @@ def write_page(folder: Path, said: Mapping[str, Any], rows: Rows, logs: Mapping[
         (plots / "importance.png").unlink(missing_ok=True)
     css = resources.files("convlens.reporting").joinpath("report.css").read_text(encoding="utf-8")
     confirmation = said["confirmation"]
-    verdict = confirmation["verdict"] if confirmation else "not confirmed on fresh seeds: nothing is claimed"
+    done = sum(row["state"] != "interrupted" for row in rows)
+    if confirmation:
+        verdict = confirmation["verdict"]
+    elif done < said["trials"]:
+        verdict = f"not finished, {done} of {said['trials']} trials are done: nothing is claimed"
+    else:
+        verdict = "not confirmed on fresh seeds: nothing is claimed"
     values = ", ".join(f"{name.replace('_', ' ')} {format_value(value)}" for name, value in best["params"].items())
     cards = [
         ("best on validation", f"{best['val_acc']:.2%}", f"trial {best['trial']}: {values}"),
@@ -164,7 +184,7 @@ def write_page(folder: Path, said: Mapping[str, Any], rows: Rows, logs: Mapping[
     ordered = sorted(
         rows, key=lambda row: (row["state"] != "complete", -(row["val_acc"] or 0), row["val_loss"] or 0, row["trial"])
     )
-    columns = [name for name in rows[0] if name != "worker"]
+    columns = [name for name in rows[0] if name != "worker" and any(row[name] is not None for row in rows)]
     cells = [
         [f"{row[c]:.2%}" if c == "val_acc" and row[c] is not None else format_value(row[c]) for c in columns]
         for row in ordered
@@ -176,7 +196,7 @@ def write_page(folder: Path, said: Mapping[str, Any], rows: Rows, logs: Mapping[
 <body><main>
 <h1>{name}</h1>
 <p class=quiet>{escape(said["data_name"])}, base recipe {escape(said["recipe"]["name"])}. Every trial was judged on
-validation images; of the test images, none was looked at.</p>
+validation images; no trial looked at a test image.</p>
 <p><code>{escape(said["command"])}</code></p>
 <section class=figures>{figures}</section>
 <section class=wide><h2>What it is worth</h2><p>{escape(verdict)}</p><p class=quiet>The best of many trials looks better

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from convlens.runfolder import read_json, write_csv, write_json
 from convlens.series import SUMMARY, Series
 from convlens.sweep.space import Choice
 from convlens.sweep.study import MACHINE, PLAN, Sweep
-from convlens.sweep.work import cut_short, process_name, settle
+from convlens.sweep.work import BEAT, GRACE, cut_short, is_gone, process_name, settle
 from convlens.training.recipe import LENGTHS, Recipe
 from convlens.training.recipes import RECIPES, get_recipe
 
@@ -55,6 +56,11 @@ def trial_rows(sweep: Sweep) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def count_ended(sweep: Sweep) -> int:
+    """Return how many rows :func:`trial_rows` has."""
+    return len(sweep.study.get_trials(deepcopy=False, states=tuple(STATES)))
 
 
 def pick_best(sweep: Sweep) -> FrozenTrial | None:
@@ -182,16 +188,35 @@ def compare_confirmed(sweep: Sweep, seeds: int) -> dict[str, Any]:
     }
 
 
-def claim_confirmation(sweep: Sweep) -> str | None:
-    """Return the name of another process that confirms already, else None: it is this one's to do."""
-    from convlens.sweep.work import is_gone
+class Claim:
+    """That one process confirms, and the others of the study need not; it is kept with the study.
 
-    other = sweep.study.user_attrs.get("confirming")
-    mine = process_name()
-    if other and other != mine and not is_gone(other):
-        return str(other)
-    sweep.study.set_user_attr("confirming", mine)
-    return None
+    Two may look at the same moment and both take it. That costs time, no more: in folders of their own each does the
+    work, and in the same folder the series, which one process at a time can train in, turns the second away.
+    """
+
+    def __init__(self, sweep: Sweep):
+        self._study, self._mine, self._beat = sweep.study, process_name(), 0.0
+
+    def take(self) -> str | None:
+        """Return the name of another process that confirms already, else None: it is this one's to do."""
+        claim = self._study.user_attrs.get("confirming") or {}
+        other = claim.get("process")
+        if other and other != self._mine and not is_gone(other) and time.time() - claim["alive"] < GRACE:
+            return str(other)
+        self.renew()
+        return None
+
+    def renew(self) -> None:
+        """Give a sign of life, unless the last was a moment ago."""
+        if time.monotonic() - self._beat > BEAT or not self._beat:
+            self._beat = time.monotonic()
+            # the time of day, for who looks in looks only once; clocks that differ by minutes cost time, no more
+            self._study.set_user_attr("confirming", {"process": self._mine, "alive": time.time()})
+
+    def release(self) -> None:
+        """Give it up: it is done, or was interrupted."""
+        self._study.set_user_attr("confirming", None)
 
 
 def is_base(sweep: Sweep) -> bool:

@@ -177,10 +177,8 @@ def run_trial(
         for record in train_trial(sweep, recipe, stop_or_beat, show):
             assert record.val_acc is not None and record.val_loss is not None  # the data have a validation split
             epochs = record.epoch
-            if recipe.select == "last" or (record.val_acc, -record.val_loss) > (
-                accuracy,
-                -loss,
-            ):  # its weights are kept
+            better = (record.val_acc, -record.val_loss) > (accuracy, -loss)
+            if recipe.select == "last" or better:  # its weights are kept
                 accuracy, loss = record.val_acc, record.val_loss
             trial.report(record.val_acc, epochs)
             between()
@@ -233,12 +231,24 @@ def work(
 
 
 @contextlib.contextmanager
-def helpers(sweep: Sweep, count: int, threads: int) -> Iterator[None]:
-    """Let ``count`` other processes work on the sweep inside the block; at its end they stop, and their trials wait."""
+def helpers(sweep: Sweep, count: int, threads: int, warn: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Let ``count`` other processes work on the sweep inside the block; at its end they stop, and their trials wait.
+
+    The block gets a function to call now and then: it warns, once, of each that has died by itself.
+    """
     command = [sys.executable, "-m", "convlens.sweep.work", str(sweep.folder), str(threads)]
     processes = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(count)]
+    dead: set[int] = set()
+
+    def look() -> None:
+        for process in processes:
+            if process.poll() and process.pid not in dead:  # 0: it found nothing more to do
+                dead.add(process.pid)
+                warn(f"a helper process has died (exit code {process.returncode}); the sweep goes on without it")
+
     try:
-        yield
+        yield look
+        look()
     finally:
         for process in processes:
             assert process.stdin is not None
