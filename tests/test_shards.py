@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convlens
+from convlens.data.catalog import data_name
 from convlens.data.dataset import Dataset
 from convlens.data.folds import merge
 from convlens.data.loader import Batches
 from convlens.data.preprocess import Preprocess
 from convlens.data.shards import Place, Shard, ShardImages, ShardOrder, load_shards, pack
 from convlens.errors import ConvlensError, UsageError
-from convlens.experiment import data_name
 
 CPU = torch.device("cpu")
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convlens.data.catalog import refuse_inside_data
 from convlens.data.dataset import Dataset, Split
 from convlens.data.folds import deal_out, merge
 from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
 from convlens.evaluation.duplicates import describe_images, find_copies, find_near_copies
 from convlens.evaluation.metrics import compute_logits
-from convlens.experiment import refuse_inside_data
 from convlens.reporting.plots import draw_images
 from convlens.runfolder import write_json, write_names
 from convlens.runtime import callers_state_kept, choose_device, derive_seed, seed_global, use_threads

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,16 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from convlens.data.catalog import load_dataset, load_recorded
+from convlens.begun import find_begun, list_changes, read_plan
+from convlens.data.catalog import data_name, load_dataset, load_recorded, refuse_inside_data
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
-from convlens.data.published import DATASETS
-from convlens.data.shards import is_packed, packed_from
-from convlens.errors import ConvlensError, UsageError
+from convlens.errors import UsageError
 from convlens.finish import conclude
 from convlens.machine import available_cores
 from convlens.models import count_parameters, model_options
-from convlens.ranks import Ranks, job, job_began, join, started_again
+from convlens.ranks import Ranks, job, join
 from convlens.record import (
     Board,
     LiveRecord,
@@ -35,7 +34,7 @@ from convlens.record import (
     write_split,
 )
 from convlens.run import Run
-from convlens.runfolder import RunFolder, read_json, read_names, write_json, write_names
+from convlens.runfolder import RunFolder, read_names, write_json, write_names
 from convlens.runtime import callers_state_kept, choose_device, describe_machine, use_threads
 from convlens.training.budget import candidates, fit_into, parse_budget
 from convlens.training.checkpoint import CheckpointStore, EpochRecord
@@ -376,76 +375,6 @@ def train(
         return experiment.finish()
 
 
-def data_name(data: Any) -> str:
-    """Return the name by which a default recipe is looked up; shards have that of what they were made of."""
-    if isinstance(data, Dataset):
-        return data.name
-    return str(packed_from(data) if isinstance(data, (str, Path)) and is_packed(data) else data)
-
-
-def refuse_inside_data(out: str | Path | None, data: Any, flag: str = "--out") -> None:
-    """Raise UsageError if ``out`` (None: ``runs``) would lie in the folder of the data: it is only ever read."""
-    data = data.source if isinstance(data, Dataset) else data
-    if not isinstance(data, (str, Path)) or str(data) in DATASETS or not Path(data).is_dir():
-        return
-    target = Path(out) if out is not None else Path("runs")
-    if target.resolve().is_relative_to(Path(data).resolve()):
-        raise UsageError(f"{target} would be written into the data in {data}; choose a place outside with {flag}")
-
-
 def memory_of(data: Any) -> Any:
     """Return data that are objects in memory, and None for what can be found again by its name or path."""
     return None if isinstance(data, (str, Path)) else data
-
-
-def find_begun(out: str | Path | None, training: str | None) -> Path | None:
-    """Return the run that this job of torchrun has begun, in ``out`` or in ``runs``, if it has been started again.
-
-    A folder ``out`` that it had only begun to fill is cleared away.
-    """
-    if not started_again():
-        return None
-    if out is not None and not (Path(out) / "config.json").exists():
-        RunFolder(out).clear_begun()
-    for path in [Path(out) / "config.json"] if out is not None else Path("runs").glob("*/config.json"):
-        with contextlib.suppress(ConvlensError, OSError):
-            config = read_json(path)
-            same = config.get("job") == training and config.get("command") == command_line()
-            if same and path.stat().st_mtime >= job_began():
-                return path.parent
-    return None
-
-
-def read_plan(folder: RunFolder, config: Mapping[str, Any]) -> tuple[Recipe, Preprocess]:
-    """Return the recipe and the preprocessing of a run's config.json; ConvlensError if it is damaged."""
-    try:
-        config["data"]["source"], config["model"]["name"]
-        return Recipe.from_json(config["recipe"]), Preprocess.from_json(config["preprocess"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConvlensError(f"{folder.config} is damaged: {error!r}") from None
-
-
-def list_changes(path: str | Path, config: Mapping[str, Any], *, accept: bool) -> list[str]:
-    """Return what is not as it was when the run of ``config`` was started, of what decides the last digits.
-
-    It computes with that run's threads from here on, if there are as many. Raises UsageError that names the changes
-    unless they are accepted; another number of processes, which sum up in another order, is no hindrance.
-    """
-    names = {"device_name": "processor", "torch": "version of PyTorch"}
-    was, now = config.get("machine", {}), describe_machine(choose_device(config["recipe"]["device"]))
-    if was.get("processes", 1) == now["processes"]:
-        names["threads"] = "number of threads"
-        now["threads"] = use_threads(min(config["recipe"]["threads"], available_cores()))
-    else:
-        use_threads()
-    changes = [f"{name} ({was.get(key)}, now {now[key]})" for key, name in names.items() if was.get(key) != now[key]]
-    if config.get("convlens") != (own := version("convlens")):
-        changes.append(f"version of convlens ({config.get('convlens')}, now {own})")
-    if changes and not accept:
-        raise UsageError(
-            f"{path} was started with another {', another '.join(changes)}: what comes of it would not be what "
-            "one uninterrupted training gives; go on all the same with --accept-changes"
-        )
-    if was.get("processes", 1) != now["processes"]:
-        changes.append(f"number of processes ({was.get('processes', 1)}, now {now['processes']})")
-    return changes

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from convlens.data.catalog import refuse_inside_data
 from convlens.data.pictures import open_image
 from convlens.errors import ConvlensError, UsageError
-from convlens.experiment import refuse_inside_data
 from convlens.explain.explanation import Explanation, explain, require_class
 from convlens.explain.timelapse import ASKED, look_back
 from convlens.mistakes import cut

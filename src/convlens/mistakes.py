@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from convlens.data.catalog import refuse_inside_data
 from convlens.errors import UnknownName, UsageError
-from convlens.experiment import refuse_inside_data
 from convlens.progress import track
 from convlens.reporting.plots import draw_sheet, to_picture
 from convlens.run import Run, load_tested

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convlens.data.catalog import load_dataset
+from convlens.begun import list_changes
+from convlens.data.catalog import data_name, load_dataset, refuse_inside_data
 from convlens.data.dataset import Dataset
 from convlens.data.folds import deal_out, merge, take_fold
 from convlens.errors import UsageError
 from convlens.evaluation.metrics import wilson_interval
-from convlens.experiment import Experiment, data_name, list_changes, refuse_inside_data
+from convlens.experiment import Experiment
 from convlens.ranks import require_alone
 from convlens.record import command_line
 from convlens.run import Run

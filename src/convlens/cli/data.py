@@ -44,10 +44,9 @@ def data_info(
     """
     import torch
 
-    from convlens.data.catalog import load_dataset
+    from convlens.data.catalog import load_dataset, refuse_inside_data
     from convlens.data.folder import image_sizes
     from convlens.data.shards import is_packed
-    from convlens.experiment import refuse_inside_data
     from convlens.reporting.plots import draw_images, pick_samples
 
     check_new_file(to, "--to", "png")
@@ -104,9 +103,8 @@ def data_pack(
 
       convlens train https://example.org/shards
     """
-    from convlens.data.catalog import load_dataset
+    from convlens.data.catalog import load_dataset, refuse_inside_data
     from convlens.data.shards import pack
-    from convlens.experiment import refuse_inside_data
     from convlens.runfolder import RunFolder, read_names
 
     RunFolder.refuse_existing(out)

@@ -50,8 +50,7 @@ def tune(
     if "lr" in overrides:
         raise UsageError("--lr is what is looked for; leave it away")
     from convlens.cli.data import free_name
-    from convlens.data.catalog import load_dataset
-    from convlens.experiment import data_name, refuse_inside_data
+    from convlens.data.catalog import data_name, load_dataset, refuse_inside_data
     from convlens.reporting.plots import draw_range_test
     from convlens.runtime import use_threads
     from convlens.training.recipes import default_recipe, get_recipe

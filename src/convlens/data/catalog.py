@@ -28,7 +28,7 @@ from convlens.data.pictures import (
     to_mode,
 )
 from convlens.data.published import DATASETS
-from convlens.data.shards import is_packed, load_shards
+from convlens.data.shards import is_packed, load_shards, packed_from
 from convlens.errors import ConvlensError, UnknownName, UsageError
 from convlens.progress import track
 
@@ -258,3 +258,20 @@ def read_pairs(dataset: Any, name: str) -> tuple[list[Image.Image], list[int]]:
     if not images:
         raise UsageError(f"{name}: there is no image")
     return images, labels
+
+
+def data_name(data: Any) -> str:
+    """Return the name by which a default recipe is looked up; shards have that of what they were made of."""
+    if isinstance(data, Dataset):
+        return data.name
+    return str(packed_from(data) if isinstance(data, (str, Path)) and is_packed(data) else data)
+
+
+def refuse_inside_data(out: str | Path | None, data: Any, flag: str = "--out") -> None:
+    """Raise UsageError if ``out`` (None: ``runs``) would lie in the folder of the data: it is only ever read."""
+    data = data.source if isinstance(data, Dataset) else data
+    if not isinstance(data, (str, Path)) or str(data) in DATASETS or not Path(data).is_dir():
+        return
+    target = Path(out) if out is not None else Path("runs")
+    if target.resolve().is_relative_to(Path(data).resolve()):
+        raise UsageError(f"{target} would be written into the data in {data}; choose a place outside with {flag}")

@@ -19,11 +19,10 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from convlens.data.catalog import load_dataset
+from convlens.data.catalog import data_name, load_dataset, refuse_inside_data
 from convlens.data.dataset import Dataset, Split
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError, quoted
-from convlens.experiment import data_name, refuse_inside_data
 from convlens.models import model_options
 from convlens.ranks import require_alone
 from convlens.record import command_line
