@@ -151,6 +151,7 @@ def test_several_processes_without_torchrun_are_told_what_is_missing(monkeypatch
         ranks.join.__wrapped__()
 
 
+@pytest.mark.slow
 def test_only_its_own_run_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def runs(job: str, restarts: int, *arguments: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "TORCHELASTIC_RUN_ID": job, "TORCHELASTIC_RESTART_COUNT": str(restarts)}

@@ -552,7 +552,7 @@ def test_on_the_command_line(
         ((toy, "--param", LR[0], "--out", "runs"), "runs exists already; choose another --out"),
         (
             (toy, "--param", LR[0], "--out", "empty"),
-            "empty exists already (an empty folder counts too); choose another",
+            "empty exists already; choose another",
         ),
     ):
         code, _, err = call("sweep", *words)

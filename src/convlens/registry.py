@@ -47,7 +47,7 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         for prefix, find in self.families.items():
-            if name.startswith(prefix):
+            if str(name).startswith(prefix):
                 return find(name.removeprefix(prefix))
         if name not in self._entries:
             raise UnknownName(self.kind, name, self._entries)

@@ -82,9 +82,7 @@ class RunFolder:
         if os.path.lexists(out):
             is_run = (Path(out) / "config.json").is_file() or RunFolder.is_series(out)
             more = f", or continue it with --resume {quoted(out)}" if is_run else ""
-            empty = Path(out).is_dir() and not any(Path(out).iterdir())
-            counts = " (an empty folder counts too)" if empty else ""
-            raise UsageError(f"{out} exists already{counts}; choose another --out{more}")
+            raise UsageError(f"{out} exists already; choose another --out{more}")
 
     @staticmethod
     def is_series(path: str | Path) -> bool:

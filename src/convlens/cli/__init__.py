@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from typing import NoReturn
 
 import typer
@@ -18,6 +19,7 @@ from convlens.cli import train, sweep, tune, use, see, ship, serve, lists, data 
 from convlens.cli.app import ParseError, app, leave_with
 from convlens.errors import ConvlensError, Diverged, Interrupted, PeerGone
 
+GRACE = 2.0  # seconds that the process which has failed has to leave first, with its own exit code
 SHARED = (Diverged, Interrupted, PeerGone)  # what ends all processes of a training alike
 
 
@@ -50,6 +52,8 @@ def main() -> None:
         sys.stdout.flush()
         raise SystemExit(code if isinstance(code, int) else 0)
     except ConvlensError as error:
+        if isinstance(error, PeerGone):
+            time.sleep(GRACE)
         first, told = os.environ.get("RANK", "0") == "0", "CONVLENS_LAUNCHER" in os.environ
         if isinstance(error, SHARED) and (not first or (told and isinstance(error, PeerGone))):  # another says it
             raise SystemExit(error.exit_code) from None
