@@ -22,16 +22,16 @@ from convlens.data.dataset import Dataset, Split
 from convlens.data.pictures import PictureStyle
 from convlens.data.shards import pack
 
-PAIRS = 5
+PAIRS = 3
 NETS = [  # net, options of the recipe, image (C, H, W), batch, steps
     ("mnist-4conv", {}, (1, 28, 28), 512, 12),
     ("whitened", {"filters": 30}, (3, 32, 32), 500, 16),
     ("small", {}, (1, 28, 28), 256, 200),
 ]
 STREAMED = [  # net, options of the recipe, image (C, H, W), batch, steps
-    ("whitened", {"filters": 30}, (3, 32, 32), 500, 24),
-    ("small", {}, (3, 32, 32), 256, 200),
-    ("tiny", {}, (1, 28, 28), 512, 200),
+    ("whitened", {"filters": 30}, (3, 32, 32), 500, 12),
+    ("small", {}, (3, 32, 32), 256, 120),
+    ("tiny", {}, (1, 28, 28), 512, 120),
 ]
 GROWN = (10_000, 100_000, 1_000_000)  # images
 
