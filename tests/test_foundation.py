@@ -5,6 +5,8 @@ import io
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -509,3 +511,11 @@ def test_lists_of_names_hold_any_name_and_any_reason(tmp_path: Path) -> None:
     reasons = {"a\nb\t.png": "copy of two\nlines\\.png", "c.png": ""}
     runfolder.write_names(tmp_path / "list.txt", reasons)
     assert runfolder.read_names(tmp_path / "list.txt") == list(reasons)
+
+
+def test_what_takes_long_to_import_waits_until_it_is_needed() -> None:
+    code = (
+        "import sys, convlens.explaining; print(*{'scipy.stats', 'optuna', 'timm', 'tensorboard'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "\n"

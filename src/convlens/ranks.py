@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -116,7 +115,7 @@ class Ranks:
             return
         for value in net.state_dict().values():
             with peers_needed():
-                dist.broadcast(value, 0)
+                distributed().broadcast(value, 0)
 
     def require_same(self, number: int, what: str) -> None:
         """Raise ConvlensError if ``number``, which is ``what``, is another here than on the first one."""
@@ -128,7 +127,7 @@ class Ranks:
     def _add_up(self, tensor: Tensor) -> None:
         """Make ``tensor`` the sum of those of all ranks, in place."""
         with peers_needed():
-            dist.all_reduce(tensor)
+            distributed().all_reduce(tensor)
 
 
 def batchnorm_statistics(net: nn.Module) -> list[Tensor]:
@@ -195,7 +194,7 @@ class AddUp(torch.autograd.Function):
         ctx.count = count
         total = torch.cat([x.flatten(), x.new_full((1,), count)])
         with peers_needed():
-            dist.all_reduce(total)
+            distributed().all_reduce(total)
         return total[:-1].view_as(x), total[-1]
 
     @staticmethod
@@ -203,7 +202,7 @@ class AddUp(torch.autograd.Function):
         """Add up the gradients of all losses, as Ranks.average will weigh them: by the number of images."""
         total = gradient.contiguous() * ctx.count
         with peers_needed():
-            dist.all_reduce(total)
+            distributed().all_reduce(total)
         return total / ctx.count, None
 
 
@@ -216,12 +215,19 @@ def peers_needed() -> Iterator[None]:
         raise PeerGone("another process of this training has stopped, or cannot be reached") from error
 
 
+def distributed() -> Any:
+    """Return torch.distributed, whose import takes a second that one process alone need not spend."""
+    import torch.distributed
+
+    return torch.distributed
+
+
 @functools.cache
 def join() -> Ranks:
     """Return this process's place among those that torchrun has started with it; it is alone if it was not torchrun."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         return Ranks()
-    if not dist.is_initialized():
+    if not distributed().is_initialized():
         backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -232,9 +238,9 @@ def join() -> Ranks:
                 "not set: start them with torchrun, or unset those two"
             )
         with peers_needed():
-            dist.init_process_group(backend, timeout=PATIENCE)
-        atexit.register(dist.destroy_process_group)
-    return Ranks(dist.get_rank(), dist.get_world_size())
+            distributed().init_process_group(backend, timeout=PATIENCE)
+        atexit.register(distributed().destroy_process_group)
+    return Ranks(distributed().get_rank(), distributed().get_world_size())
 
 
 def processes_here() -> int:

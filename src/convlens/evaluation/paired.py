@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student
 
 from convlens.evaluation.metrics import Z95
 
@@ -84,6 +83,8 @@ class PairedSeeds:
         found = self.differences
         seeds, images = found.shape
         variance = found.mean(axis=1).var(ddof=1) / seeds + found.mean(axis=0).var(ddof=1) / images
+        from scipy.stats import t as student  # its import takes a second
+
         spread = float(student.ppf(0.975, seeds - 1)) * math.sqrt(variance)
         return max(self.difference - spread, -1.0), min(self.difference + spread, 1.0)
 
