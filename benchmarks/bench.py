@@ -649,28 +649,14 @@ def gpu() -> tuple[list[Record], str]:
     return records, table(["who", "time", "training, s", "test accuracy", "with test-time augmentation"], rows)
 
 
-def processes() -> tuple[list[Record], str]:
-    """Images/s of one process, and of two that share every batch."""
-    records, (head, *rows) = scale.measure_processes()
-    return records, table(head, rows)
+def tabled(measure: Callable[[], tuple[list[Record], list[list[str]]]]) -> Section:
+    """Return a section from what gives its records, and its rows with their head."""
 
+    def section() -> tuple[list[Record], str]:
+        records, (head, *rows) = measure()
+        return records, table(head, rows)
 
-def shards() -> tuple[list[Record], str]:
-    """Images/s of training from memory and from shards."""
-    records, (head, *rows) = scale.measure_shards()
-    return records, table(head, rows)
-
-
-def streams() -> tuple[list[Record], str]:
-    """Peak memory and pace of a training from shards, against the number of images."""
-    records, (head, *rows) = scale.measure_streams()
-    return records, table(head, rows)
-
-
-def sweep() -> tuple[list[Record], str]:
-    """Seconds of fifty trials on the digits with two jobs."""
-    records, (head, *rows) = scale.measure_sweep()
-    return records, table(head, rows)
+    return section
 
 
 SECTIONS = {
@@ -689,10 +675,10 @@ SECTIONS = {
     "growth": growth,
     "folders": folders,
     "many": many,
-    "processes": processes,
-    "shards": shards,
-    "streams": streams,
-    "sweep": sweep,
+    "processes": tabled(scale.measure_processes),
+    "shards": tabled(scale.measure_shards),
+    "streams": tabled(scale.measure_streams),
+    "sweep": tabled(scale.measure_sweep),
     "gpu": gpu,
 }
 

@@ -15,7 +15,8 @@ from nbclient import NotebookClient
 
 import convlens
 from convlens.errors import UnknownName
-from convlens.lesson import EXERCISES, check, draw_scene, show_solution, terminal
+from convlens.exercises import EXERCISES
+from convlens.lesson import check, draw_scene, show_solution, terminal
 
 FOLDER = Path(__file__).parents[1] / "docs" / "lessons"
 LESSONS = sorted(FOLDER.glob("*.ipynb"))

@@ -11,8 +11,7 @@ import uuid
 import torch
 
 from convlens.errors import PeerGone, UsageError
-from convlens.machine import available_cores
-from convlens.ranks import OWN_JOB, OWN_LAUNCHER
+from convlens.machine import OWN_JOB, OWN_LAUNCHER, available_cores
 
 RESTARTS = 3
 SAVING = 600  # seconds that the processes have to finish a step and save, when they are asked to stop

@@ -1,10 +1,13 @@
-"""What this machine has. Without PyTorch."""
+"""What this machine has, and how processes of convlens know each other. Without PyTorch."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import platform
+
+OWN_LAUNCHER = "CONVLENS_LAUNCHER"  # names the process that has started this one
+OWN_JOB = "convlens-"  # what the names of jobs that convlens has started begin with
 
 
 def available_cores() -> int:

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from convlens.errors import ConvlensError, PeerGone, UsageError
+from convlens.machine import OWN_JOB, OWN_LAUNCHER
 
-OWN_LAUNCHER = "CONVLENS_LAUNCHER"  # names the process that has started this one
 TRAININGS = itertools.count(1)  # that this process has begun
-OWN_JOB = "convlens-"  # what the names of jobs that convlens has started begin with
 PATIENCE = datetime.timedelta(hours=1)  # for the slowest of them: the first one tests alone, and may download
 
 

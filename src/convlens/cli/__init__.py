@@ -18,6 +18,7 @@ import typer
 from convlens.cli import train, sweep, tune, use, see, ship, serve, lists, data  # noqa: F401  # isort: skip - in the order of --help
 from convlens.cli.app import ParseError, app, leave_with
 from convlens.errors import ConvlensError, Diverged, Interrupted, PeerGone
+from convlens.machine import OWN_LAUNCHER
 
 GRACE = 2.0  # seconds that the process which has failed has to leave first, with its own exit code
 SHARED = (Diverged, Interrupted, PeerGone)  # what ends all processes of a training alike
@@ -54,7 +55,7 @@ def main() -> None:
     except ConvlensError as error:
         if isinstance(error, PeerGone):
             time.sleep(GRACE)
-        first, told = os.environ.get("RANK", "0") == "0", "CONVLENS_LAUNCHER" in os.environ
+        first, told = os.environ.get("RANK", "0") == "0", OWN_LAUNCHER in os.environ
         if isinstance(error, SHARED) and (not first or (told and isinstance(error, PeerGone))):  # another says it
             raise SystemExit(error.exit_code) from None
         fail(error, str(error), error.exit_code, debug=debug)

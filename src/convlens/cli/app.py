@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -51,6 +53,30 @@ def leave_with(message: str) -> Callable[..., NoReturn]:
         os._exit(130)
 
     return leave
+
+
+@contextlib.contextmanager
+def asked_to_stop(*, alone: bool = True, told: bool = True) -> Iterator[Callable[[], bool]]:
+    """Give a function that says whether Ctrl-C was pressed, or a polite kill came; a second time stops at once.
+
+    Not so with ``alone=False``: torchrun asks each of its processes again. ``told`` says that it was heard.
+    """
+    asked = False
+
+    def stop(*_: Any) -> None:
+        nonlocal asked
+        if asked and alone:
+            raise KeyboardInterrupt
+        if not asked and told:
+            print("stopping after this step ...", file=sys.stderr)
+        asked = True
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def show_version(value: bool) -> None:

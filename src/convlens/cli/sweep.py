@@ -6,13 +6,13 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convlens.cli.app import app, leave_with
+from convlens.cli.app import app, asked_to_stop, leave_with
 from convlens.cli.train import with_recipe_flags
 from convlens.console import describe_params, describe_sweep, describe_trial, print_trials, rank_trial, say
 from convlens.errors import ConvlensError, Interrupted, UsageError, quoted
@@ -102,26 +102,6 @@ def sweep(
         trials = TRIALS if trials is None else trials
         planned = Sweep.create(data, chosen, params=param or (), preset=preset, trials=trials, **given)
     run_sweep(planned, jobs, confirm)
-
-
-@contextlib.contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether Ctrl-C was pressed, or a polite kill came; a second time stops at once."""
-    asked = False
-
-    def stop(*_: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        print("stopping after this step ...", file=sys.stderr)
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def run_sweep(sweep: Sweep, jobs: int, seeds: int) -> None:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from convlens.cli.app import STARTED, app
+from convlens.cli.app import STARTED, app, asked_to_stop
 from convlens.console import describe_experiment, describe_record, describe_series, describe_test, say
 from convlens.errors import Interrupted, UsageError, quoted
+from convlens.machine import OWN_JOB
 from convlens.training.recipe import FIELD_TYPES, Recipe, flag, plain_type
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def train(
     if processes > 1 and (seeds or folds):
         raise UsageError("--processes is for one training; --seeds and --folds train one after the other")
     own = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    if processes > 1 and own and not own.startswith("convlens-"):
+    if processes > 1 and own and not own.startswith(OWN_JOB):
         raise UsageError("torchrun says how many processes there are; leave --processes out")
     if processes > 1 and not own:
         from convlens.launch import launch
@@ -203,27 +204,14 @@ def run_experiment(experiment: Experiment, part_of: Path | None = None, *, live:
     describe_experiment(experiment)
     if live and first:
         show_live(experiment.folder.path)
-    stopping = False
-
-    def stop(*_: Any) -> None:
-        nonlocal stopping
-        if stopping and alone:  # asked twice; torchrun asks each of its processes again
-            raise KeyboardInterrupt
-        if not stopping and first:
-            print("stopping after this step ...", file=sys.stderr)
-        stopping = True
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for record in experiment.epochs(should_stop=lambda: stopping or is_orphan(), show_progress=True):
-            say(describe_record(record))
-    except Interrupted as error:
-        raise Interrupted(f"{error}; saved. Go on with: convlens train --resume {quoted(whole)}") from None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with asked_to_stop(alone=alone, told=first) as asked:
+        try:
+            for record in experiment.epochs(should_stop=lambda: asked() or is_orphan(), show_progress=True):
+                say(describe_record(record))
+        except Interrupted as error:
+            raise Interrupted(f"{error}; saved. Go on with: convlens train --resume {quoted(whole)}") from None
     untested = f"trained, but not tested; go on with: convlens train --resume {quoted(whole)}"
-    if experiment.ranks.agree(stopping, 0.0)[0]:  # in the last step, or behind it
+    if experiment.ranks.agree(asked(), 0.0)[0]:  # in the last step, or behind it
         raise Interrupted(untested)
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)

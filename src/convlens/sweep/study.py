@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,11 @@ class Sweep:
     study: optuna.Study
     joined: bool  # others had begun it
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def preprocess(self) -> Preprocess:
+        """What stands between images and the nets: the same for every trial."""
+        return Preprocess.measure(self.data.train.images, self.data.style)
 
     @classmethod
     def create(

@@ -23,7 +23,6 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from convlens.data.loader import count_batches
-from convlens.data.preprocess import Preprocess
 from convlens.errors import Interrupted
 from convlens.machine import available_cores
 from convlens.models import model_options
@@ -140,11 +139,10 @@ def train_trial(
 ) -> Iterator[EpochRecord]:
     """Train once, as ``convlens train`` does, but leave nothing on disk; the test split is not even there."""
     use_threads(recipe.threads)
-    preprocess = Preprocess.measure(sweep.data.train.images, sweep.data.style)
     torch.manual_seed(recipe.seed)
-    net = make_net(describe_net(recipe, sweep.data), sweep.data, preprocess)
+    net = make_net(describe_net(recipe, sweep.data), sweep.data, sweep.preprocess)
     return fit(
-        net, sweep.data, recipe, preprocess=preprocess, should_stop=should_stop, show_progress=show_progress
+        net, sweep.data, recipe, preprocess=sweep.preprocess, should_stop=should_stop, show_progress=show_progress
     )  # fmt: skip
 
 
