@@ -439,10 +439,16 @@ FROZEN_RECIPE_FLAGS = """
 """
 
 
-def test_help_imports_nothing_heavy() -> None:
-    heavy = "torch", "matplotlib", "sklearn", "scipy", "numpy", "PIL", "pooch"
+@pytest.mark.parametrize(
+    ("words", "heavy"),
+    [
+        (["--help"], ["torch", "matplotlib", "sklearn", "scipy", "numpy", "PIL", "pooch"]),
+        (["train", "digits", "--epochs", "1", "--device", "cpu"], ["sklearn", "scipy", "pooch", "optuna", "onnx"]),
+    ],
+)
+def test_what_takes_long_to_import_waits_until_it_is_needed(words: list[str], heavy: list[str]) -> None:
     script = (
-        "import sys\nsys.argv = ['convlens', '--help']\nfrom convlens.cli import main\n"
+        f"import sys\nsys.argv = ['convlens', *{words!r}]\nfrom convlens.cli import main\n"
         f"try: main()\nexcept SystemExit: pass\nprint([m for m in {heavy!r} if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor, nn
 
 from convlens.data.dataset import Split
@@ -127,6 +128,10 @@ def test_judge_holds_plain_values_that_agree(pairs: list[tuple[int, int]]) -> No
     assert sum(map(sum, matrix)) == test["n"] == len(pairs)
     assert sum(matrix[i][i] for i in range(3)) == test["correct"] == round(test["accuracy"] * test["n"])
     assert [figures["n"] for figures in test["classes"].values()] == [sum(row) for row in matrix]
+    numbers = [[figures[name] for figures in test["classes"].values()] for name in ("precision", "recall", "f1", "n")]
+    true, predicted = zip(*pairs, strict=True)
+    theirs = precision_recall_fscore_support(true, predicted, labels=[0, 1, 2], zero_division=0)
+    assert numbers == [column.tolist() for column in theirs]
     low, high = test["accuracy_interval"]
     assert low <= test["accuracy"] + 1e-12 and test["accuracy"] - 1e-12 <= high
 

@@ -147,14 +147,13 @@ def judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str,
     Loss, accuracy with its Wilson 95% interval, precision, recall, F1 and count per class, and the confusion
     matrix (rows: true class, columns: prediction), from logits (N, K) and labels (N,).
     """
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-
     logits, labels = logits.cpu(), labels.cpu()
-    true: NDArray[Any] = labels.numpy()
-    predicted: NDArray[Any] = logits.argmax(dim=1).numpy()
-    correct, n = int((true == predicted).sum()), len(true)
-    numbers = np.arange(len(classes))
-    precision, recall, f1, support = precision_recall_fscore_support(true, predicted, labels=numbers, zero_division=0)
+    n, k = len(labels), len(classes)
+    confusion: NDArray[Any] = torch.bincount(labels * k + logits.argmax(dim=1), minlength=k * k).view(k, k).numpy()
+    right, support, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    correct = int(right.sum())
+    precision, recall = right / np.maximum(predicted, 1), right / np.maximum(support, 1)  # 0 of a class never met
+    f1 = 2 * right / np.maximum(support + predicted, 1)
     return {
         "n": n,
         "correct": correct,
@@ -173,5 +172,5 @@ def judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str,
             }
             for i, name in enumerate(classes)
         },
-        "confusion_matrix": confusion_matrix(true, predicted, labels=numbers).tolist(),
+        "confusion_matrix": confusion.tolist(),
     }
