@@ -24,7 +24,7 @@ test: setup ## lint, types, layers, tests: what CI runs
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 lessons: setup ## run every lesson from beginning to end (about ten minutes; needs CONVLENS_DATA)
 	$(BIN)/pytest -m slow tests/test_lessons.py
