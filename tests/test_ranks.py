@@ -40,17 +40,17 @@ for kind, options in json.loads(sys.argv[1]):
     recipe = convlens.get_recipe("digits").override(**options)
     torch.set_num_threads(1)
     records = [[r.train_loss, r.train_acc, r.val_loss, r.val_acc] for r in convlens.fit(net, dataset, recipe)]
-    # three images are too few for two processes: both test all of them
-    normalise = Preprocess.measure(dataset.train.images, dataset.style).normaliser()
-    few = evaluate(net, dataset.test.take(torch.arange(3)), normalise, ranks=join())
-    records.append([few.loss, few.accuracy])
+    # three images are too few for some processes: all of them still test all three, once
+    normalise, three = Preprocess.measure(dataset.train.images, dataset.style).normaliser(), torch.arange(3)
+    shared, alone = (evaluate(net, dataset.test.take(three), normalise, ranks=ranks) for ranks in (join(), None))
+    assert abs(shared.loss - alone.loss) < 1e-6 and shared.accuracy == alone.accuracy
     print(json.dumps([records, torch.cat([p.detach().flatten() for p in net.parameters()])[::7].tolist()]))
 """
 AUGMENTED = {"rotation": 10.0, "shift": 1, "scale": 0.1, "cutout": 2, "mixup": 0.2, "cutmix": 0.5, "flip": True}
 TRAININGS = [
     ("plain", {**AUGMENTED, "ema": 0.9}),
     ("plain", {"parts": 2, "balance": True, "batch_size": 61}),
-    ("small", {"sync_batchnorm": True, "iterations": 5}),  # further on, a maximum of two equal pixels falls otherwise
+    ("small", {"sync_batchnorm": True, "iterations": 3}),  # further on, a maximum of two equal pixels falls otherwise
 ]
 
 
