@@ -292,7 +292,8 @@ def test_the_page(photos: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str
             picture.load()
             assert picture.width == 1296 and len(set(picture.convert("L").tobytes())) > 2, file
     page = (folder / "index.html").read_text(encoding="utf-8")
-    assert page.count("<img alt=") == 17 and "The net says: " in page
+    assert page.count("<section><h3>") == 17 and "The net says: " in page
+    assert page.count("<figure>") == page.count('src="data:image/png;base64,') > 17
     assert not re.search(r"https?:|src=\"[^d]", page)
     # the next one gets a name of its own
     assert run("explain", photos.path, one) == 0

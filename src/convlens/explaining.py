@@ -15,8 +15,7 @@ from convlens.explain.explanation import Explanation, explain, require_class
 from convlens.explain.timelapse import ASKED, look_back
 from convlens.mistakes import cut
 from convlens.progress import track
-from convlens.reporting.explained import draw_explanation, draw_kernels, write_page
-from convlens.reporting.timelapse import write_animation, write_timelapse
+from convlens.reporting.explained import picture_explanation, show_kernels, write_page
 from convlens.run import Run, load_tested, load_training_images
 from convlens.runfolder import RunFolder, new_folder, read_json
 from convlens.runtime import use_threads
@@ -72,8 +71,13 @@ def explain_pictures(
         ):
             own = new if len(pictures) == 1 else new / f"{number}-{cut(Path(file).stem)}"
             own.mkdir(exist_ok=True)
-            parts.append((Path(file).name, tell(e), own, draw_explanation(own, e)))
-        parts.append(("The net itself", "", new, draw_kernels(new, explanations[0].kernels)))
+            shown = picture_explanation(e)
+            for one in shown:
+                one.sheet.save(own / one.file)
+            parts.append((Path(file).name, tell(e), shown))
+        itself = show_kernels(explanations[0].kernels)
+        itself.sheet.save(new / itself.file)
+        parts.append(("The net itself", "", [itself]))
         write_page(new / "index.html", f"What {name} sees", parts)
     return folder, explanations, missing
 
@@ -94,6 +98,8 @@ def show_training(
     there were none, training images. Returns the file and how many snapshots there were. Raises UsageError if the run
     kept none or its data have changed.
     """
+    from convlens.reporting.timelapse import write_animation, write_timelapse  # matplotlib takes half a second
+
     run = Run(source)
     page = Path(out) if out is not None else run.path / "timelapse.html"
     use_threads()

@@ -17,7 +17,7 @@ from convlens.evaluation.metrics import make_views
 from convlens.evaluation.trust import Trust
 from convlens.explain.stages import first_convolution
 from convlens.record import summarise_test, without_path, without_paths, write_predictions
-from convlens.reporting import plots
+from convlens.reporting import plots, sheets
 from convlens.reporting.report import write_report
 from convlens.runfolder import RunFolder, write_json
 from convlens.shipping.bundle import Bundle
@@ -67,20 +67,22 @@ def draw_plots(
 ) -> None:
     """Draw every plot of a run, from its test and the probabilities (N, K) of the test images."""
     train, classes, place = dataset.train, dataset.classes, folder.plots
-    rows = plots.pick_samples(train.labels, len(classes))
+    rows = sheets.pick_samples(train.labels, len(classes))
     images, labels = train.images[rows], train.labels[rows]
     names = [classes[label] for label in labels.tolist()]
-    plots.draw_images(place / "samples.png", images, names, "What it learns from: training images")
+    sheets.show_images(images, names, "What it learns from: training images").save(place / "samples.png")
     augment, normalise = make_augment(recipe, len(classes)), preprocess.normaliser()
     with torch.no_grad():
         turned = torch.arange(len(rows)) % 2 == 1  # every second one, as in each epoch
         seen = mirror(normalise(images), turned) if recipe.flip else normalise(images)
         changed, _ = augment(seen, labels, Draws.seeded(recipe.seed, len(rows)))
-    plots.draw_images(place / "augmented.png", normalise.invert(changed), names, "The same images as the net saw them")
+    seen_so = sheets.show_images(normalise.invert(changed), names, "The same images as the net saw them")
+    seen_so.save(place / "augmented.png")
     plots.draw_curves(place / "curves.png", folder.read_metrics())
     plots.draw_confusion(place / "confusion.png", test["confusion_matrix"], classes)
     if calibration := test.get("calibration"):
         plots.draw_reliability(place / "calibration.png", calibration)
-    plots.draw_mistakes(place / "mistakes.png", dataset.test.images, dataset.test.labels, probabilities, classes)
+    wrong = sheets.show_mistakes(dataset.test.images, dataset.test.labels, probabilities, classes)
+    wrong.save(place / "mistakes.png")
     if conv := first_convolution(net):
-        plots.draw_filters(place / "filters.png", conv.weight.detach().cpu().numpy())
+        sheets.show_filters(conv.weight.detach().cpu().numpy()).save(place / "filters.png")

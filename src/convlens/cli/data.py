@@ -47,7 +47,7 @@ def data_info(
     from convlens.data.catalog import load_dataset, refuse_inside_data
     from convlens.data.folder import image_sizes
     from convlens.data.shards import is_packed
-    from convlens.reporting.plots import draw_images, pick_samples
+    from convlens.reporting.sheets import pick_samples, show_images
 
     check_new_file(to, "--to", "png")
     dataset = load_dataset(data, image_size=image_size, allow_unreadable=allow_unreadable)
@@ -74,7 +74,7 @@ def data_info(
     train = dataset.train
     chosen = pick_samples(train.labels, len(dataset.classes))
     captions = [dataset.classes[label] for label in train.labels[chosen].tolist()]
-    draw_images(target, train.images[chosen], captions, f"{dataset.name}: training images")
+    show_images(train.images[chosen], captions, f"{dataset.name}: training images").save(target)
     print(f"samples {target}")
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -19,7 +19,7 @@ from convlens.data.pictures import Pixels
 from convlens.explain.explanation import Explanation
 from convlens.explain.occlusion import Heat
 from convlens.explain.stages import Unit
-from convlens.reporting.plots import draw_filters, draw_grid, shorten, to_picture
+from convlens.reporting.sheets import Sheet, shorten, show_filters, to_picture
 from convlens.runfolder import write_text
 
 MOST_MAPS = 32  # of a stage, on its picture
@@ -28,46 +28,54 @@ RGB = NDArray[np.uint8]  # (H, W, 3)
 FRAME = (217, 119, 6)  # the second colour of the plots
 
 
-def draw_explanation(folder: Path, e: Explanation) -> dict[str, str]:
-    """Draw an explanation into ``folder``; return what each picture shows, by its file, the first to look at first."""
-    told = {"where.png": draw_where(folder / "where.png", e)}
-    if e.neighbours:
-        told["alike.png"] = draw_alike(folder / "alike.png", e)
-    told["sees.png"] = draw_units(folder / "sees.png", e)
+@dataclass(frozen=True)
+class Picture:
+    """One picture of an explanation: its file, a sheet, and what it shows."""
+
+    file: str
+    sheet: Sheet
+    text: str
+
+
+def picture_explanation(e: Explanation) -> list[Picture]:
+    """Return the pictures of an explanation, the first to look at first."""
+    pictures = [show_where(e), *([show_alike(e)] if e.neighbours else []), show_units(e)]
     for number, (name, maps) in enumerate(e.maps.items(), start=1):
-        file = re.sub(r"[^\w.-]+", "-", f"maps-{number}-{name}.png")
-        told[file] = draw_maps(folder / file, name, maps)
-    told["pooling.png"] = draw_pooling(folder / "pooling.png", e)
-    return told
+        pictures.append(show_maps(re.sub(r"[^\w.-]+", "-", f"maps-{number}-{name}.png"), name, maps))
+    return [*pictures, show_pooling(e)]
 
 
-def draw_where(path: Path, e: Explanation) -> str:
-    """Draw the image, and where the net looks for the class: both heat maps laid over it."""
+def show_where(e: Explanation) -> Picture:
+    """Return the image, and where the net looks for the class: both heat maps laid over it."""
     hangs = e.occlusion / max(float(np.abs(e.occlusion).max()), 0.05)  # nothing much is not made to look like much
     most = f"{100 * float(e.occlusion.max()):.0f} points" if e.occlusion.max() > 0.005 else "nothing"
     pictures = [enlarge(e.pixels), lay_over(e.pixels, hangs, "PuOr_r")]
     pictures += [lay_over(e.pixels, heat, "inferno") for heat in e.activations.values()]
     captions = ["what the net gets", f"covered: costs up to {most}"]
     captions += [f"stage {shorten(name, 16)}" for name in e.activations]
-    draw_grid(path, pictures, captions, f"Where it looks for {shorten(e.label, 40)}", columns=3, lines=1)
-    return (
+    return Picture(
+        "where.png",
+        Sheet(f"Where it looks for {shorten(e.label, 40)}", pictures, captions, columns=3),
         f"Orange: with a square over it, the picture has a smaller probability of “{e.label}”; violet: a larger one. "
         f"Then, for each stage, what on its maps speaks for “{e.label}” (class activation map, HiResCAM), the brighter "
         "the more, each map by itself. The first stages point more exactly; the last know best what they see, but only "
-        "roughly where."
+        "roughly where.",
     )
 
 
-def draw_alike(path: Path, e: Explanation) -> str:
-    """Draw the training images that the net finds most like the picture."""
+def show_alike(e: Explanation) -> Picture:
+    """Return the training images that the net finds most like the picture."""
     pictures = [to_picture(e.pixels), *(to_picture(one.image) for one in e.neighbours)]
     captions = ["this picture\n", *(f"{shorten(one.label, 11)}\n{one.similarity:.2f} alike" for one in e.neighbours)]
-    draw_grid(path, pictures, captions, "Training images that look like it to the net", columns=9, lines=2)
-    return "Alike are images whose features, the means of the last maps, point the same way (cosine; 1.00 is the same)."
+    return Picture(
+        "alike.png",
+        Sheet("Training images that look like it to the net", pictures, captions, columns=9),
+        "Alike are images whose features, the means of the last maps, point the same way (cosine; 1.00 is the same).",
+    )
 
 
-def draw_units(path: Path, e: Explanation) -> str:
-    """Draw what the loudest unit of each stage sees of the image."""
+def show_units(e: Explanation) -> Picture:
+    """Return what the loudest unit of each stage sees of the image."""
     pictures, captions = [], []
     for name, unit in e.units.items():
         height, width = unit.size
@@ -75,48 +83,51 @@ def draw_units(path: Path, e: Explanation) -> str:
         captions.append(
             f"{shorten(name, 14)}: {height} high, {width} wide\nmap {unit.channel}, row {unit.y}, column {unit.x}"
         )
-    draw_grid(path, pictures, captions, "How far one unit of each stage sees", columns=max(len(pictures), 4), lines=2)
-    return (
+    return Picture(
+        "sees.png",
+        Sheet("How far one unit of each stage sees", pictures, captions, columns=max(len(pictures), 4)),
         "The bright part is the receptive field of one unit of a stage, its loudest or the one that was asked for: all "
         "that this one number of a feature map can know of the picture, in pixels, as far as it lies inside. Deeper "
-        "units see more."
+        "units see more.",
     )
 
 
-def draw_maps(path: Path, name: str, maps: NDArray[np.float32]) -> str:
-    """Draw the feature maps of a stage, the loudest first."""
+def show_maps(file: str, name: str, maps: NDArray[np.float32]) -> Picture:
+    """Return the feature maps of a stage, the loudest first."""
     order = np.argsort(-maps.max(axis=(1, 2)), kind="stable")[:MOST_MAPS]
     top = max(float(maps.max()), 1e-9)
     pictures = [colour(np.sqrt(np.maximum(maps[channel], 0) / top), "magma") for channel in order]
-    captions = [str(channel) for channel in order]
     count, height, width = maps.shape
     more = f", the {MOST_MAPS} loudest" if count > MOST_MAPS else ""
-    draw_grid(path, pictures, captions, f"Stage {name}: {count} maps of {width} × {height}{more}", columns=16, lines=1)
-    return f"What stage {name} makes of the picture: one map a filter, bright where the filter found what it looks for."
+    heading = f"Stage {name}: {count} maps of {width} × {height}{more}"
+    return Picture(
+        file,
+        Sheet(heading, pictures, [str(channel) for channel in order], columns=16),
+        f"What stage {name} makes of the picture: one map a filter, bright where the filter found what it looks for.",
+    )
 
 
-def draw_kernels(folder: Path, kernels: NDArray[np.float32]) -> dict[str, str]:
-    """Draw the kernels of the first convolution, (C', C, k, k); return what the picture shows, by its file."""
-    draw_filters(folder / "kernels.png", kernels)
+def show_kernels(kernels: NDArray[np.float32]) -> Picture:
+    """Return the kernels of the first convolution, (C', C, k, k)."""
     colours = (
         "Each is shown in the colours that it answers to." if kernels.shape[1] == 3 else "Red adds, blue takes away."
     )
-    return {
-        "kernels.png": f"The kernels of the first convolution: each looks for one pattern, everywhere. {colours}",
-    }
+    text = f"The kernels of the first convolution: each looks for one pattern, everywhere. {colours}"
+    return Picture("kernels.png", show_filters(kernels), text)
 
 
-def draw_pooling(path: Path, e: Explanation) -> str:
-    """Draw the loudest map of the first convolution whole, pooled by the maximum and by the average."""
+def show_pooling(e: Explanation) -> Picture:
+    """Return the loudest map of the first convolution whole, pooled by the maximum and by the average."""
     whole = e.pooled["whole"]
     low, high = float(whole.min()), max(float(whole.max()), float(whole.min()) + 1e-9)
     pictures = [colour((values - low) / (high - low), "magma") for values in e.pooled.values()]
     sizes = [f"{values.shape[1]} × {values.shape[0]}" for values in e.pooled.values()]
     captions = [f"{what}, {size}" for what, size in zip(("as it is", "maximum", "average"), sizes, strict=True)]
-    draw_grid(path, pictures, captions, "One map, pooled in blocks of 2 × 2", columns=4, lines=1)
-    return (
+    return Picture(
+        "pooling.png",
+        Sheet("One map, pooled in blocks of 2 × 2", pictures, captions, columns=4),
         "The loudest map of the first convolution. The maximum keeps that something was found; the average keeps how "
-        "much of it there was, and blurs."
+        "much of it there was, and blurs.",
     )
 
 
@@ -157,17 +168,15 @@ def mark_seen(pixels: Pixels, unit: Unit) -> RGB:
     return marked.round().clip(0, 255).astype(np.uint8)
 
 
-def write_page(file: Path, title: str, parts: Sequence[tuple[str, str, Path, dict[str, str]]]) -> None:
-    """Write one page of explanations: for each a heading, what was answered, its folder, and its pictures."""
+def write_page(file: Path, title: str, parts: Sequence[tuple[str, str, Sequence[Picture]]]) -> None:
+    """Write one page of explanations: for each a heading, what was answered, and its pictures."""
     css = resources.files("convlens.reporting").joinpath("report.css").read_text(encoding="utf-8")
     body = ""
-    for heading, answer, folder, told in parts:
-        pictures = "".join(
-            f'<section><img alt="{escape(text)}" src="data:image/png;base64,'
-            f'{base64.b64encode((folder / name).read_bytes()).decode()}"><p class=quiet>{escape(text)}</p></section>'
-            for name, text in told.items()
+    for heading, answer, pictures in parts:
+        sections = "".join(
+            f"<section>{one.sheet.to_html()}<p class=quiet>{escape(one.text)}</p></section>" for one in pictures
         )
-        body += f'<h2>{escape(heading)}</h2><p>{escape(answer)}</p><div class="pictures single">{pictures}</div>'
+        body += f'<h2>{escape(heading)}</h2><p>{escape(answer)}</p><div class="pictures single">{sections}</div>'
     write_text(
         file,
         f"""<!doctype html>

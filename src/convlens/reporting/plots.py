@@ -1,4 +1,4 @@
-"""The pictures of a run: samples, curves, confusion matrix, worst mistakes, filters. Each writes one PNG."""
+"""The plots of a run: curves, confusion matrix, calibration. Each writes one PNG."""
 
 from __future__ import annotations
 
@@ -9,21 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 
+from convlens.evaluation.metrics import wilson_interval
+from convlens.reporting.sheets import INK, QUIET, shorten
 from convlens.runfolder import replacing
 
-INK, QUIET, GRID = "#1f2933", "#66727f", "#e4e7eb"
+GRID = "#e4e7eb"
 TRAIN, VALIDATION, TEST, WRONG = "#2563eb", "#d97706", "#7c3aed", "#b91c1c"
-COLUMNS = 10
 DPI = 144
 
 
@@ -52,59 +48,6 @@ def quiet_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRID)
     axes.tick_params(colors=QUIET, labelsize=8, length=0)
-
-
-def draw_grid(
-    path: Path, pictures: Sequence[NDArray[Any]], captions: Sequence[str], heading: str, *, columns: int, lines: int
-) -> None:
-    """Draw pictures, uint8 (H, W) or (H, W, 3), in a grid, each below its caption of ``lines`` lines.
-
-    They are laid onto one sheet first: to let matplotlib place them one by one takes most of the time of a page.
-    """
-    width, top, gap = 9.0, 0.42, 0.06  # inches
-    cell, text = width / columns, 0.155 * lines + 0.04
-    height = top + max(math.ceil(len(pictures) / columns), 1) * (cell + text)
-    side = round((cell - gap) * DPI)
-    sheet = Image.new("RGB", (round(width * DPI), round(height * DPI)), "white")
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
-    figure.text(
-        0.01, 1 - 0.2 / height, heading, fontsize=12, fontweight="bold", color=INK, va="center", parse_math=False
-    )
-    for number, picture in enumerate(pictures):
-        row, column = divmod(number, columns)
-        left, below = column * cell + gap / 2, top + row * (cell + text) + text
-        enlarged = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
-        sheet.paste(enlarged, (round(left * DPI), round(below * DPI)))
-        if captions:
-            place = ((left + (cell - gap) / 2) / width, 1 - (below - 0.03) / height)
-            figure.text(*place, captions[number], fontsize=8.5, color=INK, ha="center", parse_math=False)
-    figure.figimage(np.asarray(sheet))
-    save(figure, path)
-
-
-def to_picture(image: Tensor | NDArray[np.uint8]) -> NDArray[Any]:
-    """Return a uint8 image (C, H, W) as (H, W) or (H, W, 3)."""
-    pixels = image.cpu().numpy() if isinstance(image, Tensor) else image
-    return pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0)
-
-
-def shorten(text: str, length: int) -> str:
-    """Cut ``text`` to ``length`` characters."""
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def pick_samples(labels: Tensor, classes: int, count: int = 40) -> Tensor:
-    """Return the rows of about ``count`` images, the classes in turn: the first of each, the second, ..."""
-    each = max(math.ceil(count / classes), 1)
-    rows = [(labels == label).nonzero().squeeze(1)[:each] for label in range(classes)]
-    return torch.cat([row[i : i + 1] for i in range(each) for row in rows])[:count]
-
-
-def draw_images(path: Path, images: Tensor, captions: Sequence[str], heading: str) -> None:
-    """Draw a grid of uint8 images (N, C, H, W), each with its caption."""
-    short = [shorten(caption, 12) for caption in captions]
-    draw_grid(path, [to_picture(image) for image in images], short, heading, columns=COLUMNS, lines=1)
 
 
 def draw_curves(path: Path, records: Sequence[dict[str, float | None]]) -> None:
@@ -160,46 +103,39 @@ def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequenc
     save(figure, path)
 
 
-def draw_mistakes(
-    path: Path, images: Tensor, labels: Tensor, probabilities: Tensor, classes: Sequence[str], count: int = 30
-) -> None:
-    """Draw the wrong answers that the net was surest of: uint8 images (N, C, H, W), probabilities (N, K)."""
-    values, guesses = probabilities.max(dim=1)
-    wrong = (guesses != labels).nonzero().squeeze(1)
-    wrong = wrong[values[wrong].argsort(descending=True)][:count]
-    said = [(classes[int(guesses[row])], float(values[row]), classes[int(labels[row])]) for row in wrong]
-    heading = "Worst mistakes: the wrong answers it was surest of" if said else "No mistake on the test split"
-    draw_sheet(path, images[wrong], said, heading)
-
-
-def draw_sheet(path: Path, images: Tensor, said: Sequence[tuple[str, float, str]], heading: str) -> None:
-    """Draw uint8 images (N, C, H, W), each below what was said of it: (prediction, its probability, true class)."""
-    captions = [f"{shorten(guess, 11)} {share:.0%}\nis {shorten(truth, 11)}" for guess, share, truth in said]
-    draw_grid(path, [to_picture(image) for image in images], captions, heading, columns=6, lines=2)
-
-
 def draw_reliability(path: Path, calibration: dict[str, Any]) -> None:
-    """Draw what the net's confidence says against how often it is right, before and after the temperature."""
-    figure = new_figure(6.6, 5.9)
+    """Draw how often the net is right against how sure it says it is, with 95% intervals, and how often it says so."""
+    figure = new_figure(6.6, 6.6)
     title(figure, "How much its certainty is worth")
-    axes = figure.subplots()
-    quiet_axes(axes)
-    axes.grid(color=GRID, linewidth=0.8)
+    axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    for one in (axes, counts):
+        quiet_axes(one)
+        one.grid(color=GRID, linewidth=0.8)
+        one.set_axisbelow(True)
     axes.plot([0, 1], [0, 1], color=QUIET, lw=1, ls=":", label="as it should be")
-    for when, label, colour in (("before", "as trained", VALIDATION), ("after", "calibrated", TRAIN)):
+    series = [("before", "as trained", VALIDATION, 0.05), ("after", "calibrated", TRAIN, 0.02)]
+    if calibration["temperature"] == 1:
+        series = [("after", "as trained, nothing to correct", TRAIN, 0.05)]
+    for when, label, colour, width in series:
         bins = [b for b in calibration[when]["bins"] if b["n"]]
-        most = max((b["n"] for b in bins), default=1)
         x, y = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
-        axes.plot(x, y, color=colour, lw=1.4, label=f"{label}: off by {calibration[when]['calibration_error']:.2%}")
-        axes.scatter(x, y, s=[12 + 90 * b["n"] / most for b in bins], color=colour, zorder=3)
+        ends = [wilson_interval(round(b["accuracy"] * b["n"]), round(b["n"])) for b in bins]
+        far = [[max(share - low, 0.0), max(high - share, 0.0)] for share, (low, high) in zip(y, ends, strict=True)]
+        said = f"{label}: off by {calibration[when]['calibration_error']:.2%}"
+        axes.errorbar(x, y, np.transpose(far), color=colour, fmt="o", ms=5, lw=1.4, capsize=2, label=said)
+        counts.bar(x, [b["n"] for b in bins], width=width, color=colour)
     axes.set_xlim(0, 1.03)
-    axes.set_ylim(0, 1.03)
-    percent = lambda value, _: f"{100 * value:.0f}%"  # noqa: E731
-    axes.xaxis.set_major_formatter(percent)
-    axes.yaxis.set_major_formatter(percent)
-    axes.set_xlabel("it says it is so sure", fontsize=8, color=QUIET)
-    axes.set_ylabel("it is right so often", fontsize=8, color=QUIET)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+    axes.set_ylim(-0.02, 1.03)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+    axes.set_ylabel("it is right so often (95% intervals)", fontsize=8, color=QUIET)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
+    counts.set_yscale("log")
+    counts.set_ylim(bottom=0.7)
+    counts.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else "")
+    counts.minorticks_off()
+    counts.set_ylabel("images", fontsize=8, color=QUIET)
+    counts.set_xlabel("it says it is so sure", fontsize=8, color=QUIET)
     save(figure, path)
 
 
@@ -215,6 +151,7 @@ def draw_corruptions(path: Path, clean: float, figures: dict[str, list[float]]) 
         axes.plot(range(len(values) + 1), [clean, *values], color=TRAIN, marker="o", ms=3.5, lw=1.6)
         axes.set_title(kind, fontsize=10, color=INK, loc="left")
         axes.set_ylim(0, 1.02)
+        axes.set_xlabel("severity", fontsize=8, color=QUIET)
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     save(figure, path)
@@ -238,21 +175,3 @@ def draw_range_test(
     axes.set_ylabel("loss, smoothed", fontsize=8, color=QUIET)
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     save(figure, path)
-
-
-def colour_kernel(share: NDArray[np.float32]) -> NDArray[Any]:
-    """Return a kernel (C, k, k) of -1..1 as a picture, uint8 (k, k, 3): three channels as colours, else channel 0."""
-    level = share / 2 + 0.5
-    picture = level.transpose(1, 2, 0) if len(level) == 3 else colormaps["RdBu_r"](level[0])[:, :, :3]
-    shown: NDArray[np.uint8] = (picture * 255).round().astype(np.uint8)
-    return shown
-
-
-def draw_filters(path: Path, kernels: NDArray[np.float32], count: int = 64) -> None:
-    """Draw the kernels of the first convolution, (C', C, k, k), each by itself; see :func:`colour_kernel`."""
-    shown = f" ({count} shown)" if len(kernels) > count else ""
-    pictures = []
-    for kernel in kernels[:count]:
-        pictures.append(colour_kernel(kernel / max(float(np.abs(kernel).max()), 1e-9)))
-    heading = f"The {len(kernels)} filters of the first convolution{shown}"
-    draw_grid(path, pictures, [], heading, columns=16, lines=0)

@@ -13,7 +13,7 @@ from convlens.shipping.bundle import UNSEEN, WATCHED
 PLOTS = {
     "confusion.png": "Each row is a true class, each column what the net said; the diagonal is right.",
     "mistakes.png": "What it said, how sure it was, and what the picture is.",
-    "calibration.png": "Dots on the dotted line would be perfect; larger dots stand for more images.",
+    "calibration.png": "Dots on the dotted line would be perfect; bars are 95% intervals, long where images are few.",
     "curves.png": "Loss and accuracy over the epochs; in training, of the augmented images as they pass.",
     "filters.png": "What the first layer looks for.",
     "samples.png": "Images of the training split with their classes.",

@@ -13,8 +13,9 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.ticker import MaxNLocator
 
-from convlens.reporting.plots import GRID, INK, QUIET, TRAIN, VALIDATION, new_figure, quiet_axes, save, title
+from convlens.reporting.plots import GRID, TRAIN, VALIDATION, new_figure, quiet_axes, save, title
 from convlens.reporting.report import pairs_table, table
+from convlens.reporting.sheets import INK, QUIET
 from convlens.runfolder import write_text
 
 Rows = Sequence[Mapping[str, Any]]

@@ -18,7 +18,8 @@ from PIL import Image
 from convlens.data.pictures import Pixels
 from convlens.explain.timelapse import Moment
 from convlens.progress import track
-from convlens.reporting.plots import INK, TRAIN, colour_kernel, new_figure, quiet_axes, shorten, title, to_picture
+from convlens.reporting.plots import TRAIN, new_figure, quiet_axes, title
+from convlens.reporting.sheets import INK, QUIET, colour_kernel, shorten, to_picture
 from convlens.runfolder import replacing, write_text
 from convlens.shipping.twin import fill_page, read_part
 
@@ -120,8 +121,10 @@ def draw_moment(
     share = moment.confusion / np.maximum(moment.confusion.sum(axis=1, keepdims=True), 1)
     matrix.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)
     matrix.set_title("what it takes for what", fontsize=10, color=INK, loc="left")
-    matrix.set_xticks([])
-    matrix.set_yticks([])
+    names = [shorten(name, 7) for name in about["classes"]] if len(share) <= 10 else []
+    matrix.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names), default=0) > 2 else 0)
+    matrix.set_yticks(range(len(names)), names)
+    matrix.tick_params(length=0, labelsize=6, colors=QUIET)
     matrix.spines[:].set_visible(False)
     return to_image(figure)
 

@@ -118,9 +118,14 @@ function play() {
 at("title").textContent = `How ${model.name} learned`;
 at("subtitle").textContent = `The net “${model.net}” on ${model.data}, from random weights to the end of its training: ${moments.length} looks at it. Move the slider, or use the arrow keys.`;
 at("kernels-text").textContent = model.kernels[1] === 3 ? "Each filter looks for a small pattern, in the colours that it is shown in." : "Each filter looks for a small pattern: red where light adds to its answer, blue where light takes away.";
-at("bars").classList.toggle("bars-named", classes.some((name) => name.length > 2));
+const named = classes.some((name) => name.length > 2);
+at("bars").classList.toggle("bars-named", named);
+at("matrix-said").classList.toggle("upright", named);
+for (const place of ["matrix-true", "matrix-said"]) {
+  for (const name of classes) at(place).appendChild(document.createElement("span")).textContent = name;
+}
 if (!moments[0].confusion) {
-  at("matrix").hidden = true;
+  at("matrix-grid").hidden = true;
   at("matrix-text").textContent = `With ${classes.length} classes this is too large to be shown here.`;
 }
 at("slider").max = moments.length - 1;

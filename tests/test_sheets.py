@@ -1,0 +1,71 @@
+"""Sheets of small pictures: each where it belongs, as a PNG and as HTML."""
+
+import base64
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from convlens.reporting.sheets import WIDTH, Sheet, show_answers, show_filters
+
+RNG = np.random.default_rng(0)
+PICTURES = [RNG.integers(0, 256, (4, 4), np.uint8), RNG.integers(0, 256, (4, 4, 3), np.uint8)] * 3
+
+
+def find_pictures(sheet: Image.Image, columns: int, top: int) -> list[Image.Image]:
+    """Return the pictures of the first row of a sheet, ``top`` pixels below its edge."""
+    cell = WIDTH // columns
+    return [sheet.crop((n * cell + 6, top, n * cell + cell - 6, top + cell - 12)) for n in range(columns)]
+
+
+@pytest.mark.parametrize("columns", [3, 4])
+def test_every_picture_is_where_it_belongs(tmp_path: Path, columns: int) -> None:
+    Sheet("Six", PICTURES, [str(n) for n in range(6)], columns).save(tmp_path / "sheet.png")
+    Sheet("Six", PICTURES, (), columns).save(tmp_path / "bare.png")
+    with Image.open(tmp_path / "sheet.png") as sheet, Image.open(tmp_path / "bare.png") as bare:
+        assert sheet.width == bare.width == WIDTH and sheet.mode == "RGB"
+        rows = -(-6 // columns)
+        assert sheet.height - bare.height == rows * 22  # a line of captions for each row
+        for number, found in enumerate(find_pictures(bare, columns, 75)):
+            # large squares of one colour: their middles are the pixels of the picture
+            size = (4, 4)
+            middle = np.asarray(found.resize(size, Image.Resampling.NEAREST))
+            expected = np.asarray(Image.fromarray(PICTURES[number]).convert("RGB"))
+            assert np.array_equal(middle, expected)
+        above = np.asarray(sheet)[60:82], np.asarray(bare)[60:69]  # between the heading and the pictures
+        assert (above[0] < 128).any() and (above[1] == 255).all()
+
+
+def test_the_html_has_the_same_pixels_and_no_markup_of_others() -> None:
+    page = Sheet("<b>", PICTURES[:2], ["a & b\n<script>", "c"], columns=3).to_html()
+    assert "<h3>&lt;b&gt;</h3>" in page and "<script>" not in page
+    assert "<figcaption>a &amp; b<br>&lt;script&gt;</figcaption>" in page
+    shown = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r'base64,([^"]+)"', page)]
+    assert all(np.array_equal(np.asarray(one), other) for one, other in zip(shown, PICTURES[:2], strict=True))
+    assert page.count("class=coarse") == 2
+    assert "coarse" not in Sheet("", [np.zeros((200, 200), np.uint8)], (), columns=3).to_html()
+
+
+def test_an_empty_sheet_has_its_heading(tmp_path: Path) -> None:
+    Sheet("No mistake on the test split", [], [], columns=6).save(tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert (np.asarray(sheet)[:60] < 128).any()
+
+
+def test_what_was_said_stands_above() -> None:
+    import torch
+
+    sheet = show_answers(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), [("a long name of a class", 0.987, "cat")], "")
+    assert sheet.captions == ["a long nam… 99%\nis cat"]
+
+
+def test_many_filters_are_not_all_shown() -> None:
+    kernels = RNG.normal(size=(70, 3, 3, 3)).astype(np.float32)
+    sheet = show_filters(kernels)
+    assert (sheet.heading, len(sheet.pictures)) == ("The 70 filters of the first convolution (64 shown)", 64)
+    grey = show_filters(np.array([[[[1.0, -1.0], [0.0, 0.5]]]], dtype=np.float32)).pictures[0]
+    (red, blue), (white, _) = grey.astype(int)
+    assert red[0] > red[2] + 50 and blue[2] > blue[0] + 50 and white.min() > 240
