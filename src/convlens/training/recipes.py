@@ -115,7 +115,7 @@ def mnist_best() -> Recipe:
     return Recipe(
         name="mnist-best", model="whitened", filters=32, validation=1 / 12, epochs=25, batch_size=500,
         optimizer="muon", lr=0.12, head_lr=0.0233, bias_lr=26.0, momentum=0.85, nesterov=True, weight_decay=0.05,
-        label_smoothing=0.05, shift=2, rotation=12.0, scale=0.12,
+        label_smoothing=0.05, shift=2, rotation=12.0, scale=0.12, test_views=True,
     )  # fmt: skip
 
 
