@@ -9,9 +9,11 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from convlens import ranks
 from convlens.errors import UsageError
@@ -203,6 +205,43 @@ def test_killed_processes_change_nothing(tmp_path: Path, kills: int) -> None:
         assert run.returncode == 0, errors
         assert "a process was killed (signal 9); all go on from the last checkpoint" in errors
         assert (tmp_path / out / "model/model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux' list of processes")
+def test_a_job_on_two_machines_goes_on_after_a_kill(tmp_path: Path) -> None:
+    # two torchruns that meet on this machine, as they would from two; one learns of the kill from the other only
+    train = "convlens train digits --epochs 8 --threads 1 --save-every 5 --out".split()
+    subprocess.run([sys.executable, "-m", *train, "whole", "--processes", "2"], cwd=tmp_path, check=True, timeout=120)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{free.getsockname()[1]} --rdzv-id job --max-restarts 1"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", *place.split(), "-m", *train, "shared"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    machines = [subprocess.Popen(command, cwd=tmp_path, **pipes) for _ in range(2)]
+    try:
+        metrics = tmp_path / "shared/metrics.csv"
+        for _ in range(600):
+            if metrics.exists() and len(metrics.read_text().splitlines()) > 3:
+                break
+            time.sleep(0.1)
+        os.kill(workers_of(machines[1].pid)[0], signal.SIGKILL)
+        said = [machine.communicate(timeout=120)[0] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    models = [(tmp_path / run / "model/model.safetensors").read_bytes() for run in ("whole", "shared")]
+    assert models[0] == models[1]
+
+
+def test_those_who_meet_again_agree_on_a_new_word() -> None:
+    store, words = torch.distributed.HashStore(), set()
+    for _ in range(3):  # in one store, where the questions and answers of the dead are left
+        with ThreadPoolExecutor(3) as pool:
+            said = list(pool.map(lambda rank: ranks.meet(store, rank, 3), [1, 2, 0]))
+        assert len(set(said)) == 1
+        words.update(said)
+    assert len(words) == 3
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")

@@ -11,7 +11,7 @@ from typing import Any
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError
 from convlens.machine import available_cores
-from convlens.ranks import job_began, started_again
+from convlens.ranks import job_began
 from convlens.record import command_line
 from convlens.runfolder import RunFolder, read_json
 from convlens.runtime import choose_device, describe_machine, use_threads
@@ -19,12 +19,10 @@ from convlens.training.recipe import Recipe
 
 
 def find_begun(out: str | Path | None, training: str | None) -> Path | None:
-    """Return the run that this job of torchrun has begun, in ``out`` or in ``runs``, if it has been started again.
+    """Return the run that this job of torchrun, started again, has begun, in ``out`` or in ``runs``.
 
     A folder ``out`` that it had only begun to fill is cleared away.
     """
-    if not started_again():
-        return None
     if out is not None and not (Path(out) / "config.json").exists():
         RunFolder(out).clear_begun()
     for path in [Path(out) / "config.json"] if out is not None else Path("runs").glob("*/config.json"):

@@ -89,7 +89,7 @@ class Experiment:
             if budget is not None and ranks.size > 1:
                 raise UsageError("--budget measures the pace of one process; give several of them --seconds")
             training = job()
-            if begun := find_begun(out, training):
+            if ranks.again and (begun := find_begun(out, training)):
                 return cls._go_on(begun, memory_of(data), accept_changes=True, finished_too=True)._lead()
             return cls._begin(
                 data,

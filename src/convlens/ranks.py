@@ -9,6 +9,8 @@ import functools
 import itertools
 import json
 import os
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,9 +32,10 @@ class Ranks:
     one has died, the others get PeerGone.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1):
+    def __init__(self, rank: int = 0, size: int = 1, *, again: bool = False):
         self.rank, self.size = rank, size
         self.first = rank == 0  # the one that writes
+        self.again = again  # some may take the place of others that have died
 
     def part(self, count: int) -> slice:
         """Return which of the ``count`` images of a batch are this rank's: neighbours stay together in twos.
@@ -224,8 +227,11 @@ def distributed() -> Any:
 @functools.cache
 def join() -> Ranks:
     """Return this process's place among those that torchrun has started with it; it is alone if it was not torchrun."""
+    # a job of convlens.launch has a name that no other has, so a run by that name is its own
+    own = os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OWN_JOB)
+    again = own or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
-        return Ranks()
+        return Ranks(again=again)
     if not distributed().is_initialized():
         backend = "gloo"
         if torch.cuda.is_available():
@@ -237,9 +243,39 @@ def join() -> Ranks:
                 "not set: start them with torchrun, or unset those two"
             )
         with peers_needed():
-            distributed().init_process_group(backend, timeout=PATIENCE)
+            store, rank, size = next(distributed().rendezvous("env://", timeout=PATIENCE))
+            store = distributed().PrefixStore(meet(store, rank, size), store)
+            distributed().init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         atexit.register(distributed().destroy_process_group)
-    return Ranks(distributed().get_rank(), distributed().get_world_size())
+    ranks = Ranks(distributed().get_rank(), distributed().get_world_size())
+    ranks.again, _ = ranks.agree(again, 0.0)  # torchrun tells only those on the machine where one has died
+    return ranks
+
+
+def meet(store: Any, rank: int, size: int) -> str:
+    """Return a word that all ranks agree on, and that those of an earlier start did not.
+
+    torchrun keeps one store over all its restarts (PyTorch's issue 135712), where the processes would find addresses of
+    the dead. So each asks with a word of its own, and takes the answer to that; the first one answers until all have
+    heard it.
+    """
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"convlens asks {rank}", own)
+        word: str = store.get(f"convlens answers {own}").decode()
+        store.set(f"convlens heard {word} {rank}", "")
+        return word
+    waiting, patience = set(range(1, size)), time.monotonic() + PATIENCE.total_seconds()
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"convlens asks {other}"]):
+                store.set(f"convlens answers {store.get(f'convlens asks {other}').decode()}", own)
+            if store.check([f"convlens heard {own} {other}"]):
+                waiting.remove(other)
+        if time.monotonic() > patience:
+            raise PeerGone(f"process {min(waiting)} of this training has not come")
+        time.sleep(0.02)
+    return own
 
 
 def processes_here() -> int:
@@ -258,16 +294,10 @@ def job() -> str | None:
 
     A script that trains several nets gets another name each time.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    return f"{os.environ['TORCHELASTIC_RUN_ID']} {os.environ.get('MASTER_ADDR')} {next(TRAININGS)}"
-
-
-def started_again() -> bool:
-    """Say whether this process may take the place of one that has died."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    # a job of convlens.launch has a name that no other has, so a run by that name is its own
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 or name.startswith(OWN_JOB)
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name == "none":  # what torchrun calls a job without --rdzv-id: one for each first machine
+        name = f"none {os.environ.get('MASTER_ADDR')}"
+    return None if name is None else f"{name} {next(TRAININGS)}"
 
 
 def job_began() -> float:

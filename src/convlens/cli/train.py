@@ -141,7 +141,7 @@ def train(
 
         raise typer.Exit(launch(sys.argv[1:], processes))
     from convlens.experiment import Experiment
-    from convlens.ranks import started_again
+    from convlens.ranks import join
     from convlens.series import Series
 
     if threading.current_thread() is threading.main_thread():
@@ -156,7 +156,7 @@ def train(
     if resume is not None and RunFolder.is_series(resume):
         run_series(Series.resume(resume, **allowed), live=live)
     elif resume is not None:
-        run_experiment(Experiment.resume(resume, finished_too=started_again(), **allowed), live=live)
+        run_experiment(Experiment.resume(resume, finished_too=join().again, **allowed), live=live)
     else:
         given: dict[str, Any] = {"out": out, "allow_unreadable": allow_unreadable, "exclude": exclude, **overrides}
         if seeds or folds:
