@@ -243,6 +243,9 @@ def test_train_live(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=20)
     assert process.returncode == 130
+    short = [*command, str(tmp_path / "short"), "--epochs", "1"]
+    said = subprocess.run(short, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said[-1] == f"the live page closes now; look again with: convlens watch {tmp_path / 'short'}"
 
 
 # the page

@@ -176,6 +176,11 @@ def show_live(folder: Path) -> None:
         print(f"convlens: no live page: {error}", file=sys.stderr)
 
 
+def leave_live(folder: Path) -> None:
+    """Say how to look again, for the page ends with this process."""
+    say(f"the live page closes now; look again with: convlens watch {quoted(folder)}")
+
+
 def run_series(series: Series, *, live: bool = False) -> None:
     """Train what a series still lacks, and say how far its runs lie apart."""
     say(f"series  {series.folder}: {', '.join(series.plan['runs'])}")
@@ -188,6 +193,8 @@ def run_series(series: Series, *, live: bool = False) -> None:
         raise Interrupted(f"interrupted; go on with: convlens train --resume {quoted(series.folder)}") from None
     for line in describe_series(series.finish()):
         say(line)
+    if live:
+        leave_live(series.folder)
 
 
 def run_experiment(experiment: Experiment, part_of: Path | None = None, *, live: bool = False) -> Run:
@@ -224,4 +231,6 @@ def run_experiment(experiment: Experiment, part_of: Path | None = None, *, live:
     say(f"report  {run.report}")
     program = "convlens" if shutil.which("convlens") else sys.argv[0]  # make demo uses it without a path to it
     say(f"predict with: {program} predict {quoted(run.path)} IMAGE")
+    if live and first:
+        leave_live(run.path)
     return run
