@@ -39,6 +39,17 @@ def test_every_picture_is_where_it_belongs(tmp_path: Path, columns: int) -> None
         assert (above[0] < 128).any() and (above[1] == 255).all()
 
 
+def test_a_picture_keeps_its_form(tmp_path: Path) -> None:
+    Sheet("", [np.full((4, 8), 90, np.uint8), np.full((8, 4), 90, np.uint8)], (), columns=2).save(
+        tmp_path / "sheet.png"
+    )
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        grey = np.asarray(sheet.convert("L")) == 90
+    for half, (height, width) in zip(np.split(grey, 2, axis=1), [(1, 2), (2, 1)], strict=True):
+        rows, columns = half.any(axis=1).sum(), half.any(axis=0).sum()
+        assert rows * width == pytest.approx(columns * height, abs=2)
+
+
 def test_the_html_has_the_same_pixels_and_no_markup_of_others() -> None:
     page = Sheet("<b>", PICTURES[:2], ["a & b\n<script>", "c"], columns=3).to_html()
     assert "<h3>&lt;b&gt;</h3>" in page and "<script>" not in page

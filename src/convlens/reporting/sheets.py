@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from convlens.runfolder import replacing
@@ -51,8 +51,10 @@ class Sheet:
         for number, picture in enumerate(self.pictures):
             row, column = divmod(number, self.columns)
             left, below = column * cell + GAP / 2, TOP + row * (cell + text) + text
-            enlarged = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (round(left), round(below)))
+            larger = max(picture.shape) <= side  # then its pixels stay what they are
+            method = Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS
+            shown = ImageOps.contain(Image.fromarray(picture), (side, side), method)
+            sheet.paste(shown, (round(left) + (side - shown.width) // 2, round(below)))
             if self.captions:
                 lines = self.captions[number].split("\n")
                 for line, words in enumerate(reversed(lines)):
