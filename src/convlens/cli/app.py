@@ -32,6 +32,13 @@ app.add_typer(data_app, name="data")
 # what typer raises for a wrong command line; the class itself lies in click, or in typer's own copy of it
 ParseError: Any = typer.BadParameter.__mro__[1]
 
+# arguments of several verbs
+Data = Annotated[
+    str, typer.Argument(help="digits, mnist, fashion-mnist, cifar10, a folder of class folders, or a .npz file.")
+]
+AllowUnreadable = Annotated[bool, typer.Option("--allow-unreadable", help="Skip unreadable files, however many.")]
+Exclude = Annotated[Path | None, typer.Option(help="Leave out the images that this file names.")]
+
 
 def check_new_file(path: Path | None, flag: str, suffix: str) -> None:
     """Raise UsageError if ``path``, given with ``flag``, is no name for a new file of this kind, such as "png"."""

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.app import check_new_file, data_app
+from convlens.cli.app import AllowUnreadable, Data, Exclude, check_new_file, data_app
 from convlens.console import describe_findings, first_line, print_table
 from convlens.errors import quoted
 
@@ -28,12 +28,10 @@ def data_list() -> None:
 
 @data_app.command("info")
 def data_info(
-    data: Annotated[str, typer.Argument(help="A data set by name, a folder of class folders, or a .npz file.")],
+    data: Data,
     to: Annotated[Path | None, typer.Option(help="File for the sample grid, instead of DATA-samples.png.")] = None,
     image_size: Annotated[int, typer.Option(min=0, help="Side that a folder's images are fitted to.")] = 0,
-    allow_unreadable: Annotated[
-        bool, typer.Option("--allow-unreadable", help="Skip unreadable files, however many.")
-    ] = False,
+    allow_unreadable: AllowUnreadable = False,
 ) -> None:
     """Count a data set's images by class, and write a grid of samples as PNG.
 
@@ -80,17 +78,15 @@ def data_info(
 
 @data_app.command("pack")
 def data_pack(
-    data: Annotated[str, typer.Argument(help="A data set by name, a folder of class folders, or a .npz file.")],
+    data: Data,
     out: Annotated[Path, typer.Option(help="New folder for the shards.")],
     validation: Annotated[float, typer.Option(min=0, max=0.9, help="Share of the training images held out.")] = 0.1,
     image_size: Annotated[int, typer.Option(min=0, help="Side that a folder's images are fitted to.")] = 0,
     shard_images: Annotated[
         int, typer.Option(min=0, show_default=False, help="Images in a shard, instead of 4 MiB of pixels.")
     ] = 0,
-    exclude: Annotated[Path | None, typer.Option(help="Leave out the images that this file names.")] = None,
-    allow_unreadable: Annotated[
-        bool, typer.Option("--allow-unreadable", help="Skip unreadable files, however many.")
-    ] = False,
+    exclude: Exclude = None,
+    allow_unreadable: AllowUnreadable = False,
 ) -> None:
     """Write a data set as tar files that a training reads a few at a time, from a disk or a web server.
 
@@ -122,7 +118,7 @@ def data_pack(
 
 @data_app.command("doctor")
 def data_doctor(
-    data: Annotated[str, typer.Argument(help="A data set by name, a folder of class folders, or a .npz file.")],
+    data: Data,
     labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Judge labels, with some nets.")] = True,
     to: Annotated[Path | None, typer.Option(help="New folder for doctor.json and contact sheets.")] = None,
     list_file: Annotated[Path | None, typer.Option("--list", help="New file for the names of what to remove.")] = None,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convlens.cli.app import app, asked_to_stop, leave_with
+from convlens.cli.app import AllowUnreadable, app, asked_to_stop, leave_with
 from convlens.cli.train import with_recipe_flags
 from convlens.console import describe_params, describe_sweep, describe_trial, print_trials, rank_trial, say
 from convlens.errors import ConvlensError, Interrupted, UsageError, quoted
@@ -55,9 +55,7 @@ def sweep(
     ] = SEEDS,
     out: Annotated[Path | None, typer.Option(help="Folder for the sweep, instead of runs/DATA-sweep-N.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the sweep in this folder.")] = None,
-    allow_unreadable: Annotated[
-        bool, typer.Option("--allow-unreadable", help="Skip unreadable files, however many.")
-    ] = False,
+    allow_unreadable: AllowUnreadable = False,
     **overrides: Any,
 ) -> None:
     """Search for a better recipe: many short trainings, compared on validation images.

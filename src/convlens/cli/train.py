@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from convlens.cli.app import STARTED, app, asked_to_stop
+from convlens.cli.app import STARTED, AllowUnreadable, Exclude, app, asked_to_stop
 from convlens.console import describe_experiment, describe_record, describe_series, describe_test, say
 from convlens.errors import Interrupted, UsageError, quoted
 from convlens.machine import OWN_JOB
@@ -75,7 +75,7 @@ def train(
     budget: Annotated[
         str | None, typer.Option(help="Time for all of it, such as 60s or 5m: what fits is chosen.")
     ] = None,
-    exclude: Annotated[Path | None, typer.Option(help="Leave out the images that this file names.")] = None,
+    exclude: Exclude = None,
     seeds: Annotated[
         int,
         typer.Option(min=0, metavar="N", show_default=False, help="Train so many seeds, and report mean and spread."),
@@ -86,9 +86,7 @@ def train(
             min=0, metavar="K", show_default=False, help="Cross-validate: as many runs, each tested on its part."
         ),
     ] = 0,
-    allow_unreadable: Annotated[
-        bool, typer.Option("--allow-unreadable", help="Skip unreadable files, however many.")
-    ] = False,
+    allow_unreadable: AllowUnreadable = False,
     processes: Annotated[
         int,
         typer.Option(min=1, metavar="N", help="Train in so many processes on this machine, which share every batch."),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convlens.cli.app import app, check_new_file
+from convlens.cli.app import AllowUnreadable, Data, app, check_new_file
 from convlens.cli.train import with_recipe_flags
 from convlens.console import say
 from convlens.errors import UsageError, quoted
@@ -20,14 +20,10 @@ if TYPE_CHECKING:
 @app.command()
 @with_recipe_flags
 def tune(
-    data: Annotated[
-        str, typer.Argument(help="digits, mnist, fashion-mnist, cifar10, a folder of class folders, or a .npz file.")
-    ],
+    data: Data,
     recipe: Annotated[str | None, typer.Option(help="Recipe by name; by default that of the data.")] = None,
     to: Annotated[Path | None, typer.Option(help="File for the picture, instead of DATA-lr.png.")] = None,
-    allow_unreadable: Annotated[
-        bool, typer.Option("--allow-unreadable", help="Skip unreadable files, however many.")
-    ] = False,
+    allow_unreadable: AllowUnreadable = False,
     **overrides: Any,
 ) -> None:
     """Find a batch size and a learning rate for a recipe, from a moment of training, and print the command to use.
@@ -48,7 +44,7 @@ def tune(
     overrides = {name: value for name, value in overrides.items() if value is not None}
     check_new_file(to, "--to", "png")
     if "lr" in overrides:
-        raise UsageError("--lr is what is looked for; leave it away")
+        raise UsageError("--lr is what is looked for; leave it out")
     from convlens.cli.data import free_name
     from convlens.data.catalog import data_name, load_dataset, refuse_inside_data
     from convlens.reporting.plots import draw_range_test
