@@ -176,13 +176,13 @@ def write_page(file: Path, title: str, parts: Sequence[tuple[str, str, Sequence[
         sections = "".join(
             f"<section>{one.sheet.to_html()}<p class=quiet>{escape(one.text)}</p></section>" for one in pictures
         )
-        body += f'<h2>{escape(heading)}</h2><p>{escape(answer)}</p><div class="pictures single">{sections}</div>'
+        body += f'<h2>{escape(heading)}</h2><p>{escape(answer)}</p>{sections}'
     write_text(
         file,
         f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)} - convlens</title><style>{css}</style></head>
-<body><main>
+<body><main class=narrow>
 <h1>{escape(title)}</h1>
 {body}<p class=quiet>Heat maps show what an answer hangs on, not whether it is right: a net can look at the right
 place and be wrong.</p>
