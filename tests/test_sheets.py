@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convlens.reporting.sheets import WIDTH, Sheet, show_answers, show_filters
+from convlens.reporting.sheets import WIDTH, Sheet, answers_sheet, filters_sheet
 
 RNG = np.random.default_rng(0)
 PICTURES = [RNG.integers(0, 256, (4, 4), np.uint8), RNG.integers(0, 256, (4, 4, 3), np.uint8)] * 3
@@ -60,6 +60,12 @@ def test_the_html_has_the_same_pixels_and_no_markup_of_others() -> None:
     assert "coarse" not in Sheet("", [np.zeros((200, 200), np.uint8)], (), columns=3).to_html()
 
 
+@pytest.mark.parametrize("name", ["a\rb", "a\x1cb", "\u2029", "\udc80", "\0", "$x$", "名", "שלום"])
+def test_a_class_may_have_any_name(tmp_path: Path, name: str) -> None:
+    Sheet(name, PICTURES[:1], [name], columns=3).save(tmp_path / "sheet.png")
+    assert "figcaption" in Sheet(name, PICTURES[:1], [name], columns=3).to_html()
+
+
 def test_an_empty_sheet_has_its_heading(tmp_path: Path) -> None:
     Sheet("No mistake on the test split", [], [], columns=6).save(tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
@@ -69,14 +75,14 @@ def test_an_empty_sheet_has_its_heading(tmp_path: Path) -> None:
 def test_what_was_said_stands_above() -> None:
     import torch
 
-    sheet = show_answers(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), [("a long name of a class", 0.987, "cat")], "")
+    sheet = answers_sheet(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), [("a long name of a class", 0.987, "cat")], "")
     assert sheet.captions == ["a long nam… 99%\nis cat"]
 
 
 def test_many_filters_are_not_all_shown() -> None:
     kernels = RNG.normal(size=(70, 3, 3, 3)).astype(np.float32)
-    sheet = show_filters(kernels)
+    sheet = filters_sheet(kernels)
     assert (sheet.heading, len(sheet.pictures)) == ("The 70 filters of the first convolution (64 shown)", 64)
-    grey = show_filters(np.array([[[[1.0, -1.0], [0.0, 0.5]]]], dtype=np.float32)).pictures[0]
+    grey = filters_sheet(np.array([[[[1.0, -1.0], [0.0, 0.5]]]], dtype=np.float32)).pictures[0]
     (red, blue), (white, _) = grey.astype(int)
     assert red[0] > red[2] + 50 and blue[2] > blue[0] + 50 and white.min() > 240

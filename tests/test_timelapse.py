@@ -17,7 +17,7 @@ from convlens.experiment import Experiment
 from convlens.explain.snapshots import list_snapshots, load_snapshot
 from convlens.explain.timelapse import look_back
 from convlens.models import create_model
-from convlens.reporting.timelapse import tell_epoch
+from convlens.reporting.timelapse import draw_moment, tell_epoch
 from convlens.run import Run
 from convlens.training.engine import is_milestone
 
@@ -138,6 +138,13 @@ def test_epochs_are_told_in_few_digits() -> None:
     assert [tell_epoch(epoch) for epoch in (0, 1 / 12, 0.5, 1, 12.0)] == ["0", "0.083", "0.5", "1", "12"]
 
 
+def test_a_class_may_have_any_name(remembered: Run) -> None:
+    picture = convlens.load_dataset("digits").test.images[0].numpy()
+    moment = look_back(remembered.classifier, remembered.folder, picture, convlens.load_dataset("digits").test)[-1]
+    about = {"images": "images", "picture": "one", "classes": [r"$\x$", "a_b", "ü", *"3456789"]}
+    assert draw_moment(moment, picture, about, 1.0, np.arange(10)).size == (864, 360)
+
+
 @in_browser
 def test_the_page_in_hands(remembered: Run, tmp_path: Path) -> None:
     assert run("timelapse", remembered.path) == 0
@@ -151,6 +158,8 @@ def test_the_page_in_hands(remembered: Run, tmp_path: Path) -> None:
         tab.key("Home")
         assert tab.wait("at('when').textContent.startsWith('Epoch 0: ')")
         assert tab.run("at('slider').getAttribute('aria-valuetext')") == "epoch 0"
+        assert tab.run("[...at('matrix-true').children].map((one) => one.textContent).join('')") == "0123456789"
+        assert tab.run("Math.abs(at('matrix-true').clientHeight - at('matrix').clientHeight)") <= 1
         assert tab.run(pixels) != trained
         tab.run("at('play').click()")
         assert tab.run("at('play').textContent") == "Pause"

@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import convlens
 from convlens.data.catalog import load_dataset
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.coverage import LEVELS
+from convlens.evaluation.metrics import wilson_interval
 from convlens.evaluation.trust import Trust
 from convlens.evaluation.unknown import FeatureSpace, auroc, false_positive_rate, fit_threshold
+from convlens.reporting.plots import draw_reliability
 from convlens.run import Run
 from convlens.shipping.bundle import load_bundle
 from convlens.shipping.classifier import Classifier
@@ -70,6 +73,24 @@ def test_a_run_says_it_all(run: Run) -> None:
         assert words in page
     assert "Its probabilities are " in card and "on average" in card
     assert (run.path / "plots" / "calibration.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("temperature", [1, 2])
+def test_the_plot_of_its_certainty(temperature: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr("convlens.reporting.plots.save", lambda figure, _: drawn.append(figure))
+    bins = [{"n": 0, "confidence": 0.0, "accuracy": 0.0}] * 14 + [{"n": 4, "confidence": 0.98, "accuracy": 0.5}]
+    side = {"calibration_error": 0.48, "bins": bins}
+    draw_reliability(tmp_path / "it.png", {"temperature": temperature, "before": side, "after": side})
+    axes, counts = drawn[0].axes
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    series = ["as trained, nothing to correct"] if temperature == 1 else ["as trained", "calibrated"]
+    assert names == ["as it should be", *(f"{name}: off by 48.00%" for name in series)]
+    for bars in axes.containers:
+        point, _, (whisker,) = bars.lines
+        assert (point.get_xdata(), point.get_ydata()) == ([0.98], [0.5])
+        assert whisker.get_segments()[0][:, 1] == pytest.approx(wilson_interval(2, 4))
+    assert len(counts.patches) == len(series) and list(counts.patches[0].get_data().values) == [0] * 14 + [4]
 
 
 def test_probabilities_are_those_of_the_temperature(run: Run) -> None:

@@ -17,7 +17,7 @@ from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
 from convlens.evaluation.duplicates import describe_images, find_copies, find_near_copies
 from convlens.evaluation.metrics import compute_logits
-from convlens.reporting.sheets import show_images
+from convlens.reporting.sheets import images_sheet
 from convlens.runfolder import write_json, write_names
 from convlens.runtime import callers_state_kept, choose_device, derive_seed, seed_global, use_threads
 from convlens.training.engine import fit
@@ -213,14 +213,14 @@ def write_findings(findings: Findings, dataset: Dataset, to: Path) -> None:
         suspects = findings.suspects[:100]
         images = everything.images[[row[suspect.image] for suspect in suspects]]
         captions = [f"{suspect.label}? {suspect.likely}" for suspect in suspects]
-        show_images(images, captions, "Likely wrong labels: label? what it looks like").save(to / "labels.png")
+        images_sheet(images, captions, "Likely wrong labels: label? what it looks like").save(to / "labels.png")
     groups = [*findings.copies, *findings.near_copies]
     if groups:
         groups.sort(key=lambda group: -len({splits[row[name]] for name in group}))  # leaks first
         shown = [(number, name) for number, group in enumerate(groups[:40], start=1) for name in group[:4]]
         images = everything.images[[row[name] for _, name in shown]]
         captions = [f"{number}: {short(name)}" for number, name in shown]
-        show_images(images, captions, "Copies, by the number of their group; leaks first").save(to / "copies.png")
+        images_sheet(images, captions, "Copies, by the number of their group; leaks first").save(to / "copies.png")
     write_json(to / "doctor.json", findings.to_json())
 
 

@@ -15,13 +15,13 @@ from convlens.explain.explanation import Explanation, explain, require_class
 from convlens.explain.timelapse import ASKED, look_back
 from convlens.mistakes import cut
 from convlens.progress import track
-from convlens.reporting.explained import picture_explanation, show_kernels, write_page
+from convlens.reporting.explained import picture_explanation, picture_kernels, write_page
 from convlens.run import Run, load_tested, load_training_images
 from convlens.runfolder import RunFolder, new_folder, read_json
 from convlens.runtime import use_threads
 from convlens.shipping.classifier import Classifier
 
-MOST = 50  # pictures at a time: a page of them has about 25 MB
+MOST = 50  # pictures at a time: a page of them has about 20 MB
 
 
 def explain_pictures(
@@ -75,7 +75,7 @@ def explain_pictures(
             for one in shown:
                 one.sheet.save(own / one.file)
             parts.append((Path(file).name, tell(e), shown))
-        itself = show_kernels(explanations[0].kernels)
+        itself = picture_kernels(explanations[0].kernels)
         itself.sheet.save(new / itself.file)
         parts.append(("The net itself", "", [itself]))
         write_page(new / "index.html", f"What {name} sees", parts)

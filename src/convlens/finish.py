@@ -70,19 +70,19 @@ def draw_plots(
     rows = sheets.pick_samples(train.labels, len(classes))
     images, labels = train.images[rows], train.labels[rows]
     names = [classes[label] for label in labels.tolist()]
-    sheets.show_images(images, names, "What it learns from: training images").save(place / "samples.png")
+    sheets.images_sheet(images, names, "What it learns from: training images").save(place / "samples.png")
     augment, normalise = make_augment(recipe, len(classes)), preprocess.normaliser()
     with torch.no_grad():
         turned = torch.arange(len(rows)) % 2 == 1  # every second one, as in each epoch
         seen = mirror(normalise(images), turned) if recipe.flip else normalise(images)
         changed, _ = augment(seen, labels, Draws.seeded(recipe.seed, len(rows)))
-    seen_so = sheets.show_images(normalise.invert(changed), names, "The same images as the net saw them")
+    seen_so = sheets.images_sheet(normalise.invert(changed), names, "The same images as the net saw them")
     seen_so.save(place / "augmented.png")
     plots.draw_curves(place / "curves.png", folder.read_metrics())
     plots.draw_confusion(place / "confusion.png", test["confusion_matrix"], classes)
     if calibration := test.get("calibration"):
         plots.draw_reliability(place / "calibration.png", calibration)
-    wrong = sheets.show_mistakes(dataset.test.images, dataset.test.labels, probabilities, classes)
+    wrong = sheets.mistakes_sheet(dataset.test.images, dataset.test.labels, probabilities, classes)
     wrong.save(place / "mistakes.png")
     if conv := first_convolution(net):
-        sheets.show_filters(conv.weight.detach().cpu().numpy()).save(place / "filters.png")
+        sheets.filters_sheet(conv.weight.detach().cpu().numpy()).save(place / "filters.png")

@@ -10,7 +10,7 @@ from PIL import Image
 from convlens.data.catalog import refuse_inside_data
 from convlens.errors import UnknownName, UsageError
 from convlens.progress import track
-from convlens.reporting.sheets import show_answers, to_picture
+from convlens.reporting.sheets import answers_sheet, to_picture
 from convlens.run import Run, load_tested
 from convlens.runfolder import new_folder, write_csv
 
@@ -65,7 +65,7 @@ def write_mistakes(
             said = [(answer["prediction"], float(answer["probability"]), answer["label"]) for answer in shown]
             more = f"; the first {SHOWN} of {len(chosen):,}" if len(chosen) > SHOWN else ""
             heading = f"{len(wrong):,} wrong, then the {len(chosen) - len(wrong):,} most doubtful{more}"
-            show_answers(images, said, heading).save(new / "mistakes.png")
+            answers_sheet(images, said, heading).save(new / "mistakes.png")
         columns = ("id", "label", "prediction", "probability")
         rows = [
             (name, *(answer[key] for key in columns), kind)

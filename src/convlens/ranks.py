@@ -12,6 +12,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -253,29 +254,35 @@ def join() -> Ranks:
 
 
 def meet(store: Any, rank: int, size: int) -> str:
-    """Return a word that all ranks agree on, and that those of an earlier start did not.
+    """Return a prefix of keys that all ranks agree on, and that those of an earlier start did not.
 
     torchrun keeps one store over all its restarts (PyTorch's issue 135712), where the processes would find addresses of
-    the dead. So each asks with a word of its own, and takes the answer to that; the first one answers until all have
-    heard it.
+    the dead. So each asks with a nonce, and takes the answer to that; the first one answers until all have heard it.
+    Raises PeerGone if one of them does not come within an hour.
     """
-    own = uuid.uuid4().hex
+    nonce, end = uuid.uuid4().hex, time.monotonic() + PATIENCE.total_seconds()
+
+    def pause() -> None:  # waiting in the store itself, nobody would hear Ctrl-C
+        if time.monotonic() > end:
+            raise PeerGone("another process of this training has not come")
+        time.sleep(0.02)
+
     if rank > 0:
-        store.set(f"convlens asks {rank}", own)
-        word: str = store.get(f"convlens answers {own}").decode()
-        store.set(f"convlens heard {word} {rank}", "")
-        return word
-    waiting, patience = set(range(1, size)), time.monotonic() + PATIENCE.total_seconds()
+        store.set(f"convlens asks {rank}", nonce)
+        while not store.check([f"convlens answers {nonce}"]):
+            pause()
+        prefix: str = store.get(f"convlens answers {nonce}").decode()
+        store.set(f"convlens heard {prefix} {rank}", "")
+        return prefix
+    waiting = set(range(1, size))
     while waiting:
+        pause()
         for other in sorted(waiting):
             if store.check([f"convlens asks {other}"]):
-                store.set(f"convlens answers {store.get(f'convlens asks {other}').decode()}", own)
-            if store.check([f"convlens heard {own} {other}"]):
+                store.set(f"convlens answers {store.get(f'convlens asks {other}').decode()}", nonce)
+            if store.check([f"convlens heard {nonce} {other}"]):
                 waiting.remove(other)
-        if time.monotonic() > patience:
-            raise PeerGone(f"process {min(waiting)} of this training has not come")
-        time.sleep(0.02)
-    return own
+    return nonce
 
 
 def processes_here() -> int:
@@ -303,8 +310,10 @@ def job() -> str | None:
 def job_began() -> float:
     """Return the time (of time.time) at which the process that started this one began, as far as the system tells."""
     try:
-        return os.stat(f"/proc/{os.getppid()}").st_ctime
-    except OSError:
+        # behind the name, which may hold anything, the 20th figure: clock ticks from the machine's start
+        ticks = int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19])
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    except (AttributeError, IndexError, OSError, ValueError):
         return 0.0
 
 

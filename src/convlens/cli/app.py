@@ -33,9 +33,8 @@ app.add_typer(data_app, name="data")
 ParseError: Any = typer.BadParameter.__mro__[1]
 
 # arguments of several verbs
-Data = Annotated[
-    str, typer.Argument(help="digits, mnist, fashion-mnist, cifar10, a folder of class folders, or a .npz file.")
-]
+DATA_HELP = "digits, mnist, fashion-mnist, cifar10, a folder of class folders, or a .npz file."
+Data = Annotated[str, typer.Argument(help=DATA_HELP)]
 AllowUnreadable = Annotated[bool, typer.Option("--allow-unreadable", help="Skip unreadable files, however many.")]
 Exclude = Annotated[Path | None, typer.Option(help="Leave out the images that this file names.")]
 

@@ -45,7 +45,7 @@ def data_info(
     from convlens.data.catalog import load_dataset, refuse_inside_data
     from convlens.data.folder import image_sizes
     from convlens.data.shards import is_packed
-    from convlens.reporting.sheets import pick_samples, show_images
+    from convlens.reporting.sheets import images_sheet, pick_samples
 
     check_new_file(to, "--to", "png")
     dataset = load_dataset(data, image_size=image_size, allow_unreadable=allow_unreadable)
@@ -72,7 +72,7 @@ def data_info(
     train = dataset.train
     chosen = pick_samples(train.labels, len(dataset.classes))
     captions = [dataset.classes[label] for label in train.labels[chosen].tolist()]
-    show_images(train.images[chosen], captions, f"{dataset.name}: training images").save(target)
+    images_sheet(train.images[chosen], captions, f"{dataset.name}: training images").save(target)
     print(f"samples {target}")
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convlens.cli.app import AllowUnreadable, app, asked_to_stop, leave_with
+from convlens.cli.app import DATA_HELP, AllowUnreadable, app, asked_to_stop, leave_with
 from convlens.cli.train import with_recipe_flags
 from convlens.console import describe_params, describe_sweep, describe_trial, print_trials, rank_trial, say
 from convlens.errors import ConvlensError, Interrupted, UsageError, quoted
@@ -26,10 +26,7 @@ TRIALS, SEEDS = 20, 3
 @app.command()
 @with_recipe_flags
 def sweep(
-    data: Annotated[
-        str | None,
-        typer.Argument(help="digits, mnist, fashion-mnist, cifar10, a folder of class folders, or a .npz file."),
-    ] = None,
+    data: Annotated[str | None, typer.Argument(help=DATA_HELP)] = None,
     param: Annotated[
         list[str] | None,
         typer.Option(

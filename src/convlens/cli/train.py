@@ -176,7 +176,7 @@ def show_live(folder: Path) -> None:
 
 def leave_live(folder: Path) -> None:
     """Say how to look again, for the page ends with this process."""
-    say(f"the live page closes now; look again with: convlens watch {quoted(folder)}")
+    say(f"look again with: convlens watch {quoted(folder)}")
 
 
 def run_series(series: Series, *, live: bool = False) -> None:

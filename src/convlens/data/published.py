@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import distribution
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -119,8 +119,9 @@ PUBLISHED_SPLITS = "the published train and test splits"
 def load_digits() -> Dataset:
     """1,797 handwritten digits, 8x8 grey; embedded in scikit-learn, nothing to download."""
     # its file: to import sklearn.datasets takes a second. Rows: 64 counts 0..16 of set pixels in 4x4 blocks, label
-    file = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
-    rows = torch.from_numpy(np.loadtxt(str(file), delimiter=",", dtype=np.int64))  # (1797, 65)
+    (package,) = find_spec("sklearn").submodule_search_locations  # type: ignore[union-attr, misc]
+    file = Path(package, "datasets", "data", "digits.csv.gz")
+    rows = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.int64))  # (1797, 65)
     images = (rows[:, :-1] * (255 / 16)).round().to(torch.uint8).view(-1, 1, 8, 8)
     everything = Split(images, rows[:, -1].clone(), Numbers(len(images)))
     train, test = everything.divide(TEST_FRACTION, SPLIT_SEED)

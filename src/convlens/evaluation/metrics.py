@@ -141,6 +141,15 @@ def wilson_interval(correct: int, n: int, z: float = Z95) -> tuple[float, float]
     return max((centre - spread) / (1 + z * z / n), 0.0), min((centre + spread) / (1 + z * z / n), 1.0)
 
 
+def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
+    """Return counts, int64 (K, K): rows are true classes, columns predictions; of labels 0..K-1, int64 (N,) each.
+
+    >>> confusion_matrix(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), 2).tolist()
+    [[1, 1], [0, 1]]
+    """
+    return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
+
+
 def judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
     """Return every figure of a test as plain values: what ``test.json`` holds.
 
@@ -149,7 +158,7 @@ def judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str,
     """
     logits, labels = logits.cpu(), labels.cpu()
     n, k = len(labels), len(classes)
-    confusion: NDArray[Any] = torch.bincount(labels * k + logits.argmax(dim=1), minlength=k * k).view(k, k).numpy()
+    confusion: NDArray[Any] = confusion_matrix(labels, logits.argmax(dim=1), k).numpy()
     right, support, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
     correct = int(right.sum())
     precision, recall = right / np.maximum(predicted, 1), right / np.maximum(support, 1)  # 0 of a class never met

@@ -12,7 +12,7 @@ from convlens.data.dataset import Split
 from convlens.data.loader import count_batches
 from convlens.data.pictures import Pixels
 from convlens.errors import ConvlensError, UsageError, quoted
-from convlens.evaluation.metrics import compute_logits
+from convlens.evaluation.metrics import compute_logits, confusion_matrix
 from convlens.explain.explanation import Array, to_array
 from convlens.explain.snapshots import list_snapshots, load_snapshot
 from convlens.explain.stages import feature_maps, first_convolution
@@ -69,7 +69,7 @@ def look_back(classifier: Classifier, folder: RunFolder, pixels: Pixels, asked: 
         load_snapshot(path, net)
         net.eval()
         guesses = compute_logits(net, part.images, normalise).argmax(dim=1).cpu()
-        confusion = torch.bincount(part.labels * classes + guesses, minlength=classes**2).view(classes, classes)
+        confusion = confusion_matrix(part.labels, guesses, classes)
         moments.append(
             Moment(
                 step=step,

@@ -1,4 +1,4 @@
-"""The pictures of an explanation, and the page that shows them. Each picture is one PNG."""
+"""The pictures of an explanation, as sheets, and the page that shows them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from convlens.data.pictures import Pixels
 from convlens.explain.explanation import Explanation
 from convlens.explain.occlusion import Heat
 from convlens.explain.stages import Unit
-from convlens.reporting.sheets import Sheet, shorten, show_filters, to_picture
+from convlens.reporting.sheets import Sheet, filters_sheet, shorten, to_picture
 from convlens.runfolder import write_text
 
 MOST_MAPS = 32  # of a stage, on its picture
@@ -39,17 +39,17 @@ class Picture:
 
 def picture_explanation(e: Explanation) -> list[Picture]:
     """Return the pictures of an explanation, the first to look at first."""
-    pictures = [show_where(e), *([show_alike(e)] if e.neighbours else []), show_units(e)]
+    pictures = [picture_where(e), *([picture_alike(e)] if e.neighbours else []), picture_units(e)]
     for number, (name, maps) in enumerate(e.maps.items(), start=1):
-        pictures.append(show_maps(re.sub(r"[^\w.-]+", "-", f"maps-{number}-{name}.png"), name, maps))
-    return [*pictures, show_pooling(e)]
+        pictures.append(picture_maps(re.sub(r"[^\w.-]+", "-", f"maps-{number}-{name}.png"), name, maps))
+    return [*pictures, picture_pooling(e)]
 
 
-def show_where(e: Explanation) -> Picture:
+def picture_where(e: Explanation) -> Picture:
     """Return the image, and where the net looks for the class: both heat maps laid over it."""
     hangs = e.occlusion / max(float(np.abs(e.occlusion).max()), 0.05)  # nothing much is not made to look like much
     most = f"{100 * float(e.occlusion.max()):.0f} points" if e.occlusion.max() > 0.005 else "nothing"
-    pictures = [enlarge(e.pixels), lay_over(e.pixels, hangs, "PuOr_r")]
+    pictures = [to_picture(e.pixels), lay_over(e.pixels, hangs, "PuOr_r")]
     pictures += [lay_over(e.pixels, heat, "inferno") for heat in e.activations.values()]
     captions = ["what the net gets", f"covered: costs up to {most}"]
     captions += [f"stage {shorten(name, 16)}" for name in e.activations]
@@ -63,7 +63,7 @@ def show_where(e: Explanation) -> Picture:
     )
 
 
-def show_alike(e: Explanation) -> Picture:
+def picture_alike(e: Explanation) -> Picture:
     """Return the training images that the net finds most like the picture."""
     pictures = [to_picture(e.pixels), *(to_picture(one.image) for one in e.neighbours)]
     captions = ["this picture\n", *(f"{shorten(one.label, 11)}\n{one.similarity:.2f} alike" for one in e.neighbours)]
@@ -74,7 +74,7 @@ def show_alike(e: Explanation) -> Picture:
     )
 
 
-def show_units(e: Explanation) -> Picture:
+def picture_units(e: Explanation) -> Picture:
     """Return what the loudest unit of each stage sees of the image."""
     pictures, captions = [], []
     for name, unit in e.units.items():
@@ -92,7 +92,7 @@ def show_units(e: Explanation) -> Picture:
     )
 
 
-def show_maps(file: str, name: str, maps: NDArray[np.float32]) -> Picture:
+def picture_maps(file: str, name: str, maps: NDArray[np.float32]) -> Picture:
     """Return the feature maps of a stage, the loudest first."""
     order = np.argsort(-maps.max(axis=(1, 2)), kind="stable")[:MOST_MAPS]
     top = max(float(maps.max()), 1e-9)
@@ -107,16 +107,16 @@ def show_maps(file: str, name: str, maps: NDArray[np.float32]) -> Picture:
     )
 
 
-def show_kernels(kernels: NDArray[np.float32]) -> Picture:
+def picture_kernels(kernels: NDArray[np.float32]) -> Picture:
     """Return the kernels of the first convolution, (C', C, k, k)."""
     colours = (
         "Each is shown in the colours that it answers to." if kernels.shape[1] == 3 else "Red adds, blue takes away."
     )
     text = f"The kernels of the first convolution: each looks for one pattern, everywhere. {colours}"
-    return Picture("kernels.png", show_filters(kernels), text)
+    return Picture("kernels.png", filters_sheet(kernels), text)
 
 
-def show_pooling(e: Explanation) -> Picture:
+def picture_pooling(e: Explanation) -> Picture:
     """Return the loudest map of the first convolution whole, pooled by the maximum and by the average."""
     whole = e.pooled["whole"]
     low, high = float(whole.min()), max(float(whole.max()), float(whole.min()) + 1e-9)
@@ -176,7 +176,7 @@ def write_page(file: Path, title: str, parts: Sequence[tuple[str, str, Sequence[
         sections = "".join(
             f"<section>{one.sheet.to_html()}<p class=quiet>{escape(one.text)}</p></section>" for one in pictures
         )
-        body += f'<h2>{escape(heading)}</h2><p>{escape(answer)}</p>{sections}'
+        body += f"<h2>{escape(heading)}</h2><p>{escape(answer)}</p>{sections}"
     write_text(
         file,
         f"""<!doctype html>

@@ -113,17 +113,18 @@ def draw_reliability(path: Path, calibration: dict[str, Any]) -> None:
         one.grid(color=GRID, linewidth=0.8)
         one.set_axisbelow(True)
     axes.plot([0, 1], [0, 1], color=QUIET, lw=1, ls=":", label="as it should be")
-    series = [("before", "as trained", VALIDATION, 0.05), ("after", "calibrated", TRAIN, 0.02)]
+    series = [("before", "as trained", VALIDATION), ("after", "calibrated", TRAIN)]
     if calibration["temperature"] == 1:
-        series = [("after", "as trained, nothing to correct", TRAIN, 0.05)]
-    for when, label, colour, width in series:
-        bins = [b for b in calibration[when]["bins"] if b["n"]]
+        series = [("after", "as trained, nothing to correct", TRAIN)]
+    for when, label, colour in series:
+        every = calibration[when]["bins"]
+        bins = [b for b in every if b["n"]]
         x, y = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
         ends = [wilson_interval(round(b["accuracy"] * b["n"]), round(b["n"])) for b in bins]
         far = [[max(share - low, 0.0), max(high - share, 0.0)] for share, (low, high) in zip(y, ends, strict=True)]
         said = f"{label}: off by {calibration[when]['calibration_error']:.2%}"
         axes.errorbar(x, y, np.transpose(far), color=colour, fmt="o", ms=5, lw=1.4, capsize=2, label=said)
-        counts.bar(x, [b["n"] for b in bins], width=width, color=colour)
+        counts.stairs([b["n"] for b in every], np.linspace(0, 1, len(every) + 1), color=colour, lw=1.4)
     axes.set_xlim(0, 1.03)
     axes.set_ylim(-0.02, 1.03)
     for axis in (axes.xaxis, axes.yaxis):

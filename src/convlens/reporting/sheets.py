@@ -1,4 +1,4 @@
-"""Sheets: small pictures in a grid, each below its caption, as a PNG and as part of a page."""
+"""Sheets: small pictures in a grid, each with its caption, as a PNG and as part of a page."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from html import escape
-from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib import colormaps
@@ -27,6 +27,7 @@ WIDTH = 1296  # of a sheet; all lengths are pixels
 GAP = 9  # between pictures
 TOP, HEADING_SIZE = 60, 24
 LINE, CAPTION_SIZE = 22, 17
+PAGE = 800  # pixels that a row takes on a page, at least, without its gaps; on a narrow one it wraps
 COARSE = 96  # pictures up to this size are shown with hard edges: their pixels are what is to be seen
 
 
@@ -40,7 +41,7 @@ class Sheet:
     columns: int
 
     def save(self, path: Path) -> None:
-        """Write the sheet as PNG, atomically. Drawn without matplotlib, which takes ten times as long for it."""
+        """Write the sheet as PNG, atomically."""
         cell = WIDTH / self.columns
         text = LINE * max((caption.count("\n") + 1 for caption in self.captions), default=0) + GAP
         height = TOP + max(math.ceil(len(self.pictures) / self.columns), 1) * (cell + text)
@@ -67,20 +68,21 @@ class Sheet:
         """Return the sheet as HTML: text that can be read and wraps on any screen, light or dark."""
         captions = self.captions or [""] * len(self.pictures)
         cells = "".join(
-            f'<figure><img{" class=coarse" if max(picture.shape) <= COARSE else ""} alt="{escape(caption)}" '
+            f'<figure><img{" class=coarse" if max(picture.shape) <= COARSE else ""} alt="" '
             f'src="data:image/png;base64,{encode(picture)}">'
             + (f"<figcaption>{'<br>'.join(map(escape, caption.split(chr(10))))}</figcaption>" if caption else "")
             + "</figure>"
             for picture, caption in zip(self.pictures, captions, strict=True)
         )
-        return f'<h3>{escape(self.heading)}</h3><div class=cells style="--cell:{800 // self.columns}px">{cells}</div>'
+        return f'<h3>{escape(self.heading)}</h3><div class=cells style="--cell:{PAGE // self.columns}px">{cells}</div>'
 
 
 @cache
 def font(name: str, size: int) -> ImageFont.FreeTypeFont:
     """Return a font that comes with matplotlib."""
-    file = distribution("matplotlib").locate_file(f"matplotlib/mpl-data/fonts/ttf/{name}.ttf")
-    return ImageFont.truetype(str(file), size)
+    file = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")
+    # the other engine refuses some characters that names of classes have
+    return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def encode(picture: NDArray[Any]) -> str:
@@ -108,19 +110,19 @@ def pick_samples(labels: Tensor, classes: int, count: int = 40) -> Tensor:
     return torch.cat([row[i : i + 1] for i in range(each) for row in rows])[:count]
 
 
-def show_images(images: Tensor, captions: Sequence[str], heading: str) -> Sheet:
+def images_sheet(images: Tensor, captions: Sequence[str], heading: str) -> Sheet:
     """Return a sheet of uint8 images (N, C, H, W), each with its caption."""
     short = [shorten(caption, 12) for caption in captions]
     return Sheet(heading, [to_picture(image) for image in images], short, columns=10)
 
 
-def show_answers(images: Tensor, said: Sequence[tuple[str, float, str]], heading: str) -> Sheet:
+def answers_sheet(images: Tensor, said: Sequence[tuple[str, float, str]], heading: str) -> Sheet:
     """Return a sheet of uint8 images (N, C, H, W) and what was said of each: (prediction, its probability, class)."""
     captions = [f"{shorten(guess, 11)} {share:.0%}\nis {shorten(truth, 11)}" for guess, share, truth in said]
     return Sheet(heading, [to_picture(image) for image in images], captions, columns=6)
 
 
-def show_mistakes(
+def mistakes_sheet(
     images: Tensor, labels: Tensor, probabilities: Tensor, classes: Sequence[str], count: int = 30
 ) -> Sheet:
     """Return a sheet of the wrong answers that the net was surest of: images (N, C, H, W), probabilities (N, K)."""
@@ -129,7 +131,7 @@ def show_mistakes(
     wrong = wrong[values[wrong].argsort(descending=True)][:count]
     said = [(classes[int(guesses[row])], float(values[row]), classes[int(labels[row])]) for row in wrong]
     heading = "Worst mistakes: the wrong answers it was surest of" if said else "No mistake on the test split"
-    return show_answers(images[wrong], said, heading)
+    return answers_sheet(images[wrong], said, heading)
 
 
 def colour_kernel(share: NDArray[np.float32]) -> NDArray[Any]:
@@ -140,7 +142,7 @@ def colour_kernel(share: NDArray[np.float32]) -> NDArray[Any]:
     return shown
 
 
-def show_filters(kernels: NDArray[np.float32], count: int = 64) -> Sheet:
+def filters_sheet(kernels: NDArray[np.float32], count: int = 64) -> Sheet:
     """Return a sheet of the kernels of the first convolution, (C', C, k, k), each by itself."""
     shown = f" ({count} shown)" if len(kernels) > count else ""
     pictures = [colour_kernel(kernel / max(float(np.abs(kernel).max()), 1e-9)) for kernel in kernels[:count]]

@@ -122,8 +122,9 @@ def draw_moment(
     matrix.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)
     matrix.set_title("what it takes for what", fontsize=10, color=INK, loc="left")
     names = [shorten(name, 7) for name in about["classes"]] if len(share) <= 10 else []
-    matrix.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names), default=0) > 2 else 0)
-    matrix.set_yticks(range(len(names)), names)
+    turned = 90 if max(map(len, names), default=0) > 2 else 0
+    matrix.set_xticks(range(len(names)), names, rotation=turned, parse_math=False)
+    matrix.set_yticks(range(len(names)), names, parse_math=False)
     matrix.tick_params(length=0, labelsize=6, colors=QUIET)
     matrix.spines[:].set_visible(False)
     return to_image(figure)

@@ -111,6 +111,8 @@ def mnist_best() -> Recipe:
 
     `convlens train mnist --recipe mnist-best`: test accuracy 99.69% +- 0.02 (2 seeds), 2,259 s
     on two cores of an AMD EPYC.
+
+    It is tested with test-time augmentation too, which is worth 0.04 points.
     """
     return Recipe(
         name="mnist-best", model="whitened", filters=32, validation=1 / 12, epochs=25, batch_size=500,

@@ -122,7 +122,8 @@ const named = classes.some((name) => name.length > 2);
 at("bars").classList.toggle("bars-named", named);
 at("matrix-said").classList.toggle("upright", named);
 for (const place of ["matrix-true", "matrix-said"]) {
-  for (const name of classes) at(place).appendChild(document.createElement("span")).textContent = name;
+  // more names than these would stand closer than their letters are high
+  for (const name of classes.length <= MOST_BARS ? classes : []) at(place).appendChild(document.createElement("span")).textContent = name;
 }
 if (!moments[0].confusion) {
   at("matrix-grid").hidden = true;
