@@ -566,7 +566,12 @@ def test_commands_that_are_printed_can_be_pasted(shell: Shell) -> None:
 
 
 def test_what_helps_is_said(shell: Shell, digits_run: Path) -> None:
-    shell.fails("train", digits_run, code=2, says="is a run, and no data; go on with it with --resume")
+    shell.fails(
+        "train",
+        digits_run,
+        code=2,
+        says="is a run, not data: name what it was trained on (convlens train --resume goes on with it)",
+    )
     Path("mine.txt").write_text("mine")
     line = shell.fails("train", "digits", "--out", "mine.txt", code=2, says="mine.txt exists already; choose another")
     assert "--resume" not in line

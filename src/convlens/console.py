@@ -78,7 +78,9 @@ def describe_experiment(experiment: Experiment) -> None:
         threads = f"{processes} processes of {threads}"
     say(f"on      {machine['device_name']}, {threads}, {recipe.precision}")
     if any(experiment.folder.checkpoint.glob("*.json")):
-        say("        goes on from its last checkpoint; the epochs that it has behind it are told again first")
+        told = experiment.folder.metrics.exists() and bool(experiment.folder.read_metrics())
+        again = "; the epochs that it has behind it are told again first" if told else ""
+        say(f"        goes on from its last checkpoint{again}")
     elif experiment.folder.metrics.exists():
         say("        its checkpoints are gone: it begins anew")
     for change in config.get("resumed", []):

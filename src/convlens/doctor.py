@@ -212,21 +212,21 @@ def write_findings(findings: Findings, dataset: Dataset, to: Path) -> None:
     if findings.suspects:
         suspects = findings.suspects[:100]
         images = everything.images[[row[suspect.image] for suspect in suspects]]
-        captions = [f"{suspect.label}? {suspect.likely}" for suspect in suspects]
+        captions = [f"{suspect.label}? {suspect.likely}\n{short(suspect.image)}" for suspect in suspects]
         images_sheet(images, captions, "Likely wrong labels: label? what it looks like").save(to / "labels.png")
     groups = [*findings.copies, *findings.near_copies]
     if groups:
         groups.sort(key=lambda group: -len({splits[row[name]] for name in group}))  # leaks first
         shown = [(number, name) for number, group in enumerate(groups[:40], start=1) for name in group[:4]]
         images = everything.images[[row[name] for _, name in shown]]
-        captions = [f"{number}: {short(name)}" for number, name in shown]
+        captions = [f"{number}\n{short(name)}" for number, name in shown]
         images_sheet(images, captions, "Copies, by the number of their group; leaks first").save(to / "copies.png")
     write_json(to / "doctor.json", findings.to_json())
 
 
 def short(name: str) -> str:
     """Return the end of an image's name, for a caption."""
-    return name if len(name) <= 9 else "…" + name[-8:]
+    return name if len(name) <= 12 else "…" + name[-11:]
 
 
 def write_list(findings: Findings, dataset: Dataset, file: Path) -> int:

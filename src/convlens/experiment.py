@@ -18,6 +18,7 @@ from torch import nn
 from convlens.begun import find_begun, list_changes, read_plan
 from convlens.data.catalog import data_name, load_dataset, load_recorded, refuse_inside_data
 from convlens.data.dataset import Dataset
+from convlens.data.loader import require_balance
 from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
 from convlens.finish import conclude
@@ -158,6 +159,8 @@ class Experiment:
         loaded = load_dataset(data, **form, allow_unreadable=allow_unreadable)
         if exclude is not None:
             loaded = loaded.without(read_names(exclude))
+        if settled.balance:
+            require_balance(loaded.train)
         if settled.image_size not in (0, loaded.shape[1]):
             raise UsageError(f"--image-size is for folders; {loaded.name} has images of {loaded.shape[1]} pixels")
         if loaded.shape[1] == form["image_size"]:

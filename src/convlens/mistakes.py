@@ -64,7 +64,8 @@ def write_mistakes(
             images = dataset.test.images[[row[answer["id"]] for answer in shown]]
             said = [(answer["prediction"], float(answer["probability"]), answer["label"]) for answer in shown]
             more = f"; the first {SHOWN} of {len(chosen):,}" if len(chosen) > SHOWN else ""
-            heading = f"{len(wrong):,} wrong, then the {len(chosen) - len(wrong):,} most doubtful{more}"
+            unsure = f"{len(chosen) - len(wrong):,} right ones that it was least sure of"
+            heading = f"{len(wrong):,} wrong, then the {unsure}{more}"
             answers_sheet(images, said, heading).save(new / "mistakes.png")
         columns = ("id", "label", "prediction", "probability")
         rows = [

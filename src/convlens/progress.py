@@ -56,7 +56,7 @@ class Meter:
                 self._shown = now
                 left = (now - self._start) * (self.total - self.done) / max(self.done, 1)
                 share = 100 * self.done / max(self.total, 1)
-                print(f"{self.what}: {share:.0f}%, {left:.0f} s left {detail}".rstrip(), file=sys.stderr)
+                print(f"{self.what}: {share:.0f}%, {left:.0f} s left" + f"; {detail}" * bool(detail), file=sys.stderr)
             return
         if self._bar is None:
             self._bar = self._make_bar()
@@ -66,14 +66,14 @@ class Meter:
     def _make_bar(self) -> Any:  # rich is imported only when a bar is shown
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[detail]}"),
-        )
-        bar = Progress(*columns, console=Console(stderr=True), transient=True, expand=True)
+        console = Console(stderr=True)
+        columns = [TextColumn("{task.description}"), TaskProgressColumn(), TimeRemainingColumn(compact=True)]
+        if console.width >= 100:
+            columns.insert(1, BarColumn(bar_width=24))
+        rest = Column(ratio=1, no_wrap=True)  # what a narrow terminal has no room for is cut from it
+        columns.append(TextColumn("{task.fields[detail]}", table_column=rest))
+        bar = Progress(*columns, console=console, transient=True, expand=True)
         bar.start()
         return bar

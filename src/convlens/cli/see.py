@@ -17,7 +17,9 @@ from convlens.errors import UsageError
 @app.command()
 def explain(
     model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a model by name.")],
-    images: Annotated[list[str], typer.Argument(help="Up to 50 files, folders, globs; - reads a list of files.")],
+    images: Annotated[
+        list[str], typer.Argument(help="Files, folders, globs, 50 pictures at most; - reads a list of files.")
+    ],
     out: Annotated[Path | None, typer.Option(help="New folder, instead of explained/MODEL-N.")] = None,
     label: Annotated[str | None, typer.Option(help="Class to look for, instead of the predicted one.")] = None,
     unit: Annotated[
@@ -36,11 +38,14 @@ def explain(
 
       convlens explain runs/photos-1 holiday/*.jpg --out holiday-explained
     """
-    from convlens.explaining import explain_pictures
+    from convlens.explaining import MOST, explain_pictures
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # all is imported: what is half done is cleared away
     place = None if unit is None else read_unit(unit)
     files = expand(images)
+    if len(files) > MOST:
+        print(f"convlens: {len(files)} pictures; the first {MOST} are explained, which fill a page", file=sys.stderr)
+        files = files[:MOST]
     folder, explanations, missing = explain_pictures(model, files, out, data=data, raw=raw, label=label, unit=place)
     for file, explanation in zip(files, explanations, strict=True):
         print(f"{file}: {explanation.prediction}")
@@ -91,7 +96,9 @@ def timelapse(
 
 @app.command()
 def watch(
-    runs: Annotated[list[str], typer.Argument(help="Run folders, or series of them, finished or under way.")],
+    runs: Annotated[
+        list[str], typer.Argument(help="Run folders, series of them, or folders of runs, finished or under way.")
+    ],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: one that is free.")] = 0,
 ) -> None:
     """Show runs on a local page that follows them: curves, pace, time left, current mistakes, side by side.

@@ -99,7 +99,9 @@ def load_folder(root: str | Path, *, image_size: int = 0, channels: int = 0, all
     """
     root = Path(root).resolve()
     if (root / "config.json").is_file() and (root / "checkpoint").is_dir():
-        raise UsageError(f"{root} is a run, and no data; go on with it with --resume")
+        raise UsageError(
+            f"{root} is a run, not data: name what it was trained on (convlens train --resume goes on with it)"
+        )
     entries = scan(root)
     names = [entry.path for entry in entries]
     digests, headers = zip(*survey_files(root, names), strict=True)

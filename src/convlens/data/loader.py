@@ -34,6 +34,12 @@ def small_shape(shape: Sequence[int], size: int) -> tuple[int, int]:
     return max(round(height * scale), 1), max(round(width * scale), 1)
 
 
+def require_balance(split: Split) -> None:
+    """Raise UsageError if the images of ``split`` cannot be drawn one by one: those in shards."""
+    if not isinstance(split.images, Tensor):
+        raise UsageError("--balance draws images from all over; those in shards are read a few shards at a time")
+
+
 class Batches:
     """Shuffled, normalised, augmented batches; the images are moved to the device once.
 
@@ -53,8 +59,8 @@ class Batches:
         balance: bool = False,
         ranks: Ranks | None = None,
     ):
-        if balance and not isinstance(split.images, Tensor):
-            raise UsageError("--balance draws images from all over; those in shards are read a few shards at a time")
+        if balance:
+            require_balance(split)
         self._ranks = ranks or Ranks()
         self._split = split
         self._images = split.images.to(device)  # (N, C, H, W) uint8

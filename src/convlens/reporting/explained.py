@@ -103,7 +103,8 @@ def picture_maps(file: str, name: str, maps: NDArray[np.float32]) -> Picture:
     return Picture(
         file,
         Sheet(heading, pictures, [str(channel) for channel in order], columns=16),
-        f"What stage {name} makes of the picture: one map a filter, bright where the filter found what it looks for.",
+        f"What stage {name} makes of the picture: one map a filter, bright where the filter found what it looks for, "
+        "the loudest first. The number is that of the filter, counted from 0: the channel of --unit.",
     )
 
 
@@ -126,8 +127,8 @@ def picture_pooling(e: Explanation) -> Picture:
     return Picture(
         "pooling.png",
         Sheet("One map, pooled in blocks of 2 × 2", pictures, captions, columns=4),
-        "The loudest map of the first convolution. The maximum keeps that something was found; the average keeps how "
-        "much of it there was, and blurs.",
+        "The loudest map of the first convolution, from its lowest value (black), which may be below 0, to its highest. "
+        "The maximum keeps that something was found; the average keeps how much of it there was, and blurs.",
     )
 
 
@@ -172,11 +173,14 @@ def write_page(file: Path, title: str, parts: Sequence[tuple[str, str, Sequence[
     """Write one page of explanations: for each a heading, what was answered, and its pictures."""
     css = resources.files("convlens.reporting").joinpath("report.css").read_text(encoding="utf-8")
     body = ""
-    for heading, answer, pictures in parts:
+    if len(parts) > 2:
+        links = (f'<a href="#{number}">{escape(heading)}</a>' for number, (heading, _, _) in enumerate(parts))
+        body += f"<p>{' &middot; '.join(links)}</p>"
+    for number, (heading, answer, pictures) in enumerate(parts):
         sections = "".join(
             f"<section>{one.sheet.to_html()}<p class=quiet>{escape(one.text)}</p></section>" for one in pictures
         )
-        body += f"<h2>{escape(heading)}</h2><p>{escape(answer)}</p>{sections}"
+        body += f"<h2 id={number}>{escape(heading)}</h2><p>{escape(answer)}</p>{sections}"
     write_text(
         file,
         f"""<!doctype html>

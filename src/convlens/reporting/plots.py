@@ -70,6 +70,8 @@ def draw_curves(path: Path, records: Sequence[dict[str, float | None]]) -> None:
         axes.set_title(name, fontsize=10, color=INK, loc="left")
         axes.set_xlabel("epoch", fontsize=8, color=QUIET)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(records) == 1:
+            axes.set_xticks([records[0]["epoch"] or 1])
         if kind == "acc":
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%" if value <= 1 else "")
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)

@@ -111,14 +111,14 @@ def pick_samples(labels: Tensor, classes: int, count: int = 40) -> Tensor:
 
 
 def images_sheet(images: Tensor, captions: Sequence[str], heading: str) -> Sheet:
-    """Return a sheet of uint8 images (N, C, H, W), each with its caption."""
-    short = [shorten(caption, 12) for caption in captions]
+    """Return a sheet of uint8 images (N, C, H, W), each with its caption, which may have lines."""
+    short = ["\n".join(shorten(line, 12) for line in caption.split("\n")) for caption in captions]
     return Sheet(heading, [to_picture(image) for image in images], short, columns=10)
 
 
 def answers_sheet(images: Tensor, said: Sequence[tuple[str, float, str]], heading: str) -> Sheet:
     """Return a sheet of uint8 images (N, C, H, W) and what was said of each: (prediction, its probability, class)."""
-    captions = [f"{shorten(guess, 11)} {share:.0%}\nis {shorten(truth, 11)}" for guess, share, truth in said]
+    captions = [f"says {shorten(guess, 11)}, {share:.0%}\nis {shorten(truth, 14)}" for guess, share, truth in said]
     return Sheet(heading, [to_picture(image) for image in images], captions, columns=6)
 
 

@@ -14,11 +14,15 @@ from convlens.shipping.twin import fill_page, read_part
 
 
 def list_runs(paths: Sequence[str | Path]) -> list[RunFolder]:
-    """Return the run folders that are named, those in a series one by one; UsageError for what is none."""
+    """Return the run folders that are named, those in a series or a folder one by one; UsageError for what is none."""
     folders = []
     for path in paths:
         if RunFolder.is_series(path):
             folders += [RunFolder(Path(path) / name) for name in read_json(Path(path) / SERIES)["runs"]]
+        elif not (Path(path) / "config.json").exists() and (inside := list(Path(path).glob("*/config.json"))):
+            folders += [
+                RunFolder(config.parent) for config in sorted(inside, key=lambda config: config.stat().st_mtime)
+            ]
         else:
             folders.append(RunFolder.open(path))
     return folders

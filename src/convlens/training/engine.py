@@ -160,7 +160,7 @@ def fit(
                     started += time.perf_counter() - paused
                 ends = index + 1 == len(batches) or state.step >= total
                 if state.step % LOOK_EVERY == 0 or ends:
-                    left = state.seconds / state.step * (total - state.step)
+                    left = (state.seconds - before) / (index + 1 - first) * (total - state.step)  # at this epoch's pace
                     progress = tally.describe(state, total, len(batches), state.seconds - before, left)
                     meter.update(index + 1 - first - meter.done, str(progress))
                     watcher.tell(progress)
@@ -263,8 +263,8 @@ class Progress:
     left: float  # seconds
 
     def __str__(self) -> str:
-        figures = f"loss {self.loss:.4f}  accuracy {self.accuracy:.2%}  {self.images_per_second:,.0f} images/s"
-        return f"{figures}  {self.left:,.0f} s left in all"
+        figures = f"loss {self.loss:.4f}  accuracy {self.accuracy:.2%}  {self.left:,.0f} s left in all"
+        return f"{figures}  {self.images_per_second:,.0f} images/s"
 
 
 class Tally:
