@@ -1,6 +1,5 @@
 """One experiment from data to report: every file of a run, what resuming refuses, and what an old run can start."""
 
-import base64
 import csv
 import json
 import re
@@ -23,7 +22,9 @@ from convlens.data.catalog import load_dataset
 from convlens.errors import ConvlensError, Interrupted, UnknownName, UsageError
 from convlens.experiment import Experiment, train
 from convlens.record import command_line
+from convlens.reporting.plots import GRID
 from convlens.reporting.report import PLOTS
+from convlens.reporting.sheets import INK, QUIET
 from convlens.run import Run, evaluate_run
 from convlens.runfolder import RunFolder
 from convlens.shipping.classifier import Classifier
@@ -235,14 +236,21 @@ def test_report_needs_no_network_and_holds_every_plot(run: Run) -> None:
     parser = References()
     parser.feed(page)
     assert parser.open == []
-    assert len(parser.links) == len(PLOTS)
     assert all(link.startswith("data:image/png;base64,") for link in parser.links)
-    text = re.sub(r"base64,[^\"]*", "", page)
-    assert not re.search(r"https?://|//[a-z]+\.|@import|url\(", text)
+    text = re.sub(r"base64,[^\"]*|xmlns(:xlink)?=\"[^\"]*\"", "", page)
+    assert not re.search(r"https?://|//[a-z]+\.|@import|url\((?!#)", text)
+    assert page.count("<svg") == 3 and page.count('<div class=cells style="--columns:') == 4 == len(PLOTS) - 3
+    for heading in ("What it takes for what", "How much its certainty is worth", "How it learned"):
+        assert page.count(heading) == 1  # text, to be read aloud and found
     for name in PLOTS:
-        content = (run.path / "plots" / name).read_bytes()
-        assert base64.b64encode(content).decode() in page
-        assert content.startswith(b"\x89PNG")
+        assert (run.path / "plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_is_dark_in_the_dark(run: Run) -> None:
+    svg = "".join(re.findall(r"<svg.*?</svg>", run.report.read_text(encoding="utf-8"), flags=re.DOTALL))
+    for colour in (INK, QUIET, GRID):
+        assert colour not in svg
+    assert svg.count("var(--ink)") > 20 and "var(--quiet)" in svg and "var(--line)" in svg
 
 
 def test_report_says_what_was_measured(run: Run) -> None:

@@ -22,6 +22,7 @@ from convlens.explain.attribution import class_activation_map
 from convlens.explain.explanation import TrainingImages, explain
 from convlens.explain.occlusion import occlusion_map
 from convlens.explain.stages import feature_maps, loudest_unit, receptive_field
+from convlens.explaining import explain_pictures
 from convlens.models import MODELS
 from convlens.models.contract import ConvNet
 from convlens.run import Run
@@ -326,7 +327,6 @@ def test_bad_input_gets_a_line(photos: Run, tmp_path: Path, capsys: pytest.Captu
         ),
         (("--data", tmp_path / "nothing"), 2, ""),
         ((tmp_path / "bad.png",), 1, f"{tmp_path / 'bad.png'}"),
-        ((picture,) * 50, 2, "51 pictures are too many for a page; explain 50 at a time"),
     ]
     before = sorted(tmp_path.rglob("*"))
     for arguments, code, told in cases:
@@ -338,6 +338,22 @@ def test_bad_input_gets_a_line(photos: Run, tmp_path: Path, capsys: pytest.Captu
     assert run("explain", photos.path, picture) == 0
     assert capsys.readouterr().err.startswith("convlens: no training images to compare with: ")
     assert not list(Path("explained/run-1").glob("alike*"))
+
+
+def test_what_fills_a_page_is_explained(
+    photos: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="^51 pictures are too many for a page; explain 50 at a time$"):
+        explain_pictures(str(photos.path), ["one.png"] * 51)
+    monkeypatch.setattr("convlens.explaining.MOST", 2)
+    dark = tmp_path / "photos" / "dark"
+    assert run("explain", photos.path, *(dark / f"{number}.png" for number in range(3))) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("convlens: 3 pictures; the first 2 are explained, which fill a page\n")
+    assert out.startswith(f"{dark / '0.png'}: dark") and out.count("\n") == 3
+    page = Path("explained/run-1/index.html").read_text(encoding="utf-8")
+    assert re.findall(r'<a href="#(\d)">([^<]*)</a>', page) == [("0", "0.png"), ("1", "1.png"), ("2", "The net itself")]
+    assert all(f"<h2 id={number}>" in page for number in range(3))
 
 
 @pytest.mark.data

@@ -76,7 +76,7 @@ def test_what_was_said_stands_above() -> None:
     import torch
 
     sheet = answers_sheet(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), [("a long name of a class", 0.987, "cat")], "")
-    assert sheet.captions == ["says a long nam…, 99%\nis cat"]
+    assert sheet.captions == ["says a long nam…\n99% sure\nis cat"]
 
 
 def test_many_filters_are_not_all_shown() -> None:

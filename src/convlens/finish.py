@@ -52,8 +52,8 @@ def conclude(
     probabilities = classifier.probabilities(logits)
     write_predictions(folder, dataset, probabilities)
     write_json(folder.test, test)
-    draw_plots(folder, recipe, dataset, preprocess, net, test, probabilities)
-    write_report(folder)  # last: its presence says that the training is finished
+    drawn = draw_plots(folder, recipe, dataset, preprocess, net, test, probabilities)
+    write_report(folder, drawn)  # last: its presence says that the training is finished
 
 
 def draw_plots(
@@ -64,25 +64,30 @@ def draw_plots(
     net: nn.Module,
     test: dict[str, Any],
     probabilities: Tensor,
-) -> None:
-    """Draw every plot of a run, from its test and the probabilities (N, K) of the test images."""
+) -> dict[str, str]:
+    """Draw every plot of a run, from its test and the probabilities (N, K) of the test images.
+
+    Returns each as HTML, by the name of its file.
+    """
     train, classes, place = dataset.train, dataset.classes, folder.plots
     rows = sheets.pick_samples(train.labels, len(classes))
     images, labels = train.images[rows], train.labels[rows]
     names = [classes[label] for label in labels.tolist()]
-    sheets.images_sheet(images, names, "What it learns from: training images").save(place / "samples.png")
     augment, normalise = make_augment(recipe, len(classes)), preprocess.normaliser()
     with torch.no_grad():
         turned = torch.arange(len(rows)) % 2 == 1  # every second one, as in each epoch
         seen = mirror(normalise(images), turned) if recipe.flip else normalise(images)
         changed, _ = augment(seen, labels, Draws.seeded(recipe.seed, len(rows)))
-    seen_so = sheets.images_sheet(normalise.invert(changed), names, "The same images as the net saw them")
-    seen_so.save(place / "augmented.png")
-    plots.draw_curves(place / "curves.png", folder.read_metrics())
-    plots.draw_confusion(place / "confusion.png", test["confusion_matrix"], classes)
-    if calibration := test.get("calibration"):
-        plots.draw_reliability(place / "calibration.png", calibration)
-    wrong = sheets.mistakes_sheet(dataset.test.images, dataset.test.labels, probabilities, classes)
-    wrong.save(place / "mistakes.png")
+    drawn = {
+        "samples.png": sheets.images_sheet(images, names, "What it learns from: training images"),
+        "augmented.png": sheets.images_sheet(normalise.invert(changed), names, "The same images as the net saw them"),
+        "mistakes.png": sheets.mistakes_sheet(dataset.test.images, dataset.test.labels, probabilities, classes),
+    }
     if conv := first_convolution(net):
-        sheets.filters_sheet(conv.weight.detach().cpu().numpy()).save(place / "filters.png")
+        drawn["filters.png"] = sheets.filters_sheet(conv.weight.detach().cpu().numpy())
+    shown = {file: sheet.save(place / file) for file, sheet in drawn.items()}
+    shown["curves.png"] = plots.draw_curves(place / "curves.png", folder.read_metrics())
+    shown["confusion.png"] = plots.draw_confusion(place / "confusion.png", test["confusion_matrix"], classes)
+    if calibration := test.get("calibration"):
+        shown["calibration.png"] = plots.draw_reliability(place / "calibration.png", calibration)
+    return shown

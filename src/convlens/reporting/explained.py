@@ -127,7 +127,7 @@ def picture_pooling(e: Explanation) -> Picture:
     return Picture(
         "pooling.png",
         Sheet("One map, pooled in blocks of 2 × 2", pictures, captions, columns=4),
-        "The loudest map of the first convolution, from its lowest value (black), which may be below 0, to its highest. "
+        "The loudest map of the first convolution, from its lowest value (black), may be under 0, to the highest. "
         "The maximum keeps that something was found; the average keeps how much of it there was, and blurs.",
     )
 

@@ -1,14 +1,16 @@
-"""The plots of a run: curves, confusion matrix, calibration. Each writes one PNG."""
+"""The plots of a run: curves, confusion matrix, calibration. Each writes a PNG, and returns an SVG for a page."""
 
 from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,6 +21,8 @@ from convlens.reporting.sheets import INK, QUIET, shorten
 from convlens.runfolder import replacing
 
 GRID = "#e4e7eb"
+PAPER = "#fffffe"  # white that is the page's own in its SVG; other white stays white
+ON_LIGHT = "#102a43"  # words on what stays light in the dark
 TRAIN, VALIDATION, TEST, WRONG = "#2563eb", "#d97706", "#7c3aed", "#b91c1c"
 DPI = 144
 
@@ -30,12 +34,22 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, atomically."""
+def save(figure: Figure, path: Path) -> str:
+    """Write a figure as PNG, atomically; return it as SVG in the colours of a page, light or dark."""
     content = io.BytesIO()
     figure.savefig(content, format="png")
     with replacing(path) as temporary:
         temporary.write_bytes(content.getvalue())
+    figure.set_layout_engine("none")  # it has its places
+    drawn = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "convlens"}):
+        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
+    svg = drawn.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r' id="[A-Za-z]\w*_\d+"', "", svg)  # another figure on the page has the same
+    for colour, name in ((INK, "ink"), (QUIET, "quiet"), (GRID, "line"), (PAPER, "card")):
+        svg = svg.replace(colour, f"var(--{name})")
+    return svg
 
 
 def title(figure: Figure, text: str) -> None:
@@ -50,9 +64,9 @@ def quiet_axes(axes: Axes) -> None:
     axes.tick_params(colors=QUIET, labelsize=8, length=0)
 
 
-def draw_curves(path: Path, records: Sequence[dict[str, float | None]]) -> None:
+def draw_curves(path: Path, records: Sequence[dict[str, float | None]]) -> str:
     """Draw the four curves, loss and accuracy of training and of what was measured beside it, over epochs."""
-    figure = new_figure(9, 3.4)
+    figure = new_figure(7.2, 3.2)
     title(figure, "How it learned")
     series = [
         ("train", "training", TRAIN),
@@ -75,10 +89,10 @@ def draw_curves(path: Path, records: Sequence[dict[str, float | None]]) -> None:
         if kind == "acc":
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%" if value <= 1 else "")
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    save(figure, path)
+    return save(figure, path)
 
 
-def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
+def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
     """Draw the confusion matrix: rows are the true classes, columns the predictions, colour the share of the row."""
     counts = np.asarray(matrix, dtype=np.float64)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -92,7 +106,7 @@ def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequenc
     if k <= 30:
         for i, j in np.ndindex(k, k):
             if counts[i, j]:
-                colour = "white" if share[i, j] > 0.15 else WRONG if i != j else INK
+                colour = "white" if share[i, j] > 0.15 else WRONG if i != j else ON_LIGHT
                 axes.text(j, i, f"{int(counts[i, j])}", ha="center", va="center", fontsize=7, color=colour)
     names = [shorten(name, 14) for name in classes]
     size = 8 if k <= 30 else 5
@@ -102,10 +116,10 @@ def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequenc
     axes.set_xlabel("prediction", fontsize=9, color=QUIET)
     axes.set_ylabel("true class", fontsize=9, color=QUIET)
     axes.spines[:].set_visible(False)
-    save(figure, path)
+    return save(figure, path)
 
 
-def draw_reliability(path: Path, calibration: dict[str, Any]) -> None:
+def draw_reliability(path: Path, calibration: dict[str, Any]) -> str:
     """Draw how often the net is right against how sure it says it is, with 95% intervals, and how often it says so."""
     figure = new_figure(6.6, 6.6)
     title(figure, "How much its certainty is worth")
@@ -139,10 +153,10 @@ def draw_reliability(path: Path, calibration: dict[str, Any]) -> None:
     counts.minorticks_off()
     counts.set_ylabel("images", fontsize=8, color=QUIET)
     counts.set_xlabel("it says it is so sure", fontsize=8, color=QUIET)
-    save(figure, path)
+    return save(figure, path)
 
 
-def draw_corruptions(path: Path, clean: float, figures: dict[str, list[float]]) -> None:
+def draw_corruptions(path: Path, clean: float, figures: dict[str, list[float]]) -> str:
     """Draw the accuracy against severity, from 0, the clean images, one small chart for each corruption."""
     columns = 3
     rows = math.ceil(len(figures) / columns)
@@ -157,12 +171,12 @@ def draw_corruptions(path: Path, clean: float, figures: dict[str, list[float]]) 
         axes.set_xlabel("severity", fontsize=8, color=QUIET)
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    save(figure, path)
+    return save(figure, path)
 
 
 def draw_range_test(
     path: Path, rates: Sequence[float], losses: Sequence[float], marks: Sequence[tuple[str, float]]
-) -> None:
+) -> str:
     """Draw the smoothed loss over a rising learning rate, and rates with their names, the suggested one first."""
     figure = new_figure(6.6, 3.6)
     title(figure, f"A learning rate to begin with: {marks[0][1]:.2g}")
@@ -177,4 +191,4 @@ def draw_range_test(
     axes.set_xlabel("learning rate, rising with every step", fontsize=8, color=QUIET)
     axes.set_ylabel("loss, smoothed", fontsize=8, color=QUIET)
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    save(figure, path)
+    return save(figure, path)

@@ -1,8 +1,8 @@
-"""report.html: all of a run on one page that needs no network. It reads the run folder, nothing else."""
+"""report.html: all of a run on one page that needs no network, light or dark, on any screen."""
 
 from __future__ import annotations
 
-import base64
+from collections.abc import Mapping
 from html import escape
 from importlib import resources
 from typing import Any
@@ -21,8 +21,8 @@ PLOTS = {
 }
 
 
-def write_report(folder: RunFolder) -> None:
-    """Write ``report.html`` from the run's config, metrics, test figures and plots."""
+def write_report(folder: RunFolder, drawn: Mapping[str, str]) -> None:
+    """Write ``report.html`` from the run's config, metrics and test figures, and its plots as HTML by their files."""
     config, test, metrics = read_json(folder.config), read_json(folder.test), folder.read_metrics()
     data, recipe, machine = config["data"], config["recipe"], config["machine"]
     name = escape(folder.path.name)
@@ -52,9 +52,7 @@ def write_report(folder: RunFolder) -> None:
         f"<div>{label}<b>{value}</b><span class=quiet>{escape(note)}</span></div>" for label, value, note in figures
     )
     pictures = "".join(
-        f'<section><img alt="{text}" src="data:image/png;base64,{encoded}"><p class=quiet>{text}</p></section>'
-        for file, text in PLOTS.items()
-        if (encoded := read_base64(folder, file))
+        f"<section>{drawn[file]}<p class=quiet>{text}</p></section>" for file, text in PLOTS.items() if file in drawn
     )
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -109,12 +107,6 @@ def trust_items(test: dict[str, Any]) -> str:
             "for every picture, also for one that shows none of them."
         )
     return "".join(f"<li>{escape(item)}</li>" for item in items)
-
-
-def read_base64(folder: RunFolder, file: str) -> str:
-    """Return a plot for embedding, or "" if the run has none of that name."""
-    path = folder.plots / file
-    return base64.b64encode(path.read_bytes()).decode() if path.exists() else ""
 
 
 def format_seconds(seconds: float) -> str:

@@ -27,7 +27,6 @@ WIDTH = 1296  # of a sheet; all lengths are pixels
 GAP = 9  # between pictures
 TOP, HEADING_SIZE = 60, 24
 LINE, CAPTION_SIZE = 22, 17
-PAGE = 800  # pixels that a row takes on a page, at least, without its gaps; on a narrow one it wraps
 COARSE = 96  # pictures up to this size are shown with hard edges: their pixels are what is to be seen
 
 
@@ -40,8 +39,8 @@ class Sheet:
     captions: Sequence[str]  # one for each picture, or none at all
     columns: int
 
-    def save(self, path: Path) -> None:
-        """Write the sheet as PNG, atomically."""
+    def save(self, path: Path) -> str:
+        """Write the sheet as PNG, atomically; return it as HTML."""
         cell = WIDTH / self.columns
         text = LINE * max((caption.count("\n") + 1 for caption in self.captions), default=0) + GAP
         height = TOP + max(math.ceil(len(self.pictures) / self.columns), 1) * (cell + text)
@@ -63,10 +62,13 @@ class Sheet:
                     pen.text(place, words, INK, font("DejaVuSans", CAPTION_SIZE), anchor="md")
         with replacing(path) as temporary:
             sheet.save(temporary, format="png")
+        return self.to_html()
 
     def to_html(self) -> str:
         """Return the sheet as HTML: text that can be read and wraps on any screen, light or dark."""
         captions = self.captions or [""] * len(self.pictures)
+        words = max((len(caption) for caption in captions), default=0) > 4
+        least = (140 if self.columns <= 4 else 84) if words else 44  # pixels of a picture; there may be fewer in a row
         cells = "".join(
             f'<figure><img{" class=coarse" if max(picture.shape) <= COARSE else ""} alt="" '
             f'src="data:image/png;base64,{encode(picture)}">'
@@ -74,7 +76,8 @@ class Sheet:
             + "</figure>"
             for picture, caption in zip(self.pictures, captions, strict=True)
         )
-        return f'<h3>{escape(self.heading)}</h3><div class=cells style="--cell:{PAGE // self.columns}px">{cells}</div>'
+        form = f"--columns:{self.columns};--least:{least}px"
+        return f'<h3>{escape(self.heading)}</h3><div class=cells style="{form}">{cells}</div>'
 
 
 @cache
@@ -118,7 +121,7 @@ def images_sheet(images: Tensor, captions: Sequence[str], heading: str) -> Sheet
 
 def answers_sheet(images: Tensor, said: Sequence[tuple[str, float, str]], heading: str) -> Sheet:
     """Return a sheet of uint8 images (N, C, H, W) and what was said of each: (prediction, its probability, class)."""
-    captions = [f"says {shorten(guess, 11)}, {share:.0%}\nis {shorten(truth, 14)}" for guess, share, truth in said]
+    captions = [f"says {shorten(guess, 11)}\n{share:.0%} sure\nis {shorten(truth, 13)}" for guess, share, truth in said]
     return Sheet(heading, [to_picture(image) for image in images], captions, columns=6)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -13,7 +12,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.ticker import MaxNLocator
 
-from convlens.reporting.plots import GRID, TRAIN, VALIDATION, new_figure, quiet_axes, save, title
+from convlens.reporting.plots import GRID, PAPER, TRAIN, VALIDATION, new_figure, quiet_axes, save, title
 from convlens.reporting.report import pairs_table, table
 from convlens.reporting.sheets import INK, QUIET
 from convlens.runfolder import write_text
@@ -28,10 +27,10 @@ PICTURES = {
 }
 SIZE = (7.2, 3.6)  # inches: two pictures stand beside each other, each half as wide as the page
 SMALL = 10  # points, of all words but the title
-BACKING = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6}  # of words that lines pass behind
+BACKING = {"facecolor": PAPER, "alpha": 0.75, "edgecolor": "none", "pad": 0.6}  # of words that lines pass behind
 
 
-def draw_history(path: Path, rows: Rows) -> None:
+def draw_history(path: Path, rows: Rows) -> str:
     """Draw the validation accuracy of the trials in their order."""
     figure = new_figure(*SIZE)
     axes = figure.subplots()
@@ -64,7 +63,7 @@ def draw_history(path: Path, rows: Rows) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("trial", fontsize=SMALL, color=QUIET)
     axes.legend(frameon=False, fontsize=SMALL, labelcolor=INK, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
-    save(figure, path)
+    return save(figure, path)
 
 
 def positions(values: Sequence[Any], log: bool) -> tuple[list[float], dict[float, str]]:
@@ -90,7 +89,7 @@ def positions(values: Sequence[Any], log: bool) -> tuple[list[float], dict[float
     return [place[value] for value in values], texts_at
 
 
-def draw_parallel(path: Path, rows: Rows, logs: Mapping[str, bool]) -> None:
+def draw_parallel(path: Path, rows: Rows, logs: Mapping[str, bool]) -> str:
     """Draw the complete trials as lines over one axis a field, the accuracy at the right."""
     chosen = sorted(
         (row for row in rows if row["state"] == "complete"), key=lambda row: (row["val_acc"], -row["val_loss"])
@@ -122,10 +121,10 @@ def draw_parallel(path: Path, rows: Rows, logs: Mapping[str, bool]) -> None:
         heights = [where[number] for where in places]
         axes.plot(range(len(columns)), heights, color=colour, lw=3.2 if best else 0.8 + share, zorder=4 if best else 2)
     axes.set_xlim(-0.3, len(columns) - 0.6)
-    save(figure, path)
+    return save(figure, path)
 
 
-def draw_importance(path: Path, importance: Mapping[str, float]) -> None:
+def draw_importance(path: Path, importance: Mapping[str, float]) -> str:
     """Draw each field's share, the largest first."""
     figure = new_figure(SIZE[0], 0.9 + 0.4 * len(importance))
     names, shares = list(importance), list(importance.values())
@@ -140,7 +139,7 @@ def draw_importance(path: Path, importance: Mapping[str, float]) -> None:
         axes.text(share + 0.005, number, f"{share:.0%}", va="center", fontsize=SMALL, color=INK)
     axes.set_xlim(0, max(shares) * 1.1)
     axes.set_xticks([])
-    save(figure, path)
+    return save(figure, path)
 
 
 def format_value(value: Any) -> str:
@@ -151,10 +150,12 @@ def format_value(value: Any) -> str:
 def write_page(folder: Path, said: Mapping[str, Any], rows: Rows, logs: Mapping[str, bool]) -> None:
     """Draw the pictures into ``plots/`` of the sweep's folder, and write ``report.html`` beside it."""
     plots, best, importance = folder / "plots", said["best"], said["importance"]
-    draw_history(plots / "history.png", rows)
-    draw_parallel(plots / "parallel.png", rows, logs)
+    drawn = {
+        "history.png": draw_history(plots / "history.png", rows),
+        "parallel.png": draw_parallel(plots / "parallel.png", rows, logs),
+    }
     if importance:
-        draw_importance(plots / "importance.png", importance)
+        drawn["importance.png"] = draw_importance(plots / "importance.png", importance)
     else:
         (plots / "importance.png").unlink(missing_ok=True)
     css = resources.files("convlens.reporting").joinpath("report.css").read_text(encoding="utf-8")
@@ -178,9 +179,7 @@ def write_page(folder: Path, said: Mapping[str, Any], rows: Rows, logs: Mapping[
         f"<div>{name}<b>{value}</b><span class=quiet>{escape(note)}</span></div>" for name, value, note in cards
     )
     pictures = "".join(
-        f'<section><img alt="{text}" src="data:image/png;base64,{encoded}"><p class=quiet>{text}</p></section>'
-        for file, text in PICTURES.items()
-        if (plots / file).exists() and (encoded := base64.b64encode((plots / file).read_bytes()).decode())
+        f"<section>{drawn[file]}<p class=quiet>{text}</p></section>" for file, text in PICTURES.items() if file in drawn
     )
     ordered = sorted(
         rows, key=lambda row: (row["state"] != "complete", -(row["val_acc"] or 0), row["val_loss"] or 0, row["trial"])
