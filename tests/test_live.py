@@ -202,6 +202,10 @@ def test_a_series_is_its_runs(tmp_path: Path) -> None:
         assert [(one["name"], one["seed"]) for one in told] == [("seed-0", 0), ("seed-1", 1)]
         assert all(one["test"]["n"] == 359 for one in told)
         assert ask(address, "/1/report.html")[2] == (tmp_path / "two" / "seed-1" / "report.html").read_bytes()
+    convlens.train("digits", out=tmp_path / "one", epochs=1, **FAST)
+    with watching(tmp_path) as address:  # all that is in a folder
+        told = json.loads(ask(address, "/runs.json")[2])
+        assert [one["name"] for one in told] == ["seed-0", "seed-1", "one"]
 
 
 def test_what_cannot_be_watched(half: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from convlens.reporting.plots import draw_confusion
 from convlens.reporting.sheets import WIDTH, Sheet, answers_sheet, filters_sheet
 
 RNG = np.random.default_rng(0)
@@ -57,13 +58,18 @@ def test_the_html_has_the_same_pixels_and_no_markup_of_others() -> None:
     shown = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r'base64,([^"]+)"', page)]
     assert all(np.array_equal(np.asarray(one), other) for one, other in zip(shown, PICTURES[:2], strict=True))
     assert page.count("class=coarse") == 2
-    assert "coarse" not in Sheet("", [np.zeros((200, 200), np.uint8)], (), columns=3).to_html()
+    large = Sheet("", [np.zeros((200, 400), np.uint8)], (), columns=10).to_html()
+    assert "coarse" not in large
+    (data,) = re.findall(r'base64,([^"]+)"', large)
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (121, 61)  # as large as on the sheet
 
 
-@pytest.mark.parametrize("name", ["a\rb", "a\x1cb", "\u2029", "\udc80", "\0", "$x$", "名", "שלום"])
+@pytest.mark.parametrize("name", ["a\rb", "a\x1cb", "\u2029", "\udc80", "\0", "$x$", "<script>", "שלום"])
 def test_a_class_may_have_any_name(tmp_path: Path, name: str) -> None:
     Sheet(name, PICTURES[:1], [name], columns=3).save(tmp_path / "sheet.png")
     assert "figcaption" in Sheet(name, PICTURES[:1], [name], columns=3).to_html()
+    svg = draw_confusion(tmp_path / "confusion.png", [[1, 0], [0, 1]], [name, "other"])
+    assert svg.startswith("<svg") and svg.encode() and "<script" not in svg
 
 
 def test_an_empty_sheet_has_its_heading(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_epochs_are_told_in_few_digits() -> None:
 def test_a_class_may_have_any_name(remembered: Run) -> None:
     picture = convlens.load_dataset("digits").test.images[0].numpy()
     moment = look_back(remembered.classifier, remembered.folder, picture, convlens.load_dataset("digits").test)[-1]
-    about = {"images": "images", "picture": "one", "classes": [r"$\x$", "a_b", "ü", *"3456789"]}
+    about = {"images": "images", "picture": "one", "classes": [r"$\x$", "a_b", "\udcff", *"3456789"]}
     assert draw_moment(moment, picture, about, 1.0, np.arange(10)).size == (864, 360)
 
 

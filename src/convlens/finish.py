@@ -85,7 +85,9 @@ def draw_plots(
     }
     if conv := first_convolution(net):
         drawn["filters.png"] = sheets.filters_sheet(conv.weight.detach().cpu().numpy())
-    shown = {file: sheet.save(place / file) for file, sheet in drawn.items()}
+    for file, sheet in drawn.items():
+        sheet.save(place / file)
+    shown = {file: sheet.to_html() for file, sheet in drawn.items()}
     shown["curves.png"] = plots.draw_curves(place / "curves.png", folder.read_metrics())
     shown["confusion.png"] = plots.draw_confusion(place / "confusion.png", test["confusion_matrix"], classes)
     if calibration := test.get("calibration"):

@@ -127,8 +127,8 @@ def picture_pooling(e: Explanation) -> Picture:
     return Picture(
         "pooling.png",
         Sheet("One map, pooled in blocks of 2 × 2", pictures, captions, columns=4),
-        "The loudest map of the first convolution, from its lowest value (black), may be under 0, to the highest. "
-        "The maximum keeps that something was found; the average keeps how much of it there was, and blurs.",
+        "The loudest map of the first convolution; black is its lowest value, which may be negative. The maximum keeps "
+        "that something was found; the average keeps how much of it there was, and blurs.",
     )
 
 

@@ -39,21 +39,24 @@ class Sheet:
     captions: Sequence[str]  # one for each picture, or none at all
     columns: int
 
-    def save(self, path: Path) -> str:
-        """Write the sheet as PNG, atomically; return it as HTML."""
-        cell = WIDTH / self.columns
+    @property
+    def side(self) -> int:
+        """Pixels that a picture may be high and wide."""
+        return round(WIDTH / self.columns) - GAP
+
+    def save(self, path: Path) -> None:
+        """Write the sheet as PNG, atomically."""
+        cell, side = WIDTH / self.columns, self.side
         text = LINE * max((caption.count("\n") + 1 for caption in self.captions), default=0) + GAP
         height = TOP + max(math.ceil(len(self.pictures) / self.columns), 1) * (cell + text)
         sheet = Image.new("RGB", (WIDTH, round(height)), "white")
         pen = ImageDraw.Draw(sheet)
         pen.text((GAP, TOP // 2), self.heading, INK, font("DejaVuSans-Bold", HEADING_SIZE), anchor="lm")
-        side = round(cell) - GAP
         for number, picture in enumerate(self.pictures):
             row, column = divmod(number, self.columns)
             left, below = column * cell + GAP / 2, TOP + row * (cell + text) + text
-            larger = max(picture.shape) <= side  # then its pixels stay what they are
-            method = Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS
-            shown = ImageOps.contain(Image.fromarray(picture), (side, side), method)
+            # what is small keeps its pixels, enlarged
+            shown = ImageOps.contain(shrink(picture, side), (side, side), Image.Resampling.NEAREST)
             sheet.paste(shown, (round(left) + (side - shown.width) // 2, round(below)))
             if self.captions:
                 lines = self.captions[number].split("\n")
@@ -62,7 +65,6 @@ class Sheet:
                     pen.text(place, words, INK, font("DejaVuSans", CAPTION_SIZE), anchor="md")
         with replacing(path) as temporary:
             sheet.save(temporary, format="png")
-        return self.to_html()
 
     def to_html(self) -> str:
         """Return the sheet as HTML: text that can be read and wraps on any screen, light or dark."""
@@ -71,7 +73,7 @@ class Sheet:
         least = (140 if self.columns <= 4 else 84) if words else 44  # pixels of a picture; there may be fewer in a row
         cells = "".join(
             f'<figure><img{" class=coarse" if max(picture.shape) <= COARSE else ""} alt="" '
-            f'src="data:image/png;base64,{encode(picture)}">'
+            f'src="data:image/png;base64,{encode(shrink(picture, self.side))}">'
             + (f"<figcaption>{'<br>'.join(map(escape, caption.split(chr(10))))}</figcaption>" if caption else "")
             + "</figure>"
             for picture, caption in zip(self.pictures, captions, strict=True)
@@ -88,10 +90,17 @@ def font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
 
 
-def encode(picture: NDArray[Any]) -> str:
-    """Return a picture as PNG in base64."""
+def shrink(picture: NDArray[Any], side: int) -> Image.Image:
+    """Return a picture as an image at most ``side`` high and wide."""
+    image = Image.fromarray(picture)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return image
+
+
+def encode(image: Image.Image) -> str:
+    """Return an image as PNG in base64."""
     content = io.BytesIO()
-    Image.fromarray(picture).save(content, format="png")
+    image.save(content, format="png")
     return base64.b64encode(content.getvalue()).decode()
 
 
@@ -102,7 +111,12 @@ def to_picture(image: Tensor | NDArray[np.uint8]) -> NDArray[Any]:
 
 
 def shorten(text: str, length: int) -> str:
-    """Cut ``text`` to ``length`` characters."""
+    """Cut ``text`` to ``length`` characters; what cannot be drawn, such as a tab in a file's name, gets a sign instead.
+
+    >>> shorten("a long name", 6), len(shorten("tab" + chr(9), 6))
+    ('a lon…', 4)
+    """
+    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
     return text if len(text) <= length else text[: length - 1] + "…"
 
 

@@ -106,7 +106,7 @@ def draw_moment(
     title(figure, f"Epoch {tell_epoch(moment.epoch)}: {moment.accuracy:.1%} of the {about['images']} right")
     picture, filters, verdict, matrix = figure.subplots(1, 4, width_ratios=[0.5, 1.1, 0.9, 1])
     picture.imshow(to_picture(pixels), cmap="gray", vmin=0, vmax=255)
-    lines = textwrap.wrap(about["picture"], 15)[:2]
+    lines = textwrap.wrap(shorten(about["picture"], 29), 15)[:2]
     picture.set_title("\n".join(lines), fontsize=9, color=INK, loc="left", parse_math=False)
     picture.set_axis_off()
     filters.imshow(tile(moment.kernels[:MOST], heaviest))

@@ -19,13 +19,17 @@ def list_runs(paths: Sequence[str | Path]) -> list[RunFolder]:
     for path in paths:
         if RunFolder.is_series(path):
             folders += [RunFolder(Path(path) / name) for name in read_json(Path(path) / SERIES)["runs"]]
-        elif not (Path(path) / "config.json").exists() and (inside := list(Path(path).glob("*/config.json"))):
-            folders += [
-                RunFolder(config.parent) for config in sorted(inside, key=lambda config: config.stat().st_mtime)
-            ]
+        elif not RunFolder(path).config.exists() and (inside := find_runs(Path(path))):
+            folders += list_runs(inside)
         else:
             folders.append(RunFolder.open(path))
     return folders
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Return the runs and series in a folder, the oldest first."""
+    begun = [*folder.glob("*/config.json"), *folder.glob(f"*/{SERIES}")]
+    return [file.parent for file in sorted(begun, key=lambda file: file.stat().st_mtime)]
 
 
 def describe_run(folder: RunFolder) -> dict[str, Any]:
