@@ -153,7 +153,8 @@ def unpack_photos(folder):
             with tarfile.open(archive) as tar:
                 most = {"train": 600, "test": 200}  # of each class; their files are numbered: train/cat/0000.jpg
                 wanted = [m for m in tar if m.isfile() and int(Path(m.name).stem) < most[m.name.split("/")[0]]]
-                tar.extractall(folder, wanted, filter="data")
+                safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not in Python 3.11.2
+                tar.extractall(folder, wanted, **safe)
             return True
     return False
 
