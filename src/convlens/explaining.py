@@ -15,7 +15,7 @@ from convlens.explain.explanation import Explanation, explain, require_class
 from convlens.explain.timelapse import ASKED, look_back
 from convlens.mistakes import cut
 from convlens.progress import track
-from convlens.reporting.explained import picture_explanation, picture_kernels, write_page
+from convlens.reporting.explained import picture_explanation, picture_kernels, write_explanations
 from convlens.run import Run, load_tested, load_training_images
 from convlens.runfolder import RunFolder, new_folder, read_json
 from convlens.runtime import use_threads
@@ -78,7 +78,7 @@ def explain_pictures(
         itself = picture_kernels(explanations[0].kernels)
         itself.sheet.save(new / itself.file)
         parts.append(("The net itself", "", [itself]))
-        write_page(new / "index.html", f"What {name} sees", parts)
+        write_explanations(new / "index.html", f"What {name} sees", parts)
     return folder, explanations, missing
 
 

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from convlens.data.pictures import Pixels
 from convlens.explain.explanation import Explanation
 from convlens.explain.occlusion import Heat
 from convlens.explain.stages import Unit
+from convlens.reporting.page import make_pictures, write_page
 from convlens.reporting.sheets import Sheet, filters_sheet, shorten, to_picture
-from convlens.runfolder import write_text
 
 MOST_MAPS = 32  # of a stage, on its picture
 ENLARGED = 256  # pixels of a heat map's longer side
@@ -169,27 +168,18 @@ def mark_seen(pixels: Pixels, unit: Unit) -> RGB:
     return marked.round().clip(0, 255).astype(np.uint8)
 
 
-def write_page(file: Path, title: str, parts: Sequence[tuple[str, str, Sequence[Picture]]]) -> None:
+def write_explanations(file: Path, title: str, parts: Sequence[tuple[str, str, Sequence[Picture]]]) -> None:
     """Write one page of explanations: for each a heading, what was answered, and its pictures."""
-    css = resources.files("convlens.reporting").joinpath("report.css").read_text(encoding="utf-8")
     body = ""
     if len(parts) > 2:
         links = (f'<a href="#{number}">{escape(heading)}</a>' for number, (heading, _, _) in enumerate(parts))
         body += f"<p>{' &middot; '.join(links)}</p>"
     for number, (heading, answer, pictures) in enumerate(parts):
-        sections = "".join(
-            f"<section>{one.sheet.to_html()}<p class=quiet>{escape(one.text)}</p></section>" for one in pictures
-        )
-        body += f"<h2 id={number}>{escape(heading)}</h2><p>{escape(answer)}</p>{sections}"
-    write_text(
-        file,
-        f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)} - convlens</title><style>{css}</style></head>
-<body><main class=narrow>
-<h1>{escape(title)}</h1>
-{body}<p class=quiet>Heat maps show what an answer hangs on, not whether it is right: a net can look at the right
+        drawn = {one.file: one.sheet.to_html() for one in pictures}
+        shown = make_pictures(drawn, {one.file: one.text for one in pictures})
+        body += f"<h2 id={number}>{escape(heading)}</h2><p>{escape(answer)}</p>{shown}"
+    body += """\
+<p class=quiet>Heat maps show what an answer hangs on, not whether it is right: a net can look at the right
 place and be wrong.</p>
-</main></body></html>
-""",
-    )
+"""
+    write_page(file, title, body, narrow=True)

@@ -1,4 +1,4 @@
-"""The plots of a run: curves, confusion matrix, calibration. Each writes a PNG, and returns an SVG for a page."""
+"""The plots of a run: curves, confusion matrix, calibration. Each writes a PNG; those on pages return an SVG too."""
 
 from __future__ import annotations
 
@@ -34,12 +34,17 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path) -> str:
-    """Write a figure as PNG, atomically; return it as SVG in the colours of a page, light or dark."""
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically."""
     content = io.BytesIO()
     figure.savefig(content, format="png")
     with replacing(path) as temporary:
         temporary.write_bytes(content.getvalue())
+
+
+def save_for_page(figure: Figure, path: Path) -> str:
+    """Write a figure as PNG; return it as SVG in the colours of a page, light or dark."""
+    save(figure, path)
     figure.set_layout_engine("none")  # it has its places
     drawn = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "convlens"}):
@@ -89,7 +94,7 @@ def draw_curves(path: Path, records: Sequence[dict[str, float | None]]) -> str:
         if kind == "acc":
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%" if value <= 1 else "")
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    return save(figure, path)
+    return save_for_page(figure, path)
 
 
 def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
@@ -116,7 +121,7 @@ def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequenc
     axes.set_xlabel("prediction", fontsize=9, color=QUIET)
     axes.set_ylabel("true class", fontsize=9, color=QUIET)
     axes.spines[:].set_visible(False)
-    return save(figure, path)
+    return save_for_page(figure, path)
 
 
 def draw_reliability(path: Path, calibration: dict[str, Any]) -> str:
@@ -153,10 +158,10 @@ def draw_reliability(path: Path, calibration: dict[str, Any]) -> str:
     counts.minorticks_off()
     counts.set_ylabel("images", fontsize=8, color=QUIET)
     counts.set_xlabel("it says it is so sure", fontsize=8, color=QUIET)
-    return save(figure, path)
+    return save_for_page(figure, path)
 
 
-def draw_corruptions(path: Path, clean: float, figures: dict[str, list[float]]) -> str:
+def draw_corruptions(path: Path, clean: float, figures: dict[str, list[float]]) -> None:
     """Draw the accuracy against severity, from 0, the clean images, one small chart for each corruption."""
     columns = 3
     rows = math.ceil(len(figures) / columns)
@@ -171,12 +176,12 @@ def draw_corruptions(path: Path, clean: float, figures: dict[str, list[float]]) 
         axes.set_xlabel("severity", fontsize=8, color=QUIET)
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return save(figure, path)
+    save(figure, path)
 
 
 def draw_range_test(
     path: Path, rates: Sequence[float], losses: Sequence[float], marks: Sequence[tuple[str, float]]
-) -> str:
+) -> None:
     """Draw the smoothed loss over a rising learning rate, and rates with their names, the suggested one first."""
     figure = new_figure(6.6, 3.6)
     title(figure, f"A learning rate to begin with: {marks[0][1]:.2g}")
@@ -191,4 +196,4 @@ def draw_range_test(
     axes.set_xlabel("learning rate, rising with every step", fontsize=8, color=QUIET)
     axes.set_ylabel("loss, smoothed", fontsize=8, color=QUIET)
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    return save(figure, path)
+    save(figure, path)

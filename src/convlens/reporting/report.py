@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from html import escape
-from importlib import resources
 from typing import Any
 
-from convlens.runfolder import RunFolder, read_json, write_text
+from convlens.reporting.page import make_cards, make_pictures, write_page
+from convlens.runfolder import RunFolder, read_json
 from convlens.shipping.bundle import UNSEEN, WATCHED
 
 PLOTS = {
@@ -25,9 +25,7 @@ def write_report(folder: RunFolder, drawn: Mapping[str, str]) -> None:
     """Write ``report.html`` from the run's config, metrics and test figures, and its plots as HTML by their files."""
     config, test, metrics = read_json(folder.config), read_json(folder.test), folder.read_metrics()
     data, recipe, machine = config["data"], config["recipe"], config["machine"]
-    name = escape(folder.path.name)
     low, high = test["accuracy_interval"]
-    css = resources.files("convlens.reporting").joinpath("report.css").read_text(encoding="utf-8")
     seconds = metrics[-1]["seconds"] or 0.0
     counts = ", ".join(f"{count:,} {split}" for split, count in data["counts"].items())
     figures = [
@@ -48,33 +46,22 @@ def write_report(folder: RunFolder, drawn: Mapping[str, str]) -> None:
         low, high = views["accuracy_interval"]
         note = f"the mean over shifted and mirrored views; 95% interval {low:.2%} to {high:.2%}"
         figures.append(("with test-time augmentation", f"{views['accuracy']:.2%}", note))
-    cards = "".join(
-        f"<div>{label}<b>{value}</b><span class=quiet>{escape(note)}</span></div>" for label, value, note in figures
-    )
-    pictures = "".join(
-        f"<section>{drawn[file]}<p class=quiet>{text}</p></section>" for file, text in PLOTS.items() if file in drawn
-    )
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name} - convlens</title><style>{css}</style></head>
-<body><main>
-<h1>{name}</h1>
+    body = f"""\
 <p class=quiet>{escape(data["name"])}: {counts} images of {" x ".join(map(str, reversed(data["shape"][1:])))} pixels;
 {escape(data["note"])}. Recipe {escape(recipe["name"])}, seed {recipe["seed"]}.</p>
 <p><code>{escape(config["command"])}</code></p>
-<section class=figures>{cards}</section>
+<section class=figures>{make_cards(figures)}</section>
 {unreadable_note(data["unreadable"])}
 <section class=wide><h2>How far to trust it</h2><ul>{trust_items(test)}</ul></section>
-<div class=pictures>{pictures}</div>
+<div class=pictures>{make_pictures(drawn, PLOTS)}</div>
 <section class=wide><h2>By class</h2>{class_table(test)}</section>
 <section class=wide><details><summary>Epochs</summary>{epoch_table(metrics)}</details></section>
 <section class=wide><details><summary>Recipe and machine</summary>
 {pairs_table({**recipe, **machine})}</details></section>
 <p class=quiet>{WATCHED if recipe["watch_test"] else UNSEEN} The interval is that of the test sample; another seed gives
 another net.</p>
-</main></body></html>
 """
-    write_text(folder.report, page)
+    write_page(folder.report, folder.path.name, body)
 
 
 def trust_items(test: dict[str, Any]) -> str:

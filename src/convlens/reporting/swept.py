@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.ticker import MaxNLocator
 
-from convlens.reporting.plots import GRID, PAPER, TRAIN, VALIDATION, new_figure, quiet_axes, save, title
+from convlens.reporting.page import make_cards, make_pictures, write_page
+from convlens.reporting.plots import GRID, PAPER, TRAIN, VALIDATION, new_figure, quiet_axes, save_for_page, title
 from convlens.reporting.report import pairs_table, table
 from convlens.reporting.sheets import INK, QUIET
-from convlens.runfolder import write_text
 
 Rows = Sequence[Mapping[str, Any]]
 PICTURES = {
@@ -63,7 +62,7 @@ def draw_history(path: Path, rows: Rows) -> str:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("trial", fontsize=SMALL, color=QUIET)
     axes.legend(frameon=False, fontsize=SMALL, labelcolor=INK, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
-    return save(figure, path)
+    return save_for_page(figure, path)
 
 
 def positions(values: Sequence[Any], log: bool) -> tuple[list[float], dict[float, str]]:
@@ -121,7 +120,7 @@ def draw_parallel(path: Path, rows: Rows, logs: Mapping[str, bool]) -> str:
         heights = [where[number] for where in places]
         axes.plot(range(len(columns)), heights, color=colour, lw=3.2 if best else 0.8 + share, zorder=4 if best else 2)
     axes.set_xlim(-0.3, len(columns) - 0.6)
-    return save(figure, path)
+    return save_for_page(figure, path)
 
 
 def draw_importance(path: Path, importance: Mapping[str, float]) -> str:
@@ -139,7 +138,7 @@ def draw_importance(path: Path, importance: Mapping[str, float]) -> str:
         axes.text(share + 0.005, number, f"{share:.0%}", va="center", fontsize=SMALL, color=INK)
     axes.set_xlim(0, max(shares) * 1.1)
     axes.set_xticks([])
-    return save(figure, path)
+    return save_for_page(figure, path)
 
 
 def format_value(value: Any) -> str:
@@ -147,7 +146,7 @@ def format_value(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def write_page(folder: Path, said: Mapping[str, Any], rows: Rows, logs: Mapping[str, bool]) -> None:
+def write_report(folder: Path, said: Mapping[str, Any], rows: Rows, logs: Mapping[str, bool]) -> None:
     """Draw the pictures into ``plots/`` of the sweep's folder, and write ``report.html`` beside it."""
     plots, best, importance = folder / "plots", said["best"], said["importance"]
     drawn = {
@@ -158,7 +157,6 @@ def write_page(folder: Path, said: Mapping[str, Any], rows: Rows, logs: Mapping[
         drawn["importance.png"] = draw_importance(plots / "importance.png", importance)
     else:
         (plots / "importance.png").unlink(missing_ok=True)
-    css = resources.files("convlens.reporting").joinpath("report.css").read_text(encoding="utf-8")
     confirmation = said["confirmation"]
     done = sum(row["state"] != "interrupted" for row in rows)
     if confirmation:
@@ -175,12 +173,6 @@ def write_page(folder: Path, said: Mapping[str, Any], rows: Rows, logs: Mapping[
     if confirmation:
         means = confirmation["test_accuracy"]
         cards.append(("test accuracy", f"{means['best']:.2%}", f"base recipe {means['base']:.2%}; {verdict}"))
-    figures = "".join(
-        f"<div>{name}<b>{value}</b><span class=quiet>{escape(note)}</span></div>" for name, value, note in cards
-    )
-    pictures = "".join(
-        f"<section>{drawn[file]}<p class=quiet>{text}</p></section>" for file, text in PICTURES.items() if file in drawn
-    )
     ordered = sorted(
         rows, key=lambda row: (row["state"] != "complete", -(row["val_acc"] or 0), row["val_loss"] or 0, row["trial"])
     )
@@ -189,22 +181,16 @@ def write_page(folder: Path, said: Mapping[str, Any], rows: Rows, logs: Mapping[
         [f"{row[c]:.2%}" if c == "val_acc" and row[c] is not None else format_value(row[c]) for c in columns]
         for row in ordered
     ]
-    name = escape(folder.name)
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name} - convlens</title><style>{css}</style></head>
-<body><main>
-<h1>{name}</h1>
+    body = f"""\
 <p class=quiet>{escape(said["data_name"])}, base recipe {escape(said["recipe"]["name"])}. Every trial was judged on
 validation images; no trial looked at a test image.</p>
 <p><code>{escape(said["command"])}</code></p>
-<section class=figures>{figures}</section>
+<section class=figures>{make_cards(cards)}</section>
 <section class=wide><h2>What it is worth</h2><p>{escape(verdict)}</p><p class=quiet>The best of many trials looks better
 on the images that it was chosen by than it is. Fresh seeds and test images tell.</p></section>
-<div class=pictures>{pictures}</div>
+<div class=pictures>{make_pictures(drawn, PICTURES)}</div>
 <section class=wide><h2>Trials, the best first</h2>{table([c.replace("_", " ") for c in columns], cells)}</section>
 <section class=wide><details><summary>Space and base recipe</summary>{pairs_table({**said["space"]})}
 {pairs_table({**said["recipe"]})}</details></section>
-</main></body></html>
 """
-    write_text(folder / "report.html", page)
+    write_page(folder / "report.html", folder.name, body)

@@ -122,7 +122,7 @@ def write_outcome(sweep: Sweep, confirmation: dict[str, Any] | None = None) -> d
         raise ConvlensError(f"no trial of {sweep.folder} was trained to its end{why}")
     write_json(sweep.folder / BEST, recipe_file(sweep.base.override(**best.params)))
     logs = {name: not isinstance(values, Choice) and values.log for name, values in sweep.space.items()}
-    swept.write_page(sweep.folder, said, rows, logs)
+    swept.write_report(sweep.folder, said, rows, logs)
     return said
 
 
