@@ -291,7 +291,7 @@ def predict() -> tuple[list[Record], str]:
             answers[engine], _ = predictor.run(images)
             latency = [timed(lambda p=predictor, x=images[:1]: p.run(x)) * 1000 for _ in range(50)]
             pace = [2000 / timed(lambda p=predictor, x=many: p.run(x)) for _ in range(5)]
-            record = {"model": name, "engine": engine, "latency_ms": latency, "images_per_second": pace}
+            record: Record = {"model": name, "engine": engine, "latency_ms": latency, "images_per_second": pace}
             rows.append([f"`{name}`", engine, spread(latency), f"{statistics.median(pace):,.0f}", "", ""])
             records.append(record)
         one, other = answers.values()
@@ -565,7 +565,7 @@ OTHERS_SECONDS = 60.0
 
 def race() -> tuple[list[Record], str]:
     """Seconds of training to an accuracy on the test split: convlens beside what one would write or take instead."""
-    records = []
+    records: list[Record] = []
     for name, (targets, recipes, (model, filters), documents, patience) in RACES.items():
         data = cifar() if name == "cifar10" else load_dataset(name)
         courses: dict[str, contenders.Course] = {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from convlens.data.augment import mirror, shift
+from convlens.data.augment import Draws, mirror, shift
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
 from convlens.evaluation.metrics import Scores, compute_logits, make_views
@@ -117,7 +117,7 @@ def plain_loop(dataset: Dataset, model: str, filters: int) -> Course:
     loader = DataLoader(TensorDataset(images, dataset.train.labels), batch_size=128, shuffle=True)
     channels, height, width = dataset.shape
     net = create_model(model, channels=channels, height=height, width=width, classes=10, filters=filters)
-    net.initialise(images[:1000])
+    net.initialise(images[:1000])  # type: ignore[operator]
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     yield from tutorial_loop(net, loader, optimizer, F.cross_entropy, test, dataset.test.labels)
 
@@ -153,7 +153,7 @@ def speedrun(dataset: Dataset, device: torch.device, epochs: int = 8) -> tuple[f
     started = time.perf_counter()
     for epoch in range(epochs):
         flipped = mirror(images, first ^ bool(epoch % 2))
-        seen = shift(flipped, torch.Generator(device).manual_seed(epoch), 2)
+        seen = shift(flipped, Draws(torch.Generator(device).manual_seed(epoch), len(flipped), slice(None)), 2)
         for rows in torch.randperm(len(images), device=device).split(batch)[:per_epoch]:
             with torch.autocast(device.type, torch.bfloat16):
                 logits = net(seen[rows].contiguous(memory_format=torch.channels_last))

@@ -482,6 +482,19 @@ def test_two_checkpoints_are_kept_and_no_scrap(tmp_path: Path) -> None:
     assert files[0] == "step-00000015.json"
 
 
+def test_what_a_kill_behind_the_last_save_left_is_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "store"
+    dataset, recipe, store = make_dataset(), make_recipe(epochs=4), CheckpointStore(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "clear", lambda *_: None)  # killed before it came to that, every time
+        records = train(make_net(), dataset, recipe, store=store)
+    (folder / ".step-00000020.json.scrap").write_text("{")
+    assert len(list(folder.iterdir())) > 5
+    assert train(make_net(), dataset, recipe, store=store) == records
+    names = ["step-00000015.json", "step-00000015.safetensors", "step-00000020.json", "step-00000020.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
 def test_no_checkpoint_yet(tmp_path: Path) -> None:
     assert CheckpointStore(tmp_path / "none").load() is None
 

@@ -77,7 +77,7 @@ class CheckpointStore:
 
     def save(self, state: TrainState, tensors: Mapping[str, Tensor]) -> None:
         """Write a checkpoint; ConvlensError leaves the older ones as they were."""
-        path = self.folder / f"step-{state.step:08d}.safetensors"
+        path = self.folder / f"{name_of(state.step)}.safetensors"
         values, manifest = asdict(state), path.with_suffix(".json")
         try:
             sha256 = seal(write_tensors(path, tensors), values)
@@ -87,10 +87,15 @@ class CheckpointStore:
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
             raise
-        whole = [old for old in self._manifests() if old.stem not in self._damaged]
-        older = [old.stem for old in whole if step_of(old) < state.step]
-        kept = {path.stem, *older[: KEPT - 1]}
-        # with the old ones go damaged ones, and what a crash left half-written
+        self.clear(state.step)
+
+    def clear(self, step: int) -> None:
+        """Delete what is neither the checkpoint after ``step`` nor the whole one before it.
+
+        That is older ones, damaged ones that :meth:`load` has found, and what a crash left half-written.
+        """
+        whole = [step_of(path) for path in self._manifests() if path.stem not in self._damaged]
+        kept = {name_of(step), *[name_of(older) for older in whole if older < step][: KEPT - 1]}
         with contextlib.suppress(OSError):  # what cannot be cleared away does no harm
             for file in sorted(self.folder.iterdir(), key=lambda file: file.suffix != ".json"):  # manifests first
                 if re.match(r"\.?step-\d{8}\.", file.name) and file.stem not in kept:
@@ -128,6 +133,11 @@ class CheckpointStore:
 def seal(sha256: str, state: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a checkpoint as a whole, from that of its tensors' file and its state."""
     return hashlib.sha256(f"{sha256} {json.dumps(state, sort_keys=True)}".encode()).hexdigest()
+
+
+def name_of(step: int) -> str:
+    """Return the name of the two files of the checkpoint after ``step``, without their endings."""
+    return f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int:

@@ -109,6 +109,8 @@ def fit(
     if saved:
         state, tensors = saved
         best = unpack(tensors, net, optimizer, average)
+        if store is not None and ranks.first:
+            store.clear(state.step)  # a kill behind the last save left that to us
         yield from state.records
     else:
         watcher.keep(0, net)
