@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import contenders
 import pytest
 import torch
 
 import convlens
 from convlens.data.dataset import Dataset
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import contenders
 
 
 def make_dataset(train: int, side: int, channels: int) -> Dataset:
