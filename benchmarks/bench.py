@@ -622,10 +622,9 @@ def percent(share: float | None) -> str:
 def speedrun() -> tuple[list[Record], str]:
     """The recipe `cifar10-94` beside the published speedrun recipe on CIFAR-10, one after the other."""
     data = cifar()
-    records = [
-        {"who": "convlens, recipe `cifar10-94`", **test_of("cifar10-94", data)},
-        {"who": "the published speedrun recipe", **speedrun_of(data, CPU)},
-    ]
+    # that comes first, for fit() lets the process keep its memory, and a plain loop does not ask for it
+    published = {"who": "the published speedrun recipe", **speedrun_of(data, CPU)}
+    records = [{"who": "convlens, recipe `cifar10-94`", **test_of("cifar10-94", data)}, published]
     rows = [[r["who"], f"{r['seconds']:,.0f}", percent(r["plain"]), percent(r["averaged"])] for r in records]
     ratio = records[0]["seconds"] / records[1]["seconds"]
     rows.append(["ratio of the seconds", f"{ratio:.2f}", "", ""])

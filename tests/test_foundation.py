@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -146,6 +147,25 @@ def test_use_threads_0_takes_the_cores_this_process_may_use(monkeypatch: pytest.
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5, 7}, raising=False)
     assert available_cores() == 3
     assert use_threads() == 3
+
+
+KEPT = """
+import resource, torch
+from convlens.runtime import keep_memory
+keep_memory()
+for _ in range(4):  # as the steps of a training do
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [torch.ones(1 << 22) for _ in range(8)]
+    del held
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is asked to")
+def test_memory_that_was_freed_is_kept_for_what_comes_next() -> None:
+    told = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True).stdout
+    pages = [int(line) for line in told.splitlines()]  # that the system gave for 128 MiB
+    assert pages[0] > 10_000 and pages[-1] < 1_000
 
 
 @pytest.mark.parametrize("count", [-1, 100_000])

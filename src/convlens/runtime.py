@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import platform
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +15,7 @@ from convlens.machine import available_cores, processor_name
 from convlens.ranks import join, processes_here
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -39,6 +42,17 @@ def use_threads(count: int = 0) -> int:
         raise UsageError(f"--threads is {count}; this machine lets convlens use 1 to {available_cores()} (0: all)")
     torch.set_num_threads(count or max(available_cores() // processes_here(), 1))
     return torch.get_num_threads()
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory that it frees, for what it needs next; only on Linux with glibc.
+
+    Each step of a training needs the same hundreds of megabytes, and frees them. Where they go back to the system, and
+    come from it anew page by page, that is 5 to 20% of the step.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # musl has none
+        mallopt(M_MMAP_MAX, 0)  # all comes from the heap,
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # and stays there
 
 
 def derive_seed(*numbers: int) -> int:

@@ -19,7 +19,7 @@ from convlens.errors import Diverged, Interrupted, UsageError
 from convlens.evaluation.metrics import Scores, evaluate
 from convlens.progress import Meter
 from convlens.ranks import BatchNormTogether, batchnorm_statistics, join
-from convlens.runtime import choose_device
+from convlens.runtime import choose_device, keep_memory
 from convlens.training.checkpoint import CheckpointStore, EpochRecord, TrainState, pack, unpack
 from convlens.training.memory import in_parts
 from convlens.training.nets import freeze
@@ -61,12 +61,15 @@ def fit(
     BatchNorm statistics are not numbers (accelerators are asked every 20 steps), and nothing of it is saved. A caller
     who stops iterating early is left with the raw weights of that moment. In processes that torchrun has started, each
     trains on its part of every batch, and all end with the same weights; the first writes. CPU threads are the
-    caller's: ``recipe.threads`` is for :func:`convlens.train`. Raises UsageError, at the first record, for a recipe
-    that the net, the data or this machine cannot follow.
+    caller's: ``recipe.threads`` is for :func:`convlens.train`. On a CPU with Linux the process keeps the memory
+    that it frees from then on. Raises UsageError, at the first record, for a recipe that the net, the data or
+    this machine cannot follow.
     """
     watcher = watcher or Watcher()
     ranks = join()
     device = choose_device(recipe.device)
+    if device.type == "cpu":
+        keep_memory()
     precision = ranks.share(choose_precision(recipe, device, net, dataset.shape))
     dataset = dataset.with_validation(recipe.validation, recipe.seed)
     if dataset.validation is None and (recipe.patience or recipe.select == "best"):
