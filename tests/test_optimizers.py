@@ -109,6 +109,17 @@ def test_orthogonalise_brings_the_singular_values_near_one(rows: int, columns: i
     assert float((turned - turned.diagonal().diag()).abs().max()) < 0.1
 
 
+@given(rows=st.integers(2, 40), columns=st.integers(2, 40), seed=st.integers(0, 99))
+def test_orthogonalise_is_three_steps_of_the_quintic(rows: int, columns: int, seed: int) -> None:
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    u, values, vt = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / values.norm()
+    for _ in range(3):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    assert torch.allclose(orthogonalise(matrix), u @ values.diag() @ vt, atol=1e-5)
+    assert torch.allclose(orthogonalise(matrix.float()).double(), u @ values.diag() @ vt, atol=1e-4)
+
+
 def test_muon_keeps_the_norm_of_filters_and_goes_against_the_gradient() -> None:
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 4, 3, 3, generator=g)
