@@ -204,13 +204,20 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own() -> None:
     assert batches(0, 1)[1].tolist() == first[0][8:16]
 
 
-@pytest.mark.parametrize("model", ["small", "whitened"])
+@pytest.mark.parametrize("model", ["small", "whitened", "residual"])
 def test_a_last_batch_of_one_image(model: str) -> None:
     # 33 = 4 * 8 + 1, and of 8x8 pixels the net "whitened" has one pixel left where its BatchNorm counts
     torch.manual_seed(0)
     net = create_model(model, channels=1, height=SIDE, width=SIDE, classes=4, filters=4)
     records = train(net, make_dataset(train=33), make_recipe(epochs=1))
     assert math.isfinite(records[0].train_loss)
+
+
+def test_it_asks_for_freed_memory_to_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(engine, "keep_memory", lambda: asked.append(True))
+    train(make_net(), make_dataset(), make_recipe(epochs=1))
+    assert asked == [True]
 
 
 # the same bits

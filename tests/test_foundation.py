@@ -165,7 +165,7 @@ for _ in range(4):  # as the steps of a training do
 def test_memory_that_was_freed_is_kept_for_what_comes_next() -> None:
     told = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True).stdout
     pages = [int(line) for line in told.splitlines()]  # that the system gave for 128 MiB
-    assert pages[0] > 10_000 and pages[-1] < 1_000
+    assert pages[0] > 0 and pages[-1] < pages[0] / 10
 
 
 @pytest.mark.parametrize("count", [-1, 100_000])

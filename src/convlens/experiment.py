@@ -359,8 +359,9 @@ def train(
     new head. ``budget`` is the time that all of it may take (seconds, or "5m"): net and length are chosen to fit.
     ``exclude`` is a file that names images to leave out, one a line, as the data doctor writes it. ``allow_unreadable``
     trains although more than 1% of a folder's files cannot be read. PyTorch's random numbers and threads are left as
-    they were. Raises UsageError for what was asked wrongly, ConvlensError for data that cannot be read or a disk that
-    is full, Diverged when the loss is no number any more: one line each, that says what to do.
+    they were; on a CPU, with glibc, the process keeps the memory that it frees from then on. Raises UsageError for what
+    was asked wrongly, ConvlensError for data that cannot be read or a disk that is full, Diverged when the loss is no
+    number any more: one line each, that says what to do.
     """
     with callers_state_kept():
         experiment = Experiment.create(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -48,11 +49,13 @@ def keep_memory() -> None:
     """Let this process keep the memory that it frees, for what it needs next; only on Linux with glibc.
 
     Each step of a training needs the same hundreds of megabytes, and frees them. Where they go back to the system, and
-    come from it anew page by page, that is 5 to 20% of the step.
+    come from it anew page by page, that is 5 to 20% of the step. Who has set malloc's own variables is not overruled.
     """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # musl has none
+    if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # musl has none
         mallopt(M_MMAP_MAX, 0)  # all comes from the heap,
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # and stays there
+        mallopt(M_TRIM_THRESHOLD, -1)  # and stays there
 
 
 def derive_seed(*numbers: int) -> int:

@@ -61,8 +61,8 @@ def fit(
     BatchNorm statistics are not numbers (accelerators are asked every 20 steps), and nothing of it is saved. A caller
     who stops iterating early is left with the raw weights of that moment. In processes that torchrun has started, each
     trains on its part of every batch, and all end with the same weights; the first writes. CPU threads are the
-    caller's: ``recipe.threads`` is for :func:`convlens.train`. On a CPU with Linux the process keeps the memory
-    that it frees from then on. Raises UsageError, at the first record, for a recipe that the net, the data or
+    caller's: ``recipe.threads`` is for :func:`convlens.train`. On a CPU, with glibc, the process keeps the
+    memory that it frees from then on. Raises UsageError, at the first record, for a recipe that the net, the data or
     this machine cannot follow.
     """
     watcher = watcher or Watcher()

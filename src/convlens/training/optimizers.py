@@ -132,19 +132,19 @@ def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
     """Return the matrix (M, N) with its singular values brought near 1: ``steps`` of a Newton-Schulz iteration.
 
     A step multiplies by a polynomial of the matrix times its transpose. These commute, so all steps are done on that
-    small square, and the matrix is multiplied once: half the arithmetic.
+    small square, and the matrix is multiplied once: about half the arithmetic where it is wide.
     """
     a, b, c = NEWTON_SCHULZ
     wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
     wide = wide / (wide.norm() + 1e-7)
     gram = wide @ wide.T
-    product: Tensor = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for _ in range(steps):
         factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal().add_(a)
         product = factor @ product
         gram = factor @ gram @ factor
-    wide = product @ wide
+    wide = torch.mm(product, wide)
     return wide if wide.shape == matrix.shape else wide.T
 
 
