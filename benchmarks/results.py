@@ -67,6 +67,7 @@ FAST = [
 ]
 BEST = [
     Row("mnist-best", "MNIST", "mnist --recipe mnist-best", 2),
+    Row("fashion-best", "Fashion-MNIST", "fashion-mnist --recipe fashion-best", 1),
     Row("cifar10-best", JPEG_COPY, "cifar10-jpeg --recipe cifar10-best", 1),
 ]
 ROWS = [*STRONG, *FAST, *CLASSICS, *BEST]  # in the order in which they are run

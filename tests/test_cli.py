@@ -328,6 +328,7 @@ def test_models_and_recipes(shell: Shell) -> None:
         "small",
         "tiny",
         "whitened",
+        "residual",
         "digits",
         "mnist",
     ):
@@ -335,7 +336,7 @@ def test_models_and_recipes(shell: Shell) -> None:
     _, out, _ = shell("models", "mnist-4conv")
     assert out.splitlines()[-1].startswith("593,200 parameters")
     _, out, _ = shell("recipes")
-    assert len(out.splitlines()) == 15
+    assert len(out.splitlines()) == 16
     _, out, _ = shell("recipes", "mnist-4conv")
     assert json.loads(out)["batch_size"] == 512
 

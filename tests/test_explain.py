@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_bundle import make_bundle
-from test_onnx import SHAPES, run
+from test_onnx import NETS, SHAPES, run
 from test_twin import seven, train_on_photos
 from torch import nn
 
@@ -28,8 +28,6 @@ from convlens.models.contract import ConvNet
 from convlens.run import Run
 from convlens.shipping.bundle import load_bundle
 from convlens.shipping.classifier import Classifier
-
-NETS = ["small", "tiny", "whitened", *SHAPES]
 
 
 def net_and_images(name: str, count: int = 2) -> tuple[nn.Module, torch.Tensor]:

@@ -27,6 +27,7 @@ SIZES = {
     "mnist-4conv": [(1, 28, 28), (3, 32, 32), (1, 16, 16)],
     "small": [(1, 1, 1), (1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 64), (1, 1, 40), (3, 100, 40)],
     "whitened": [(1, 3, 3), (1, 28, 28), (3, 2, 2), (3, 32, 32), (3, 40, 24)],
+    "residual": [(1, 1, 1), (1, 28, 28), (3, 32, 32), (3, 5, 24)],
     "tiny": [(1, 5, 5), (1, 28, 28), (3, 32, 32), (3, 40, 24)],
 }
 CASES = [(name, size) for name in MODELS.names() for size in SIZES.get(name, ANY_SIZE)]
@@ -52,12 +53,11 @@ def test_every_net_keeps_the_contract_at_every_size_it_takes(name: str, size: tu
     assert net(torch.zeros(2, channels, height, width)).shape == (2, 3)
 
 
-@pytest.mark.parametrize("name", ["small", "whitened", "tiny"])
+@pytest.mark.parametrize("name", ["small", "whitened", "residual", "tiny"])
 @pytest.mark.parametrize("filters", [1, 5])
 def test_width_is_an_option_of_the_strong_nets(name: str, filters: int) -> None:
     net = build(name, 3, 32, filters=filters)
-    times = {"small": 4, "whitened": 4, "tiny": 4}[name]  # the last stage's width
-    assert net.features(torch.zeros(1, 3, 32, 32)).shape[1] == filters * times
+    assert net.features(torch.zeros(1, 3, 32, 32)).shape[1] == 4 * filters
 
 
 @pytest.mark.parametrize(
@@ -190,6 +190,7 @@ def test_options_and_their_defaults() -> None:
         "mnist-4conv": {"kernel_size": 3},
         "small": {"filters": 32},
         "whitened": {"filters": 64},
+        "residual": {"filters": 32},
         "tiny": {"filters": 16},
     }
 
@@ -201,6 +202,7 @@ def test_stages_are_named_in_order() -> None:
         "mnist-4conv": ["conv1", "conv2", "conv3", "conv4"],
         "small": ["stem", "conv1", "conv2", "conv3"],
         "whitened": ["stem", "group1", "group2", "group3"],
+        "residual": ["stem", "group1", "group2", "group3"],
         "tiny": ["conv1", "conv2", "conv3"],
     }
     assert {name: list(build(name, 1, 28).stages()) for name in names} == names
@@ -491,6 +493,19 @@ def test_convolutions_of_whitened_begin_as_the_identity() -> None:
     second = net.body.group1[4]
     assert isinstance(second, nn.Conv2d)
     assert torch.allclose(second(x), x, atol=1e-6)
+
+
+def test_shortcuts_of_residual_carry_what_came_in() -> None:
+    net = build("residual", 1, 28, filters=4).eval()
+    x = torch.rand(2, 4, 9, 9)
+    for block, same in ((net.body.group1, True), (net.body.group2[0], False)):
+        nn.init.zeros_(block.branch[-1].weight)  # BatchNorm's factor: nothing is added
+        assert torch.equal(block(x), x if same else block.shortcut(x).relu())
+    assert net.body.group2[0](x).shape == (2, 8, 5, 5)
+    assert [(row.kind, row.output_shape) for row in summarise(net, 1, 28, 28) if row.kind == "Conv2d"] == [
+        ("Conv2d", shape)
+        for shape in ((4, 28, 28),) * 3 + ((8, 14, 14),) * 5 + ((16, 7, 7),) * 5  # two of them 1x1, of the shortcuts
+    ]
 
 
 def test_most_nets_take_nothing_from_the_images() -> None:

@@ -34,6 +34,7 @@ from convlens.shipping.onnx_predictor import OnnxPredictor, load_predictor, seal
 from convlens.shipping.places import shipped_models
 
 SHAPES = {"cifar-lenet": (3, 32), "fashion-2conv": (1, 28), "mnist-4conv": (1, 28), "folder-cnn": (3, 32)}
+NETS = ["small", "tiny", "whitened", "residual", *SHAPES]
 
 
 def some_images(channels: int, side: int, n: int = 40, seed: int = 0) -> np.ndarray:
@@ -72,7 +73,7 @@ def file(model: Any, tmp_path: Path) -> Path:
 # the same answers
 
 
-@pytest.mark.parametrize("name", ["small", "tiny", "whitened", *SHAPES])
+@pytest.mark.parametrize("name", NETS)
 def test_every_net_answers_alike(name: str, tmp_path: Path) -> None:
     channels, side = SHAPES.get(name, (1, 14))
     images = some_images(channels, side)
@@ -415,7 +416,7 @@ def test_made_up_images_are_of_every_kind() -> None:
 # in 8 bits
 
 
-@pytest.mark.parametrize("name", ["small", "tiny", "whitened", *SHAPES])
+@pytest.mark.parametrize("name", NETS)
 def test_in_8_bits_every_net_answers_much_the_same(name: str, tmp_path: Path) -> None:
     channels, side = SHAPES.get(name, (1, 14))
     with_trust(make_bundle(channels, side, name)).save(tmp_path / "net")

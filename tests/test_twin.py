@@ -13,7 +13,7 @@ import torch
 from browser import Tab, browse, in_browser
 from PIL import Image, ImageDraw
 from test_bundle import make_bundle
-from test_onnx import SHAPES, run, with_trust
+from test_onnx import NETS, SHAPES, run, with_trust
 
 import convlens
 from convlens.data.pictures import PictureStyle
@@ -52,11 +52,20 @@ def page_of(bundle: Bundle, folder: Path) -> str:
     return make_page(load_onnx(folder / "net"))
 
 
+@pytest.mark.parametrize(("name", "count"), [("fashion-2conv", 4), ("residual", 11)])
+def test_a_step_is_a_convolution_behind_its_activation_or_a_pooling(name: str, count: int, tmp_path: Path) -> None:
+    model = json.loads(model_of(page_of(made(name), tmp_path)))
+    kinds = {layer["output"]: layer["op"] for layer in model["layers"]}
+    assert len(model["steps"]) == count
+    assert {kinds[step["output"]] for step in model["steps"] if not step["pooled"]} == {"Relu"}
+    assert model["steps"][-1]["output"] == model["last_map"]
+
+
 # in a browser
 
 
 @in_browser
-@pytest.mark.parametrize("name", ["small", "tiny", "whitened", *SHAPES, "fashion-2conv with average pooling"])
+@pytest.mark.parametrize("name", [*NETS, "fashion-2conv with average pooling"])
 def test_every_net_answers_alike(name: str, tmp_path: Path) -> None:
     average = {"pool": "avg"} if name.endswith("pooling") else {}
     drift, good = proof_of(page_of(made(name.split()[0], **average), tmp_path), tmp_path)

@@ -134,6 +134,8 @@ def list_layers(graph: Any, constants: dict[str, NDArray[Any]]) -> list[dict[str
                 layer |= {"op": "Affine", "inputs": [inputs[0], *names]}
             case "Relu" | "LogSoftmax":
                 pass
+            case "Add" if set(inputs) <= computed:  # of two maps: a shortcut
+                pass
             case "Gelu" if attributes.get("approximate", b"none") == b"none":
                 pass
             case "ReduceMax" | "ReduceMean" if axes in SPACE:
@@ -154,8 +156,11 @@ def list_layers(graph: Any, constants: dict[str, NDArray[Any]]) -> list[dict[str
 def list_steps(layers: list[dict[str, Any]], last_map: str) -> list[dict[str, Any]]:
     """Return what is shown of the net's inside: what each convolution finds, and what is left of it where it is pooled.
 
-    What is found is shown behind the activation, unless that comes behind the pooling.
+    What is found is shown behind the activation, unless that comes behind the pooling. A convolution of a shortcut is
+    shown in the sum that it is a part of.
     """
+    summed = {name for layer in layers if layer["op"] == "Add" for name in layer["inputs"]}
+    linear = {layer["output"] for layer in layers if layer["op"] in ("Conv", "Affine")}
     steps: list[dict[str, Any]] = []
     for layer in layers:
         pooled = layer["op"] in ("MaxPool", "AveragePool")
@@ -165,7 +170,7 @@ def list_steps(layers: list[dict[str, Any]], last_map: str) -> list[dict[str, An
             steps[-1]["output"] = layer["output"]
         if layer["output"] == last_map:
             break
-    return steps
+    return [step for step in steps if step["output"] not in summed & linear]
 
 
 def pack(constants: dict[str, NDArray[Any]]) -> tuple[dict[str, dict[str, Any]], bytes]:

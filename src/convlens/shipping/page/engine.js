@@ -103,6 +103,7 @@ const LAYERS = {
     const size = x.shape[1] * x.shape[2] || 1;
     return tensor(x.shape, x.data.map((v, i) => v * factor.data[Math.floor(i / size)] + offset.data[Math.floor(i / size)]));
   },
+  Add: ([x, y]) => tensor(x.shape, x.data.map((v, i) => v + y.data[i])),
   Relu: ([x]) => map(x, (v) => Math.max(v, 0)),
   Gelu: ([x]) => map(x, (v) => (v * (1 + erf(v / Math.SQRT2))) / 2),
   MaxPool: ([x], layer) => pool(x, layer, -Infinity, Math.max, same),
