@@ -161,11 +161,23 @@ for _ in range(4):  # as the steps of a training do
 """
 
 
+def pages_of_each_step(**environment: str) -> list[int]:
+    """Return how many fresh pages the system gives for the same 128 MiB, again and again."""
+    asked = {**{k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}, **environment}
+    told = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True, env=asked).stdout
+    return [int(line) for line in told.splitlines()]
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is asked to")
 def test_memory_that_was_freed_is_kept_for_what_comes_next() -> None:
-    told = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True).stdout
-    pages = [int(line) for line in told.splitlines()]  # that the system gave for 128 MiB
+    pages = pages_of_each_step()
     assert pages[0] > 0 and pages[-1] < pages[0] / 10
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is asked to")
+def test_memory_goes_as_mallocs_own_variables_say_where_they_are_set() -> None:
+    pages = pages_of_each_step(MALLOC_TRIM_THRESHOLD_="131072")
+    assert pages[-1] > pages[0] / 2
 
 
 @pytest.mark.parametrize("count", [-1, 100_000])
