@@ -20,7 +20,7 @@ from convlens.evaluation.metrics import Scores, evaluate
 from convlens.models import ConvNet, create_model
 from convlens.training import nets
 from convlens.training.checkpoint import CheckpointStore, EpochRecord
-from convlens.training.engine import fit
+from convlens.training.engine import Progress, Watcher, fit
 from convlens.training.precision import choose_precision
 from convlens.training.recipe import Recipe
 
@@ -595,6 +595,37 @@ def test_small_images_come_first() -> None:
     net.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[3]) if net.training else None)
     train(net, make_dataset(), make_recipe(iterations=10, small_size=5, small_share=0.4))
     assert sides == [5] * 4 + [8] * 6
+
+
+def test_the_time_that_is_left_knows_that_whole_images_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    class Timed(nn.Module):
+        """A net of whom each image takes as many seconds as it has pixels."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make_net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            clock[0] += x.shape[2] * x.shape[3] * self.training
+            return self.net(x)  # type: ignore[no-any-return]
+
+    class Told(Watcher):
+        """Writes down what is said to be left."""
+
+        def __init__(self) -> None:
+            self.left: list[float] = []
+
+        def tell(self, progress: Progress) -> None:
+            self.left.append(progress.left)
+
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: clock[0])
+    # five steps an epoch, and it is told at the end of each; the first six steps are small
+    recipe, told = make_recipe(iterations=15, small_size=4, small_share=0.4), Told()
+    list(fit(Timed(), make_dataset(), recipe, watcher=told))
+    whole, small = SIDE**2, 4**2
+    assert told.left == pytest.approx([small + 9 * whole, 5 * whole, 0])
 
 
 def test_small_images_are_refused_for_nets_of_one_size() -> None:

@@ -128,7 +128,8 @@ def fit(
     while state.step < total and not state.finished:
         if ranks.agree(should_stop(), 0.0)[0]:
             raise Interrupted(f"stopped at {describe_place(recipe, state.step, total)}")
-        epoch, first = divmod(state.step, len(batches))
+        taken_up = state.step
+        epoch, first = divmod(taken_up, len(batches))
         tally = Tally(state, device)
         net.train()
         stopped, before = False, state.seconds
@@ -165,7 +166,10 @@ def fit(
                     started += time.perf_counter() - paused
                 ends = index + 1 == len(batches) or state.step >= total
                 if state.step % LOOK_EVERY == 0 or ends:
-                    left = (state.seconds - before) / (index + 1 - first) * (total - state.step)  # at this epoch's pace
+                    # at this epoch's pace
+                    pace = (state.seconds - before) / count_work(recipe, dataset.shape, total, taken_up, state.step)
+                    left = pace * count_work(recipe, dataset.shape, total, state.step, total)
+                    left = left if recipe.seconds is None else max(recipe.seconds - state.elapsed, 0.0)
                     progress = tally.describe(state, total, len(batches), state.seconds - before, left)
                     meter.update(index + 1 - first - meter.done, str(progress))
                     watcher.tell(progress)
@@ -237,6 +241,17 @@ def shrink(images: Tensor, size: int) -> Tensor:
         return images
     small = F.interpolate(images, size=shape, mode="bilinear", antialias=True, align_corners=False)
     return small.contiguous(memory_format=torch.channels_last)
+
+
+def count_work(recipe: Recipe, shape: tuple[int, int, int], total: int, start: int, stop: int) -> float:
+    """Return the work of the steps from ``start`` to before ``stop`` of ``total``, on images of ``shape`` (C, H, W).
+
+    A step counts 1; one on smaller images counts the share of the pixels that they have.
+    """
+    if not recipe.small_size:
+        return stop - start
+    small = max(min(math.ceil(recipe.small_share * total), stop) - start, 0)
+    return stop - start - small * (1 - math.prod(small_shape(shape[1:], recipe.small_size)) / math.prod(shape[1:]))
 
 
 class Watcher:
