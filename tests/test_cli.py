@@ -336,7 +336,7 @@ def test_models_and_recipes(shell: Shell) -> None:
     _, out, _ = shell("models", "mnist-4conv")
     assert out.splitlines()[-1].startswith("593,200 parameters")
     _, out, _ = shell("recipes")
-    assert len(out.splitlines()) == 16
+    assert len(out.splitlines()) == 17
     _, out, _ = shell("recipes", "mnist-4conv")
     assert json.loads(out)["batch_size"] == 512
 

@@ -16,7 +16,7 @@ DEFAULTS = {"digits": "digits", "mnist": "mnist-995", "fashion-mnist": "fashion-
 LADDERS = {
     "mnist": ("mnist-99", "mnist-995"),
     "fashion-mnist": ("fashion-85", "fashion-92", "fashion-94"),
-    "cifar10": ("cifar10-90", "cifar10-94"),
+    "cifar10": ("cifar10-small", "cifar10-90", "cifar10-94"),
 }
 
 RECIPES: Registry[Callable[[], Recipe]] = Registry("recipe")
@@ -179,17 +179,35 @@ def fashion_best() -> Recipe:
     )  # fmt: skip
 
 
-@RECIPES.register("cifar10-90")
-def cifar10_90() -> Recipe:
-    """90% on CIFAR-10 (87% on its JPEG copy), with test-time augmentation, in the fewest seconds.
+@RECIPES.register("cifar10-small")
+def cifar10_small() -> Recipe:
+    """A net of 1.8 MB on CIFAR-10: the one that comes with convlens.
 
-    `convlens train cifar10-jpeg --recipe cifar10-90`: test accuracy 86.25% +- 0.18 (3 seeds), 234 s
+    `convlens train cifar10-jpeg --recipe cifar10-small`: test accuracy 86.25% +- 0.18 (3 seeds), 234 s
     on two cores of an AMD EPYC.
+
+    It is tested with test-time augmentation too, which is worth 1.2 points.
     """
     return Recipe(
-        name="cifar10-90", model="whitened", filters=30, validation=0.06, epochs=9, batch_size=500, optimizer="muon",
-        lr=0.24, head_lr=0.0233, bias_lr=26.0, momentum=0.85, nesterov=True, weight_decay=0.05, label_smoothing=0.1,
-        flip=True, shift=2, small_size=20, small_share=0.5, test_views=True,
+        name="cifar10-small", model="whitened", filters=30, validation=0.06, epochs=9, batch_size=500,
+        optimizer="muon", lr=0.24, head_lr=0.0233, bias_lr=26.0, momentum=0.85, nesterov=True, weight_decay=0.05,
+        label_smoothing=0.1, flip=True, shift=2, small_size=20, small_share=0.5, test_views=True,
+    )  # fmt: skip
+
+
+@RECIPES.register("cifar10-90")
+def cifar10_90() -> Recipe:
+    """More than 90% on CIFAR-10 (87% on its JPEG copy) in less than four minutes.
+
+    `convlens train cifar10-jpeg --recipe cifar10-90`: test accuracy 88.16% +- 0.37 (3 seeds), 233 s
+    on two cores of an AMD EPYC.
+
+    It is tested with test-time augmentation too, which is worth a point.
+    """
+    return Recipe(
+        name="cifar10-90", model="whitened", filters=64, validation=0.06, iterations=270, batch_size=1000, parts=4,
+        optimizer="muon", lr=0.24, head_lr=0.0102, bias_lr=53.0, momentum=0.85, nesterov=True, weight_decay=0.2,
+        label_smoothing=0.1, flip=True, shift=2, small_size=20, small_share=0.55, test_views=True,
     )  # fmt: skip
 
 
@@ -197,7 +215,7 @@ def cifar10_90() -> Recipe:
 def cifar10_94() -> Recipe:
     """94% on CIFAR-10 (90.6% on its JPEG copy), with test-time augmentation, in the fewest seconds.
 
-    `convlens train cifar10-jpeg --recipe cifar10-94`: test accuracy 89.78% (1 seed), 490 s
+    `convlens train cifar10-jpeg --recipe cifar10-94`: test accuracy 89.39% +- 0.34 (3 seeds), 450 s
     on two cores of an AMD EPYC.
     """
     return Recipe(
