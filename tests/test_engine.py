@@ -597,35 +597,56 @@ def test_small_images_come_first() -> None:
     assert sides == [5] * 4 + [8] * 6
 
 
-def test_the_time_that_is_left_knows_that_whole_images_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
+class Timed(nn.Module):
+    """A net that takes as many seconds for a step of training as an image has pixels; it looks at its own clock."""
 
-    class Timed(nn.Module):
-        """A net of whom each image takes as many seconds as it has pixels."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.clock = make_net(), 0.0
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = make_net()
+    def forward(self, x: Tensor) -> Tensor:
+        self.clock += x.shape[2] * x.shape[3] * self.training
+        return self.net(x)  # type: ignore[no-any-return]
 
-        def forward(self, x: Tensor) -> Tensor:
-            clock[0] += x.shape[2] * x.shape[3] * self.training
-            return self.net(x)  # type: ignore[no-any-return]
 
-    class Told(Watcher):
-        """Writes down what is said to be left."""
+class Told(Watcher):
+    """Writes down how many seconds are said to be left."""
 
-        def __init__(self) -> None:
-            self.left: list[float] = []
+    def __init__(self) -> None:
+        self.left: list[float] = []
 
-        def tell(self, progress: Progress) -> None:
-            self.left.append(progress.left)
+    def tell(self, progress: Progress) -> None:
+        self.left.append(progress.left)
 
-    monkeypatch.setattr(engine.time, "perf_counter", lambda: clock[0])
-    # five steps an epoch, and it is told at the end of each; the first six steps are small
-    recipe, told = make_recipe(iterations=15, small_size=4, small_share=0.4), Told()
-    list(fit(Timed(), make_dataset(), recipe, watcher=told))
-    whole, small = SIDE**2, 4**2
-    assert told.left == pytest.approx([small + 9 * whole, 5 * whole, 0])
+
+WHOLE, SMALL = SIDE**2, 4**2  # seconds of a step of Timed
+
+
+def test_the_time_that_is_left_knows_that_whole_images_take_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # five steps an epoch, and it is told at the end of each; the first six of the 15 steps are small
+    recipe = make_recipe(iterations=15, small_size=4, small_share=0.37)
+    net, told = Timed(), Told()
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: net.clock)
+    list(fit(net, make_dataset(), recipe, watcher=told))
+    assert told.left == pytest.approx([SMALL + 9 * WHOLE, 5 * WHOLE, 0])
+
+    # the same where it is stopped in the middle of the second epoch and taken up again, on a machine of half the pace
+    net, store = Timed(), CheckpointStore(tmp_path)
+    with pytest.raises(Interrupted):
+        list(fit(net, make_dataset(), recipe, store=store, should_stop=lambda: net.clock > 5 * SMALL + WHOLE))
+    net, told = Timed(), Told()
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: 2 * net.clock)
+    list(fit(net, make_dataset(), recipe, store=store, watcher=told))
+    assert told.left == pytest.approx([2 * 5 * WHOLE, 0])
+
+
+def test_the_time_that_is_left_of_a_training_by_the_clock_is_the_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, told = Timed(), Told()
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: net.clock)
+    list(fit(net, make_dataset(), make_recipe(epochs=None, seconds=12 * WHOLE), watcher=told))
+    assert told.left == pytest.approx([7 * WHOLE, 2 * WHOLE, 0])
 
 
 def test_small_images_are_refused_for_nets_of_one_size() -> None:

@@ -27,9 +27,9 @@ class Meter:
 
     _shown_one: Meter | None = None
 
-    def __init__(self, what: str, total: int, *, patience: float = PATIENCE, shown: bool = True):
+    def __init__(self, what: str, total: float, *, patience: float = PATIENCE, shown: bool = True):
         self.what, self.total = what, total
-        self.done = 0
+        self.done = 0.0
         self._start = self._shown = time.monotonic()
         self._patience = patience if shown else float("inf")
         self._bar: Any = None
@@ -44,7 +44,7 @@ class Meter:
         if Meter._shown_one is self:
             Meter._shown_one = None
 
-    def update(self, amount: int, detail: str = "") -> None:
+    def update(self, amount: float, detail: str = "") -> None:
         """Count ``amount`` more as done; ``detail`` stands behind the bar."""
         self.done += amount
         now = time.monotonic()
@@ -54,8 +54,8 @@ class Meter:
         if self._plain:
             if now - self._shown >= 10:
                 self._shown = now
-                left = (now - self._start) * (self.total - self.done) / max(self.done, 1)
-                share = 100 * self.done / max(self.total, 1)
+                left = (now - self._start) * (self.total - self.done) / (self.done or 1)
+                share = 100 * self.done / (self.total or 1)
                 print(f"{self.what}: {share:.0f}%, {left:.0f} s left" + f"; {detail}" * bool(detail), file=sys.stderr)
             return
         if self._bar is None:

@@ -138,12 +138,12 @@ class PoochBar:
         self._meter = meter
 
     @property
-    def total(self) -> int:
+    def total(self) -> float:
         """The number of bytes to come."""
         return self._meter.total
 
     @total.setter
-    def total(self, value: int) -> None:
+    def total(self, value: float) -> None:
         self._meter.total = value
 
     def update(self, amount: int) -> None:

@@ -128,8 +128,8 @@ def fit(
     while state.step < total and not state.finished:
         if ranks.agree(should_stop(), 0.0)[0]:
             raise Interrupted(f"stopped at {describe_place(recipe, state.step, total)}")
-        taken_up = state.step
-        epoch, first = divmod(taken_up, len(batches))
+        first_step = state.step
+        epoch, first = divmod(first_step, len(batches))
         tally = Tally(state, device)
         net.train()
         stopped, before = False, state.seconds
@@ -137,7 +137,8 @@ def fit(
         # the last epoch may be a part of one
         steps = min(len(batches), total - epoch * len(batches))
         title = f"epoch {epoch + 1}" + ("" if recipe.seconds else f" of {math.ceil(total / len(batches))}")
-        with Meter(title, steps - first, shown=show_progress) as meter:
+        whole = count_work(recipe, dataset.shape, total, first_step, first_step + steps - first)
+        with Meter(title, whole, shown=show_progress) as meter:
             for index in range(first, len(batches)):
                 images, labels = batches(epoch, index)  # (N, C, H, W), (N,) or (N, K)
                 if recipe.small_size and state.step < recipe.small_share * total:
@@ -166,12 +167,14 @@ def fit(
                     started += time.perf_counter() - paused
                 ends = index + 1 == len(batches) or state.step >= total
                 if state.step % LOOK_EVERY == 0 or ends:
-                    # at this epoch's pace
-                    pace = (state.seconds - before) / count_work(recipe, dataset.shape, total, taken_up, state.step)
-                    left = pace * count_work(recipe, dataset.shape, total, state.step, total)
-                    left = left if recipe.seconds is None else max(recipe.seconds - state.elapsed, 0.0)
+                    done = count_work(recipe, dataset.shape, total, first_step, state.step)
+                    if recipe.seconds is not None:  # the clock decides, whatever the steps cost
+                        left = max(recipe.seconds - state.elapsed, 0.0)
+                    else:  # at the pace of this epoch, for that of a machine changes
+                        ahead = count_work(recipe, dataset.shape, total, state.step, total)
+                        left = (state.seconds - before) / done * ahead
                     progress = tally.describe(state, total, len(batches), state.seconds - before, left)
-                    meter.update(index + 1 - first - meter.done, str(progress))
+                    meter.update(done - meter.done, str(progress))
                     watcher.tell(progress)
                 if state.step >= total or stopped:
                     break
