@@ -72,9 +72,8 @@ BEST = [
     Row("cifar10-best", JPEG_COPY, "cifar10-jpeg --recipe cifar10-best", 1),
 ]
 ROWS = [*STRONG, *FAST, *CLASSICS, *BEST]  # in the order in which they are run
-SHIPPED = {  # by name, the row whose seed 0 it is
-    "digits": "digits", "mnist": "mnist", "fashion-mnist": "fashion-mnist", "cifar10": "cifar10-small"
-}  # fmt: skip
+# the models that come with convlens, and the rows of their runs
+SHIPPED = {"digits": "digits", "mnist": "mnist", "fashion-mnist": "fashion-mnist", "cifar10": "cifar10-small"}
 
 
 def run_missing(names: list[str]) -> None:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import bench
 import numpy as np
 import pytest
 import results
@@ -46,6 +47,12 @@ def test_the_tables_of_the_benchmarks_are_those_of_their_records(path: Path) -> 
     table = "\n".join(json.loads(path.read_text(encoding="utf-8"))["table"])
     pages = [page for page in (PAGE, BENCHMARKS) if f"<!-- {path.stem} -->" in page.read_text(encoding="utf-8")]
     assert [between(page, path.stem) for page in pages] == [table]
+
+
+@pytest.mark.parametrize("name", bench.RACES)
+def test_the_races_are_tables_of_their_courses(name: str) -> None:
+    told = json.loads((ROOT / "benchmarks" / "records" / f"race-{name}.json").read_text(encoding="utf-8"))
+    assert bench.race_table(told["records"]).splitlines() == told["table"]
 
 
 def test_every_table_has_its_records() -> None:
