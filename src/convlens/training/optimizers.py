@@ -138,12 +138,17 @@ def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
     wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
     wide = wide / (wide.norm() + 1e-7)
     gram = wide @ wide.T
-    product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    for _ in range(steps):
+
+    def polynomial(gram: Tensor) -> Tensor:
         factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal().add_(a)
-        product = factor @ product
+        return factor
+
+    product = factor = polynomial(gram)
+    for _ in range(steps - 1):
         gram = factor @ gram @ factor
+        factor = polynomial(gram)
+        product = factor @ product
     wide = torch.mm(product, wide)
     return wide if wide.shape == matrix.shape else wide.T
 
