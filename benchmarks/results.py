@@ -76,6 +76,9 @@ ROWS = [*STRONG, *FAST, *CLASSICS, *BEST]  # in the order in which they are run
 SHIPPED = {"digits": "digits", "mnist": "mnist", "fashion-mnist": "fashion-mnist", "cifar10": "cifar10-small"}
 
 
+MACHINE = "on two cores of an AMD EPYC"
+
+
 def run_missing(names: list[str]) -> None:
     """Train every run that is not finished, the quick ones first; ``names`` limits it to some rows."""
     for row in ROWS:
@@ -257,8 +260,10 @@ def write_docstrings() -> None:
         told = f"test accuracy {mean_and_spread([run['accuracy'] for run in runs])}"
         told += f" ({len(runs)} seed{'s' * (len(runs) > 1)})"
         command, median = f"`convlens train {row.arguments}`", round_seconds(statistics.median(seconds(runs)))
-        paragraph = rf"    {re.escape(command)}: test accuracy [^\n]*\n"
-        text = re.sub(paragraph, f"    {command}: {told}, {median} s\n", text)
+        augmented = [run["with_views"] for run in runs if "with_views" in run]
+        beside = f"; with test-time augmentation {mean_and_spread(augmented)}" if augmented else ""
+        paragraph = rf"    {re.escape(command)}: test accuracy [^\n]*\n    {MACHINE}[^\n]*\n"
+        text = re.sub(paragraph, f"    {command}: {told}, {median} s\n    {MACHINE}{beside}.\n", text)
     RECIPES.write_text(text, encoding="utf-8")
 
 

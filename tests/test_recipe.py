@@ -332,7 +332,7 @@ def test_clipping() -> None:
 
 @pytest.mark.parametrize("name", RECIPES.names())
 def test_a_recipe_says_what_came_of_it_as_the_results_page_does(name: str) -> None:
-    """The docstring's accuracy, number of seeds and seconds are those of the row of docs/results.md."""
+    """The docstring's accuracies, number of seeds and seconds are those of the row of docs/results.md."""
     told = inspect.getdoc(RECIPES[name]) or ""
     found = re.search(
         r"`convlens train (.+?)`: test accuracy ([\d.]+% \+- [\d.]+|[\d.]+%)\s+\((\d+) seeds?\),\s+([\d.,]+) s", told
@@ -343,3 +343,5 @@ def test_a_recipe_says_what_came_of_it_as_the_results_page_does(name: str) -> No
     row = next(line for line in page.splitlines() if line.startswith(f"| `{command}` |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert (cells[2], cells[3], cells[8].split(", ")[1]) == (seeds, accuracy, seconds)
+    augmented = re.search(r"; with test-time augmentation (\S+%(?: \+- [\d.]+)?)\.\n", told + "\n")
+    assert (augmented[1] if augmented else "") == cells[10]
