@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,11 @@ import torch
 import convlens
 from convlens.data.dataset import Dataset
 from convlens.errors import UsageError
+from convlens.experiment import Experiment
 from convlens.training import budget, engine
-from convlens.training.budget import candidates, fit_into, measure_pace, parse_budget
+from convlens.training.budget import Pace, candidates, fit_into, measure_pace, measure_rate, parse_budget
 from convlens.training.recipe import Recipe
-from convlens.training.recipes import LADDERS, RECIPES
+from convlens.training.recipes import LADDERS, RECIPES, get_recipe
 
 
 @pytest.fixture
@@ -49,7 +52,7 @@ def paces(monkeypatch: pytest.MonkeyPatch, *paces: float) -> None:
     """Let the recipes, the quickest first, train so many images a second."""
     left = list(paces)
     monkeypatch.setattr(budget.time, "perf_counter", lambda: NOW)  # the arithmetic is tested, not the machine
-    monkeypatch.setattr(budget, "measure_pace", lambda *_: left.pop(0))
+    monkeypatch.setattr(budget, "measure_pace", lambda *_: Pace(left.pop(0), 359.0))  # the test takes a second
 
 
 NOW = 100.0  # what the clock says, all the time
@@ -65,14 +68,22 @@ def test_the_richest_that_fits(seconds: float, name: str, digits: Dataset, monke
     recipe = fit_into(seconds, NOW, digits, [SHORT, LONG, LONGEST])
     assert recipe.name == name
     # the report and the 359 test images go off
-    assert recipe.seconds == pytest.approx(seconds - budget.FINISH_SECONDS - 359 / 1408)
+    assert recipe.seconds == pytest.approx(seconds - budget.FINISH_SECONDS - 1)
     assert recipe.epochs is None
 
 
 def test_what_has_been_spent_and_test_views_go_off(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     paces(monkeypatch, 1408)
     recipe = fit_into(20, NOW - 4, digits, [SHORT.override(flip=True, test_views=True)])
-    assert recipe.seconds == pytest.approx(20 - 4 - budget.FINISH_SECONDS - 7 * 359 / 1408)
+    assert recipe.seconds == pytest.approx(20 - 4 - budget.FINISH_SECONDS - 7)
+
+
+def test_steps_on_smaller_images_are_counted_by_their_pixels(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of them at a quarter of the pixels make ten epochs as long as 6.25; whole ones would not fit."""
+    for small_size, name in ((4, "long"), (0, "short")):
+        paces(monkeypatch, 1408, 1408)
+        longer = LONG.override(small_size=small_size, small_share=0.5)
+        assert fit_into(12, NOW, digits, [SHORT, longer]).name == name
 
 
 def test_a_budget_that_is_too_short(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,11 +92,64 @@ def test_a_budget_that_is_too_short(digits: Dataset, monkeypatch: pytest.MonkeyP
         fit_into(3, NOW, digits, [SHORT])
 
 
+def test_images_are_tested_once_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = get_recipe("fashion-94")
+    assert asked.test_views
+    for recipe in (None, asked):
+        assert not any(choice.test_views for choice in candidates("fashion-mnist", recipe))
+    monkeypatch.setattr(budget, "measure_pace", lambda *_: Pace(1e6, 1e6))
+    for given in (True, None):
+        experiment = Experiment.create("digits", budget=60, test_views=given, out=f"views {given}")
+        assert experiment.recipe.test_views is bool(given)
+
+
 def test_the_pace_is_measured_and_nothing_random_is_touched(digits: Dataset) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    assert measure_pace(digits, RECIPES["digits"]()) > 0
+    pace = measure_pace(digits, RECIPES["digits"]())
+    assert pace.training > 0 and pace.testing > 0
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_is_slow_the_first_time_does_not_count() -> None:
+    done: list[int] = []
+
+    def work(times: int) -> float:
+        done.append(times)
+        return times / 50 + (100 if len(done) == 1 else 0)
+
+    assert measure_rate(work) == pytest.approx(50)
+    assert done == [1, 2, 4, 8, 16, 16]  # the last took more than a quarter of a second, and is done once more
+
+
+def test_a_moment_in_which_the_machine_was_busy_does_not_count() -> None:
+    done: list[int] = []
+
+    def work(times: int) -> float:
+        done.append(times)
+        return times / 50 + (100 if len(done) == 2 else 0)
+
+    assert measure_rate(work) == pytest.approx(50)
+    assert done == [1, 2, 2, 4, 8, 16, 16]
+
+
+@pytest.mark.parametrize(("batch_size", "parts", "images", "batch"), [(1000, 4, 1437, 250), (64, 1, 40, 40)])
+def test_the_pace_is_that_of_the_recipes_own_batches(
+    batch_size: int, parts: int, images: int, batch: int, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: set[int] = set()
+    monkeypatch.setattr(budget, "PROBE_SECONDS", 0.0)
+    made = budget.make_net
+
+    def make_net(*told: Any) -> torch.nn.Module:
+        net = made(*told)
+        net.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
+        return net
+
+    monkeypatch.setattr(budget, "make_net", make_net)
+    few = replace(digits, train=digits.train.take(torch.arange(images)))
+    measure_pace(few, Recipe(model="small", filters=4, epochs=1, batch_size=batch_size, parts=parts))
+    assert sizes - {1} == {batch}  # the arithmetic is chosen with single images
 
 
 def test_a_run_in_seconds_ends_then(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
+from convlens.evaluation.metrics import compute_logits
 from convlens.evaluation.trust import FEW
-from convlens.training.engine import fit
+from convlens.runtime import choose_device
+from convlens.training.engine import count_work, fit
 from convlens.training.nets import describe_net, make_net
+from convlens.training.precision import choose_precision
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import LADDERS, default_recipe, get_recipe
 
 FINISH_SECONDS = 3.5  # drawing and writing the report
-PROBE_BATCH, PROBE_STEPS = 128, 4
+PROBE_SECONDS = 0.25  # what is quicker is measured again, twice as often
+PROBE_BATCHES = 8
 UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
 
 
@@ -32,10 +37,12 @@ def parse_budget(text: str) -> float:
 
 
 def candidates(data_name: str, recipe: Recipe | None) -> list[Recipe]:
-    """Return the recipes a budget may choose from, the quickest first: the data's own ladder, or just ``recipe``."""
-    if recipe is not None:
-        return [recipe]
-    return [get_recipe(name) for name in LADDERS.get(data_name, ())] or [default_recipe(data_name)]
+    """Return the recipes a budget may choose from, the quickest first: the data's own ladder, or just ``recipe``.
+
+    They are tested without test-time augmentation, whose time is worth more in training.
+    """
+    ladder = [get_recipe(name) for name in LADDERS.get(data_name, ())] or [default_recipe(data_name)]
+    return [choice.override(test_views=False) for choice in ([recipe] if recipe is not None else ladder)]
 
 
 def fit_into(budget: float, started: float, dataset: Dataset, choices: Sequence[Recipe]) -> Recipe:
@@ -46,15 +53,16 @@ def fit_into(budget: float, started: float, dataset: Dataset, choices: Sequence[
     """
     chosen, finishing = choices[0], 0.0
     for number, recipe in enumerate(choices):
-        pace = measure_pace(dataset, recipe)  # images a second
+        pace = measure_pace(dataset, recipe)
         passes = 1 + recipe.test_views * (6 if recipe.flip else 3)
         divided = dataset.with_validation(recipe.validation, recipe.seed)
         train = len(divided.train)
         # what Trust.fit looks at
         looked_at = len(divided.validation) + min(train, FEW) if divided.validation is not None else 0
-        after = FINISH_SECONDS + (passes * len(dataset.test) + looked_at) / pace
-        images = recipe.total_steps(max(train // recipe.batch_size, 1)) * recipe.batch_size
-        if number and images / pace > budget - (time.perf_counter() - started) - after:
+        after = FINISH_SECONDS + (passes * len(dataset.test) + looked_at) / pace.testing
+        steps = recipe.total_steps(max(train // recipe.batch_size, 1))
+        images = count_work(recipe, dataset.shape, steps, 0, steps) * min(recipe.batch_size, train)
+        if number and images / pace.training > budget - (time.perf_counter() - started) - after:
             break  # the one before it is as much as fits
         chosen, finishing = recipe, after
     seconds = budget - (time.perf_counter() - started) - finishing
@@ -64,19 +72,51 @@ def fit_into(budget: float, started: float, dataset: Dataset, choices: Sequence[
     return chosen.override(seconds=seconds)
 
 
-def measure_pace(dataset: Dataset, recipe: Recipe) -> float:
-    """Return how many images a second ``recipe`` trains on here, from a few small steps; its first is not counted."""
-    batch = min(PROBE_BATCH, len(dataset.train))
-    few = dataclasses.replace(dataset, train=dataset.train.take(torch.arange(batch)), validation=None)
+@dataclass(frozen=True)
+class Pace:
+    """How many images a second a net is trained on, none of them made smaller, and how many it answers."""
+
+    training: float
+    testing: float
+
+
+def measure_pace(dataset: Dataset, recipe: Recipe) -> Pace:
+    """Return the pace of ``recipe`` on this machine, from a few steps and answers."""
+    # one part, as in_parts makes them, stands for a step: the update that comes with each costs little beside it
+    part = recipe.batch_size // max(min(recipe.parts, recipe.batch_size // 2), 1)
+    batch = max(min(part, len(dataset.train)), 1)
+    rows = torch.arange(min(len(dataset.train) // batch, PROBE_BATCHES) * batch)
+    few = dataclasses.replace(dataset, train=dataset.train.take(rows), validation=None)
     # a learning rate of 0: the net is only timed
-    small = recipe.override(
-        batch_size=batch, lr=0.0, head_lr=0.0, bias_lr=0.0, validation=0.0, select="last", patience=0, watch_test=False
-    )
+    idle = recipe.override(
+        batch_size=batch, parts=1, small_size=0, lr=0.0, head_lr=0.0, bias_lr=0.0, validation=0.0, select="last",
+        patience=0, watch_test=False,
+    )  # fmt: skip
     preprocess = Preprocess.measure(few.train.images, dataset.style)
-    seconds = []
+    images, normalise = few.train.images[:batch], preprocess.normaliser()
+
+    def train(steps: int) -> float:
+        return list(fit(net, few, idle.override(iterations=steps), preprocess=preprocess))[-1].seconds
+
+    def answer(times: int) -> float:
+        started = time.perf_counter()
+        for _ in range(times):
+            compute_logits(net, images, normalise).cpu()
+        return time.perf_counter() - started
+
     with torch.random.fork_rng():
-        for steps in (1, 1 + PROBE_STEPS):
-            net = make_net(describe_net(small, few), few, preprocess)
-            record = list(fit(net, few, small.override(iterations=steps), preprocess=preprocess))[-1]
-            seconds.append(record.seconds)
-    return batch * PROBE_STEPS / max(seconds[1] - seconds[0], 1e-3)
+        net = make_net(describe_net(idle, few), few, preprocess)
+        # tried here, for the clock is running; on smaller images too
+        precision = choose_precision(recipe, choose_device(recipe.device), net, dataset.shape)
+        idle = idle.override(precision=precision)
+        return Pace(batch * measure_rate(train), batch * measure_rate(answer))
+
+
+def measure_rate(work: Callable[[int], float]) -> float:
+    """Return how often a second something can be done; ``work`` does it a number of times and returns the seconds."""
+    work(1)  # the first time, much is slower
+    times = 2
+    # once more when it took long enough: another program may have been busy
+    while (seconds := work(times)) < PROBE_SECONDS or (seconds := min(seconds, work(times))) < PROBE_SECONDS:
+        times *= 2
+    return times / seconds
