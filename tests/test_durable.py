@@ -30,6 +30,7 @@ from convlens.data.folder import load_folder
 from convlens.errors import ConvlensError, Diverged, UsageError
 from convlens.experiment import Experiment
 from convlens.runfolder import RunFolder, write_json
+from convlens.runtime import choose_device
 from convlens.training.checkpoint import CheckpointStore, TrainState
 from convlens.training.recipe import Recipe
 
@@ -510,6 +511,24 @@ def test_what_would_change_the_digits_is_refused_unless_accepted(key: str, was: 
     assert len(list(resumed.epochs())) == 4
     (recorded,) = json.loads(experiment.folder.config.read_text())["resumed"]
     assert says in recorded
+
+
+def test_a_run_of_a_machine_with_a_gpu_goes_on_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = digits_experiment(tmp_path / "run")
+    config = json.loads(experiment.folder.config.read_text())
+    config["recipe"] |= {"device": "mps", "precision": "fp32"}
+    config["machine"] |= {"device": "mps", "device_name": "Apple M9"}
+    write_json(experiment.folder.config, config)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=r"another device \(mps, now \w+\), another processor \(Apple M9, now "):
+        Experiment.resume(tmp_path / "run")
+    resumed = Experiment.resume(tmp_path / "run", accept_changes=True)
+    config = json.loads(experiment.folder.config.read_text())
+    for recipe in (resumed.recipe, Recipe.from_json(config["recipe"])):
+        assert recipe.device == choose_device().type
+        assert recipe.precision in ("fp32", "bf16")  # settled, for all that is to come
+    assert config["resumed"][0].startswith("device (mps, now ")
+    assert len(list(resumed.epochs())) == 4
 
 
 def test_one_folder_is_trained_in_by_one_process(tmp_path: Path) -> None:

@@ -649,6 +649,22 @@ def test_the_time_that_is_left_of_a_training_by_the_clock_is_the_clocks(monkeypa
     assert told.left == pytest.approx([7 * WHOLE, 2 * WHOLE, 0])
 
 
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_by_the_clock_as_many_steps_are_small_and_the_learning_rate_falls_as_evenly(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, sides = Timed(), list[int]()
+    net.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[3]) if net.training else None)
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: net.clock)
+    recipe = make_recipe(epochs=None, seconds=100 * WHOLE, small_size=4, small_share=share)
+    records = list(fit(net, make_dataset(), recipe))
+    assert net.clock == pytest.approx(100 * WHOLE, rel=0.02)
+    assert sides == sorted(sides)  # the small ones first
+    assert sides.count(4) / len(sides) == pytest.approx(share, abs=0.02)
+    done = [5 * record.epoch / len(sides) for record in records[:-1]]  # whole epochs of five steps
+    assert [record.lr / recipe.lr for record in records[:-1]] == pytest.approx([1 - share for share in done], abs=0.05)
+
+
 def test_small_images_are_refused_for_nets_of_one_size() -> None:
     torch.manual_seed(0)
     net = create_model("fashion-2conv", channels=1, height=8, width=8, classes=4)

@@ -122,18 +122,33 @@ def test_an_unknown_device_is_refused() -> None:
         choose_device("tpu")
 
 
-@pytest.mark.parametrize(("cuda", "mps", "chosen"), [(0, 0, "cpu"), (0, 1, "mps"), (1, 0, "cuda"), (1, 1, "cuda")])
-def test_auto_takes_the_best_device(cuda: int, mps: int, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def pretend(monkeypatch: pytest.MonkeyPatch, cuda: int, mps: int) -> None:
+    """Let PyTorch say that it sees so many devices."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
+
+
+@pytest.mark.parametrize(("cuda", "mps", "chosen"), [(0, 0, "cpu"), (0, 1, "mps"), (1, 0, "cuda"), (4, 1, "cuda")])
+def test_auto_takes_the_best_device(cuda: int, mps: int, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, cuda, mps)
     assert choose_device().type == chosen
     assert choose_device("cpu").type == "cpu"
 
 
+def test_processes_compute_on_cuda_where_there_is_a_device_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    pretend(monkeypatch, 2, 0)
+    assert choose_device().type == "cuda"
+    pretend(monkeypatch, 1, 0)
+    assert choose_device().type == "cpu"
+    with pytest.raises(UsageError, match="^this machine has no cuda device for each of 2 processes; use --device auto"):
+        choose_device("cuda")
+
+
 @pytest.mark.parametrize("name", ["cuda", "mps"])
 def test_a_device_that_is_not_there_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    pretend(monkeypatch, 0, 0)
     with pytest.raises(UsageError, match=f"^this machine has no {name} device; use --device auto or --device cpu$"):
         choose_device(name)
 

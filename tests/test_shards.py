@@ -79,6 +79,12 @@ def test_rows_are_asked_for_as_of_a_tensor(shards: Path) -> None:
     assert images.shape == tuple(whole.shape)
 
 
+def test_images_for_another_device_leave_these_where_they_are(shards: Path) -> None:
+    images = load_shards(shards).train.images
+    there = images.to(torch.device("meta"))
+    assert (images[:2].device.type, there[:2].device.type) == ("cpu", "meta")
+
+
 def test_the_shards_are_the_same_bytes_again(digits: Dataset, shards: Path, tmp_path: Path) -> None:
     pack(digits, tmp_path / "again", 40)
     first, again = (sorted(folder.iterdir()) for folder in (shards, tmp_path / "again"))

@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError
 from convlens.machine import available_cores
@@ -43,14 +45,22 @@ def read_plan(folder: RunFolder, config: Mapping[str, Any]) -> tuple[Recipe, Pre
         raise ConvlensError(f"{folder.config} is damaged: {error!r}") from None
 
 
+def device_of(config: Mapping[str, Any]) -> torch.device:
+    """Return the device of the run of ``config``, or the best one here where this machine does not have it."""
+    try:
+        return choose_device(config["recipe"]["device"])
+    except UsageError:
+        return choose_device("auto")
+
+
 def list_changes(path: str | Path, config: Mapping[str, Any], *, accept: bool) -> list[str]:
     """Return what is not as it was when the run of ``config`` was started, of what decides the last digits.
 
     It computes with that run's threads from here on, if there are as many. Raises UsageError that names the changes
     unless they are accepted; another number of processes, which sum up in another order, is no hindrance.
     """
-    names = {"device_name": "processor", "torch": "version of PyTorch"}
-    was, now = config.get("machine", {}), describe_machine(choose_device(config["recipe"]["device"]))
+    names = {"device": "device", "device_name": "processor", "torch": "version of PyTorch"}
+    was, now = config.get("machine", {}), describe_machine(device_of(config))
     if was.get("processes", 1) == now["processes"]:
         names["threads"] = "number of threads"
         now["threads"] = use_threads(min(config["recipe"]["threads"], available_cores()))

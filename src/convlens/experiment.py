@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from convlens.begun import find_begun, list_changes, read_plan
+from convlens.begun import device_of, find_begun, list_changes, read_plan
 from convlens.data.catalog import data_name, load_dataset, load_recorded, refuse_inside_data
 from convlens.data.dataset import Dataset
 from convlens.data.loader import require_balance
@@ -251,7 +251,12 @@ class Experiment:
         read_plan(folder, config)  # is it whole?
         changes = list_changes(path, config, accept=accept_changes)
         left_out = read_names(folder.excluded) if folder.excluded.exists() else []
+        device, settled = device_of(config), config["recipe"]
+        if device.type != settled["device"]:
+            settled |= {"device": device.type, "precision": "auto"}
         again = cls._rebuild(folder, config, data, left_out, allow_unreadable=allow_unreadable)
+        settled["precision"] = choose_precision(again.recipe, device, again.net, again.dataset.shape)
+        again.recipe = again.recipe.override(precision=settled["precision"])
         if not folder.split.exists():
             write_split(folder, again.dataset)
         if new := [change for change in changes if change not in config.get("resumed", [])]:

@@ -32,3 +32,10 @@ def processor_name() -> str:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def has_bf16() -> bool:
+    """Say whether the processor has instructions for bf16, as far as the system tells."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        return any("bf16" in line for line in lines if line.startswith(("flags", "Features")))
+    return False

@@ -235,7 +235,7 @@ def join() -> Ranks:
         return Ranks(again=again)
     if not distributed().is_initialized():
         backend = "gloo"
-        if torch.cuda.is_available():
+        if torch.cuda.device_count() >= processes_here():  # NCCL wants one for each
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             backend = "cpu:gloo,cuda:nccl"
         if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:

@@ -22,15 +22,21 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 def choose_device(name: str = "auto") -> torch.device:
     """Return the device called ``name``; ``auto`` takes CUDA, then Apple's MPS, then the CPU.
 
-    Raises UsageError for an unknown name and for a device that this machine does not have.
+    Where several processes train together, CUDA counts only if there is a device for each. Raises UsageError for an
+    unknown name and for a device that this machine does not have.
     """
     if name not in DEVICES:
         raise UsageError(f"unknown device {name!r}; choose from: {', '.join(DEVICES)}")
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and torch.cuda.device_count() >= processes_here(),
+        "mps": torch.backends.mps.is_available(),
+    }
     if name == "auto":
         name = next(device for device in ("cuda", "mps", "cpu") if available[device])
     if not available[name]:
-        raise UsageError(f"this machine has no {name} device; use --device auto or --device cpu")
+        each = f" for each of {processes_here()} processes" if processes_here() > 1 else ""
+        raise UsageError(f"this machine has no {name} device{each}; use --device auto or --device cpu")
     return torch.device(name)
 
 

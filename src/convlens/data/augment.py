@@ -78,13 +78,9 @@ def affine(x: Tensor, draws: Draws, degrees: float, scale: float) -> Tensor:
 
 def centre_crop_resize(x: Tensor, draws: Draws, probability: float, fraction: float) -> Tensor:
     """With ``probability``, cut an image to the centre ``fraction`` of its side and resize that to the full size."""
-    n = len(x)
     chosen = draws.uniform() < probability
-    if not bool(chosen.any()):
-        return x
-    side = torch.where(chosen, fraction, 1.0)
-    zero = torch.zeros_like(side)
-    return resample(x, torch.stack([side, zero, zero, zero, side, zero], dim=1).view(n, 2, 3))
+    matrix = (torch.eye(2, 3, device=x.device) * fraction).expand(len(x), 2, 3)
+    return torch.where(chosen[:, None, None, None], resample(x, matrix), x)
 
 
 def resample(x: Tensor, matrix: Tensor) -> Tensor:

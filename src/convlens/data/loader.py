@@ -63,7 +63,13 @@ class Batches:
             require_balance(split)
         self._ranks = ranks or Ranks()
         self._split = split
-        self._images = split.images.to(device)  # (N, C, H, W) uint8
+        try:
+            self._images = split.images.to(device)  # (N, C, H, W) uint8
+        except torch.OutOfMemoryError:
+            raise UsageError(
+                f"the {len(split):,} training images do not fit into the memory of the {device.type} device; put them "
+                "into shards with convlens data pack, or compute with --device cpu"
+            ) from None
         self._labels = split.labels.to(device)  # (N,) int64
         self._normalise = normalise.to(device)
         self._batch_size, self._seed, self._augment = batch_size, seed, augment
@@ -92,17 +98,19 @@ class Batches:
         """
         if epoch != self._epoch:
             if self._chances is None:
-                self._order = self._split.order(self._seed, epoch)
+                order = self._split.order(self._seed, epoch)
             else:
                 shuffle = torch.Generator().manual_seed(derive_seed(self._seed, epoch))
-                self._order = torch.multinomial(self._chances, len(self._labels), replacement=True, generator=shuffle)
-            self._epoch = epoch
+                order = torch.multinomial(self._chances, len(self._labels), replacement=True, generator=shuffle)
+            # moved at once, for a step must not wait for it; that of shards is worked out as it is read
+            self._epoch, self._order = epoch, order.to(self._labels.device) if isinstance(order, Tensor) else order
         step_seed = derive_seed(self._seed, epoch, index)
         seed_global(step_seed + self._ranks.rank, self._labels.device)
         count, first = self.size(index), index * self._batch_size
         part = self._ranks.part(count)
-        rows = self._order[first : first + count][part].to(self._labels.device)
+        rows = self._order[first : first + count][part]
         images = self._normalise(self._images[rows])
+        rows = rows.to(self._labels.device)
         if self._mirrored is not None:
             images = mirror(images, self._mirrored[rows] ^ bool(epoch % 2))
         draws = Draws(self._generator.manual_seed(step_seed), count, part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import http.client
 import io
@@ -280,8 +281,9 @@ class ShardImages:
 
     def to(self, device: torch.device) -> ShardImages:
         """Return the same images, which come to ``device`` when they are asked for."""
-        self._device = device
-        return self
+        there = copy.copy(self)  # with the same shards in memory
+        there._device = device
+        return there
 
     def load(self, numbers: Sequence[int]) -> list[Future[Images]]:
         """Begin to read shards that are not in memory yet; those that were not asked for longest are forgotten."""

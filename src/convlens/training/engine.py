@@ -96,7 +96,9 @@ def fit(
 
     def save() -> None:
         weights = {f"the weight {k}": v for k, v in net.state_dict().items() if v.is_floating_point()}
-        require_numbers({**weights, "the loss": torch.tensor(state.loss_sum)}, state, recipe)
+        require_numbers(weights, state, recipe)
+        if not math.isfinite(state.loss_sum):
+            raise diverged("the loss", state, recipe)
         if store is not None and ranks.first:
             store.save(state, pack(net, optimizer, average, best))
 
@@ -119,12 +121,15 @@ def fit(
         watcher.keep(0, net)
         save()
 
+    def count_steps() -> int:
+        return recipe.total_steps(len(batches), state.step, even_time(recipe, dataset.shape, state.elapsed))
+
     weights = [p for p in net.parameters() if p.requires_grad]
     statistics = batchnorm_statistics(net)
     numbers = NumberWatch(net)
     check_every = 1 if device.type == "cpu" else LOOK_EVERY
     begun = time.perf_counter() - state.elapsed
-    total = recipe.total_steps(len(batches), state.step, state.elapsed)
+    total = count_steps()
     while state.step < total and not state.finished:
         if ranks.agree(should_stop(), 0.0)[0]:
             raise Interrupted(f"stopped at {describe_place(recipe, state.step, total)}")
@@ -158,7 +163,7 @@ def fit(
                 state.step += 1
                 state.seconds = time.perf_counter() - started
                 stopped, state.elapsed = ranks.agree(should_stop(), time.perf_counter() - begun)
-                total = recipe.total_steps(len(batches), state.step, state.elapsed)
+                total = count_steps()
                 tally.add(loss, right, batches.size(index))
                 if is_milestone(state.step, len(batches), total):
                     paused = time.perf_counter()
@@ -183,7 +188,7 @@ def fit(
                     save()
         state.seconds = time.perf_counter() - started
         _, state.elapsed = ranks.agree(False, time.perf_counter() - begun)
-        total = recipe.total_steps(len(batches), state.step, state.elapsed)
+        total = count_steps()
         tally.store_into(state)
         if stopped and state.step < total and state.step < (epoch + 1) * len(batches):  # in the middle of an epoch
             save()
@@ -209,7 +214,7 @@ def fit(
         state.records.append(record)
         state.loss_sum, state.correct, state.seen = 0.0, 0, 0
         _, state.elapsed = ranks.agree(False, time.perf_counter() - begun)
-        total = recipe.total_steps(len(batches), state.step, state.elapsed)
+        total = count_steps()
         state.finished = 0 < recipe.patience <= record.epoch - state.best_epoch and "val" in scores
         save()
         yield record
@@ -246,15 +251,34 @@ def shrink(images: Tensor, size: int) -> Tensor:
     return small.contiguous(memory_format=torch.channels_last)
 
 
+def even_time(recipe: Recipe, shape: tuple[int, int, int], elapsed: float) -> float:
+    """Return how long a training by the clock would have taken so far if each of its steps took the same time.
+
+    Those on smaller images come first and are quicker: after half of the time more than half of the steps are done.
+    """
+    if recipe.seconds is None or not recipe.small_size:
+        return elapsed
+    cost, share = small_cost(recipe, shape), recipe.small_share
+    work = elapsed / recipe.seconds * (share * cost + 1 - share)  # of all steps, in whole ones; a small one is a share
+    done = min(work, share * cost) / cost + max(work - share * cost, 0.0)  # of all steps
+    return done * recipe.seconds
+
+
+def small_cost(recipe: Recipe, shape: tuple[int, int, int]) -> float:
+    """Return the share of the pixels of images (C, H, W) that smaller ones have."""
+    return math.prod(small_shape(shape[1:], recipe.small_size)) / math.prod(shape[1:])
+
+
 def count_work(recipe: Recipe, shape: tuple[int, int, int], total: int, start: int, stop: int) -> float:
     """Return the work of the steps from ``start`` to before ``stop`` of ``total``, on images of ``shape`` (C, H, W).
 
-    A step counts 1; one on smaller images counts the share of the pixels that they have.
+    A step counts 1; one on smaller images counts the share of the pixels that they have. By the clock, where ``total``
+    is a guess that changes, each counts 1.
     """
-    if not recipe.small_size:
+    if not recipe.small_size or recipe.seconds is not None:
         return stop - start
     small = max(min(math.ceil(recipe.small_share * total), stop) - start, 0)
-    return stop - start - small * (1 - math.prod(small_shape(shape[1:], recipe.small_size)) / math.prod(shape[1:]))
+    return stop - start - small * (1 - small_cost(recipe, shape))
 
 
 class Watcher:

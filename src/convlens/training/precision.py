@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from convlens.data.fetch import cache_folder
 from convlens.data.loader import small_shape
 from convlens.errors import ConvlensError
-from convlens.machine import processor_name
+from convlens.machine import has_bf16, processor_name
 from convlens.runfolder import read_json, write_json
 from convlens.training.recipe import Recipe
 
@@ -34,7 +34,7 @@ def choose_precision(recipe: Recipe, device: torch.device, net: nn.Module, shape
     if recipe.precision != "auto":
         return recipe.precision
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type != "cpu":
         return "fp32"
     file = cache_folder() / "precision.json"
@@ -45,11 +45,13 @@ def choose_precision(recipe: Recipe, device: torch.device, net: nn.Module, shape
     if recipe.small_size:
         sizes.append((shape[0], *small_shape(shape[1:], recipe.small_size)))
     results, tried = [], False
+    # the name of a rented processor may stand for several kinds
+    processor = f"{processor_name()} with{'' if has_bf16() else 'out'} bf16"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several would wait for each other while another program is busy
     try:
         for layer, given in [layer for size in sizes for layer in find_convolutions(net, size)]:
-            key = f"{processor_name()}, torch {torch.__version__}: {layer} on {given}"
+            key = f"{processor}, torch {torch.__version__}: {layer} on {given}"
             if not is_result(known.get(key)):
                 known[key], tried = try_convolution(layer, given), True
             results.append(known[key])

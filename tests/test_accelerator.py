@@ -1,0 +1,132 @@
+"""The training loop on PyTorch's device `meta`, which has shapes but no numbers.
+
+What would make an accelerator wait (a number that is read in the middle of a step), or mixes tensors of two devices,
+fails there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from convlens.data import loader
+from convlens.data.augment import Draws
+from convlens.data.dataset import Dataset, Split
+from convlens.data.normalise import Normalise
+from convlens.data.pictures import PictureStyle
+from convlens.data.preprocess import Preprocess
+from convlens.errors import UsageError
+from convlens.training import engine
+from convlens.training.checkpoint import TrainState
+from convlens.training.engine import fit
+from convlens.training.nets import describe_net, make_net
+from convlens.training.optim import make_augment
+from convlens.training.recipe import Recipe
+from convlens.training.recipes import RECIPES
+
+META = torch.device("meta")
+
+
+def made_up(channels: int, side: int) -> Dataset:
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (40, channels, side, side), dtype=torch.uint8, generator=g)
+    split = Split(images, torch.arange(40) % 4, [str(number) for number in range(40)])
+    return Dataset("made up", None, ("a", "b", "c", "d"), split, split, None, PictureStyle(), "")
+
+
+@pytest.fixture
+def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let fit() train on ``meta``, with stand-ins for what PyTorch lacks there; returns when numbers were looked at."""
+    looks: list[str] = []
+
+    class Generator:
+        device = META
+
+        def manual_seed(self, _: int) -> Generator:
+            return self
+
+    def draw(draws: Draws, *shape: int) -> Tensor:
+        return torch.rand(draws.count, *shape, device=META)[draws.rows]
+
+    class Torch:
+        """PyTorch, but for its generators."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        @staticmethod
+        def Generator(device: Any = "cpu") -> Any:
+            return Generator() if device == META else torch.Generator(device)
+
+    monkeypatch.setattr(loader, "torch", Torch())
+    monkeypatch.setattr(Draws, "uniform", lambda draws, low=0.0, high=1.0: draw(draws) * (high - low) + low)
+    monkeypatch.setattr(Draws, "integers", lambda draws, end: (draw(draws) * end).long())
+    monkeypatch.setattr(engine, "choose_device", lambda _: META)
+    monkeypatch.setattr(engine, "choose_precision", lambda *_: "fp32")
+    monkeypatch.setattr(engine, "autocast", lambda *_: torch.autocast("cpu", enabled=False))
+    for name in ("_fused_sgd_", "_fused_adam_", "_fused_adamw_"):
+        monkeypatch.setattr(torch, name, same_device)
+
+    def require_numbers(values: Mapping[str, Tensor], *_: Any) -> None:
+        looks.append("numbers")
+        same_device(list(values.values()))
+
+    def store_into(_: engine.Tally, state: TrainState) -> None:
+        looks.append("sums")
+        state.loss_sum, state.correct, state.seen = 1.0, 1, 1
+
+    monkeypatch.setattr(engine, "require_numbers", require_numbers)
+    monkeypatch.setattr(engine.Tally, "store_into", store_into)
+    monkeypatch.setattr(engine.Tally, "describe", lambda *_: looks.append("told"))
+    return looks
+
+
+def same_device(*tensors: list[Tensor], **_: Any) -> None:
+    assert {tensor.device for some in tensors for tensor in some} <= {META}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in sorted(RECIPES.names())),
+        ("digits", {"ema": 0.9, "clip_norm": 1.0, "balance": True, "cutout": 3}),
+        ("digits", {"optimizer": "adamw", "nesterov": False, "schedule": "cosine", "parts": 2}),
+    ],
+)
+def test_no_step_waits_or_mixes_devices(name: str, options: dict[str, Any], looked: list[str]) -> None:
+    dataset = made_up(3, 32) if "cifar" in name or name == "folder" else made_up(1, 28)
+    settings = {"iterations": 25, "batch_size": 8, "validation": 0.0, "watch_test": False, **options}
+    recipe: Recipe = RECIPES[name]().override(**settings)
+    preprocess = Preprocess.measure(dataset.train.images, dataset.style)
+    net = make_net(describe_net(recipe, dataset), dataset, preprocess)
+    records = list(fit(net, dataset, recipe, preprocess=preprocess))
+    assert len(records) == 5
+    assert {weight.device for weight in net.parameters()} == {META}
+    # before the first step, every 20 steps, and at the end of each epoch of five
+    assert looked.count("numbers") == 1 + 2 + 5
+    assert looked.count("told") == looked.count("sums") == 5
+
+
+def test_images_that_do_not_fit_into_the_device_are_said() -> None:
+    class Full:
+        def to(self, device: torch.device) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    dataset = made_up(1, 8)
+    train = replace(dataset.train, images=Full())  # type: ignore[arg-type]
+    with pytest.raises(
+        UsageError, match="^the 40 training images do not fit into the memory of the cpu device; put them"
+    ):
+        loader.Batches(
+            train,
+            8,
+            Normalise((0.5,), (0.5,)),
+            seed=0,
+            device=torch.device("cpu"),
+            augment=make_augment(Recipe(epochs=1), 4),
+        )
