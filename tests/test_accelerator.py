@@ -98,6 +98,7 @@ def same_device(*tensors: list[Tensor], **_: Any) -> None:
         ("digits", {"optimizer": "adamw", "nesterov": False, "schedule": "cosine", "parts": 2}),
     ],
 )
+@pytest.mark.filterwarnings("ignore:for body:UserWarning")  # BatchNorm's own way to load what is on meta
 def test_no_step_waits_or_mixes_devices(name: str, options: dict[str, Any], looked: list[str]) -> None:
     dataset = made_up(3, 32) if "cifar" in name or name == "folder" else made_up(1, 28)
     settings = {"iterations": 25, "batch_size": 8, "validation": 0.0, "watch_test": False, **options}

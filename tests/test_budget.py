@@ -98,8 +98,8 @@ def test_images_are_tested_once_unless_asked(monkeypatch: pytest.MonkeyPatch) ->
     for recipe in (None, asked):
         assert not any(choice.test_views for choice in candidates("fashion-mnist", recipe))
     monkeypatch.setattr(budget, "measure_pace", lambda *_: Pace(1e6, 1e6))
-    for given in (True, None):
-        experiment = Experiment.create("digits", budget=60, test_views=given, out=f"views {given}")
+    for given in ({}, {"test_views": True}):
+        experiment = Experiment.create("digits", asked, budget=60, small_size=0, out=f"views{len(given)}", **given)
         assert experiment.recipe.test_views is bool(given)
 
 
