@@ -22,7 +22,8 @@ from convlens.training.precision import choose_precision
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import LADDERS, default_recipe, get_recipe
 
-FINISH_SECONDS = 3.5  # drawing and writing the report
+FINISH_SECONDS = 2.0  # drawing and writing the report
+LEAST = 0.5  # of a recipe's length: cut to it, it still beats the one below stretched as long (docs/benchmarks.md, log)
 PROBE_SECONDS = 0.25  # what is quicker is measured again, twice as often
 PROBE_BATCHES = 8
 UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
@@ -46,7 +47,7 @@ def candidates(data_name: str, recipe: Recipe | None) -> list[Recipe]:
 
 
 def fit_into(budget: float, started: float, dataset: Dataset, choices: Sequence[Recipe]) -> Recipe:
-    """Return the richest of ``choices`` whose whole length fits into the budget, cut or stretched to just that.
+    """Return the richest of ``choices`` of which at least half fits into the budget, cut or stretched to just that.
 
     ``budget`` is the seconds of the whole command, which began at ``started`` (time.perf_counter): what loading took,
     and what testing and the report will take, go off it. Raises UsageError if nothing is left.
@@ -62,7 +63,7 @@ def fit_into(budget: float, started: float, dataset: Dataset, choices: Sequence[
         after = FINISH_SECONDS + (passes * len(dataset.test) + looked_at) / pace.testing
         steps = recipe.total_steps(max(train // recipe.batch_size, 1))
         images = count_work(recipe, dataset.shape, steps, 0, steps) * min(recipe.batch_size, train)
-        if number and images / pace.training > budget - (time.perf_counter() - started) - after:
+        if number and LEAST * images / pace.training > budget - (time.perf_counter() - started) - after:
             break  # the one before it is as much as fits
         chosen, finishing = recipe, after
     seconds = budget - (time.perf_counter() - started) - finishing
