@@ -361,7 +361,8 @@ def train(
     ``data`` is whatever :func:`convlens.load_dataset` takes; ``recipe`` a name, a Recipe, or None for the default of
     the data; ``overrides`` are recipe options, such as ``epochs=3, seed=1``. The run lies in ``out``, a new folder, or
     the next free ``runs/<data>-<n>``. ``init`` names a run or model whose trained stages the net starts from, with a
-    new head. ``budget`` is the time that all of it may take (seconds, or "5m"): net and length are chosen to fit.
+    new head. ``budget`` is the time that all of it may take (seconds, or "5m"): the recipe, if none is given, and the
+    length are chosen to fit, and the images are tested once unless ``test_views=True``.
     ``exclude`` is a file that names images to leave out, one a line, as the data doctor writes it. ``allow_unreadable``
     trains although more than 1% of a folder's files cannot be read. PyTorch's random numbers and threads are left as
     they were; on a CPU, with glibc, the process keeps the memory that it frees from then on. Raises UsageError for what

@@ -73,7 +73,7 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder.")] = None,
     init: Annotated[str | None, typer.Option(help="Start from this run's or model's trained stages.")] = None,
     budget: Annotated[
-        str | None, typer.Option(help="Time for all of it, such as 60s or 5m: what fits is chosen.")
+        str | None, typer.Option(help="Time for all of it, such as 60s or 5m: recipe and length are chosen.")
     ] = None,
     exclude: Exclude = None,
     seeds: Annotated[
@@ -93,7 +93,8 @@ def train(
     ] = 1,
     live: Annotated[bool, typer.Option("--live", help="Show a local page that follows the training.")] = False,
     accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="With --resume: go on although machine or versions are others.")
+        bool,
+        typer.Option("--accept-changes", help="With --resume: go on although device, machine or versions are others."),
     ] = False,
     **overrides: Any,
 ) -> None:

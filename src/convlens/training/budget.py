@@ -23,7 +23,7 @@ from convlens.training.recipe import Recipe
 from convlens.training.recipes import LADDERS, default_recipe, get_recipe
 
 FINISH_SECONDS = 2.0  # drawing and writing the report
-LEAST = 0.5  # of a recipe's length: cut to it, it still beats the one below stretched as long (docs/benchmarks.md, log)
+LEAST = 0.5  # of a recipe's length: cut to it, it beat or met the one below stretched as long (docs/benchmarks.md, log)
 PROBE_SECONDS = 0.25  # what is quicker is measured again, twice as often
 PROBE_BATCHES = 8
 UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}

@@ -66,7 +66,7 @@ class Recipe:
     small_size: int = option(
         0, "side in pixels that images have in the first part of the training; 0: always whole", low=0
     )
-    small_share: float = option(0.5, "share of the training that --small-size is for", low=0)
+    small_share: float = option(0.5, "share of the steps that --small-size is for", low=0)
     save_every: int = option(0, "save every so many steps too; 0: after each epoch only", low=0)
     balance: bool = option(False, "show every class as often as the others, however many images it has")
     # objective and optimizer
