@@ -74,8 +74,6 @@ BEST = [
 ROWS = [*STRONG, *FAST, *CLASSICS, *BEST]  # in the order in which they are run
 # the models that come with convlens, and the rows of their runs
 SHIPPED = {"digits": "digits", "mnist": "mnist", "fashion-mnist": "fashion-mnist", "cifar10": "cifar10-small"}
-
-
 MACHINE = "on two cores of an AMD EPYC"
 
 
@@ -151,6 +149,12 @@ def mean_and_spread(shares: list[float]) -> str:
     return f"{statistics.mean(values):.2f}%" + (f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
+def augmented(runs: list[Record]) -> str:
+    """Return mean +- sd of the accuracies with test-time augmentation; nothing where it was not asked for."""
+    accuracies = [run["with_views"] for run in runs if "with_views" in run]
+    return mean_and_spread(accuracies) if accuracies else ""
+
+
 def keep_line(row: Row, before: str) -> list[str]:
     """Return the line that a row has in the table ``before``, if it has one: for a row without records."""
     return [line for line in before.splitlines() if line.startswith(f"| `{row.arguments}` |")]
@@ -172,12 +176,11 @@ def table(rows: list[Row], before: str) -> str:
         first, (low, high) = runs[0], runs[0]["accuracy_interval"]
         worst, best = (f"{100 * pick(accuracies):.2f}" for pick in (min, max))
         fastest, median = (round_seconds(pick(seconds(runs))) for pick in (min, statistics.median))
-        augmented = [run["with_views"] for run in runs if "with_views" in run]
         lines.append(
             f"| `{row.arguments}` | {row.data} | {len(runs)} | {mean_and_spread(accuracies)} "
             f"| {worst}, {best} | {low:.2%} to {high:.2%} (n = {first['n']:,}) "
             f"| {first['parameters']:,} | {first['epochs']} | {fastest}, {median} "
-            f"| {first['precision']} | {mean_and_spread(augmented) if augmented else ''} |"
+            f"| {first['precision']} | {augmented(runs)} |"
         )
     return "\n".join(lines)
 
@@ -260,8 +263,7 @@ def write_docstrings() -> None:
         told = f"test accuracy {mean_and_spread([run['accuracy'] for run in runs])}"
         told += f" ({len(runs)} seed{'s' * (len(runs) > 1)})"
         command, median = f"`convlens train {row.arguments}`", round_seconds(statistics.median(seconds(runs)))
-        augmented = [run["with_views"] for run in runs if "with_views" in run]
-        beside = f"; with test-time augmentation {mean_and_spread(augmented)}" if augmented else ""
+        beside = f"; with test-time augmentation {augmented(runs)}" if augmented(runs) else ""
         paragraph = rf"    {re.escape(command)}: test accuracy [^\n]*\n    {MACHINE}[^\n]*\n"
         text = re.sub(paragraph, f"    {command}: {told}, {median} s\n    {MACHINE}{beside}.\n", text)
     RECIPES.write_text(text, encoding="utf-8")

@@ -50,8 +50,8 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def manual_seed(self, _: int) -> Generator:
             return self
 
-    def draw(draws: Draws, *shape: int) -> Tensor:
-        return torch.rand(draws.count, *shape, device=META)[draws.rows]
+    def draw(draws: Draws) -> Tensor:
+        return torch.rand(draws.count, device=META)[draws.rows]
 
     class Torch:
         """PyTorch, but for its generators."""
