@@ -6,7 +6,8 @@ fails there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,8 @@ from convlens.data.normalise import Normalise
 from convlens.data.pictures import PictureStyle
 from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
-from convlens.training import engine
+from convlens.runtime import callers_state_kept
+from convlens.training import divergence, engine
 from convlens.training.checkpoint import TrainState
 from convlens.training.engine import fit
 from convlens.training.nets import describe_net, make_net
@@ -69,6 +71,7 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(engine, "choose_device", lambda _: META)
     monkeypatch.setattr(engine, "choose_precision", lambda *_: "fp32")
     monkeypatch.setattr(engine, "autocast", lambda *_: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr(torch, "_standard_gamma", lambda shape, generator: torch.empty_like(shape))
     for name in ("_fused_sgd_", "_fused_adam_", "_fused_adamw_"):
         monkeypatch.setattr(torch, name, same_device)
 
@@ -80,7 +83,8 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         looks.append("sums")
         state.loss_sum, state.correct, state.seen = 1.0, 1, 1
 
-    monkeypatch.setattr(engine, "require_numbers", require_numbers)
+    for module in (engine, divergence):
+        monkeypatch.setattr(module, "require_numbers", require_numbers)
     monkeypatch.setattr(engine.Tally, "store_into", store_into)
     monkeypatch.setattr(engine.Tally, "describe", lambda *_: looks.append("told"))
     return looks
@@ -95,6 +99,7 @@ def same_device(*tensors: list[Tensor], **_: Any) -> None:
     [
         *((name, {}) for name in sorted(RECIPES.names())),
         ("digits", {"ema": 0.9, "clip_norm": 1.0, "balance": True, "cutout": 3}),
+        ("digits", {"mixup": 0.5, "cutmix": 0.5, "colour_jitter": 0.2, "crop_probability": 0.1}),
         ("digits", {"optimizer": "adamw", "nesterov": False, "schedule": "cosine", "parts": 2}),
     ],
 )
@@ -111,6 +116,25 @@ def test_no_step_waits_or_mixes_devices(name: str, options: dict[str, Any], look
     # before the first step, every 20 steps, and at the end of each epoch of five
     assert looked.count("numbers") == 1 + 2 + 5
     assert looked.count("told") == looked.count("sums") == 5
+
+
+@pytest.mark.parametrize(("used", "expected"), [(False, []), (True, [0, 1])])
+def test_random_numbers_of_gpus_are_kept_where_they_are_in_use(
+    used: bool, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+
+    @contextlib.contextmanager
+    def fork_rng(devices: Iterable[int]) -> Iterator[None]:
+        kept.extend(devices)
+        yield
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with callers_state_kept():
+        pass
+    assert kept == expected
 
 
 def test_images_that_do_not_fit_into_the_device_are_said() -> None:

@@ -304,7 +304,7 @@ def test_beta_is_a_share_and_a_function_of_the_generator(alpha: float, seed: int
 def test_beta_has_the_moments_of_beta() -> None:
     one = draws(batch(1))
     for alpha in (0.3, 1.0, 4.0):
-        shares = torch.tensor([one.beta(alpha) for _ in range(1500)])
+        shares = torch.stack([one.beta(alpha) for _ in range(1500)])
         assert abs(float(shares.mean()) - 0.5) < 0.04
         assert float(shares.var()) == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.15)
 

@@ -23,6 +23,7 @@ from convlens.training.checkpoint import CheckpointStore, EpochRecord
 from convlens.training.engine import Progress, Watcher, fit
 from convlens.training.precision import choose_precision
 from convlens.training.recipe import Recipe
+from convlens.training.resizing import shrink
 
 CPU = torch.device("cpu")
 SIDE = 8
@@ -585,7 +586,7 @@ def test_bf16_trains_too() -> None:
 )
 def test_shrink(shape: tuple[int, int], size: int, expected: tuple[int, int]) -> None:
     images = torch.rand(3, 2, *shape)
-    small = engine.shrink(images, size)
+    small = shrink(images, size)
     assert tuple(small.shape) == (3, 2, *expected)
     assert torch.allclose(small.mean(dim=(2, 3)), images.mean(dim=(2, 3)), atol=0.1)
 
@@ -665,10 +666,18 @@ def test_by_the_clock_as_many_steps_are_small_and_the_learning_rate_falls_as_eve
     assert [record.lr / recipe.lr for record in records[:-1]] == pytest.approx([1 - share for share in done], abs=0.05)
 
 
-def test_small_images_are_refused_for_nets_of_one_size() -> None:
+def test_no_gradient_of_the_images_is_computed() -> None:
+    net, asked = make_net(), list[bool]()
+    net.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0].requires_grad) if net.training else None)
+    train(net, make_dataset(), make_recipe(iterations=3, mixup=0.5, shift=1, small_size=5))
+    assert asked == [False] * 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_small_images_are_refused_for_nets_of_one_size(precision: str) -> None:
     torch.manual_seed(0)
     net = create_model("fashion-2conv", channels=1, height=8, width=8, classes=4)
-    recipe = make_recipe(model="fashion-2conv", small_size=4)
+    recipe = make_recipe(model="fashion-2conv", small_size=4, precision=precision)
     with pytest.raises(UsageError, match="^--small-size 4: the net fashion-2conv does not take images of that size$"):
         train(net, make_dataset(), recipe)
 

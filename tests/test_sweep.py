@@ -549,6 +549,8 @@ def test_on_the_command_line(
         ((toy, "--param", "lrr=1,2"), "unknown name of a --param 'lrr'; did you mean 'lr'?"),
         ((toy, "--param", LR[0], "--jobs", 9999), "--jobs is 9999; this machine lets convlens use"),
         ((toy, "--param", LR[0], "--confirm", 1), "--confirm is 1; it takes 2 seeds or more"),
+        ((toy, "--param", LR[0], "--pretrained", "x.safetensors"), "a sweep starts every net from random weights"),
+        ((toy, "--param", "frozen=0,1"), "--param frozen makes no sense to search: all nets start from random weights"),
         ((toy, "--param", LR[0], "--out", "runs"), "runs exists already; choose another --out"),
         (
             (toy, "--param", LR[0], "--out", "empty"),
@@ -620,6 +622,23 @@ def test_what_a_batch_costs_is_measured_without_a_test_image(monkeypatch: pytest
     small, large = (tuning.measure(dataset, recipe, size) for size in (16, 64))
     assert small.images_per_second > 0 and large.memory == 4 * small.memory > 0
     assert tuning.free_memory(recipe) > 0
+
+
+def test_a_net_without_an_option_is_searched_beside_one_with_it(toy: str) -> None:
+    sweep = Sweep.create(toy, "digits", params=["model=small,fashion-2conv", "filters=4,8"], trials=1)
+    assert work.settle(sweep, {"model": "small", "filters": 4}).filters == 4
+    assert work.settle(sweep, {"model": "fashion-2conv", "filters": 4}).filters is None
+
+
+def test_tune_takes_another_net(no_plots: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although the recipe's width is no option of it."""
+    from convlens import cli
+
+    words = ["tune", "digits", "--model", "fashion-2conv", "--batch-size", "64", "--seed", "1"]
+    monkeypatch.setattr(sys, "argv", ["convlens", *words])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    assert not leaving.value.code
 
 
 def test_tune_prints_a_command_that_runs(

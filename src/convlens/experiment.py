@@ -23,7 +23,7 @@ from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
 from convlens.finish import conclude
 from convlens.machine import available_cores
-from convlens.models import count_parameters, model_options
+from convlens.models import count_parameters
 from convlens.ranks import Ranks, job, join
 from convlens.record import (
     Board,
@@ -39,8 +39,8 @@ from convlens.runfolder import RunFolder, read_names, write_json, write_names
 from convlens.runtime import callers_state_kept, choose_device, describe_machine, use_threads
 from convlens.training.budget import candidates, fit_into, parse_budget
 from convlens.training.checkpoint import CheckpointStore, EpochRecord
-from convlens.training.engine import Watcher, fit
-from convlens.training.nets import describe_net, make_net
+from convlens.training.engine import Watcher, fit, require_possible
+from convlens.training.nets import describe_net, freeze, make_net, without_unfit
 from convlens.training.precision import choose_precision
 from convlens.training.recipe import LENGTHS, Recipe
 from convlens.training.recipes import default_recipe, get_recipe
@@ -136,10 +136,7 @@ class Experiment:
         def settle(recipe: Recipe) -> Recipe:
             if start is not None and start.options is not None:
                 recipe = recipe.override(**start.options)
-            recipe = recipe.override(**overrides)
-            # the recipe's width of its own net is no option of another net that --model asks for
-            unfit = set(recipe.model_options()) - set(model_options(recipe.model)) - set(overrides)
-            return recipe.override(**dict.fromkeys(unfit))
+            return without_unfit(recipe.override(**overrides), overrides)
 
         settled = settle(recipe or default_recipe(data_name(data)))
         if start is not None and settled.pretrained:
@@ -181,6 +178,8 @@ class Experiment:
         for part in ("features", "head"):  # what a test asks of a net that training does not
             if not hasattr(net, part):
                 raise UsageError(f"model {settled.model!r} has no {part!r}; convlens.models.check_model says more")
+        require_possible(settled, net, dataset)  # fit() would say it too, but then there is a run
+        freeze(net, settled)
         settled = settled.override(precision=choose_precision(settled, device, net, dataset.shape))
         config = {
             "convlens": version("convlens"),

@@ -19,12 +19,12 @@ from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError
 from convlens.progress import track
 from convlens.runtime import choose_device
-from convlens.training.engine import shrink
 from convlens.training.memory import is_out_of_memory
 from convlens.training.nets import describe_net, make_net
 from convlens.training.optim import make_augment, make_clip, make_loss, make_optimizer
 from convlens.training.precision import autocast, choose_precision
 from convlens.training.recipe import Recipe
+from convlens.training.resizing import shrink
 
 STEPS = 100
 LOWEST, HIGHEST = 1e-5, 10.0  # learning rates of the range test

@@ -49,11 +49,14 @@ def tune(
     from convlens.data.catalog import data_name, load_dataset, refuse_inside_data
     from convlens.reporting.plots import draw_range_test
     from convlens.runtime import use_threads
+    from convlens.training.nets import without_unfit
     from convlens.training.recipes import default_recipe, get_recipe
+    from convlens.training.start import require_fresh
     from convlens.tuning import find_lr, pick_batch, probe_batches, with_lr
 
     own = get_recipe(recipe) if recipe else default_recipe(data_name(data))
-    base = own.override(**overrides)
+    base = without_unfit(own.override(**overrides), overrides)
+    require_fresh(base, "tune")
     use_threads(base.threads)
     dataset = load_dataset(data, image_size=base.image_size, allow_unreadable=allow_unreadable)
     target = to or free_name(f"{dataset.name}-lr")
@@ -75,9 +78,10 @@ def tune(
     say(f"        the recipe's own is {own.lr:g}, for batches of {own.batch_size}: a sweep compares them")
     say(f"picture {target}")
     chosen = {**overrides, "batch_size": base.batch_size, **rates}
-    words = [f"{flag(k)} {v:g}" if isinstance(v, float) else f"{flag(k)} {v}" for k, v in chosen.items()
+    words = [f"{flag(k)} {v:g}" if isinstance(v, float) else f"{flag(k)} {quoted(str(v))}" for k, v in chosen.items()
              if not isinstance(v, bool)]  # fmt: skip
     words += [flag(k) if v else f"--no-{flag(k)[2:]}" for k, v in chosen.items() if isinstance(v, bool)]
+    words += ["--allow-unreadable"] * allow_unreadable
     named = f" --recipe {recipe}" if recipe else ""
     say(f"train with: convlens train {quoted(data)}{named} {' '.join(words)}")
 

@@ -36,11 +36,11 @@ class Draws:
         """Return random whole numbers (N,) from 0 to below ``end``."""
         return torch.randint(0, end, (self.count,), generator=self.generator, device=self.generator.device)[self.rows]
 
-    def beta(self, alpha: float) -> float:
-        """Draw one number for the whole batch from Beta(alpha, alpha), as a ratio of gamma variables."""
+    def beta(self, alpha: float) -> Tensor:
+        """Draw one number () for the whole batch from Beta(alpha, alpha), as a ratio of gamma variables."""
         shape = torch.full((2,), alpha, device=self.generator.device)
-        a, b = torch._standard_gamma(shape, generator=self.generator).tolist()
-        return a / (a + b) if a + b > 0 else 0.5
+        a, b = torch._standard_gamma(shape, generator=self.generator).unbind()
+        return torch.where(a + b > 0, a / (a + b), 0.5)
 
 
 def shift(x: Tensor, draws: Draws, pixels: int) -> Tensor:
@@ -145,8 +145,8 @@ def cutmix(x: Tensor, labels: Tensor, draws: Draws, alpha: float, classes: int) 
     The square's area is Beta(alpha, alpha) of the image; labels are (N,) or (N, K), returned as (N, K).
     """
     share = draws.beta(alpha)
-    side = math.sqrt((1 - share) * x.shape[2] * x.shape[3])
-    inside = random_box(x, draws, torch.full((len(x),), side, device=x.device))  # (N, 1, H, W)
+    side = ((1 - share) * x.shape[2] * x.shape[3]).sqrt().expand(len(x))  # (N,)
+    inside = random_box(x, draws, side)  # (N, 1, H, W)
     pasted = inside.float().mean(dim=(1, 2, 3)).unsqueeze(1)  # what the border cut off does not count
     y = soft_labels(labels, classes)
     return torch.where(inside, swap_neighbours(x), x), (1 - pasted) * y + pasted * swap_neighbours(y)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,13 +25,6 @@ def count_batches(images: int, batch_size: int) -> int:
     """
     whole, left = divmod(images, batch_size)
     return max(whole + (left > 1), 1)
-
-
-def small_shape(shape: Sequence[int], size: int) -> tuple[int, int]:
-    """Return (height, width) scaled down so that the longer side has ``size`` pixels, if it has more."""
-    height, width = shape
-    scale = min(size / max(height, width), 1.0)
-    return max(round(height * scale), 1), max(round(width * scale), 1)
 
 
 def require_balance(split: Split) -> None:

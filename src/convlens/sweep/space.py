@@ -31,8 +31,12 @@ NOT_SEARCHED = {  # field -> why
     "select": "the best epoch looks better on validation images than the last one, whatever it is worth",
     "watch_test": "no trial looks at the test split",
     "test_views": "no trial looks at the test split",
+    "pretrained": "all nets start from random weights",
+    "frozen": "all nets start from random weights",
+    "sync_batchnorm": "each training of a sweep is one process",
     "snapshots": UNTOLD,
     "save_every": UNTOLD,
+    "tensorboard": UNTOLD,
 }
 WORDS = {"yes": True, "no": False, "true": True, "false": False}
 

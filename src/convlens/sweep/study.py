@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import torch
 from optuna.exceptions import DuplicatedStudyError, OptunaError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -28,10 +27,12 @@ from convlens.models import model_options
 from convlens.ranks import require_alone
 from convlens.record import command_line
 from convlens.runfolder import RunFolder, read_json, write_json
+from convlens.runtime import callers_state_kept
 from convlens.sweep.space import PRESETS, Choice, Range, Space, parse_space, read_space, space_texts
-from convlens.training.nets import describe_net, make_net
+from convlens.training.nets import describe_net, make_net, without_unfit
 from convlens.training.recipe import FIELD_TYPES, MODEL_OPTIONS, Recipe, flag
 from convlens.training.recipes import default_recipe, get_recipe
+from convlens.training.start import require_fresh
 
 try:
     import fcntl
@@ -101,6 +102,7 @@ class Sweep:
         base = base.override(**{**overrides, "watch_test": False, "snapshots": False, "save_every": 0})
         for name in set(space) & set(overrides):
             raise UsageError(f"{flag(name)} is searched and fixed: give it once")
+        require_fresh(base, "a sweep")
         dataset = load_for_sweep(data, base, allow_unreadable)
         refuse_inside_data(out, dataset)
         notes: list[str] = []
@@ -197,15 +199,13 @@ def check_space(space: Space, base: Recipe, dataset: Dataset) -> None:
                 recipe = base.override(**{name: value})
             except UsageError as error:
                 raise UsageError(f"--param {flag(name)[2:]}={value}: {error}") from None
-        if name != "model" and name not in MODEL_OPTIONS:
+        if name != "model" and (name not in MODEL_OPTIONS or "model" in space):  # of several nets, some may have it
             continue
         for value in values.tried:
             try:
                 recipe = base.override(**{name: value})
-                if name == "model":  # the width of one net is no option of another
-                    unfit = set(recipe.model_options()) - set(model_options(recipe.model))
-                    recipe = recipe.override(**dict.fromkeys(unfit))
-                with torch.random.fork_rng():
+                recipe = without_unfit(recipe, () if name == "model" else [name])
+                with callers_state_kept():
                     make_net(describe_net(recipe, dataset), dataset, preprocess)
             except UsageError as error:
                 raise UsageError(f"--param {flag(name)[2:]}={value}: {error}") from None

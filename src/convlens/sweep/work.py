@@ -25,12 +25,11 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from convlens.data.loader import count_batches
 from convlens.errors import Interrupted
 from convlens.machine import available_cores
-from convlens.models import model_options
 from convlens.runtime import derive_seed, use_threads
 from convlens.sweep.study import Sweep
 from convlens.training.checkpoint import EpochRecord
 from convlens.training.engine import fit
-from convlens.training.nets import describe_net, make_net
+from convlens.training.nets import describe_net, make_net, without_unfit
 from convlens.training.recipe import Recipe
 
 BEAT = 20.0  # seconds between the signs of life of a process that is at a trial
@@ -123,10 +122,9 @@ def cut_short(trial: FrozenTrial | Trial) -> str:
 
 def settle(sweep: Sweep, params: dict[str, Any], threads: int = 0) -> Recipe:
     """Return the recipe of a trial; ``threads`` (0: as many as it says) is all that it may compute with."""
-    recipe = sweep.base.override(**params)
-    unfit = set(recipe.model_options()) - set(model_options(recipe.model)) - set(params)
+    recipe = without_unfit(sweep.base.override(**params))
     most = threads or available_cores()
-    return recipe.override(**dict.fromkeys(unfit), threads=min(recipe.threads or most, most))
+    return recipe.override(threads=min(recipe.threads or most, most))
 
 
 def share_of_cores(jobs: int) -> int:
@@ -234,7 +232,8 @@ def helpers(sweep: Sweep, count: int, threads: int, warn: Callable[[str], None])
 
     The block gets a function to call now and then: it warns, once, of each that has died by itself.
     """
-    command = [sys.executable, "-m", "convlens.sweep.work", str(sweep.folder), str(threads)]
+    # -P: no module of the folder that we are in
+    command = [sys.executable, "-P", "-m", "convlens.sweep.work", str(sweep.folder), str(threads)]
     processes = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(count)]
     dead: set[int] = set()
 

@@ -15,15 +15,16 @@ from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
 from convlens.evaluation.metrics import compute_logits
 from convlens.evaluation.trust import FEW
-from convlens.runtime import choose_device
-from convlens.training.engine import count_work, fit
+from convlens.runtime import callers_state_kept, choose_device
+from convlens.training.engine import fit
 from convlens.training.nets import describe_net, make_net
 from convlens.training.precision import choose_precision
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import LADDERS, default_recipe, get_recipe
+from convlens.training.resizing import count_work
 
 FINISH_SECONDS = 2.0  # drawing and writing the report
-LEAST = 0.5  # of a recipe's length: cut to it, it beat or met the one below stretched as long (docs/benchmarks.md, log)
+LEAST = 0.5  # of a recipe's length: cut to it, none was behind the one below stretched as long by more than 0.04 points
 PROBE_SECONDS = 0.25  # what is quicker is measured again, twice as often
 PROBE_BATCHES = 8
 UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
@@ -105,7 +106,7 @@ def measure_pace(dataset: Dataset, recipe: Recipe) -> Pace:
             compute_logits(net, images, normalise).cpu()
         return time.perf_counter() - started
 
-    with torch.random.fork_rng():
+    with callers_state_kept():
         net = make_net(describe_net(idle, few), few, preprocess)
         # tried here, for the clock is running; on smaller images too
         precision = choose_precision(recipe, choose_device(recipe.device), net, dataset.shape)

@@ -5,22 +5,22 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convlens.data.dataset import Dataset
-from convlens.data.loader import Batches, small_shape
+from convlens.data.loader import Batches
 from convlens.data.preprocess import Preprocess
-from convlens.errors import Diverged, Interrupted, UsageError
+from convlens.errors import Interrupted, UsageError
 from convlens.evaluation.metrics import Scores, evaluate
 from convlens.progress import Meter
 from convlens.ranks import BatchNormTogether, batchnorm_statistics, join
 from convlens.runtime import choose_device, keep_memory
 from convlens.training.checkpoint import CheckpointStore, EpochRecord, TrainState, pack, unpack
+from convlens.training.divergence import NumberWatch, diverged, require_numbers
 from convlens.training.memory import in_parts
 from convlens.training.nets import freeze
 from convlens.training.optim import (
@@ -33,6 +33,7 @@ from convlens.training.optim import (
 )
 from convlens.training.precision import autocast, choose_precision
 from convlens.training.recipe import Recipe
+from convlens.training.resizing import count_work, even_time, shrink
 
 LOOK_EVERY = 20  # steps between looks at the figures, which make an accelerator wait
 
@@ -72,8 +73,7 @@ def fit(
         keep_memory()
     precision = ranks.share(choose_precision(recipe, device, net, dataset.shape))
     dataset = dataset.with_validation(recipe.validation, recipe.seed)
-    if dataset.validation is None and (recipe.patience or recipe.select == "best"):
-        raise UsageError("--patience and --select best choose by validation images; set a --validation share above 0")
+    require_possible(recipe, net, dataset)
     normalise = (preprocess or Preprocess.measure(dataset.train.images, dataset.style)).normaliser()
     augment = make_augment(recipe, len(dataset.classes))
     batches = Batches(
@@ -82,8 +82,6 @@ def fit(
     )  # fmt: skip
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     ranks.equalise(net)
-    if recipe.small_size:
-        require_any_size(net, dataset.shape, recipe)
     freeze(net, recipe)
     compute_loss, clip = make_loss(recipe, net), make_clip(net, recipe)
     optimizer, average = make_optimizer(net, recipe), WeightAverage(net, recipe.ema)
@@ -222,63 +220,16 @@ def fit(
     net.load_state_dict({**net.state_dict(), **average.weights, **best})
 
 
+def require_possible(recipe: Recipe, net: nn.Module, dataset: Dataset) -> None:
+    """Raise UsageError for what the recipe asks of the net, or of ``dataset`` (divided already), and cannot have."""
+    if dataset.validation is None and (recipe.patience or recipe.select == "best"):
+        raise UsageError("--patience and --select best choose by validation images; set a --validation share above 0")
+    make_loss(recipe, net)
+
+
 def is_milestone(step: int, epoch_steps: int, total: int) -> bool:
     """Say whether the net after ``step`` steps is worth keeping: most happens early."""
     return step >= total or step % epoch_steps == 0 or (step < epoch_steps and step.bit_count() == 1)
-
-
-@torch.no_grad()
-def require_any_size(net: nn.Module, shape: tuple[int, int, int], recipe: Recipe) -> None:
-    """Raise UsageError unless ``net`` takes images of ``shape`` (C, H, W) at the recipe's small size too."""
-    image = torch.zeros(1, *shape, device=next(net.parameters()).device)
-    training = net.training
-    try:
-        net.eval()(shrink(image, recipe.small_size))
-    except RuntimeError:
-        raise UsageError(
-            f"--small-size {recipe.small_size}: the net {recipe.model} does not take images of that size"
-        ) from None
-    finally:
-        net.train(training)
-
-
-def shrink(images: Tensor, size: int) -> Tensor:
-    """Return images (N, C, H, W) scaled down so that their longer side has ``size`` pixels, if it has more."""
-    shape = small_shape(images.shape[2:], size)
-    if shape == tuple(images.shape[2:]):
-        return images
-    small = F.interpolate(images, size=shape, mode="bilinear", antialias=True, align_corners=False)
-    return small.contiguous(memory_format=torch.channels_last)
-
-
-def even_time(recipe: Recipe, shape: tuple[int, int, int], elapsed: float) -> float:
-    """Return how long a training by the clock would have taken so far if each of its steps took the same time.
-
-    Those on smaller images come first and are quicker: after half of the time more than half of the steps are done.
-    """
-    if recipe.seconds is None or not recipe.small_size:
-        return elapsed
-    cost, share = small_cost(recipe, shape), recipe.small_share
-    work = elapsed / recipe.seconds * (share * cost + 1 - share)  # of all steps, in whole ones; a small one is a share
-    done = min(work, share * cost) / cost + max(work - share * cost, 0.0)  # of all steps
-    return done * recipe.seconds
-
-
-def small_cost(recipe: Recipe, shape: tuple[int, int, int]) -> float:
-    """Return the share of the pixels of images (C, H, W) that smaller ones have."""
-    return math.prod(small_shape(shape[1:], recipe.small_size)) / math.prod(shape[1:])
-
-
-def count_work(recipe: Recipe, shape: tuple[int, int, int], total: int, start: int, stop: int) -> float:
-    """Return the work of the steps from ``start`` to before ``stop`` of ``total``, on images of ``shape`` (C, H, W).
-
-    A step counts 1; one on smaller images counts the share of the pixels that they have. By the clock, where ``total``
-    is a guess that changes, each counts 1.
-    """
-    if not recipe.small_size or recipe.seconds is not None:
-        return stop - start
-    small = max(min(math.ceil(recipe.small_share * total), stop) - start, 0)
-    return stop - start - small * (1 - small_cost(recipe, shape))
 
 
 class Watcher:
@@ -346,40 +297,9 @@ def share_right(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(dim=1) == target).float().mean()
 
 
-class NumberWatch:
-    """Looks whether a training still computes with numbers: its loss, its gradients, BatchNorm's statistics."""
-
-    def __init__(self, net: nn.Module):
-        # listed once: to walk through a net costs more than to look at its figures
-        self._parameters = [(f"the gradient of {name}", p) for name, p in net.named_parameters() if p.requires_grad]
-        self._buffers = {f"the buffer {name}": b for name, b in net.named_buffers() if b.is_floating_point()}
-
-    def check(self, loss: Tensor, state: TrainState, recipe: Recipe) -> None:
-        """Raise Diverged after a backward pass unless everything is a number."""
-        gradients = {name: p.grad for name, p in self._parameters if p.grad is not None}
-        require_numbers({"the loss": loss, **gradients, **self._buffers}, state, recipe)
-
-
-def require_numbers(values: Mapping[str, Tensor], state: TrainState, recipe: Recipe) -> None:
-    """Raise Diverged that names the first of ``values`` that is not made of numbers."""
-    norms = torch._foreach_norm([value for value in values.values() if value.numel()])
-    if not bool(torch.stack(norms).isfinite().all()):  # one of them is no number, or its square is none
-        for name, value in values.items():
-            if not bool(value.isfinite().all()):
-                raise diverged(name, state, recipe)
-
-
 def describe_place(recipe: Recipe, step: int, total: int) -> str:
     """Return where a training is; one that is given in seconds has no total that would not change."""
     return f"step {step}" if recipe.seconds else f"step {step} of {total}"
-
-
-def diverged(what: str, state: TrainState, recipe: Recipe) -> Diverged:
-    """Return the error that says what is not a number, and what to try."""
-    return Diverged(
-        f"{what} is not a number any more (at step {state.step}); try a lower --lr (now {recipe.lr:g}), "
-        "a longer --warmup, or --clip-norm 1"
-    )
 
 
 def make_record(epoch: int, state: TrainState, lr: float, scores: dict[str, Scores]) -> EpochRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -9,11 +10,20 @@ from torch import nn
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
-from convlens.models import ConvNet, create_model
+from convlens.models import ConvNet, create_model, model_options
 from convlens.training.memory import is_out_of_memory
 from convlens.training.recipe import Recipe
 
 MILLION = 1_000_000  # pixels that a fresh net may look at
+
+
+def without_unfit(recipe: Recipe, asked: Collection[str] = ()) -> Recipe:
+    """Return the recipe without options that its net does not have: those of a recipe are for its own net.
+
+    One of the fields that were ``asked`` for stays; to build such a net is refused.
+    """
+    unfit = set(recipe.model_options()) - set(model_options(recipe.model)) - set(asked)
+    return recipe.override(**dict.fromkeys(unfit))
 
 
 def describe_net(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:

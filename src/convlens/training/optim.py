@@ -41,8 +41,8 @@ def learning_rate(recipe: Recipe, step: int, total: int, steps_per_epoch: int) -
 def make_optimizer(net: nn.Module, recipe: Recipe) -> Optimizer:
     """Return the recipe's optimizer; weight decay leaves biases and BatchNorm's factors alone.
 
-    Filters, matrices and vectors are groups of their own: with Muon only filters go its way, the others by
-    Nesterov's SGD, and both ``head_lr`` and ``bias_lr`` take the place of ``lr`` where they are given.
+    Filters, matrices and vectors are groups of their own: with Muon only filters go its way, the others by SGD, and
+    both ``head_lr`` and ``bias_lr`` take the place of ``lr`` where they are given.
     """
     weights = [p for p in net.parameters() if p.requires_grad]
     filters = [p for p in weights if p.dim() > 2]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from convlens.data.fetch import cache_folder
-from convlens.data.loader import small_shape
 from convlens.errors import ConvlensError
 from convlens.machine import has_bf16, processor_name
 from convlens.runfolder import read_json, write_json
 from convlens.training.recipe import Recipe
+from convlens.training.resizing import require_any_size, small_shape
 
 BATCH, ROUNDS = 64, 4
 TOLERANCE = 0.02  # of the largest value; bf16 itself keeps about 3 digits
@@ -30,7 +30,10 @@ def choose_precision(recipe: Recipe, device: torch.device, net: nn.Module, shape
     ``auto`` on a CPU tries every convolution of the net, forward and backward, both ways: bf16 is taken if all are
     right and together faster, for some shapes fall off the fast path, and some have come out wrong. What was found
     is kept in the user's cache, by processor, PyTorch version and shape.
+    Raises UsageError if the net does not take the smaller images of the recipe.
     """
+    if recipe.small_size:
+        require_any_size(net, shape, recipe)
     if recipe.precision != "auto":
         return recipe.precision
     if device.type == "cuda":

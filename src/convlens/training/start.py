@@ -87,6 +87,13 @@ def start_from_weights(recipe: Recipe) -> Start | None:
     return Start("--pretrained", origin, tensors, **(form | (told_beside(beside) if beside.is_file() else {})))
 
 
+def require_fresh(recipe: Recipe, what: str) -> None:
+    """Raise UsageError if the recipe starts from trained weights, which ``what`` does not do."""
+    if recipe.pretrained or recipe.frozen:
+        flag = "--pretrained" if recipe.pretrained else "--frozen"
+        raise UsageError(f"{what} starts every net from random weights; leave {flag} out")
+
+
 def told_beside(config: Path) -> dict[str, Any]:
     """Return what a config.json says of the images of the weights beside it: nothing, unless it is one we know."""
     values = read_json(config)

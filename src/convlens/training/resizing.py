@@ -1,0 +1,77 @@
+"""Progressive resizing: smaller images in the first part of a training, which cost less (J. Howard, DAWNBench 2018)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convlens.errors import UsageError
+from convlens.training.memory import is_out_of_memory
+from convlens.training.recipe import Recipe
+
+
+def small_shape(shape: Sequence[int], size: int) -> tuple[int, int]:
+    """Return (height, width) scaled down so that the longer side has ``size`` pixels, if it has more."""
+    height, width = shape
+    scale = min(size / max(height, width), 1.0)
+    return max(round(height * scale), 1), max(round(width * scale), 1)
+
+
+@torch.no_grad()
+def require_any_size(net: nn.Module, shape: tuple[int, int, int], recipe: Recipe) -> None:
+    """Raise UsageError unless ``net`` takes images of ``shape`` (C, H, W) at the recipe's small size too."""
+    image = torch.zeros(1, *shape, device=next(net.parameters()).device)
+    training = net.training
+    try:
+        net.eval()(shrink(image, recipe.small_size))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"--small-size {recipe.small_size}: the net {recipe.model} does not take images of that size"
+        ) from None
+    finally:
+        net.train(training)
+
+
+def shrink(images: Tensor, size: int) -> Tensor:
+    """Return images (N, C, H, W) scaled down so that their longer side has ``size`` pixels, if it has more."""
+    shape = small_shape(images.shape[2:], size)
+    if shape == tuple(images.shape[2:]):
+        return images
+    small = F.interpolate(images, size=shape, mode="bilinear", antialias=True, align_corners=False)
+    return small.contiguous(memory_format=torch.channels_last)
+
+
+def even_time(recipe: Recipe, shape: tuple[int, int, int], elapsed: float) -> float:
+    """Return how long a training by the clock would have taken so far if each of its steps took the same time.
+
+    Those on smaller images come first and are quicker: after half of the time more than half of the steps are done.
+    """
+    if recipe.seconds is None or not recipe.small_size:
+        return elapsed
+    cost, share = small_cost(recipe, shape), recipe.small_share
+    work = elapsed / recipe.seconds * (share * cost + 1 - share)  # of all steps, in whole ones; a small one is a share
+    done = min(work, share * cost) / cost + max(work - share * cost, 0.0)  # of all steps
+    return done * recipe.seconds
+
+
+def small_cost(recipe: Recipe, shape: tuple[int, int, int]) -> float:
+    """Return the share of the pixels of images (C, H, W) that smaller ones have."""
+    return math.prod(small_shape(shape[1:], recipe.small_size)) / math.prod(shape[1:])
+
+
+def count_work(recipe: Recipe, shape: tuple[int, int, int], total: int, start: int, stop: int) -> float:
+    """Return the work of the steps from ``start`` to before ``stop`` of ``total``, on images of ``shape`` (C, H, W).
+
+    A step counts 1; one on smaller images counts the share of the pixels that they have. By the clock, where ``total``
+    is a guess that changes, each counts 1.
+    """
+    if not recipe.small_size or recipe.seconds is not None:
+        return stop - start
+    small = max(min(math.ceil(recipe.small_share * total), stop) - start, 0)
+    return stop - start - small * (1 - small_cost(recipe, shape))
