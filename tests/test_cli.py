@@ -391,6 +391,8 @@ def test_evaluate_on_spoiled_images(shell: Shell, digits_run: Path) -> None:
     last = rf"{digits_run}: accuracy [\d.]+% on average of these, [\d.]+% on the test images as they are"
     assert code == 0 and re.fullmatch(last, out.splitlines()[-1])
     assert len(out.splitlines()) == 12 and Path("spoiled.png").stat().st_size > 5000
+    _, out, err = shell("evaluate", digits_run, "--corruptions", "--format", "csv")
+    assert len(out.splitlines()) == 10 and re.fullmatch(last, err.splitlines()[-1])
     shell.fails("evaluate", digits_run, "--plot", "x.png", code=2, says="--plot draws --corruptions; give both")
     shell.fails("evaluate", digits_run, "--corruptions", "--plot", "spoiled.png", code=2, says="that file exists")
 
@@ -590,6 +592,20 @@ def test_a_run_without_its_checkpoints_begins_anew_and_says_so(shell: Shell) -> 
     assert "its checkpoints are gone: it begins anew" in out and Path("run/split.csv").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--loss", "nll"], "--loss nll needs a net that ends in log-softmax"),
+        (["--patience", "3", "--validation", "0"], "--patience and --select best choose by validation images"),
+        (["--init", "digits", "--frozen", "99"], "--frozen 99: the net has 4 stages"),
+        (["--model", "fashion-2conv", "--small-size", "4", "--precision", "auto"], "--small-size 4: the net fashion-2"),
+    ],
+)
+def test_what_cannot_be_trained_leaves_no_run(words: list[str], says: str, shell: Shell) -> None:
+    shell.fails("train", "digits", *QUICK, *words, code=2, says=says)
+    assert not Path("runs").exists()
+
+
 def test_ctrl_c_before_a_run_has_begun_leaves_nothing(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     def press(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -598,6 +614,17 @@ def test_ctrl_c_before_a_run_has_begun_leaves_nothing(shell: Shell, monkeypatch:
     monkeypatch.setattr("convlens.experiment.write_split", press)
     assert shell("train", "digits", *QUICK)[0] == 130
     assert not list(Path("runs").iterdir())
+
+
+def test_ctrl_c_while_shards_are_written_leaves_none(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def press(*_: object) -> None:
+        assert list(Path().glob(".shards*"))
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    monkeypatch.setattr("convlens.data.shards.make_tar", press)
+    assert shell("data", "pack", "digits", "--out", "shards")[0] == 130
+    assert not list(Path().iterdir())
 
 
 def test_nothing_is_written_into_the_data(shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

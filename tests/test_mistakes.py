@@ -20,7 +20,7 @@ from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
 from convlens.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from convlens.mistakes import file_name, unique, write_mistakes
-from convlens.run import Run, corrupt_run
+from convlens.run import Run, corrupt_run, evaluate_run, load_training_images
 
 QUICK: dict[str, Any] = {"epochs": 1, "device": "cpu", "threads": 1, "precision": "fp32"}
 
@@ -63,6 +63,33 @@ def test_a_pair_of_classes(run: Run, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="^unknown class 'x'"):
         write_mistakes(run.path, tmp_path / "none", true="x")
     assert not (tmp_path / "none").exists()
+
+
+def test_other_images_are_not_taken_for_those_it_was_tested_on(run: Run, tmp_path: Path) -> None:
+    """Although they have its classes, its size and its ids."""
+    digits = load_dataset("digits")
+    arrays = {"x_train": digits.train.images, "y_train": digits.train.labels, "x_test": digits.test.images.flip(0)}
+    other = tmp_path / "other.npz"
+    numbers = {key: value.numpy() for key, value in {**arrays, "y_test": digits.test.labels.flip(0)}.items()}
+    np.savez(other, **numbers, classes=np.array(digits.classes))
+    with pytest.raises(UsageError, match=rf"^the data in {other} are not those that .* was trained on$"):
+        write_mistakes(run.path, tmp_path / "mistakes", data=str(other))
+    with pytest.raises(UsageError, match="are not those that"):
+        load_training_images(run.path, run.classifier, str(other))
+    assert not (tmp_path / "mistakes").exists()
+    assert evaluate_run(run.path, str(other))["n"] == run.test["n"]  # which is for other data
+
+
+def test_data_that_were_moved_are_those_it_was_tested_on(tmp_path: Path) -> None:
+    """Less the images that it left out."""
+    digits = load_dataset("digits")
+    old, new, excluded = tmp_path / "old.npz", tmp_path / "new.npz", tmp_path / "excluded.txt"
+    np.savez(old, x=digits.train.images[:200, 0].numpy(), y=digits.train.labels[:200].numpy())
+    excluded.write_text("3\n5\n")
+    run = convlens.train(str(old), "digits", exclude=excluded, out=tmp_path / "run", **QUICK)
+    old.rename(new)
+    assert write_mistakes(run.path, tmp_path / "mistakes", data=str(new))[1] == run.test["n"] - run.test["correct"]
+    assert load_training_images(run.path, run.classifier, str(new)) is not None
 
 
 def test_nothing_is_overwritten(run: Run, tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ def read_plan(folder: RunFolder, config: Mapping[str, Any]) -> tuple[Recipe, Pre
     try:
         config["data"]["source"], config["model"]["name"]
         return Recipe.from_json(config["recipe"]), Preprocess.from_json(config["preprocess"])
+    except UsageError as error:  # such as a field that another version of convlens has
+        raise ConvlensError(f"{folder.config} is of another version of convlens, or damaged: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise ConvlensError(f"{folder.config} is damaged: {error!r}") from None
 

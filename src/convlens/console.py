@@ -259,14 +259,15 @@ def print_corruptions(model: str, clean: float, figures: dict[str, list[float]],
         print_csv(rows)
     else:
         print_table(rows)
-        print(f"{model}: accuracy {mean:.2%} on average of these, {clean:.2%} on the test images as they are")
+    told = f"{model}: accuracy {mean:.2%} on average of these, {clean:.2%} on the test images as they are"
+    print(told, file=sys.stderr if format is Format.csv else sys.stdout)
 
 
 class Printer:
     """Prints predictions as they come: text and CSV line by line, JSON as one list."""
 
-    def __init__(self, format: Format, top: int):
-        self.format, self.top = format, top
+    def __init__(self, format: Format):
+        self.format = format
         self._rows: list[dict[str, Any]] = []
         if format is Format.csv:
             print_csv([("image", "rank", "label", "probability", "known", "set")])

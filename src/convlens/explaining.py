@@ -107,8 +107,6 @@ def show_training(
         if place is not None:
             refuse_inside_data(place, data or recorded_source(source), flag)
     bundle, dataset = load_tested(run.path, data)
-    if dataset.fingerprint() != run.config["data"]["fingerprint"]:
-        raise UsageError(f"the data in {data} are not those that {source} was trained on")
     recipe = run.config["recipe"]
     held_out = dataset.with_validation(recipe["validation"], recipe["seed"]).validation
     asked = dataset.train if held_out is None else held_out

@@ -128,36 +128,38 @@ class Run:
         return f"Run({str(self.path)!r})"
 
 
-def load_tested(source: str | Path, data: Any = None) -> tuple[Bundle, Dataset]:
-    """Return a run's or model's bundle, and the data set that it was tested on, or ``data`` brought to the same form.
+def load_tested(source: str | Path, data: Any = None, *, other: bool = False) -> tuple[Bundle, Dataset]:
+    """Return a run's or model's bundle, and the data set that it was trained and tested on.
 
-    Raises UsageError if the run's own data have changed, or other data have other classes or another size.
+    ``data`` says where that is now, if not where the run says; or it is ``other`` data, which are brought to the same
+    form. Raises UsageError if the run's own data have changed, or other data have other classes or another size.
     """
     folder = find_bundle(source)
     bundle, run = load_bundle(folder), RunFolder(folder.parent)
     preprocess = bundle.preprocess
     recorded = read_json(run.config)["data"] if run.test.is_file() else bundle.trained["data"]
-    own = data is None
-    if own and recorded["source"] is None:
+    own = data is None or not other
+    if data is None and recorded["source"] is None:
         raise UsageError(f"{source} does not say where its data are; name them with --data")
     if own and recorded.get("left_out") and not run.excluded.exists():
         raise UsageError(f"{source} left images out, and the list of them is in its run folder; evaluate that")
     form: dict[str, Any] = {"image_size": preprocess.height, "channels": preprocess.channels, "allow_unreadable": True}
     if own:
-        data = recorded["source"]
         left_out = read_names(run.excluded) if run.excluded.exists() else ()
-        dataset = load_recorded(recorded, without=left_out, **form)
+        dataset = load_recorded(recorded, data, without=left_out, **form)
     else:
         dataset = load_dataset(data, **form)
         if recorded.get("fold") and dataset.source == recorded["source"]:
             raise UsageError(f"{source} was trained on the test images of {data}: it is one fold; leave out --data")
-    named = data if isinstance(data, (str, Path)) else dataset.name
+    named = data if isinstance(data, (str, Path)) else dataset.name if data is not None else recorded["source"]
     if dataset.classes != bundle.classes:
         raise UsageError(f"{named} has other classes than {source}: {', '.join(dataset.classes)}")
     expected = (preprocess.channels, preprocess.height, preprocess.width)
     if dataset.shape != expected:
         raise UsageError(f"{named} has images of (C, H, W) {dataset.shape}, {source} takes {expected}")
     if own and dataset.fingerprint() != recorded["fingerprint"]:
+        if data is not None:
+            raise UsageError(f"the data in {named} are not those that {source} was trained on")
         raise UsageError(
             f"the data in {named} have changed since the training, so that test images may have been trained on; "
             "put them back, or name other data with --data"
@@ -182,7 +184,7 @@ def evaluate_run(source: str | Path, data: Any = None, *, test_views: bool = Fal
     Returns the values that ``test.json`` has; with ``test_views``, those of test-time augmentation beside them.
     """
     use_threads()
-    bundle, dataset = load_tested(source, data)
+    bundle, dataset = load_tested(source, data, other=True)
     views = make_views(bundle.trained["recipe"].get("flip", False)) if test_views else None
     test, _ = Classifier(bundle).test(dataset.test, views)
     return test
@@ -191,7 +193,7 @@ def evaluate_run(source: str | Path, data: Any = None, *, test_views: bool = Fal
 def corrupt_run(source: str | Path, data: Any = None) -> tuple[float, dict[str, list[float]]]:
     """Return the accuracy on the test split as it is, and for each corruption at severities 1 to 5."""
     use_threads()
-    bundle, dataset = load_tested(source, data)
+    bundle, dataset = load_tested(source, data, other=True)
     classifier = Classifier(bundle)
     clean = Scores.of(classifier.logits(dataset.test.images), dataset.test.labels).accuracy
     figures: dict[str, list[float]] = {}

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,6 +60,12 @@ def leave_with(message: str) -> Callable[..., NoReturn]:
         os._exit(130)
 
     return leave
+
+
+def heed_interrupts() -> None:
+    """Let Ctrl-C end in KeyboardInterrupt from here on: all is imported, and what is half done is cleared away."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.app import AllowUnreadable, Data, Exclude, check_new_file, data_app
+from convlens.cli.app import AllowUnreadable, Data, Exclude, check_new_file, data_app, heed_interrupts
 from convlens.console import describe_findings, first_line, print_table
 from convlens.errors import quoted
 
@@ -47,6 +47,7 @@ def data_info(
     from convlens.data.shards import is_packed
     from convlens.reporting.sheets import images_sheet, pick_samples
 
+    heed_interrupts()
     check_new_file(to, "--to", "png")
     dataset = load_dataset(data, image_size=image_size, allow_unreadable=allow_unreadable)
     channels, height, width = dataset.shape
@@ -103,6 +104,7 @@ def data_pack(
     from convlens.data.shards import pack
     from convlens.runfolder import RunFolder, read_names
 
+    heed_interrupts()
     RunFolder.refuse_existing(out)
     refuse_inside_data(out, data)
     dataset = load_dataset(data, image_size=image_size, allow_unreadable=allow_unreadable)
@@ -138,6 +140,7 @@ def data_doctor(
     from convlens.doctor import check_new, examine, write_findings, write_list
     from convlens.runtime import use_threads
 
+    heed_interrupts()
     for name, path in (("--to", to), ("--list", list_file)):
         if path is not None:
             check_new(path, data, name)
@@ -154,10 +157,11 @@ def data_doctor(
     if list_file is not None:
         number = write_list(findings, dataset, list_file)
         told = f"nothing to leave out: {list_file} is empty"
+        unreadable = " --allow-unreadable" if dataset.unreadable else ""
         if number:
             told = (
                 f"{number:,} images in {list_file} (test images are never listed). Look at them first (--to), then: "
-                f"convlens train {data} --exclude {list_file}"
+                f"convlens train {quoted(data)} --exclude {quoted(list_file)}{unreadable}"
             )
         print(told, file=sys.stderr)
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.app import app, check_new_file
+from convlens.cli.app import app, check_new_file, heed_interrupts
 from convlens.cli.use import expand
 from convlens.errors import UsageError
 
@@ -40,7 +40,7 @@ def explain(
     """
     from convlens.explaining import MOST, explain_pictures
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # all is imported: what is half done is cleared away
+    heed_interrupts()
     place = None if unit is None else read_unit(unit)
     files = expand(images)
     if len(files) > MOST:
@@ -84,7 +84,7 @@ def timelapse(
     """
     from convlens.explaining import show_training
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    heed_interrupts()
     check_new_file(out, "--out", "html")
     check_new_file(gif, "--gif", "gif")
     page, count = show_training(run, image, out, gif=gif, data=data, raw=raw)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from convlens.cli.app import app, check_new_file
+from convlens.cli.app import app, check_new_file, heed_interrupts
 from convlens.errors import ConvlensError, UsageError
 
 MOST = 20  # sample pictures on a page
@@ -54,6 +54,10 @@ def export(
     """
     if int8 and format is Target.html:
         raise UsageError("--int8 is for ONNX files; the page has its own small numbers")
+    if data is not None and format is Target.onnx and not int8:
+        raise UsageError("--data is for --int8, and for the pictures on the html page; this file needs none")
+    if not samples and format is Target.onnx:
+        raise UsageError("--no-samples is for --format html; an ONNX file has no pictures")
     name = Path(model).resolve().name.removesuffix(".onnx") + ("-int8" if int8 else "")
     path = out or Path(f"{name}.{format}")
     if out is None and path.exists():
@@ -74,6 +78,7 @@ def write_page(model: str, path: Path, data: str | None, *, samples: bool) -> No
     from convlens.shipping.onnx_predictor import load_onnx
     from convlens.shipping.twin import make_page
 
+    heed_interrupts()
     write_text(path, make_page(load_onnx(model), find_samples(model, data) if samples else []))
 
 
@@ -82,6 +87,7 @@ def write_onnx_file(model: str, path: Path) -> None:
     from convlens.shipping.onnx_graph import add_graph, build_onnx, write_onnx
     from convlens.shipping.places import find_bundle, shipped_models
 
+    heed_interrupts()
     folder = find_bundle(model)
     tell_patience()
     built = build_onnx(folder)
@@ -101,6 +107,7 @@ def write_int8(model: str, path: Path, data: str | None) -> None:
     from convlens.shipping.onnx_graph import require_exporter, write_onnx
     from convlens.shipping.places import find_bundle
 
+    heed_interrupts()
     require_exporter()
     folder = find_bundle(model)
     try:

@@ -6,16 +6,14 @@ import dataclasses
 import inspect
 import os
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from convlens.cli.app import STARTED, AllowUnreadable, Exclude, app, asked_to_stop
+from convlens.cli.app import STARTED, AllowUnreadable, Exclude, app, asked_to_stop, heed_interrupts
 from convlens.console import describe_experiment, describe_record, describe_series, describe_test, say
 from convlens.errors import Interrupted, UsageError, quoted
 from convlens.machine import OWN_JOB
@@ -123,7 +121,7 @@ def train(
     if (data is None) == (resume is None):
         raise UsageError("name the data to train on, or a run to --resume, one of the two")
     if resume is not None and (overrides or recipe or config or out or init or budget or seeds or folds or exclude):
-        raise UsageError("--resume goes on with the run's own recipe; it takes no other option")
+        raise UsageError("--resume goes on with the run's own recipe, so it takes nothing that would change it")
     if accept_changes and resume is None:
         raise UsageError("--accept-changes goes with --resume")
     if recipe is not None and config is not None:
@@ -143,9 +141,7 @@ def train(
     from convlens.ranks import join
     from convlens.series import Series
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # all is imported: what is half done is cleared away
-
+    heed_interrupts()
     chosen: Any = recipe
     if config is not None:
         from convlens.training.recipes import read_recipe
@@ -220,7 +216,7 @@ def run_experiment(experiment: Experiment, part_of: Path | None = None, *, live:
     if experiment.ranks.agree(asked(), 0.0)[0]:  # in the last step, or behind it
         raise Interrupted(untested)
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        heed_interrupts()
         run = experiment.finish()
     except KeyboardInterrupt:
         raise Interrupted(untested) from None

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from convlens.cli.app import app, check_new_file
+from convlens.cli.app import app, check_new_file, heed_interrupts
 from convlens.console import Format, Printer, describe_test, print_corruptions, print_csv, print_table
 from convlens.errors import ConvlensError, UsageError
 
@@ -38,6 +38,7 @@ def evaluate(
     """
     from convlens.run import corrupt_run, evaluate_run
 
+    heed_interrupts()
     if corruptions:
         if test_views:
             raise UsageError("--corruptions and --test-views do not go together")
@@ -85,6 +86,7 @@ def mistakes(
     """
     from convlens.mistakes import write_mistakes
 
+    heed_interrupts()
     folder, wrong, unsure = write_mistakes(run, to, data=data, doubtful=doubtful, true=true, predicted=predicted)
     print(f"{wrong:,} wrong and {unsure:,} doubtful images in {folder}")
 
@@ -153,7 +155,7 @@ def predict(
         require_coverage(coverage, predictor.bounds)
     files = expand(images)
     batch: list[tuple[str, Any]] = []
-    bad, printer = 0, Printer(format, top)
+    bad, printer = 0, Printer(format)
     for number, file in enumerate(files, start=1):
         try:
             batch.append((file, predictor.preprocess.adapt(open_image(file), raw=raw)))

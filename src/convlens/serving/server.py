@@ -168,9 +168,10 @@ def serve(sources: Sequence[str], host: str = "127.0.0.1", port: int = 8000, wor
 
 def name_model(source: str) -> tuple[str, str]:
     """Return the name that a model is served by, and what it is loaded from."""
-    name, equals, rest = source.partition("=")
-    if equals and name and not Path(source).exists():
-        return name, rest
+    if not Path(source).exists():  # each part may have an = of its own
+        splits = [(source[:at], source[at + 1 :]) for at, sign in enumerate(source) if sign == "=" and at]
+        if splits:
+            return next((split for split in splits if Path(split[1]).exists()), splits[0])
     path = Path(os.path.abspath(source))  # a link has its own name, whatever it leads to
     return (path.parent if path.name == "model" else path).name.removesuffix(".onnx"), source
 
@@ -254,7 +255,7 @@ def run_workers(
         given = [listener.fileno(), theirs]
         more = {INHERITED: " ".join(map(str, given)), "PROMETHEUS_MULTIPROC_DIR": folder}
         more |= {TOKEN: token} if token else {}
-        command = [sys.executable, "-m", "convlens", "serve"]
+        command = [sys.executable, "-P", "-m", "convlens", "serve"]  # -P: no module of the folder that we are in
         for index, (name, predictor) in enumerate(models.items()):
             predictor.write(file := Path(folder) / f"{index}.onnx")
             command.append(f"{name}={file}")
