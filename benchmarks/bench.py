@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ from convlens.training.recipes import get_recipe
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 RECORDS = Path(__file__).parent / "records"
 CPU = torch.device("cpu")
+VERSIONS = ("convlens", "numpy", "onnxruntime", "pillow", "scikit-learn")  # PyTorch's is the machine's
 Record = dict[str, Any]
 Section = Callable[[], tuple[list[Record], str]]  # gives its records, and their table
 
@@ -98,6 +100,10 @@ NETS = [  # net, options, image (C, H, W), batch
     ("mnist-4conv", {}, (1, 28, 28), 512),
     ("whitened", {"filters": 32}, (3, 32, 32), 250),
     ("whitened", {"filters": 64}, (3, 32, 32), 250),
+    ("residual", {"filters": 48}, (1, 28, 28), 250),
+    ("fashion-2conv", {}, (1, 28, 28), 100),
+    ("folder-cnn", {}, (3, 64, 64), 32),
+    ("cifar-lenet", {}, (3, 32, 32), 32),
 ]
 
 
@@ -184,12 +190,14 @@ def overhead() -> tuple[list[Record], str]:
         torch.manual_seed(0)
         return create_model(recipe.model, channels=1, height=28, width=28, classes=10)
 
-    for _ in range(12):
+    loops = {
+        "bare": lambda net: bare_loop(net, mnist, recipe),
+        "fit": lambda net: list(fit(net, mnist, recipe)),
+    }
+    for turn in range(32):
         pair = {}
-        net = fresh()
-        pair["bare"] = timed(lambda net=net: bare_loop(net, mnist, recipe))
-        net = fresh()
-        pair["fit"] = timed(lambda net=net: list(fit(net, mnist, recipe)))
+        for name in sorted(loops, reverse=turn % 2 == 1):  # each is the first in every second pair
+            pair[name] = timed(partial(loops[name], fresh()))
         records.append(pair)
     records = records[2:]  # warmed up
     ratios = [pair["fit"] / pair["bare"] for pair in records]
@@ -208,14 +216,14 @@ BUDGETS = [
     "digits --budget 10s",
     "mnist --budget 20s",
     "fashion-mnist --budget 60s",
-    "cifar10-jpeg --recipe cifar10-90 --budget 2m",
+    "{cifar} --recipe cifar10-90 --budget 2m",
 ]
 
 
 def budget() -> tuple[list[Record], str]:
     """Whole commands with a budget: the seconds asked and taken, the recipe picked, and the test accuracy."""
     records, rows = [], []
-    for arguments in BUDGETS:
+    for arguments in (text.format(cifar=cifar_name()) for text in BUDGETS):
         asked = parse_budget(arguments.split()[-1])
         with tempfile.TemporaryDirectory() as folder:
             command = ["convlens", "train", *arguments.split(), "--out", f"{folder}/run"]
@@ -271,7 +279,7 @@ import convlens.experiment, convlens.cli
 mark("import PyTorch, NumPy, matplotlib and convlens")
 from convlens.experiment import Experiment
 experiment = Experiment.create("mnist", "mnist-99", out="run")
-mark("find, check and read MNIST; build the net; try bf16")
+mark("find, check and read MNIST; build the net; look up what bf16 is worth")
 for record in experiment.epochs(): pass
 mark(f"train, with checkpoints")
 marks[-1] = (f"train", record.seconds), ("checkpoints and the rest of the loop", marks[-1][1] - record.seconds)
@@ -288,10 +296,13 @@ def stages() -> tuple[list[Record], str]:
     records = []
     for _ in range(5):
         with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
             done = subprocess.run(
                 [sys.executable, "-c", STAGES], cwd=folder, capture_output=True, text=True, check=True
             )
-            records.append(dict(json.loads(done.stdout.splitlines()[-1])))
+            whole = time.perf_counter() - start
+            marks: dict[str, float] = dict(json.loads(done.stdout.splitlines()[-1]))
+            records.append({**marks, "start Python, and leave it": whole - sum(marks.values()), "all of it": whole})
     rows = [[name, spread([record[name] for record in records])] for name in records[0]]
     return records, table(["stage", "median, s", "fastest, slowest"], rows)
 
@@ -627,23 +638,28 @@ def race_table(records: list[Record]) -> str:
 # beside the published speedrun
 
 
+def cifar_name() -> str:
+    """Return what CIFAR-10 is called here: the JPEG copy in class folders where there is one, else the original."""
+    return "cifar10-jpeg" if Path("cifar10-jpeg").is_dir() else "cifar10"
+
+
 def cifar() -> Dataset:
-    """Return CIFAR-10: the JPEG copy in class folders where it lies here, else the original."""
-    return load_dataset("cifar10-jpeg" if Path("cifar10-jpeg").is_dir() else "cifar10")
+    """Return CIFAR-10, as :func:`cifar_name` calls it."""
+    return load_dataset(cifar_name())
 
 
-def test_of(recipe: str, data: Dataset) -> Record:
+def test_of(recipe: str, data: Dataset, seed: int = 0) -> Record:
     """Train a recipe in this process as ``convlens train`` does, and return its seconds and accuracies."""
     with tempfile.TemporaryDirectory() as folder:
-        run = convlens.train(data, recipe, out=Path(folder) / "run")
+        run = convlens.train(data, recipe, seed=seed, out=Path(folder) / "run")
         views = run.test.get("test_time_augmentation", {})
         seconds = run.metrics[-1]["seconds"]
         return {"seconds": seconds, "plain": run.accuracy, "averaged": views.get("accuracy")}
 
 
-def speedrun_of(data: Dataset, device: torch.device) -> Record:
+def speedrun_of(data: Dataset, device: torch.device, seed: int = 0) -> Record:
     """Train the published recipe, and return its seconds and accuracies."""
-    return dict(zip(("seconds", "plain", "averaged"), contenders.speedrun(data, device), strict=True))
+    return dict(zip(("seconds", "plain", "averaged"), contenders.speedrun(data, device, seed), strict=True))
 
 
 def percent(share: float | None) -> str:
@@ -655,7 +671,7 @@ def speedrun() -> tuple[list[Record], str]:
     """The recipe `cifar10-94` beside the published speedrun recipe on CIFAR-10, one after the other."""
     data = cifar()
     # first, for fit() lets the process keep its memory, which this does not ask for
-    published = {"who": "the published speedrun recipe", **speedrun_of(data, CPU)}
+    published = {"who": SPEEDRUN, **speedrun_of(data, CPU)}
     records = [{"who": "convlens, recipe `cifar10-94`", **test_of("cifar10-94", data)}, published]
     rows = [[r["who"], f"{r['seconds']:,.0f}", percent(r["plain"]), percent(r["averaged"])] for r in records]
     ratio = records[0]["seconds"] / records[1]["seconds"]
@@ -664,20 +680,40 @@ def speedrun() -> tuple[list[Record], str]:
     return records, table(head, rows)
 
 
+SPEEDRUN = "the published speedrun recipe"
+ON_GPU = ["mnist-99", "mnist-995", "fashion-92", "fashion-94", "cifar10-90", "cifar10-94", SPEEDRUN]
+
+
 def gpu() -> tuple[list[Record], str]:
-    """The same recipes on a CUDA device, the first time in a process and again, beside the published speedrun."""
+    """The same recipes on a CUDA device, beside the published speedrun: each in a fresh process, cold and then warm."""
     if not torch.cuda.is_available():
         sys.exit("bench-gpu needs a CUDA device, and PyTorch sees none here")
-    data = {"mnist-99": load_dataset("mnist"), "fashion-92": load_dataset("fashion-mnist"), "cifar10-94": cifar()}
-    records = []
-    for recipe, dataset in data.items():
-        for turn in ("first", "again"):
-            records.append({"who": f"convlens, recipe `{recipe}`", "turn": turn, **test_of(recipe, dataset)})
-    for turn in ("first", "again"):
-        who = "the published speedrun recipe"
-        records.append({"who": who, "turn": turn, **speedrun_of(data["cifar10-94"], torch.device("cuda"))})
-    rows = [[r["who"], r["turn"], f"{r['seconds']:.2f}", percent(r["plain"]), percent(r["averaged"])] for r in records]
-    return records, table(["who", "time", "training, s", "test accuracy", "with test-time augmentation"], rows)
+    records, rows = [], []
+    for who in ON_GPU:
+        command = [sys.executable, __file__, "--cold-and-warm", who]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        cold, *warm = json.loads(done.stdout.splitlines()[-1])
+        records.append({"who": who, "cold": cold, "warm": warm})
+        plain, averaged = (
+            percent(None if None in shares else statistics.mean(shares))
+            for shares in ([run[key] for run in (cold, *warm)] for key in ("plain", "averaged"))
+        )
+        rows.append([who, f"{cold['seconds']:.2f}", spread([run["seconds"] for run in warm]), plain, averaged])
+    head = ["who", "training, cold, s", "warm: median, s", "fastest, slowest", "mean test accuracy",
+            "with test-time augmentation"]  # fmt: skip
+    return records, table(head, rows)
+
+
+def cold_and_warm(who: str, times: int = 6) -> None:
+    """Train a contender several times in this process, with a seed each, and print what came of it."""
+    if who == SPEEDRUN:
+        data, device = cifar(), choose_device()
+        runs = [speedrun_of(data, device, seed) for seed in range(times)]
+    else:
+        name = who.split("-")[0]
+        data = cifar() if name == "cifar10" else load_dataset({"fashion": "fashion-mnist"}.get(name, name))
+        runs = [test_of(who, data, seed) for seed in range(times)]
+    print(json.dumps(runs))
 
 
 def tabled(measure: Callable[[], tuple[list[Record], list[list[str]]]]) -> Section:
@@ -721,17 +757,24 @@ def run_sections(sections: dict[str, Section], names: list[str], page: Path) -> 
     Each has a process of its own, for what fit() asks of the memory would quicken the others' contenders too.
     """
     if len(names) > 1:
-        for name in names:
-            subprocess.run([sys.executable, sys.argv[0], name], check=True)
+        failed = [name for name in names if subprocess.run([sys.executable, sys.argv[0], name]).returncode]
+        if failed:
+            sys.exit(f"these sections failed, and their tables are what they were: {', '.join(failed)}")
         return
     (name,) = names
     if name != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all else is of the processor
     use_threads()
     print(f"{name} ...", flush=True)
-    records, rows = sections[name]()
+    try:
+        records, rows = sections[name]()
+    except subprocess.CalledProcessError as error:
+        if error.stderr:  # what a command said that was not to be seen
+            error.add_note(error.stderr if isinstance(error.stderr, str) else error.stderr.decode())
+        raise
     about = {
         "machine": describe_machine(choose_device()),
+        "versions": {name: version(name) for name in VERSIONS},
         "date": time.strftime("%Y-%m-%d"),
         "records": records,
         "table": rows.splitlines(),
@@ -747,5 +790,7 @@ if __name__ == "__main__":
         grown(*map(int, sys.argv[2:]))
     elif sys.argv[1:2] == ["--loaded"]:
         loaded(sys.argv[2])
+    elif sys.argv[1:2] == ["--cold-and-warm"]:
+        cold_and_warm(sys.argv[2])
     else:
         run_sections(SECTIONS, sys.argv[1:] or [name for name in SECTIONS if name != "gpu"], PAGE)
