@@ -623,7 +623,7 @@ def test_ctrl_c_while_shards_are_written_leaves_none(shell: Shell, monkeypatch: 
         time.sleep(5)
 
     monkeypatch.setattr("convlens.data.shards.make_tar", press)
-    assert shell("data", "pack", "digits", "--out", "shards")[0] == 130
+    shell.fails("data", "pack", "digits", "--out", "shards", code=130, says="interrupted")
     assert not list(Path().iterdir())
 
 

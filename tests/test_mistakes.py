@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_other_images_are_not_taken_for_those_it_was_tested_on(run: Run, tmp_pat
     other = tmp_path / "other.npz"
     numbers = {key: value.numpy() for key, value in {**arrays, "y_test": digits.test.labels.flip(0)}.items()}
     np.savez(other, **numbers, classes=np.array(digits.classes))
-    with pytest.raises(UsageError, match=rf"^the data in {other} are not those that .* was trained on$"):
+    with pytest.raises(UsageError, match=rf"^the data in {other} are not those that .* was trained on, digits, or"):
         write_mistakes(run.path, tmp_path / "mistakes", data=str(other))
     with pytest.raises(UsageError, match="are not those that"):
         load_training_images(run.path, run.classifier, str(other))
@@ -88,8 +89,13 @@ def test_data_that_were_moved_are_those_it_was_tested_on(tmp_path: Path) -> None
     excluded.write_text("3\n5\n")
     run = convlens.train(str(old), "digits", exclude=excluded, out=tmp_path / "run", **QUICK)
     old.rename(new)
+    with pytest.raises(UsageError, match=r"^the data in digits are not those that .*, old, or were packed or decoded"):
+        write_mistakes(run.path, tmp_path / "mistakes", data="digits")
     assert write_mistakes(run.path, tmp_path / "mistakes", data=str(new))[1] == run.test["n"] - run.test["correct"]
     assert load_training_images(run.path, run.classifier, str(new)) is not None
+    shutil.copytree(run.path / "model", tmp_path / "elsewhere" / "model")
+    with pytest.raises(UsageError, match="left images out, and the list of them is in its run folder; name that"):
+        load_training_images(tmp_path / "elsewhere" / "model", run.classifier, str(new))
 
 
 def test_nothing_is_overwritten(run: Run, tmp_path: Path) -> None:

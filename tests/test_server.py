@@ -264,6 +264,7 @@ def test_names_and_tokens(capsys: pytest.CaptureFixture[str], tmp_path: Path, mo
         ("runs/pets", ("pets", "runs/pets")), ("runs/pets/model/", ("pets", "runs/pets/model/")),
         ("current.onnx", ("current", "current.onnx")), ("cats=runs/pets", ("cats", "runs/pets")),
         ("cats=a=b", ("cats", "a=b")), ("lr=1=current.onnx", ("lr", "1=current.onnx")),
+        ("cats=x=", ("cats", "x=")),
         (f"lr=1={tmp_path}", ("lr=1", str(tmp_path))),
         ("a=b", ("a=b", "a=b")), ("=b", ("=b", "=b")),
     ):  # fmt: skip

@@ -550,6 +550,11 @@ def test_on_the_command_line(
         ((toy, "--param", LR[0], "--jobs", 9999), "--jobs is 9999; this machine lets convlens use"),
         ((toy, "--param", LR[0], "--confirm", 1), "--confirm is 1; it takes 2 seeds or more"),
         ((toy, "--param", LR[0], "--pretrained", "x.safetensors"), "a sweep starts every net from random weights"),
+        (
+            (toy, "--param", "model=small,tiny", "--param", "pool=avg,max"),
+            "--param pool=avg: model 'tiny' has no option 'pool'",
+        ),
+        ((toy, "--param", LR[0], "--frozen", 1), "a sweep starts every net from random weights, so it takes no --fr"),
         ((toy, "--param", "frozen=0,1"), "--param frozen makes no sense to search: all nets start from random weights"),
         ((toy, "--param", LR[0], "--out", "runs"), "runs exists already; choose another --out"),
         (
@@ -630,7 +635,9 @@ def test_a_net_without_an_option_is_searched_beside_one_with_it(toy: str) -> Non
     assert work.settle(sweep, {"model": "fashion-2conv", "filters": 4}).filters is None
 
 
-def test_tune_takes_another_net(no_plots: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tune_takes_another_net(
+    no_plots: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Although the recipe's width is no option of it."""
     from convlens import cli
 
@@ -638,7 +645,8 @@ def test_tune_takes_another_net(no_plots: None, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "argv", ["convlens", *words])
     with pytest.raises(SystemExit) as leaving:
         cli.main()
-    assert not leaving.value.code
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert not leaving.value.code and "--model fashion-2conv" in said and "--filters" not in said
 
 
 def test_tune_prints_a_command_that_runs(

@@ -18,7 +18,7 @@ from convlens.errors import UsageError
 from convlens.evaluation.duplicates import describe_images, find_copies, find_near_copies
 from convlens.evaluation.metrics import compute_logits
 from convlens.reporting.sheets import images_sheet
-from convlens.runfolder import write_json, write_names
+from convlens.runfolder import new_folder, write_json, write_names
 from convlens.runtime import callers_state_kept, choose_device, derive_seed, seed_global, use_threads
 from convlens.training.engine import fit
 from convlens.training.nets import describe_net, make_net
@@ -209,19 +209,20 @@ def write_findings(findings: Findings, dataset: Dataset, to: Path) -> None:
     check_new(to, dataset, "--to")
     everything, splits = merge(dataset)
     row = {name_image(split, image): i for i, (split, image) in enumerate(zip(splits, everything.ids, strict=True))}
-    if findings.suspects:
-        suspects = findings.suspects[:100]
-        images = everything.images[[row[suspect.image] for suspect in suspects]]
-        captions = [f"{suspect.label}? {suspect.likely}\n{short(suspect.image)}" for suspect in suspects]
-        images_sheet(images, captions, "Likely wrong labels: label? what it looks like").save(to / "labels.png")
-    groups = [*findings.copies, *findings.near_copies]
-    if groups:
-        groups.sort(key=lambda group: -len({splits[row[name]] for name in group}))  # leaks first
-        shown = [(number, name) for number, group in enumerate(groups[:40], start=1) for name in group[:4]]
-        images = everything.images[[row[name] for _, name in shown]]
-        captions = [f"{number}\n{short(name)}" for number, name in shown]
-        images_sheet(images, captions, "Copies, by the number of their group; leaks first").save(to / "copies.png")
-    write_json(to / "doctor.json", findings.to_json())
+    with new_folder(to) as new:
+        if findings.suspects:
+            suspects = findings.suspects[:100]
+            images = everything.images[[row[suspect.image] for suspect in suspects]]
+            captions = [f"{suspect.label}? {suspect.likely}\n{short(suspect.image)}" for suspect in suspects]
+            images_sheet(images, captions, "Likely wrong labels: label? what it looks like").save(new / "labels.png")
+        groups = [*findings.copies, *findings.near_copies]
+        if groups:
+            groups.sort(key=lambda group: -len({splits[row[name]] for name in group}))  # leaks first
+            shown = [(number, name) for number, group in enumerate(groups[:40], start=1) for name in group[:4]]
+            images = everything.images[[row[name] for _, name in shown]]
+            captions = [f"{number}\n{short(name)}" for number, name in shown]
+            images_sheet(images, captions, "Copies, by the number of their group; leaks first").save(new / "copies.png")
+        write_json(new / "doctor.json", findings.to_json())
 
 
 def short(name: str) -> str:

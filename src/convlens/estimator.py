@@ -15,7 +15,6 @@ from convlens.data.dataset import Dataset, Numbers, Split
 from convlens.data.pictures import PictureStyle
 from convlens.data.preprocess import Preprocess
 from convlens.evaluation.metrics import compute_logits
-from convlens.runtime import callers_state_kept
 from convlens.training.engine import fit
 from convlens.training.nets import describe_net, make_net
 from convlens.training.recipe import Recipe
@@ -116,7 +115,7 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             style=PictureStyle(),
             note="",
         )
-        with callers_state_kept():
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
             torch.manual_seed(recipe.seed)
             net = make_net(describe_net(recipe, dataset), dataset, self.preprocess_)
             for _ in fit(net, dataset, recipe, preprocess=self.preprocess_):

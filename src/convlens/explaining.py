@@ -36,10 +36,11 @@ def explain_pictures(
 ) -> tuple[Path, list[Explanation], str]:
     """Write ``index.html`` and the pictures of what the net ``source`` sees in each of some files.
 
-    Into ``out``, a new folder, or the next free ``explained/<model>-<n>``. ``label`` and ``unit`` are those of
-    :func:`convlens.explain.explanation.explain`. Returns the folder, the explanations, and why there are no training
-    images beside the pictures, or "". Raises UsageError if the folder exists or there are too many pictures, BadImage
-    for one that cannot be read; then nothing is written.
+    Into ``out``, a new folder, or the next free ``explained/<model>-<n>``. ``data`` says where the training images are
+    now, if not where the run says. ``label`` and ``unit`` are those of :func:`convlens.explain.explanation.explain`.
+    Returns the folder, the explanations, and why there are no training images beside the pictures, or "". Raises
+    UsageError if the folder exists, there are too many pictures or ``data`` are others, BadImage for one that cannot be
+    read; then nothing is written.
     """
     if len(pictures) > MOST:
         raise UsageError(f"{len(pictures)} pictures are too many for a page; explain {MOST} at a time")

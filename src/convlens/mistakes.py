@@ -31,7 +31,7 @@ def write_mistakes(
     Into ``to``, a new folder, or the run's own ``mistakes``. ``true`` and ``predicted`` limit it to images of that
     class and to those taken for that class. The wrong ones come first, the surest of them before the others; then the
     right ones, the least sure first. Returns the folder and how many are wrong and doubtful. Raises UsageError if the
-    folder exists or the data have changed.
+    folder exists, the data have changed, or those in ``data``, where they are now, are others.
     """
     run = Run(source)
     folder = Path(to) if to is not None else run.path / "mistakes"

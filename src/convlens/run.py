@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from convlens.data.catalog import load_dataset, load_recorded
+from convlens.data.catalog import as_recorded, load_dataset
 from convlens.data.dataset import Dataset
 from convlens.data.fetch import only_from_here
 from convlens.errors import ConvlensError, UnknownName, UsageError, quoted
@@ -142,16 +142,21 @@ def load_tested(source: str | Path, data: Any = None, *, other: bool = False) ->
     if data is None and recorded["source"] is None:
         raise UsageError(f"{source} does not say where its data are; name them with --data")
     if own and recorded.get("left_out") and not run.excluded.exists():
-        raise UsageError(f"{source} left images out, and the list of them is in its run folder; evaluate that")
+        raise UsageError(f"{source} left images out, and the list of them is in its run folder; name that folder")
     form: dict[str, Any] = {"image_size": preprocess.height, "channels": preprocess.channels, "allow_unreadable": True}
+    dataset = load_dataset(recorded["source"] if data is None else data, **form)
+    named = recorded["source"] if data is None else data if isinstance(data, (str, Path)) else dataset.name
+    unlike = (
+        f"the data in {named} are not those that {source} was trained on, {recorded['name']}, or were packed or "
+        "decoded in another way"
+    )
     if own:
-        left_out = read_names(run.excluded) if run.excluded.exists() else ()
-        dataset = load_recorded(recorded, data, without=left_out, **form)
-    else:
-        dataset = load_dataset(data, **form)
-        if recorded.get("fold") and dataset.source == recorded["source"]:
-            raise UsageError(f"{source} was trained on the test images of {data}: it is one fold; leave out --data")
-    named = data if isinstance(data, (str, Path)) else dataset.name if data is not None else recorded["source"]
+        try:
+            dataset = as_recorded(dataset, recorded, read_names(run.excluded) if run.excluded.exists() else ())
+        except UsageError:
+            raise UsageError(unlike) from None
+    elif recorded.get("fold") and dataset.source == recorded["source"]:
+        raise UsageError(f"{source} was trained on the test images of {data}: it is one fold; leave out --data")
     if dataset.classes != bundle.classes:
         raise UsageError(f"{named} has other classes than {source}: {', '.join(dataset.classes)}")
     expected = (preprocess.channels, preprocess.height, preprocess.width)
@@ -159,10 +164,10 @@ def load_tested(source: str | Path, data: Any = None, *, other: bool = False) ->
         raise UsageError(f"{named} has images of (C, H, W) {dataset.shape}, {source} takes {expected}")
     if own and dataset.fingerprint() != recorded["fingerprint"]:
         if data is not None:
-            raise UsageError(f"the data in {named} are not those that {source} was trained on")
+            raise UsageError(unlike)
         raise UsageError(
-            f"the data in {named} have changed since the training, so that test images may have been trained on; "
-            "put them back, or name other data with --data"
+            f"the data in {named} have changed since the training, so that test images may have been trained on; put "
+            f"them back, or {'name other data' if other else 'say where they are now'} with --data"
         )
     return bundle, dataset
 

@@ -83,10 +83,8 @@ def derive_seed(*numbers: int) -> int:
 def callers_state_kept() -> Iterator[None]:
     """Leave PyTorch's random numbers and threads as they were, whatever a training in Python does to them."""
     threads = torch.get_num_threads()
-    # where CUDA is not in use yet, nobody has numbers there, and to ask for them would begin to use it
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
-        with torch.random.fork_rng(devices=gpus):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # named, or PyTorch warns of several
             yield
     finally:
         torch.set_num_threads(threads)

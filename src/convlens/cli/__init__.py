@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
-import threading
 import time
 from typing import NoReturn
 
 import typer
 
 from convlens.cli import train, sweep, tune, use, see, ship, serve, lists, data  # noqa: F401  # isort: skip - in the order of --help
-from convlens.cli.app import ParseError, app, leave_with
+from convlens.cli.app import ParseError, app, leave_on_interrupt
 from convlens.errors import ConvlensError, Diverged, Interrupted, PeerGone
 from convlens.machine import OWN_LAUNCHER
 
@@ -46,10 +44,11 @@ def main() -> None:
     ):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, leave_with("interrupted"))
+    leave_on_interrupt()
     try:
         code = app(arguments, standalone_mode=False)
+        if code == 130:  # what typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
         sys.stdout.flush()
         raise SystemExit(code if isinstance(code, int) else 0)
     except ConvlensError as error:

@@ -62,8 +62,14 @@ def leave_with(message: str) -> Callable[..., NoReturn]:
     return leave
 
 
+def leave_on_interrupt() -> None:
+    """Let Ctrl-C end all at once, as long as nothing is at stake."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, leave_with("interrupted"))
+
+
 def heed_interrupts() -> None:
-    """Let Ctrl-C end in KeyboardInterrupt from here on: all is imported, and what is half done is cleared away."""
+    """Let Ctrl-C end in KeyboardInterrupt from here on: PyTorch is imported, and what is half done is cleared away."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

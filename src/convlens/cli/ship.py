@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from convlens.cli.app import app, check_new_file, heed_interrupts
+from convlens.cli.app import app, check_new_file, heed_interrupts, leave_on_interrupt
 from convlens.errors import ConvlensError, UsageError
 
 MOST = 20  # sample pictures on a page
@@ -54,7 +54,7 @@ def export(
     """
     if int8 and format is Target.html:
         raise UsageError("--int8 is for ONNX files; the page has its own small numbers")
-    if data is not None and format is Target.onnx and not int8:
+    if data is not None and not (int8 or (format is Target.html and samples)):
         raise UsageError("--data is for --int8, and for the pictures on the html page; this file needs none")
     if not samples and format is Target.onnx:
         raise UsageError("--no-samples is for --format html; an ONNX file has no pictures")
@@ -78,8 +78,11 @@ def write_page(model: str, path: Path, data: str | None, *, samples: bool) -> No
     from convlens.shipping.onnx_predictor import load_onnx
     from convlens.shipping.twin import make_page
 
+    shown = find_samples(model, data) if samples else []
+    leave_on_interrupt()  # the exporter would take it for a fault of the net
+    page = make_page(load_onnx(model), shown)
     heed_interrupts()
-    write_text(path, make_page(load_onnx(model), find_samples(model, data) if samples else []))
+    write_text(path, page)
 
 
 def write_onnx_file(model: str, path: Path) -> None:
@@ -87,10 +90,10 @@ def write_onnx_file(model: str, path: Path) -> None:
     from convlens.shipping.onnx_graph import add_graph, build_onnx, write_onnx
     from convlens.shipping.places import find_bundle, shipped_models
 
-    heed_interrupts()
     folder = find_bundle(model)
     tell_patience()
     built = build_onnx(folder)
+    heed_interrupts()  # the exporter would have taken it for a fault of the net
     drift = write_onnx(built, path)
     if model not in shipped_models():
         try:
@@ -111,11 +114,13 @@ def write_int8(model: str, path: Path, data: str | None) -> None:
     require_exporter()
     folder = find_bundle(model)
     try:
-        _, dataset = load_tested(model, data)
+        _, dataset = load_tested(model, data, other=True)
     except ConvlensError as error:
         raise UsageError(f"--int8 needs the images that the net was trained on: {error}") from None
     tell_patience()
+    leave_on_interrupt()
     built, _, cost = build_int8(folder, dataset)
+    heed_interrupts()
     write_onnx(built, path)
     print(f"8 bits  {cost}")
 
@@ -131,11 +136,14 @@ def find_samples(model: str, data: str | None) -> list[Any]:
     from convlens.run import load_tested
     from convlens.runfolder import RunFolder
 
+    heed_interrupts()
     if data is None and not RunFolder(Path(model)).test.is_file():
         return []  # a model that came from elsewhere
     try:
-        _, dataset = load_tested(model, data)
+        _, dataset = load_tested(model, data, other=True)
     except ConvlensError as error:
+        if data is not None:
+            raise
         print(f"convlens: no sample pictures on the page: {error}", file=sys.stderr)
         return []
     labels = dataset.test.labels.tolist()

@@ -136,7 +136,7 @@ def train(
     if processes > 1 and not own:
         from convlens.launch import launch
 
-        raise typer.Exit(launch(sys.argv[1:], processes))
+        raise SystemExit(launch(sys.argv[1:], processes))  # its processes have said what there is to say
     from convlens.experiment import Experiment
     from convlens.ranks import join
     from convlens.series import Series

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convlens.cli.app import AllowUnreadable, Data, app, check_new_file
+from convlens.cli.app import AllowUnreadable, Data, app, check_new_file, heed_interrupts
 from convlens.cli.train import with_recipe_flags
 from convlens.console import say
 from convlens.errors import UsageError, quoted
@@ -55,6 +55,7 @@ def tune(
     from convlens.tuning import find_lr, pick_batch, probe_batches, with_lr
 
     own = get_recipe(recipe) if recipe else default_recipe(data_name(data))
+    heed_interrupts()
     base = without_unfit(own.override(**overrides), overrides)
     require_fresh(base, "tune")
     use_threads(base.threads)

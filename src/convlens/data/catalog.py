@@ -96,6 +96,11 @@ def load_recorded(
     """Return the data set that a run recorded: its source (or ``data``) less the images left out, its fold."""
     source = recorded["source"] if data is None else data
     dataset = load_dataset(source, image_size=image_size, channels=channels, allow_unreadable=allow_unreadable)
+    return as_recorded(dataset, recorded, without)
+
+
+def as_recorded(dataset: Dataset, recorded: Mapping[str, Any], without: Sequence[str] = ()) -> Dataset:
+    """Return ``dataset`` less the images that a run left out, its fold; UsageError where that cannot be."""
     if not dataset.left_out:
         dataset = dataset.without(without)
     return take_fold(dataset, *recorded["fold"]) if recorded.get("fold") and dataset.fold is None else dataset

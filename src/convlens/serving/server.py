@@ -171,7 +171,7 @@ def name_model(source: str) -> tuple[str, str]:
     if not Path(source).exists():  # each part may have an = of its own
         splits = [(source[:at], source[at + 1 :]) for at, sign in enumerate(source) if sign == "=" and at]
         if splits:
-            return next((split for split in splits if Path(split[1]).exists()), splits[0])
+            return next((split for split in splits if split[1] and Path(split[1]).exists()), splits[0])
     path = Path(os.path.abspath(source))  # a link has its own name, whatever it leads to
     return (path.parent if path.name == "model" else path).name.removesuffix(".onnx"), source
 

@@ -199,16 +199,22 @@ def check_space(space: Space, base: Recipe, dataset: Dataset) -> None:
                 recipe = base.override(**{name: value})
             except UsageError as error:
                 raise UsageError(f"--param {flag(name)[2:]}={value}: {error}") from None
-        if name != "model" and (name not in MODEL_OPTIONS or "model" in space):  # of several nets, some may have it
+        if name != "model" and name not in MODEL_OPTIONS:
             continue
         for value in values.tried:
-            try:
-                recipe = base.override(**{name: value})
-                recipe = without_unfit(recipe, () if name == "model" else [name])
-                with callers_state_kept():
-                    make_net(describe_net(recipe, dataset), dataset, preprocess)
-            except UsageError as error:
-                raise UsageError(f"--param {flag(name)[2:]}={value}: {error}") from None
+            # of several nets, one must have the option
+            nets = space["model"].tried if "model" in space and name != "model" else [base.model]
+            refused = UsageError("")
+            for net in nets:
+                try:
+                    recipe = without_unfit(base.override(**{"model": net, name: value}), [name])
+                    with callers_state_kept():
+                        make_net(describe_net(recipe, dataset), dataset, preprocess)
+                    break
+                except UsageError as error:
+                    refused = error
+            else:
+                raise UsageError(f"--param {flag(name)[2:]}={value}: {refused}")
 
 
 def absolute_storage(text: str) -> str:

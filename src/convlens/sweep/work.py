@@ -122,7 +122,7 @@ def cut_short(trial: FrozenTrial | Trial) -> str:
 
 def settle(sweep: Sweep, params: dict[str, Any], threads: int = 0) -> Recipe:
     """Return the recipe of a trial; ``threads`` (0: as many as it says) is all that it may compute with."""
-    recipe = without_unfit(sweep.base.override(**params))
+    recipe = without_unfit(sweep.base.override(**params), asked=())
     most = threads or available_cores()
     return recipe.override(threads=min(recipe.threads or most, most))
 

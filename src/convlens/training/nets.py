@@ -17,7 +17,7 @@ from convlens.training.recipe import Recipe
 MILLION = 1_000_000  # pixels that a fresh net may look at
 
 
-def without_unfit(recipe: Recipe, asked: Collection[str] = ()) -> Recipe:
+def without_unfit(recipe: Recipe, asked: Collection[str]) -> Recipe:
     """Return the recipe without options that its net does not have: those of a recipe are for its own net.
 
     One of the fields that were ``asked`` for stays; to build such a net is refused.

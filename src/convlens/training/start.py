@@ -91,7 +91,7 @@ def require_fresh(recipe: Recipe, what: str) -> None:
     """Raise UsageError if the recipe starts from trained weights, which ``what`` does not do."""
     if recipe.pretrained or recipe.frozen:
         flag = "--pretrained" if recipe.pretrained else "--frozen"
-        raise UsageError(f"{what} starts every net from random weights; leave {flag} out")
+        raise UsageError(f"{what} starts every net from random weights, so it takes no {flag}")
 
 
 def told_beside(config: Path) -> dict[str, Any]:
