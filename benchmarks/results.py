@@ -61,6 +61,7 @@ STRONG = [
 ]
 FAST = [
     Row("mnist-99", "MNIST", "mnist --recipe mnist-99", 10),
+    Row("mnist-99-fp32", "MNIST", "mnist --recipe mnist-99 --precision fp32", 5),
     Row("fashion-85", "Fashion-MNIST", "fashion-mnist --recipe fashion-85", 5),
     Row("fashion-92", "Fashion-MNIST", "fashion-mnist --recipe fashion-92", 5),
     Row("cifar10-small", JPEG_COPY, "cifar10-jpeg --recipe cifar10-small", 3),
