@@ -313,7 +313,7 @@ def stages() -> tuple[list[Record], str]:
 def shipped_tests() -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
     """Yield the name of each model that comes with convlens, and its test images, uint8 (N, C, H, W)."""
     for name in ("digits", "mnist", "fashion-mnist", "cifar10"):
-        yield name, (cifar() if name == "cifar10" else load_dataset(name)).test.images.numpy()
+        yield name, load_named(name).test.images.numpy()
 
 
 def predict() -> tuple[list[Record], str]:
@@ -386,10 +386,9 @@ def twin() -> tuple[list[Record], str]:
 
 def int8() -> tuple[list[Record], str]:
     """The models that come with convlens in 8 bits: size, pace and accuracy beside 32 bits."""
-    data = {"digits": "digits", "mnist": "mnist", "fashion-mnist": "fashion-mnist", "cifar10": None}
     records, rows = [], []
-    for name, source in data.items():
-        dataset = load_dataset(source) if source else cifar()
+    for name in ("digits", "mnist", "fashion-mnist", "cifar10"):
+        dataset = load_named(name)
         model, exact, cost = build_int8(find_bundle(name), dataset)
         contents = [seal(m.SerializeToString()) for m in (exact, model)]
         engines = [OnnxPredictor(content, name) for content in contents]
@@ -602,7 +601,7 @@ RACES = {
 def race(name: str) -> tuple[list[Record], str]:
     """Seconds of training to an accuracy on the test split: convlens beside what one would write or take instead."""
     targets, recipes, (model, filters), documents, patience = RACES[name]
-    data = cifar() if name == "cifar10" else load_dataset(name)
+    data = load_named(name)
     courses: dict[str, contenders.Course] = {}
     plain = contenders.plain_loop(data, model, filters)
     courses[f"plain loop with our net `{model} --filters {filters}`, Adam, fp32"] = plain
@@ -643,9 +642,12 @@ def cifar_name() -> str:
     return "cifar10-jpeg" if Path("cifar10-jpeg").is_dir() else "cifar10"
 
 
-def cifar() -> Dataset:
-    """Return CIFAR-10, as :func:`cifar_name` calls it."""
-    return load_dataset(cifar_name())
+def load_named(name: str) -> Dataset:
+    """Return the data set of this name; CIFAR-10 is what :func:`cifar_name` says."""
+    return load_dataset(cifar_name() if name == "cifar10" else name)
+
+
+SPEEDRUN = "the published speedrun recipe"
 
 
 def test_of(recipe: str, data: Dataset, seed: int = 0) -> Record:
@@ -669,7 +671,7 @@ def percent(share: float | None) -> str:
 
 def speedrun() -> tuple[list[Record], str]:
     """The recipe `cifar10-94` beside the published speedrun recipe on CIFAR-10, one after the other."""
-    data = cifar()
+    data = load_named("cifar10")
     # first, for fit() lets the process keep its memory, which this does not ask for
     published = {"who": SPEEDRUN, **speedrun_of(data, CPU)}
     records = [{"who": "convlens, recipe `cifar10-94`", **test_of("cifar10-94", data)}, published]
@@ -680,8 +682,10 @@ def speedrun() -> tuple[list[Record], str]:
     return records, table(head, rows)
 
 
-SPEEDRUN = "the published speedrun recipe"
-ON_GPU = ["mnist-99", "mnist-995", "fashion-92", "fashion-94", "cifar10-90", "cifar10-94", SPEEDRUN]
+ON_GPU = {  # who, on which data
+    "mnist-99": "mnist", "mnist-995": "mnist", "fashion-92": "fashion-mnist", "fashion-94": "fashion-mnist",
+    "cifar10-90": "cifar10", "cifar10-94": "cifar10", SPEEDRUN: "cifar10",
+}  # fmt: skip
 
 
 def gpu() -> tuple[list[Record], str]:
@@ -706,14 +710,9 @@ def gpu() -> tuple[list[Record], str]:
 
 def cold_and_warm(who: str, times: int = 6) -> None:
     """Train a contender several times in this process, with a seed each, and print what came of it."""
-    if who == SPEEDRUN:
-        data, device = cifar(), choose_device()
-        runs = [speedrun_of(data, device, seed) for seed in range(times)]
-    else:
-        name = who.split("-")[0]
-        data = cifar() if name == "cifar10" else load_dataset({"fashion": "fashion-mnist"}.get(name, name))
-        runs = [test_of(who, data, seed) for seed in range(times)]
-    print(json.dumps(runs))
+    data = load_named(ON_GPU[who])
+    train = partial(speedrun_of, data, choose_device()) if who == SPEEDRUN else partial(test_of, who, data)
+    print(json.dumps([train(seed) for seed in range(times)]))
 
 
 def tabled(measure: Callable[[], tuple[list[Record], list[list[str]]]]) -> Section:
@@ -774,7 +773,7 @@ def run_sections(sections: dict[str, Section], names: list[str], page: Path) -> 
         raise
     about = {
         "machine": describe_machine(choose_device()),
-        "versions": {name: version(name) for name in VERSIONS},
+        "versions": {package: version(package) for package in VERSIONS},
         "date": time.strftime("%Y-%m-%d"),
         "records": records,
         "table": rows.splitlines(),

@@ -15,6 +15,7 @@ from convlens.data.dataset import Dataset, Numbers, Split
 from convlens.data.loader import Batches
 from convlens.data.pictures import PictureStyle
 from convlens.data.preprocess import Preprocess
+from convlens.data.shrink import shrink
 from convlens.errors import ConvlensError, Diverged, Interrupted, UsageError
 from convlens.evaluation.metrics import Scores, evaluate
 from convlens.models import ConvNet, create_model
@@ -23,7 +24,6 @@ from convlens.training.checkpoint import CheckpointStore, EpochRecord
 from convlens.training.engine import Progress, Watcher, fit
 from convlens.training.precision import choose_precision
 from convlens.training.recipe import Recipe
-from convlens.training.resizing import shrink
 
 CPU = torch.device("cpu")
 SIDE = 8

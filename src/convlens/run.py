@@ -154,6 +154,8 @@ def load_tested(source: str | Path, data: Any = None, *, other: bool = False) ->
         try:
             dataset = as_recorded(dataset, recorded, read_names(run.excluded) if run.excluded.exists() else ())
         except UsageError:
+            if data is None:
+                raise
             raise UsageError(unlike) from None
     elif recorded.get("fold") and dataset.source == recorded["source"]:
         raise UsageError(f"{source} was trained on the test images of {data}: it is one fold; leave out --data")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from convlens.data.dataset import Dataset
 from convlens.data.loader import Batches
 from convlens.data.preprocess import Preprocess
+from convlens.data.shrink import shrink
 from convlens.errors import ConvlensError
 from convlens.progress import track
 from convlens.runtime import choose_device
@@ -24,7 +25,6 @@ from convlens.training.nets import describe_net, make_net
 from convlens.training.optim import make_augment, make_clip, make_loss, make_optimizer
 from convlens.training.precision import autocast, choose_precision
 from convlens.training.recipe import Recipe
-from convlens.training.resizing import shrink
 
 STEPS = 100
 LOWEST, HIGHEST = 1e-5, 10.0  # learning rates of the range test

@@ -6,9 +6,9 @@ import hashlib
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from convlens.data.shrink import shrink
 from convlens.progress import track
 
 SIDE = 64  # larger images are compared at this size
@@ -41,12 +41,7 @@ def describe_images(images: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         pixels = images[chosen].float()
         grey = pixels.mean(dim=1, keepdim=True)
         tints.append(pixels.mean(dim=(2, 3)) - grey.mean(dim=(2, 3)))
-        height, width = grey.shape[2:]
-        if max(height, width) > SIDE:
-            scale = SIDE / max(height, width)
-            size = (max(round(height * scale), 1), max(round(width * scale), 1))
-            grey = F.interpolate(grey, size=size, mode="bilinear", antialias=True, align_corners=False)
-        parts.append(centre(grey[:, 0]))
+        parts.append(centre(shrink(grey, SIDE)[:, 0]))
     return torch.cat(parts), torch.cat(tints)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from convlens.data.dataset import Dataset
 from convlens.data.loader import Batches
 from convlens.data.preprocess import Preprocess
+from convlens.data.shrink import shrink
 from convlens.errors import Interrupted, UsageError
 from convlens.evaluation.metrics import Scores, evaluate
 from convlens.progress import Meter
@@ -33,7 +34,7 @@ from convlens.training.optim import (
 )
 from convlens.training.precision import autocast, choose_precision
 from convlens.training.recipe import Recipe
-from convlens.training.resizing import count_work, even_time, shrink
+from convlens.training.resizing import count_work, even_time
 
 LOOK_EVERY = 20  # steps between looks at the figures, which make an accelerator wait
 

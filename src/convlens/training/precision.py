@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from convlens.data.fetch import cache_folder
+from convlens.data.shrink import small_shape
 from convlens.errors import ConvlensError
 from convlens.machine import has_bf16, processor_name
 from convlens.runfolder import read_json, write_json
 from convlens.training.recipe import Recipe
-from convlens.training.resizing import require_any_size, small_shape
+from convlens.training.resizing import require_any_size
 
 BATCH, ROUNDS = 64, 4
 TOLERANCE = 0.02  # of the largest value; bf16 itself keeps about 3 digits

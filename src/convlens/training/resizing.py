@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from convlens.data.shrink import shrink, small_shape
 from convlens.errors import UsageError
 from convlens.training.memory import is_out_of_memory
 from convlens.training.recipe import Recipe
-
-
-def small_shape(shape: Sequence[int], size: int) -> tuple[int, int]:
-    """Return (height, width) scaled down so that the longer side has ``size`` pixels, if it has more."""
-    height, width = shape
-    scale = min(size / max(height, width), 1.0)
-    return max(round(height * scale), 1), max(round(width * scale), 1)
 
 
 @torch.no_grad()
@@ -36,15 +28,6 @@ def require_any_size(net: nn.Module, shape: tuple[int, int, int], recipe: Recipe
         ) from None
     finally:
         net.train(training)
-
-
-def shrink(images: Tensor, size: int) -> Tensor:
-    """Return images (N, C, H, W) scaled down so that their longer side has ``size`` pixels, if it has more."""
-    shape = small_shape(images.shape[2:], size)
-    if shape == tuple(images.shape[2:]):
-        return images
-    small = F.interpolate(images, size=shape, mode="bilinear", antialias=True, align_corners=False)
-    return small.contiguous(memory_format=torch.channels_last)
 
 
 def even_time(recipe: Recipe, shape: tuple[int, int, int], elapsed: float) -> float:

@@ -1,0 +1,25 @@
+"""Smaller copies of whole batches of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def small_shape(shape: Sequence[int], size: int) -> tuple[int, int]:
+    """Return (height, width) scaled down so that the longer side has ``size`` pixels, if it has more."""
+    height, width = shape
+    scale = min(size / max(height, width), 1.0)
+    return max(round(height * scale), 1), max(round(width * scale), 1)
+
+
+def shrink(images: Tensor, size: int) -> Tensor:
+    """Return images (N, C, H, W) scaled down so that their longer side has ``size`` pixels, if it has more."""
+    shape = small_shape(images.shape[2:], size)
+    if shape == tuple(images.shape[2:]):
+        return images
+    small = F.interpolate(images, size=shape, mode="bilinear", antialias=True, align_corners=False)
+    return small.contiguous(memory_format=torch.channels_last)
