@@ -749,7 +749,7 @@ def test_other_errors_of_a_net_are_its_own() -> None:
 
 
 WITH_LITTLE_MEMORY = """
-import resource
+import resource, sys
 from pathlib import Path
 import torch
 from convlens import Recipe, create_model, fit, from_arrays
@@ -760,15 +760,18 @@ labels = (torch.arange(2048) % 4).numpy()
 data = from_arrays(images, labels, images[:8], labels[:8])
 net = create_model("small", channels=3, height=32, width=32, classes=4, filters=32)
 own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (own + (250 << 20), own + (250 << 20)))
+limit = own + (int(sys.argv[1]) << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 records = list(fit(net, data, Recipe(epochs=1, batch_size=2048, validation=0.0, device="cpu", precision="fp32")))
 print(len(records))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="it limits the process's memory as Linux does")
-def test_a_real_limit_of_memory_is_met() -> None:
+@pytest.mark.parametrize("more", ["250", "400"])  # MiB
+def test_a_real_limit_of_memory_is_met(more: str) -> None:
     # in a program of its own: how much this one has in hand depends on the tests before it
-    done = subprocess.run([sys.executable, "-c", WITH_LITTLE_MEMORY], capture_output=True, text=True, check=False)
+    program = [sys.executable, "-c", WITH_LITTLE_MEMORY, more]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.stdout == "1\n", done.stderr
     assert "not enough memory for 2048 images at once; from here on each step goes through" in done.stderr

@@ -190,6 +190,29 @@ def test_memory_that_was_freed_is_kept_for_what_comes_next() -> None:
     assert pages[0] > 0 and pages[-1] < pages[0] / 10
 
 
+RETURNED = """
+from pathlib import Path
+import torch
+from convlens.runtime import keep_memory, return_memory
+pages = lambda: int(Path("/proc/self/statm").read_text().split()[1])  # that are in memory
+keep_memory()
+torch.ones(1 << 16)  # loads what the first of them loads, and starts the threads
+before = pages()
+held = [torch.ones(1 << 22) for _ in range(8)]
+del held
+kept = pages() - before
+return_memory()
+print(kept, pages() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is asked to")
+def test_memory_that_was_kept_goes_back_when_it_is_asked_for() -> None:
+    told = subprocess.run([sys.executable, "-c", RETURNED], capture_output=True, text=True, check=True).stdout
+    kept, left = map(int, told.split())
+    assert left < kept / 2
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is asked to")
 @pytest.mark.parametrize(
     ("name", "value"), [("MALLOC_TRIM_THRESHOLD_", "131072"), ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072")]

@@ -64,6 +64,16 @@ def keep_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)  # and stays there
 
 
+def return_memory() -> None:
+    """Give the system back what :func:`keep_memory` kept and nothing uses; only on Linux with glibc.
+
+    Where memory has run out, it stands in the way of what does not come from malloc, such as the code that oneDNN
+    writes for a convolution of a new size.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
+
+
 def derive_seed(*numbers: int) -> int:
     """Mix whole numbers, such as (seed, epoch, step), into one 63-bit seed.
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from convlens.runtime import return_memory
+
 Step = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
@@ -24,9 +26,11 @@ def in_parts(
     """
     asked = parts
     while True:
+        losses, logits = [], []
         restart()
+        if parts > asked:
+            return_memory()
         try:
-            losses, logits = [], []
             # of a small last batch, no part of one image, which BatchNorm cannot learn from
             count = max(min(parts, len(images) // 2), 1)
             if count == 1:
