@@ -46,7 +46,7 @@ from convlens.data.preprocess import Preprocess
 from convlens.explain.attribution import class_activation_map
 from convlens.models import create_model, summarise
 from convlens.run import Run
-from convlens.runtime import choose_device, describe_machine, use_threads
+from convlens.runtime import choose_device, describe_machine, keep_memory, use_threads
 from convlens.shipping.classifier import Classifier
 from convlens.shipping.int8 import build_int8
 from convlens.shipping.onnx_predictor import OnnxPredictor, load_onnx, seal
@@ -109,6 +109,7 @@ NETS = [  # net, options, image (C, H, W), batch
 
 def arithmetic() -> tuple[list[Record], str]:
     """Images/s and GFLOP/s of training, per net, beside the peak of a matrix product measured in the same run."""
+    keep_memory()  # as fit() does
     records, rows = [], []
     for name, options, shape, batch in NETS:
         for precision in ("bf16", "fp32"):
@@ -117,8 +118,7 @@ def arithmetic() -> tuple[list[Record], str]:
             net = create_model(name, channels=channels, height=height, width=width, classes=10, **options)
             flops = 3 * sum(layer.flops for layer in summarise(net, *shape))
             step = make_step(net, Recipe(epochs=1, precision=precision), shape, batch)
-            step()
-            seconds = [timed(step) for _ in range(10)]
+            seconds = [timed(step) for _ in range(12)][2:]  # warmed up
             pace = batch / statistics.median(seconds)
             share = flops * pace / 1e9 / top
             label = " ".join([name, *(f"--{key} {value}" for key, value in options.items())])
@@ -194,7 +194,7 @@ def overhead() -> tuple[list[Record], str]:
         "bare": lambda net: bare_loop(net, mnist, recipe),
         "fit": lambda net: list(fit(net, mnist, recipe)),
     }
-    for turn in range(32):
+    for turn in range(62):
         pair = {}
         for name in sorted(loops, reverse=turn % 2 == 1):  # each is the first in every second pair
             pair[name] = timed(partial(loops[name], fresh()))
@@ -589,48 +589,63 @@ def many() -> tuple[list[Record], str]:
 
 # time to accuracy
 
-# targets, recipes for them, our net in a plain loop, the net of the documents, and the seconds that the tutorial
-# program, and the others, may train: longer than convlens needs
+# targets, recipes for them, our net in a plain loop, the classic program, and the seconds that this one, and the
+# others, may train: longer than convlens needs
 RACES = {
     "mnist": ((0.99, 0.995), ("mnist-99", "mnist-995"), ("tiny", 32), "mnist-4conv", (1500.0, 60.0)),
-    "fashion-mnist": ((0.85, 0.92), ("fashion-85", "fashion-92"), ("whitened", 16), "mnist-4conv", (300.0, 60.0)),
-    "cifar10": ((0.80, 0.87), ("cifar10-small", "cifar10-90"), ("whitened", 64), "cifar-lenet", (300.0, 300.0)),
+    "fashion-mnist": ((0.85, 0.92), ("fashion-85", "fashion-92"), ("whitened", 16), "fashion-2conv", (300.0, 200.0)),
+    "cifar10": (
+        (0.80, 0.87, 0.906),
+        ("cifar10-small", "cifar10-90", "cifar10-94"),
+        ("whitened", 64),
+        "cifar-lenet",
+        (480.0, 480.0),
+    ),
 }
 
 
 def race(name: str) -> tuple[list[Record], str]:
     """Seconds of training to an accuracy on the test split: convlens beside what one would write or take instead."""
-    targets, recipes, (model, filters), documents, patience = RACES[name]
+    targets, recipes, (model, filters), classic, patience = RACES[name]
     data = load_named(name)
-    courses: dict[str, contenders.Course] = {}
+    rivals: dict[str, contenders.Course] = {}
     plain = contenders.plain_loop(data, model, filters)
-    courses[f"plain loop with our net `{model} --filters {filters}`, Adam, fp32"] = plain
-    courses["scikit-learn's MLPClassifier"] = contenders.scikit_learn(data)
-    courses["the tutorial program"] = contenders.tutorial(data, documents)
-    for recipe in recipes:  # last, for fit() lets the process keep its memory, which the others do not ask for
-        settled = get_recipe(recipe).override(validation=0.0)
-        courses[f"convlens, recipe `{recipe}`"] = contenders.convlens(data, settled)
+    rivals[f"plain loop with our net `{model} --filters {filters}`, Adam, fp32"] = plain
+    rivals["scikit-learn's MLPClassifier"] = contenders.scikit_learn(data)
+    rivals[f"the tutorial program, as `{classic}`"] = contenders.tutorial(data, classic)
     records: list[Record] = []
-    for label, course in courses.items():
-        seen: list[tuple[float, float]] = []
+    for label, course in rivals.items():
         limit = patience["tutorial" not in label]
+        seen: list[tuple[float, float]] = []
         for seconds, accuracy in course:
             seen.append((seconds, accuracy))
-            if (seconds > limit and "convlens" not in label) or accuracy >= max(targets):
+            if seconds > limit or accuracy >= max(targets):
                 break
         records.append({"data": data.name, "who": label, "targets": targets, "course": seen})
+    for recipe in recipes:  # last, for fit() lets the process keep its memory, which the others do not ask for
+        settled = get_recipe(recipe).override(validation=0.0)
+        seen = list(contenders.convlens(data, settled))
+        averaged = {"averaged": seen.pop()[1]} if settled.test_views else {}
+        label = f"convlens, recipe `{recipe}`"
+        records.append({"data": data.name, "who": label, "targets": targets, "course": seen, **averaged})
     return records, race_table(records)
 
 
 def race_table(records: list[Record]) -> str:
-    """Return the table of a race, convlens at its head: when each contender reached each target first."""
+    """Return the table of a race, convlens at its head: when each contender reached each target first.
+
+    What is reached, or best, only with test-time augmentation says so; it is looked at once, at the end.
+    """
     rows = []
     for record in sorted(records, key=lambda record: "convlens" not in record["who"]):
-        course = record["course"]
-        never = f"not in {course[-1][0]:,.0f} s"
-        reached = [next((f"{s:.1f}" for s, a in course if a >= t), never) for t in record["targets"]]
-        best = max(accuracy for _, accuracy in course)
-        rows.append([record["who"], *reached, f"{best:.2%}"])
+        course, averaged = record["course"], record.get("averaged", 0.0)
+        last = course[-1][0]
+        reached = []
+        for target in record["targets"]:
+            late = f"{last:.1f} with augmentation" if averaged >= target else f"not in {last:,.0f} s"
+            reached.append(next((f"{s:.1f}" for s, a in course if a >= target), late))
+        best = f"{max(accuracy for _, accuracy in course):.2%}"
+        rows.append([record["who"], *reached, f"{best}, {averaged:.2%} with augmentation" if averaged else best])
     return table([records[0]["data"], *(f"{100 * target:g}%, s" for target in records[0]["targets"]), "best"], rows)
 
 

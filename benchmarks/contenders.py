@@ -15,13 +15,16 @@ from torch.utils.data import Dataset as TorchDataset
 
 from convlens.data.augment import Draws, mirror, shift
 from convlens.data.dataset import Dataset
+from convlens.data.normalise import Normalise
 from convlens.data.preprocess import Preprocess
-from convlens.evaluation.metrics import Scores, compute_logits, make_views
+from convlens.evaluation.metrics import Scores, Views, compute_logits, make_views
 from convlens.models import create_model
 from convlens.training.engine import fit
 from convlens.training.nets import describe_net, make_net
+from convlens.training.optim import make_loss
 from convlens.training.optimizers import Muon
 from convlens.training.recipe import Recipe
+from convlens.training.recipes import get_recipe
 
 Course = Iterator[tuple[float, float]]
 
@@ -44,37 +47,46 @@ def normalised(dataset: Dataset) -> tuple[Tensor, Tensor]:
 
 
 def convlens(dataset: Dataset, recipe: Recipe) -> Course:
-    """A recipe of convlens, watched at the end of every epoch."""
+    """A recipe of convlens, watched at the end of every epoch, and at last with augmentation if it has any."""
     torch.manual_seed(recipe.seed)
     preprocess = Preprocess.measure(dataset.train.images, dataset.style)
     net = make_net(describe_net(recipe, dataset), dataset, preprocess)
     for record in fit(net, dataset, recipe.override(watch_test=True), preprocess=preprocess):
         yield record.seconds, record.test_acc or 0.0
+    if recipe.test_views:
+        yield record.seconds, test_accuracy(net, dataset, preprocess.normaliser(), make_views(recipe.flip))
+
+
+def test_accuracy(net: nn.Module, dataset: Dataset, normalise: Normalise, views: Views | None = None) -> float:
+    """Return the accuracy on the test split, of plain images or with the probabilities of several views averaged."""
+    return Scores.of(compute_logits(net, dataset.test.images, normalise, views=views), dataset.test.labels).accuracy
 
 
 class Pictures(TorchDataset[tuple[Tensor, int]]):
-    """Images one by one through PIL, as the documents do it: turned, at times cut to the centre, made a tensor."""
+    """Images one by one through PIL, as the documents do it: at times cut to the centre, turned, made a tensor."""
 
-    def __init__(self, images: Tensor, labels: Tensor):
-        self.images = [Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()) for image in images]
-        self.labels = labels.tolist()
+    def __init__(self, dataset: Dataset, recipe: Recipe):
+        images = dataset.train.images.permute(0, 2, 3, 1).squeeze(3).numpy()
+        self.images = [Image.fromarray(image) for image in images]
+        self.labels = dataset.train.labels.tolist()
+        self.crop_probability, self.rotation = recipe.crop_probability, recipe.rotation
+        side = dataset.shape[1]
+        self.margin = (side - round(recipe.crop_fraction * side)) // 2
+        measured = Preprocess.measure(dataset.train.images, dataset.style)
+        self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in (measured.mean, measured.std))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.images[index]
-        if random.random() < 0.1:
+        image, cut = self.images[index], self.margin
+        if random.random() < self.crop_probability:
             width, height = image.size
-            image = image.crop((3, 3, width - 3, height - 3)).resize((width, height))
-        image = image.rotate(random.uniform(-15, 15))
-        return to_tensor(image), self.labels[index]
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """Return a picture as floats (C, H, W), with the mean and deviation that the documents take for MNIST."""
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, -1)
-    return (pixels.permute(2, 0, 1).float() / 255 - 0.1307) / 0.3081
+            image = image.crop((cut, cut, width - cut, height - cut)).resize((width, height))
+        if self.rotation:
+            image = image.rotate(random.uniform(-self.rotation, self.rotation))
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, -1)
+        return (pixels.permute(2, 0, 1).float() / 255 - self.mean) / self.std, self.labels[index]
 
 
 def tutorial_loop(
@@ -103,17 +115,26 @@ def load_compiler() -> None:
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1).step()
 
 
-def tutorial(dataset: Dataset, model: str) -> Course:
-    """A program of the documents in its plain style: DataLoader, transforms image by image, fp32, eager."""
+def tutorial(dataset: Dataset, classic: str) -> Course:
+    """A program of the documents in its plain style: DataLoader, transforms image by image, fp32, eager.
+
+    Net, batch, rate, momentum, steps of the rate, crop and rotation are those of the recipe ``classic``; there is no
+    more to the documents.
+    """
     torch.manual_seed(0)
     random.seed(0)
-    loader = DataLoader(Pictures(dataset.train.images, dataset.train.labels), batch_size=512, shuffle=True)
+    recipe = get_recipe(classic)
+    pictures = Pictures(dataset, recipe)
+    loader = DataLoader(pictures, batch_size=recipe.batch_size, shuffle=True)
     channels, height, width = dataset.shape
-    net = create_model(model, channels=channels, height=height, width=width, classes=10)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
-    test = (dataset.test.images.float() / 255 - 0.1307) / 0.3081
-    compute_loss = F.nll_loss if net.log_probabilities else F.cross_entropy
-    yield from tutorial_loop(net, loader, optimizer, compute_loss, test, dataset.test.labels)
+    net = create_model(recipe.model, channels=channels, height=height, width=width, classes=10)
+    optimizer = torch.optim.SGD(net.parameters(), lr=recipe.lr, momentum=recipe.momentum)
+    steps = torch.optim.lr_scheduler.StepLR(optimizer, recipe.step_epochs, recipe.step_factor)
+    test = (dataset.test.images.float() / 255 - pictures.mean) / pictures.std
+    for point in tutorial_loop(net, loader, optimizer, make_loss(recipe, net), test, dataset.test.labels):
+        yield point
+        if recipe.schedule == "step":
+            steps.step()
 
 
 def plain_loop(dataset: Dataset, model: str, filters: int) -> Course:
@@ -182,10 +203,7 @@ def speedrun(dataset: Dataset, device: torch.device, seed: int = 0, epochs: int 
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    plain, averaged = (
-        Scores.of(compute_logits(net, dataset.test.images, normalise, views=views), dataset.test.labels).accuracy
-        for views in (None, make_views(True))
-    )
+    plain, averaged = (test_accuracy(net, dataset, normalise, views) for views in (None, make_views(True)))
     return seconds, plain, averaged
 
 

@@ -7,7 +7,7 @@ fails there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -75,18 +75,24 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("_fused_sgd_", "_fused_adam_", "_fused_adamw_"):
         monkeypatch.setattr(torch, name, same_device)
 
-    def require_numbers(values: Mapping[str, Tensor], *_: Any) -> None:
+    def look_through(values: list[Tensor]) -> bool:
         looks.append("numbers")
-        same_device(list(values.values()))
+        same_device(values)
+        return False
 
-    def store_into(_: engine.Tally, state: TrainState) -> None:
+    def describe(tally: engine.Tally, *_: Any) -> None:
+        looks.append("told")
+        tally.add_up()
+
+    def store_into(tally: engine.Tally, state: TrainState) -> None:
         looks.append("sums")
+        tally.add_up()
         state.loss_sum, state.correct, state.seen = 1.0, 1, 1
 
-    for module in (engine, divergence):
-        monkeypatch.setattr(module, "require_numbers", require_numbers)
+    monkeypatch.setattr(divergence, "look_through", look_through)
+    monkeypatch.setattr(engine, "require_numbers", lambda values, *_: look_through(list(values.values())))
     monkeypatch.setattr(engine.Tally, "store_into", store_into)
-    monkeypatch.setattr(engine.Tally, "describe", lambda *_: looks.append("told"))
+    monkeypatch.setattr(engine.Tally, "describe", describe)
     return looks
 
 

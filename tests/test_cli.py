@@ -371,6 +371,8 @@ def test_seeds_compare_mistakes_and_doctor_in_the_shell(shell: Shell, tmp_path: 
     code, out, _ = shell("train", "digits", *QUICK, "--exclude", "remove.txt")
     assert code == 0 and "images left out on request" in Path("runs/digits-1/config.json").read_text()
     shell.fails("train", "digits", "--seeds", "1", code=2, says="--seeds is 1; a spread needs at least 2")
+    shell.fails("train", "digits", "--folds", "0", code=2, says="--folds is 0; a spread needs at least 2")
+    shell.fails("train", "", code=2, says="the data have an empty name; for the current folder say .")
     shell.fails("train", "digits", "--seeds", "2", "--budget", "9s", code=2, says="--seeds and --folds take no --init")
 
 

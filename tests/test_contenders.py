@@ -8,6 +8,7 @@ import torch
 
 import convlens
 from convlens.data.dataset import Dataset
+from convlens.training.recipes import get_recipe
 
 
 def make_dataset(train: int, side: int, channels: int) -> Dataset:
@@ -25,9 +26,22 @@ def test_the_published_speedrun() -> None:
     assert plain > 0.9 and averaged > 0.5  # of such pictures, mirrored ones are others
 
 
-@pytest.mark.parametrize("contender", ["tutorial", "plain_loop", "scikit_learn"])
-def test_one_epoch_of_the_others(contender: str) -> None:
-    data = make_dataset(1000, 28, 1)
-    arguments = {"tutorial": ("mnist-4conv",), "plain_loop": ("tiny", 8), "scikit_learn": ()}[contender]
-    seconds, accuracy = next(getattr(contenders, contender)(data, *arguments))
+@pytest.mark.parametrize(("classic", "channels"), [("fashion-2conv", 1), ("cifar-lenet", 3), ("mnist-4conv", 1)])
+def test_the_programs_of_the_documents_learn(classic: str, channels: int) -> None:
+    course = contenders.tutorial(make_dataset(1000, 32 if channels == 3 else 28, channels), classic)
+    points = [next(course), next(course)]
+    assert 0 < points[0][0] < points[1][0] and all(0.0 <= accuracy <= 1.0 for _, accuracy in points)
+
+
+def test_convlens_is_looked_at_with_its_augmentation_at_the_end() -> None:
+    data = make_dataset(300, 32, 3)
+    recipe = get_recipe("cifar10-90").override(iterations=2, batch_size=150, parts=1, filters=4, validation=0.0)
+    assert recipe.test_views
+    points = list(contenders.convlens(data, recipe))
+    assert len(points) == 2 and points[0][0] == points[1][0]
+
+
+@pytest.mark.parametrize(("contender", "arguments"), [("plain_loop", ("tiny", 8)), ("scikit_learn", ())])
+def test_one_epoch_of_the_others(contender: str, arguments: tuple[object, ...]) -> None:
+    seconds, accuracy = next(getattr(contenders, contender)(make_dataset(1000, 28, 1), *arguments))
     assert seconds > 0 and 0.0 <= accuracy <= 1.0

@@ -32,6 +32,7 @@ from convlens.experiment import Experiment
 from convlens.runfolder import RunFolder, write_json
 from convlens.runtime import choose_device
 from convlens.training.checkpoint import CheckpointStore, TrainState
+from convlens.training.divergence import look_through
 from convlens.training.recipe import Recipe
 
 resource = pytest.importorskip("resource")  # and with it fork: not on Windows
@@ -693,6 +694,28 @@ def test_what_is_no_number_ends_the_training_at_that_step(where: str, says: str,
     saved = store.load()
     assert saved is not None and saved[0].step == max(s for s in (0, 2, 4, 5, 6) if s <= step)
     assert all(bool(value.isfinite().all()) for value in saved[1].values())
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 500, -1])
+def test_one_wrong_number_is_found_wherever_it_is(wrong: float, place: int) -> None:
+    filters = torch.zeros(8, 5, 5, 5).to(memory_format=torch.channels_last)
+    for values in ([torch.zeros(1001)], [filters], [torch.zeros(3, dtype=torch.float64), torch.zeros(())]):
+        assert not look_through(values)
+        flat = values[-1].flatten()
+        flat[min(place, len(flat) - 1)] = wrong
+        values[-1].copy_(flat.view_as(values[-1]))
+        assert look_through(values)
+
+
+def test_numbers_that_are_looked_through_keep_every_bit() -> None:
+    extremes = torch.tensor([1e30, -1e-42, -0.0, 3.4e38])
+    filters = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
+    values = [extremes, filters, torch.empty(0), torch.tensor(2.5)]
+    before = [value.clone() for value in values]
+    assert not look_through(values)
+    for value, old in zip(values, before, strict=True):
+        assert value.stride() == old.stride() and torch.equal(value.view(torch.int32), old.view(torch.int32))
 
 
 # memory

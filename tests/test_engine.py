@@ -19,9 +19,10 @@ from convlens.data.shrink import shrink
 from convlens.errors import ConvlensError, Diverged, Interrupted, UsageError
 from convlens.evaluation.metrics import Scores, evaluate
 from convlens.models import ConvNet, create_model
-from convlens.training import nets
-from convlens.training.checkpoint import CheckpointStore, EpochRecord
-from convlens.training.engine import Progress, Watcher, fit
+from convlens.ranks import Ranks
+from convlens.training import memory, nets
+from convlens.training.checkpoint import CheckpointStore, EpochRecord, TrainState
+from convlens.training.engine import Progress, Tally, Watcher, fit
 from convlens.training.precision import choose_precision
 from convlens.training.recipe import Recipe
 
@@ -219,6 +220,44 @@ def test_it_asks_for_freed_memory_to_be_kept(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(engine, "keep_memory", lambda: asked.append(True))
     train(make_net(), make_dataset(), make_recipe(epochs=1))
     assert asked == [True]
+
+
+def test_it_does_not_keep_memory_that_did_not_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(engine, "keep_memory", lambda: asked.append("keep"))
+    monkeypatch.setattr(memory, "return_memory", lambda: asked.append("return"))
+
+    def short(net: nn.Module, arguments: tuple[Tensor]) -> None:
+        if net.training and len(arguments[0]) > 4:
+            raise MemoryError
+
+    net = make_net()
+    net.register_forward_pre_hook(short)
+    train(net, make_dataset(), make_recipe(epochs=1))
+    assert asked == ["return"]
+
+
+# the sums of an epoch
+
+
+def test_sums_do_not_depend_on_when_somebody_asks() -> None:
+    torch.manual_seed(0)
+    sizes = (7, 11, 7, 7, 3)
+    batches = [(torch.rand(()) * 0.1**i, torch.randn(n, 3), torch.randint(0, 3, (n,)), n) for i, n in enumerate(sizes)]
+    states = []
+    for asked in ((), (0, 1, 2, 3), (1, 2)):
+        state = TrainState(parts=1, loss_sum=0.1, correct=4, seen=9)
+        tally = Tally(state, CPU, Ranks())
+        for index, batch in enumerate(batches):
+            tally.add(*batch)
+            if index in asked:
+                tally.describe(state, 10, 5, 1.0, 1.0)
+        tally.store_into(state)
+        states.append((state.loss_sum, state.correct, state.seen))
+    assert states[0] == states[1] == states[2]
+    right = sum(int((logits.argmax(dim=1) == labels).sum()) for _, logits, labels, _ in batches)
+    assert states[0][1:] == (4 + right, 9 + sum(sizes))
+    assert states[0][0] == pytest.approx(0.1 + sum(float(loss) * n for loss, *_, n in batches))
 
 
 # the same bits

@@ -180,7 +180,7 @@ def test_evaluating_on_other_data_is_refused(run: Run, tmp_path: Path) -> None:
     data = write_npz(tmp_path / "toy.npz")
     with pytest.raises(UsageError) as caught:
         evaluate_run(run.path, data)
-    assert str(caught.value) == f"{data} has other classes than {run.path}: 0, 1, 2, 3"
+    assert str(caught.value) == f"{data} has other classes than {run.path}: it lacks 4, 5, 6, 7, 8, 9"
     with pytest.raises(UsageError, match=r"has images of \(C, H, W\) \(1, 9, 9\), .* takes \(1, 8, 8\)$"):
         evaluate_run(run.path, convlens.from_arrays(np.zeros((40, 9, 9), dtype=np.uint8), np.arange(40) % 10))
 

@@ -53,6 +53,10 @@ def test_the_tables_of_the_benchmarks_are_those_of_their_records(path: Path) -> 
 def test_the_races_are_tables_of_their_courses(name: str) -> None:
     told = json.loads((ROOT / "benchmarks" / "records" / f"race-{name}.json").read_text(encoding="utf-8"))
     assert bench.race_table(told["records"]).splitlines() == told["table"]
+    targets, recipes, *_ = bench.RACES[name]  # the races that were run are those that would be run
+    assert all(tuple(record["targets"]) == targets for record in told["records"])
+    ours = [record["who"] for record in told["records"] if "convlens" in record["who"]]
+    assert ours == [f"convlens, recipe `{recipe}`" for recipe in recipes]
 
 
 def test_every_table_has_its_records() -> None:

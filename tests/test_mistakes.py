@@ -18,7 +18,7 @@ from convlens.data.dataset import Split
 from convlens.data.loader import Batches
 from convlens.data.pictures import PictureStyle
 from convlens.data.preprocess import Preprocess
-from convlens.errors import UsageError
+from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from convlens.mistakes import file_name, unique, write_mistakes
 from convlens.run import Run, corrupt_run, evaluate_run, load_training_images
@@ -89,6 +89,10 @@ def test_data_that_were_moved_are_those_it_was_tested_on(tmp_path: Path) -> None
     excluded.write_text("3\n5\n")
     run = convlens.train(str(old), "digits", exclude=excluded, out=tmp_path / "run", **QUICK)
     old.rename(new)
+    with pytest.raises(ConvlensError) as caught:
+        write_mistakes(run.path, tmp_path / "mistakes")
+    assert str(caught.value).endswith(f"; if the data of {run.path} are elsewhere now, --data says where")
+    assert str(old) in str(caught.value)
     with pytest.raises(UsageError, match=r"^the data in digits are not those that .*, old, or were packed or decoded"):
         write_mistakes(run.path, tmp_path / "mistakes", data="digits")
     assert write_mistakes(run.path, tmp_path / "mistakes", data=str(new))[1] == run.test["n"] - run.test["correct"]

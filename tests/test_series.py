@@ -138,8 +138,9 @@ def test_an_interrupted_series_goes_on(kind: str) -> None:
     ("options", "message"),
     [
         ({"seeds": 1}, "^--seeds is 1; a spread needs at least 2$"),
+        ({}, "^give --seeds or --folds, one of the two"),
         ({"folds": 1}, "^--folds is 1; a spread needs at least 2$"),
-        ({"seeds": 2, "folds": 2}, "^--seeds or --folds, not both"),
+        ({"seeds": 2, "folds": 2}, "^give --seeds or --folds, one of the two"),
         ({"folds": 500}, "^class '0' has 178 images, less than one for each of 500 folds$"),
         ({"seeds": 2, "epoch": 3}, "^unknown recipe option 'epoch'; did you mean 'epochs'"),
         ({"seeds": 2, "model": "smal"}, "^unknown model 'smal'; did you mean 'small'"),

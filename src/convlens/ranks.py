@@ -23,6 +23,7 @@ from convlens.errors import ConvlensError, PeerGone, UsageError
 from convlens.machine import OWN_JOB, OWN_LAUNCHER
 
 TRAININGS = itertools.count(1)  # that this process has begun
+RUNNING = ("running_mean", "running_var")  # BatchNorm's buffers
 PATIENCE = datetime.timedelta(hours=1)  # for the slowest of them: the first one tests alone, and may download
 
 
@@ -133,10 +134,11 @@ class Ranks:
             distributed().all_reduce(tensor)
 
 
-def batchnorm_statistics(net: nn.Module) -> list[Tensor]:
-    """Return the running means and variances of a net's BatchNorm."""
-    layers = [layer for layer in net.modules() if isinstance(layer, _BatchNorm)]
-    return [value for layer in layers for value in (layer.running_mean, layer.running_var) if value is not None]
+def batchnorm_statistics(net: nn.Module) -> dict[str, Tensor]:
+    """Return the running means and variances of a net's BatchNorm by name."""
+    layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, _BatchNorm)}
+    statistics = {f"{name}.{kind}": getattr(layer, kind) for name, layer in layers.items() for kind in RUNNING}
+    return {name: value for name, value in statistics.items() if value is not None}
 
 
 class BatchNormTogether:

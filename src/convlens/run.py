@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,12 @@ def load_tested(source: str | Path, data: Any = None, *, other: bool = False) ->
     if own and recorded.get("left_out") and not run.excluded.exists():
         raise UsageError(f"{source} left images out, and the list of them is in its run folder; name that folder")
     form: dict[str, Any] = {"image_size": preprocess.height, "channels": preprocess.channels, "allow_unreadable": True}
-    dataset = load_dataset(recorded["source"] if data is None else data, **form)
+    try:
+        dataset = load_dataset(recorded["source"] if data is None else data, **form)
+    except ConvlensError as error:
+        if data is None:
+            ConvlensError.__init__(error, f"{error}; if the data of {source} are elsewhere now, --data says where")
+        raise
     named = recorded["source"] if data is None else data if isinstance(data, (str, Path)) else dataset.name
     unlike = (
         f"the data in {named} are not those that {source} was trained on, {recorded['name']}, or were packed or "
@@ -160,7 +166,7 @@ def load_tested(source: str | Path, data: Any = None, *, other: bool = False) ->
     elif recorded.get("fold") and dataset.source == recorded["source"]:
         raise UsageError(f"{source} was trained on the test images of {data}: it is one fold; leave out --data")
     if dataset.classes != bundle.classes:
-        raise UsageError(f"{named} has other classes than {source}: {', '.join(dataset.classes)}")
+        raise UsageError(f"{named} has other classes than {source}: {tell_apart(dataset.classes, bundle.classes)}")
     expected = (preprocess.channels, preprocess.height, preprocess.width)
     if dataset.shape != expected:
         raise UsageError(f"{named} has images of (C, H, W) {dataset.shape}, {source} takes {expected}")
@@ -172,6 +178,17 @@ def load_tested(source: str | Path, data: Any = None, *, other: bool = False) ->
             f"them back, or {'name other data' if other else 'say where they are now'} with --data"
         )
     return bundle, dataset
+
+
+def tell_apart(classes: Sequence[str], others: Sequence[str]) -> str:
+    """Return what ``classes`` have and lack beside ``others``, in words: some of each."""
+
+    def some(names: list[str]) -> str:
+        return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
+
+    more, fewer = [c for c in classes if c not in others], [c for c in others if c not in classes]
+    told = [f"it lacks {some(fewer)}"] * bool(fewer) + [f"it alone has {some(more)}"] * bool(more)
+    return ", and ".join(told) or "the same in another order"
 
 
 def load_training_images(source: str | Path, classifier: Classifier, data: Any = None) -> TrainingImages:

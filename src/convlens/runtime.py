@@ -7,7 +7,7 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -16,7 +16,7 @@ from convlens.machine import available_cores, processor_name
 from convlens.ranks import join, processes_here
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -57,21 +57,28 @@ def keep_memory() -> None:
     Each step of a training needs the same hundreds of megabytes, and frees them. Where they go back to the system, and
     come from it anew page by page, that is 5 to 20% of the step. Who has set malloc's own variables is not overruled.
     """
-    if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        return
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # musl has none
-        mallopt(M_MMAP_MAX, 0)  # all comes from the heap,
-        mallopt(M_TRIM_THRESHOLD, -1)  # and stays there
+    ask_malloc({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})  # all comes from the heap, and stays there
 
 
 def return_memory() -> None:
-    """Give the system back what :func:`keep_memory` kept and nothing uses; only on Linux with glibc.
+    """Take back what :func:`keep_memory` asked for, and give the system what nothing uses.
 
-    Where memory has run out, it stands in the way of what does not come from malloc, such as the code that oneDNN
-    writes for a convolution of a new size.
+    Where memory has run out, what is kept stands in the way of all that does not come from malloc, such as the code
+    that oneDNN writes for a convolution of a new size. Of addresses (``ulimit -v``) only those at the end come free.
     """
+    # as malloc begins: large blocks are the system's own, and so is what is free at the end of the heap
+    ask_malloc({M_MMAP_MAX: 1 << 16, M_MMAP_THRESHOLD: 128 << 10, M_TRIM_THRESHOLD: 128 << 10})
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
+
+
+def ask_malloc(settings: Mapping[int, int]) -> None:
+    """Set variables of glibc's malloc, by mallopt(3)."""
+    if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # musl has none
+        for variable, value in settings.items():
+            mallopt(variable, value)
 
 
 def derive_seed(*numbers: int) -> int:

@@ -45,8 +45,8 @@ class Series:
         data: Any,
         recipe: str | Recipe | None = None,
         *,
-        seeds: int = 0,
-        folds: int = 0,
+        seeds: int | None = None,
+        folds: int | None = None,
         out: str | Path | None = None,
         allow_unreadable: bool = False,
         exclude: str | Path | None = None,
@@ -58,9 +58,9 @@ class Series:
         those of :func:`convlens.train`. Raises UsageError for less than two of either.
         """
         require_alone("a series of trainings")
-        kind, count = ("fold", folds) if folds else ("seed", seeds)
-        if seeds and folds:
-            raise UsageError("--seeds or --folds, not both: each fold is one training")
+        kind, count = ("fold", folds) if seeds is None else ("seed", seeds)
+        if count is None or (seeds is not None and folds is not None):
+            raise UsageError("give --seeds or --folds, one of the two: each fold is one training")
         if count < 2:
             raise UsageError(f"--{kind}s is {count}; a spread needs at least 2")
         if out is not None:
@@ -73,7 +73,7 @@ class Series:
         if exclude is not None:
             dataset = dataset.without(read_names(exclude))
         refuse_inside_data(out, dataset)
-        if folds:
+        if folds is not None:
             deal_out(merge(dataset)[0].labels, dataset.classes, folds)
         plan = {
             "kind": kind,

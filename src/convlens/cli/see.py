@@ -50,7 +50,7 @@ def explain(
     for file, explanation in zip(files, explanations, strict=True):
         print(f"{file}: {explanation.prediction}")
     if missing:
-        print(f"convlens: no training images to compare with: {missing} (--data says where they are)", file=sys.stderr)
+        print(f"convlens: no training images to compare with: {missing}", file=sys.stderr)
     print(f"wrote   {folder / 'index.html'}")
 
 

@@ -75,15 +75,11 @@ def train(
     ] = None,
     exclude: Exclude = None,
     seeds: Annotated[
-        int,
-        typer.Option(min=0, metavar="N", show_default=False, help="Train so many seeds, and report mean and spread."),
-    ] = 0,
+        int | None, typer.Option(metavar="N", help="Train so many seeds, and report mean and spread.")
+    ] = None,
     folds: Annotated[
-        int,
-        typer.Option(
-            min=0, metavar="K", show_default=False, help="Cross-validate: as many runs, each tested on its part."
-        ),
-    ] = 0,
+        int | None, typer.Option(metavar="K", help="Cross-validate: as many runs, each tested on its part.")
+    ] = None,
     allow_unreadable: AllowUnreadable = False,
     processes: Annotated[
         int,
@@ -120,15 +116,16 @@ def train(
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if (data is None) == (resume is None):
         raise UsageError("name the data to train on, or a run to --resume, one of the two")
-    if resume is not None and (overrides or recipe or config or out or init or budget or seeds or folds or exclude):
+    several = seeds is not None or folds is not None
+    if resume is not None and (overrides or recipe or config or out or init or budget or several or exclude):
         raise UsageError("--resume goes on with the run's own recipe, so it takes nothing that would change it")
     if accept_changes and resume is None:
         raise UsageError("--accept-changes goes with --resume")
     if recipe is not None and config is not None:
         raise UsageError("give --recipe or --config, not both")
-    if (seeds or folds) and (init or budget):
+    if several and (init or budget):
         raise UsageError("--seeds and --folds take no --init and no --budget")
-    if processes > 1 and (seeds or folds):
+    if processes > 1 and several:
         raise UsageError("--processes is for one training; --seeds and --folds train one after the other")
     own = os.environ.get("TORCHELASTIC_RUN_ID", "")
     if processes > 1 and own and not own.startswith(OWN_JOB):
@@ -154,7 +151,7 @@ def train(
         run_experiment(Experiment.resume(resume, finished_too=join().again, **allowed), live=live)
     else:
         given: dict[str, Any] = {"out": out, "allow_unreadable": allow_unreadable, "exclude": exclude, **overrides}
-        if seeds or folds:
+        if several:
             run_series(Series.create(data, chosen, seeds=seeds, folds=folds, **given), live=live)
         else:
             experiment = Experiment.create(data, chosen, started=STARTED, init=init, budget=budget, **given)

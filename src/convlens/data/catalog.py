@@ -59,6 +59,8 @@ def load_dataset(source: Any, *, image_size: int = 0, channels: int = 0, allow_u
     if isinstance(source, (str, Path)):
         if str(source) in DATASETS:
             return DATASETS[str(source)]()
+        if not str(source):
+            raise UsageError("the data have an empty name; for the current folder say .")
         if is_packed(source):
             return load_shards(source)
         path = Path(source)
@@ -275,8 +277,8 @@ def data_name(data: Any) -> str:
 def refuse_inside_data(out: str | Path | None, data: Any, flag: str = "--out") -> None:
     """Raise UsageError if ``out`` (None: ``runs``) would lie in the folder of the data: it is only ever read."""
     data = data.source if isinstance(data, Dataset) else data
-    if not isinstance(data, (str, Path)) or str(data) in DATASETS or not Path(data).is_dir():
-        return
+    if not isinstance(data, (str, Path)) or not str(data) or str(data) in DATASETS or not Path(data).is_dir():
+        return  # of an empty name load_dataset speaks
     target = Path(out) if out is not None else Path("runs")
     if target.resolve().is_relative_to(Path(data).resolve()):
         raise UsageError(f"{target} would be written into the data in {data}; choose a place outside with {flag}")

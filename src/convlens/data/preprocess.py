@@ -44,11 +44,11 @@ class Preprocess:
             raise UsageError(f"images of {width} x {height} pixels; nets take at most {LARGEST_SIDE} a side")
         # counting the 256 values is exact, and needs no float copy of the data; of very many images some are enough
         counts = np.zeros((channels, 256))
-        part = max(PART_BYTES // (channels * height * width), 1)  # NumPy counts whole numbers of 8 bytes
+        part = max(PART_BYTES // (channels * height * width), 1)  # those in shards are read part by part
         starts = range(0, len(images), part)
         for start in starts[:: max(len(starts) // MOST_PARTS, 1)]:
-            pixels = images[start : start + part].numpy()
-            counts += [np.bincount(pixels[:, c].ravel(), minlength=256) for c in range(channels)]
+            pixels = images[start : start + part]
+            counts += [pixels[:, c].flatten().bincount(minlength=256).numpy() for c in range(channels)]
         levels = np.arange(256) / 255
         share = counts / counts.sum(axis=1, keepdims=True)  # (C, 256)
         mean = share @ levels

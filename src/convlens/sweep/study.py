@@ -29,6 +29,7 @@ from convlens.record import command_line
 from convlens.runfolder import RunFolder, read_json, write_json
 from convlens.runtime import callers_state_kept
 from convlens.sweep.space import PRESETS, Choice, Range, Space, parse_space, read_space, space_texts
+from convlens.training.engine import require_possible
 from convlens.training.nets import describe_net, make_net, without_unfit
 from convlens.training.recipe import FIELD_TYPES, MODEL_OPTIONS, Recipe, flag
 from convlens.training.recipes import default_recipe, get_recipe
@@ -192,6 +193,9 @@ def check_space(space: Space, base: Recipe, dataset: Dataset) -> None:
     if not space:
         raise UsageError("nothing is left to search: say what with --param")
     preprocess = Preprocess.measure(dataset.train.images[:100], dataset.style)
+    with callers_state_kept():  # the base recipe is trained, too: the best is held against it
+        settled = without_unfit(base, asked=())
+        require_possible(settled, make_net(describe_net(settled, dataset), dataset, preprocess), dataset)
     for name, values in space.items():
         # the ends of a range may be shut out by another field, such as momentum 0 by --nesterov; what is inside may not
         for value in values.tried if isinstance(values, Choice) else (values.inside(),):

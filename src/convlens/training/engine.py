@@ -18,7 +18,7 @@ from convlens.data.shrink import shrink
 from convlens.errors import Interrupted, UsageError
 from convlens.evaluation.metrics import Scores, evaluate
 from convlens.progress import Meter
-from convlens.ranks import BatchNormTogether, batchnorm_statistics, join
+from convlens.ranks import BatchNormTogether, Ranks, batchnorm_statistics, join
 from convlens.runtime import choose_device, keep_memory
 from convlens.training.checkpoint import CheckpointStore, EpochRecord, TrainState, pack, unpack
 from convlens.training.divergence import NumberWatch, diverged, require_numbers
@@ -63,15 +63,13 @@ def fit(
     BatchNorm statistics are not numbers (accelerators are asked every 20 steps), and nothing of it is saved. A caller
     who stops iterating early is left with the raw weights of that moment. In processes that torchrun has started, each
     trains on its part of every batch, and all end with the same weights; the first writes. CPU threads are the
-    caller's: ``recipe.threads`` is for :func:`convlens.train`. On a CPU, with glibc, the process keeps the
-    memory that it frees from then on. Raises UsageError, at the first record, for a recipe that the net, the data or
-    this machine cannot follow.
+    caller's: ``recipe.threads`` is for :func:`convlens.train`. On a CPU, with glibc, the process keeps the memory that
+    it frees from the first step on, if there was enough for that one. Raises UsageError, at the first record, for a
+    recipe that the net, the data or this machine cannot follow.
     """
     watcher = watcher or Watcher()
     ranks = join()
     device = choose_device(recipe.device)
-    if device.type == "cpu":
-        keep_memory()
     precision = ranks.share(choose_precision(recipe, device, net, dataset.shape))
     dataset = dataset.with_validation(recipe.validation, recipe.seed)
     require_possible(recipe, net, dataset)
@@ -105,7 +103,8 @@ def fit(
         with autocast(precision, device), batchnorm:
             logits = net(images)  # (N, K)
         loss = compute_loss(logits.float(), labels)
-        (loss * share).backward()  # type: ignore[no-untyped-call]
+        # the share takes the place of the 1 that backward() would make itself
+        loss.backward(torch.full_like(loss, share))  # type: ignore[no-untyped-call]
         return loss.detach(), logits.detach()
 
     saved = store.load() if store is not None else None
@@ -125,8 +124,9 @@ def fit(
 
     weights = [p for p in net.parameters() if p.requires_grad]
     statistics = batchnorm_statistics(net)
-    numbers = NumberWatch(net)
+    numbers = NumberWatch(net, statistics)
     check_every = 1 if device.type == "cpu" else LOOK_EVERY
+    unkept = device.type == "cpu"
     begun = time.perf_counter() - state.elapsed
     total = count_steps()
     while state.step < total and not state.finished:
@@ -134,7 +134,7 @@ def fit(
             raise Interrupted(f"stopped at {describe_place(recipe, state.step, total)}")
         first_step = state.step
         epoch, first = divmod(first_step, len(batches))
-        tally = Tally(state, device)
+        tally = Tally(state, device, ranks)
         net.train()
         stopped, before = False, state.seconds
         started = time.perf_counter() - before
@@ -151,9 +151,11 @@ def fit(
                 loss, logits, state.parts = in_parts(
                     forward_backward, optimizer.zero_grad, images, labels, state.parts, again=not together
                 )
-                right = share_right(logits, labels)
+                if unkept and state.parts == recipe.parts:  # a step has shown that there is enough
+                    keep_memory()
+                    unkept = False
                 gradients = [p.grad for p in weights if p.grad is not None]
-                ranks.average([loss, right, *gradients, *statistics], len(images))
+                ranks.average([loss, *gradients, *statistics.values()], len(images))
                 if state.step % check_every == 0:
                     numbers.check(loss, state, recipe)
                 clip()
@@ -163,7 +165,7 @@ def fit(
                 state.seconds = time.perf_counter() - started
                 stopped, state.elapsed = ranks.agree(should_stop(), time.perf_counter() - begun)
                 total = count_steps()
-                tally.add(loss, right, batches.size(index))
+                tally.add(loss, logits, labels, batches.size(index))
                 if is_milestone(state.step, len(batches), total):
                     paused = time.perf_counter()
                     with average.applied():
@@ -269,33 +271,54 @@ class Progress:
 class Tally:
     """Loss, hits and images of an epoch, added up on the device and read now and then."""
 
-    def __init__(self, state: TrainState, device: torch.device):
+    def __init__(self, state: TrainState, device: torch.device, ranks: Ranks):
         # float64 keeps the sums exact enough to be the same after a resume; MPS has none
         kind = torch.float32 if device.type == "mps" else torch.float64
-        self._before = state.seen  # an interrupted epoch's, by another process
-        self._sums = torch.tensor([state.loss_sum, state.correct, state.seen], dtype=kind, device=device)
+        self._before = self._seen = state.seen  # an interrupted epoch's, by another process
+        self._sums = torch.tensor([state.loss_sum, state.correct], dtype=kind, device=device)
+        self._ranks = ranks
+        self._waiting: list[tuple[Tensor, Tensor, Tensor, int]] = []
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, n: int) -> None:
+        """Take the mean loss of a batch of ``n`` images, and this process's logits (N, K) and labels of it.
+
+        They wait until somebody asks: within a step, whose convolutions have emptied the caches, each small operation
+        takes five times as long as in a row of them.
+        """
+        self._waiting.append((loss, logits, labels, n))
+        self._seen += n
 
     @torch.no_grad()
-    def add(self, loss: Tensor, right: Tensor, n: int) -> None:
-        """Add a batch of ``n`` images: its mean loss, and the share that is right."""
-        self._sums += torch.stack([loss * n, (right * n).round(), torch.full_like(loss, n)]).to(self._sums.dtype)
+    def add_up(self) -> None:
+        """Add what waits, batch by batch, so that the sums do not depend on when somebody asked."""
+        if not self._waiting:
+            return
+        hits = torch.stack([count_right(logits, labels) for _, logits, labels, _ in self._waiting])
+        images = torch.tensor([float(len(logits)) for _, logits, _, _ in self._waiting], device=hits.device)
+        self._ranks.average([hits, images], 1)
+        for (loss, _, _, n), share in zip(self._waiting, hits / images, strict=True):
+            self._sums += torch.stack([loss * n, (share * n).round()])
+        self._waiting.clear()
 
     def describe(self, state: TrainState, total: int, epoch_steps: int, seconds: float, left: float) -> Progress:
         """Return where the training stands, ``seconds`` into the epoch (or into its part that this process does)."""
-        loss, correct, seen = self._sums.tolist()
-        pace = (seen - self._before) / max(seconds, 1e-9)
-        return Progress(state.step, total, state.step / epoch_steps, loss / seen, correct / seen, pace, left)
+        self.add_up()
+        loss, correct = self._sums.tolist()
+        pace = (self._seen - self._before) / max(seconds, 1e-9)
+        loss, accuracy = loss / self._seen, correct / self._seen
+        return Progress(state.step, total, state.step / epoch_steps, loss, accuracy, pace, left)
 
     def store_into(self, state: TrainState) -> None:
         """Write the sums into the state that a checkpoint holds."""
-        loss, correct, seen = self._sums.tolist()
-        state.loss_sum, state.correct, state.seen = loss, int(correct), int(seen)
+        self.add_up()
+        loss, correct = self._sums.tolist()
+        state.loss_sum, state.correct, state.seen = loss, int(correct), self._seen
 
 
-def share_right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the share of the images that logits (N, K) have right, by labels (N,) or probabilities (N, K)."""
+def count_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return how many images logits (N, K) have right, by labels (N,) or probabilities (N, K)."""
     target = labels if labels.dim() == 1 else labels.argmax(dim=1)
-    return (logits.argmax(dim=1) == target).float().mean()
+    return (logits.argmax(dim=1) == target).sum(dtype=torch.float32)
 
 
 def describe_place(recipe: Recipe, step: int, total: int) -> str:

@@ -20,13 +20,14 @@ def in_parts(
 
     ``step`` takes images, labels and their share of the batch, adds to the gradients, and returns (loss, logits).
     Where memory does not suffice for it, ``restart`` forgets the gradients, and all is done again in twice as many
-    parts, which is said once; unless it may not be done ``again``, since other processes take part. BatchNorm measures
-    each part by itself. The error is raised again if there is not enough for two images at a time. The attempt that
-    failed has moved BatchNorm's running statistics, and the random numbers of dropout, by what it got through.
+    parts, which is said once; unless it may not be done ``again``, since other processes take part. What this process
+    kept goes back to the system before. BatchNorm measures each part by itself. The error is raised again if there is
+    not enough for two images at a time. The attempt that failed has moved BatchNorm's running statistics, and the
+    random numbers of dropout, by what it got through.
     """
     asked = parts
     while True:
-        losses, logits = [], []
+        losses, logits = [], []  # first, so that nothing of an attempt that failed is held on to
         restart()
         if parts > asked:
             return_memory()
