@@ -126,6 +126,7 @@ def test_other_plans_that_cannot_work(toy: str) -> None:
         ({"params": ["epochs=1,2", "iterations=5,9"]}, "--param epochs or --param iterations, not both"),
         ({"params": LR, "validation": 0.0}, "a sweep chooses on validation images, and this recipe holds none out"),
         ({"params": LR, "loss": "nll"}, "--loss nll needs a net that ends in log-softmax"),
+        ({"preset": "classic", "loss": "nll"}, "--loss nll needs a net that ends in log-softmax"),
         ({"params": LR, "epoch": 1}, "unknown recipe option 'epoch'; did you mean 'epochs'"),
     ):
         with pytest.raises(UsageError, match=f"^{re.escape(message)}"):

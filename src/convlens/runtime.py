@@ -66,7 +66,7 @@ def return_memory() -> None:
     Where memory has run out, what is kept stands in the way of all that does not come from malloc, such as the code
     that oneDNN writes for a convolution of a new size. Of addresses (``ulimit -v``) only those at the end come free.
     """
-    # as malloc begins: large blocks are the system's own, and so is what is free at the end of the heap
+    # as malloc begins, but for good: large blocks are the system's own, and so is what is free at the heap's end
     ask_malloc({M_MMAP_MAX: 1 << 16, M_MMAP_THRESHOLD: 128 << 10, M_TRIM_THRESHOLD: 128 << 10})
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)

@@ -106,6 +106,10 @@ class Sweep:
         require_fresh(base, "a sweep")
         dataset = load_for_sweep(data, base, allow_unreadable)
         refuse_inside_data(out, dataset)
+        if not {"model", "loss"} & set(space):  # then every trial has the base recipe's
+            settled, preprocess = without_unfit(base, asked=()), Preprocess.measure(dataset.train.images, dataset.style)
+            with callers_state_kept():
+                require_possible(settled, make_net(describe_net(settled, dataset), dataset, preprocess), dataset)
         notes: list[str] = []
         for name, values in parse_space(PRESETS[preset] if preset else ()).items():
             if name not in space and name not in overrides:
@@ -193,9 +197,6 @@ def check_space(space: Space, base: Recipe, dataset: Dataset) -> None:
     if not space:
         raise UsageError("nothing is left to search: say what with --param")
     preprocess = Preprocess.measure(dataset.train.images[:100], dataset.style)
-    with callers_state_kept():  # the base recipe is trained, too: the best is held against it
-        settled = without_unfit(base, asked=())
-        require_possible(settled, make_net(describe_net(settled, dataset), dataset, preprocess), dataset)
     for name, values in space.items():
         # the ends of a range may be shut out by another field, such as momentum 0 by --nesterov; what is inside may not
         for value in values.tried if isinstance(values, Choice) else (values.inside(),):
