@@ -223,7 +223,7 @@ def test_unreadable_files_stop_the_run_unless_allowed(shell: Shell, tmp_path: Pa
     assert "--allow-unreadable" in line
     code, out, _ = shell("train", root, *QUICK, "--allow-unreadable")
     assert code == 0
-    assert "1 unreadable files skipped" in out
+    assert "1 unreadable file skipped" in out
     assert "broken.jpg" in Path("runs/photos-1/report.html").read_text()
 
 

@@ -32,6 +32,7 @@ from convlens.evaluation.paired import PairedSeeds
 from convlens.sweep import outcome, study, work
 from convlens.sweep.outcome import pick_best, recipe_file, trial_rows, write_outcome
 from convlens.sweep.space import Choice, Range, parse_space, read_space, space_texts
+from convlens.sweep.storage import absolute_storage
 from convlens.sweep.study import Sweep
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import RECIPES, get_recipe, read_recipe
@@ -127,6 +128,9 @@ def test_other_plans_that_cannot_work(toy: str) -> None:
         ({"params": LR, "validation": 0.0}, "a sweep chooses on validation images, and this recipe holds none out"),
         ({"params": LR, "loss": "nll"}, "--loss nll needs a net that ends in log-softmax"),
         ({"preset": "classic", "loss": "nll"}, "--loss nll needs a net that ends in log-softmax"),
+        ({"params": ["loss=cross-entropy,nll"]}, "--param loss=nll: --loss nll needs a net that ends in log-softmax"),
+        ({"params": ["model=tiny,whitened"], "loss": "nll"}, "--loss nll needs a net that ends in log-softmax"),
+        ({"params": LR, "pool": "avg"}, "model 'small' has no option 'pool'"),
         ({"params": LR, "epoch": 1}, "unknown recipe option 'epoch'; did you mean 'epochs'"),
     ):
         with pytest.raises(UsageError, match=f"^{re.escape(message)}"):
@@ -144,6 +148,57 @@ def test_the_classic_preset_takes_what_fits() -> None:
     assert sweep.space["kernel_size"] == Choice((3, 5)) and sweep.space["lr"] == Choice((0.1, 0.2))
     assert sweep.notes == ("kernel_size 7 does not fit the net mnist-4conv and these images: it is left out",)
     assert not sweep.base.watch_test
+
+
+# of mnist-4conv alone nll can be the loss, and it has no filters; folder's own recipe smooths labels
+@pytest.mark.parametrize(
+    ("params", "overrides", "message"),
+    [
+        (["model=small,mnist-4conv", "loss=cross-entropy,nll", "filters=8,16", "mixup=0,0.4"], {}, None),
+        (
+            ["model=small,mnist-4conv", "loss=cross-entropy,nll", "label-smoothing=0,0.1"],
+            {"label_smoothing": None},
+            None,
+        ),
+        (["model=small,mnist-4conv", "filters=8,16"], {"kernel_size": 5}, None),
+        (["model=small,mnist-4conv", "lr=0.1,0.2"], {"filters": 8, "kernel_size": 5}, None),
+        (["kernel-size=1,5"], {"model": "mnist-4conv"}, None),
+        (["optimizer=sgd,adam", "nesterov=yes,no"], {}, None),
+        (
+            ["model=small,mnist-4conv", "loss=cross-entropy,nll", "mixup=0..0.4"],
+            {},
+            "--param loss=nll: --loss nll needs ",
+        ),
+        (["model=tiny,mnist-4conv"], {"loss": "nll"}, "--param model=tiny: --loss nll needs a net that ends in "),
+        (
+            ["model=small,tiny", "lr=0.1,0.2"],
+            {"kernel_size": 5},
+            "model 'small' has no option 'kernel_size'; it takes ",
+        ),
+        (["kernel-size=5,99"], {"model": "mnist-4conv"}, "--param kernel-size=99: "),
+    ],
+)
+def test_a_value_is_refused_if_no_trial_could_train_with_it(
+    params: list[str], overrides: dict[str, Any], message: str | None
+) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    np.savez("big.npz", x=x, y=np.arange(40) % 2)
+    recipe = get_recipe("digits").override(validation=0.1, label_smoothing=0.0)
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    if message is None:
+        assert len(Sweep.create("big.npz", recipe, params=params, **overrides).space) == len(params)
+    else:
+        with pytest.raises(UsageError, match=f"^{re.escape(message)}"):
+            Sweep.create("big.npz", recipe, params=params, **overrides)
+
+
+def test_a_preset_fits_one_of_the_nets_that_are_searched() -> None:
+    x = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    np.savez("big.npz", x=x, y=np.arange(40) % 2)
+    params = ["model=small,mnist-4conv"]
+    sweep = Sweep.create("big.npz", "digits", preset="classic", params=params, validation=0.1)
+    assert sweep.space["kernel_size"] == Choice((3, 5))
+    assert sweep.notes == ("kernel_size 7 does not fit the net small or mnist-4conv and these images: it is left out",)
 
 
 def test_no_trial_can_look_at_a_test_image(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,9 +360,9 @@ def test_a_password_is_taken_from_the_environment_only(monkeypatch: pytest.Monke
     monkeypatch.setenv("DB", "trials")
     monkeypatch.setenv("PASSWORD", "secret")
     with pytest.raises(UsageError, match="^--storage: the command is written into the sweep's folder"):
-        study.absolute_storage("postgresql://me:secret@host/$DB")
+        absolute_storage("postgresql://me:secret@host/$DB")
     for kept in ("postgresql://me:$PASSWORD@host/db", "postgresql://me@host/$DB"):
-        assert study.absolute_storage(kept) == kept
+        assert absolute_storage(kept) == kept
 
 
 def test_a_trial_whose_process_is_gone_is_done_again(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -554,7 +609,7 @@ def test_on_the_command_line(
         ((toy, "--param", LR[0], "--pretrained", "x.safetensors"), "a sweep starts every net from random weights"),
         (
             (toy, "--param", "model=small,tiny", "--param", "pool=avg,max"),
-            "--param pool=avg: model 'tiny' has no option 'pool'",
+            "--param pool=avg: model 'small' has no option 'pool'; it takes filters; model 'tiny' has no",
         ),
         ((toy, "--param", LR[0], "--frozen", 1), "a sweep starts every net from random weights, so it takes no --fr"),
         ((toy, "--param", "frozen=0,1"), "--param frozen makes no sense to search: all nets start from random weights"),

@@ -14,6 +14,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convlens.errors import first_few
+
 if TYPE_CHECKING:
     from convlens.doctor import Findings
     from convlens.experiment import Experiment
@@ -62,7 +64,8 @@ def describe_experiment(experiment: Experiment) -> None:
     if dataset.source and Path(dataset.source).exists():
         say(f"        {dataset.note}")
     if dataset.unreadable:
-        say(f"        {len(dataset.unreadable)} unreadable files skipped: {'; '.join(dataset.unreadable[:3])}")
+        some = first_few(dataset.unreadable, 3, "; ")
+        say(f"        {count(len(dataset.unreadable), 'unreadable file')} skipped: {some}")
     if sizes.max() > SKEWED * sizes.min() and not recipe.balance:
         most, least = (dataset.classes[int(row)] for row in (sizes.argmax(), sizes.argmin()))
         say(
@@ -212,11 +215,8 @@ def print_trials(rows: Sequence[Mapping[str, Any]], fields: Sequence[str], most:
 def describe_findings(findings: Findings) -> list[str]:
     """Return what the doctor found, in words: the first few of each kind."""
 
-    def some(names: Sequence[str], most: int = 5) -> str:
-        return "; ".join(names[:most]) + (f"; and {len(names) - most:,} more" if len(names) > most else "")
-
-    def groups(found: list[list[str]]) -> str:
-        return some([" = ".join(group[:3]) + " = ..." * (len(group) > 3) for group in found])
+    def some(names: Sequence[str]) -> str:
+        return first_few(names, 5, "; ")
 
     lines = [f"{findings.data}: {findings.images:,} images"]
     if findings.unreadable:
@@ -229,7 +229,8 @@ def describe_findings(findings: Findings) -> list[str]:
         lines.append(f"the largest class has {findings.imbalance:.1f} times the images of the smallest; see --balance")
     for found, kind in ((findings.copies, "exact copies"), (findings.near_copies, "near copies")):
         if found:
-            lines.append(f"{count(len(found), 'group')} of {kind}: {groups(found)}")
+            groups = [" = ".join(group[:3]) + " = ..." * (len(group) > 3) for group in found]
+            lines.append(f"{count(len(found), 'group')} of {kind}: {some(groups)}")
     if findings.leaks:
         why = "what is trained on is tested on, or chosen by"
         lines.append(f"{count(findings.leaks, 'group')} of copies in more than one split: {why}")

@@ -14,7 +14,7 @@ from PIL import Image
 from convlens.data.catalog import as_recorded, load_dataset
 from convlens.data.dataset import Dataset
 from convlens.data.fetch import only_from_here
-from convlens.errors import ConvlensError, UnknownName, UsageError, quoted
+from convlens.errors import ConvlensError, UnknownName, UsageError, first_few, quoted
 from convlens.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from convlens.evaluation.metrics import Scores, make_views
 from convlens.evaluation.paired import Paired
@@ -182,12 +182,8 @@ def load_tested(source: str | Path, data: Any = None, *, other: bool = False) ->
 
 def tell_apart(classes: Sequence[str], others: Sequence[str]) -> str:
     """Return what ``classes`` have and lack beside ``others``, in words: some of each."""
-
-    def some(names: list[str]) -> str:
-        return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
-
     more, fewer = [c for c in classes if c not in others], [c for c in others if c not in classes]
-    told = [f"it lacks {some(fewer)}"] * bool(fewer) + [f"it alone has {some(more)}"] * bool(more)
+    told = [f"it {what} {first_few(names, 10)}" for what, names in (("lacks", fewer), ("alone has", more)) if names]
     return ", and ".join(told) or "the same in another order"
 
 

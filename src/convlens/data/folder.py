@@ -18,7 +18,7 @@ from convlens.data.dataset import HELD_OUT, SPLIT_SEED, TEST_FRACTION, Dataset, 
 from convlens.data.decode import Header, decode_files, survey_files
 from convlens.data.fetch import cache_folder
 from convlens.data.pictures import PictureStyle
-from convlens.errors import ConvlensError, UsageError
+from convlens.errors import ConvlensError, UsageError, first_few
 
 SPLIT_NAMES = {
     "train": "train",
@@ -146,10 +146,9 @@ def choose_form(headers: Sequence[Header | None], image_size: int, channels: int
 def check_unreadable(root: Path, unreadable: dict[int, str], total: int, allowed: bool) -> None:
     """Raise ConvlensError that names the unreadable files if they are more than 1% and not allowed."""
     if len(unreadable) > MOST_UNREADABLE * total and not allowed:
-        some = list(unreadable.values())
-        more = f"; and {len(some) - 3} more" if len(some) > 3 else ""
+        some = first_few(list(unreadable.values()), 3, "; ")
         raise ConvlensError(
-            f"{len(some)} of {total} files in {root} cannot be read, more than 1%: {'; '.join(some[:3])}{more}. "
+            f"{len(unreadable)} of {total} files in {root} cannot be read, more than 1%: {some}. "
             "Remove them, or skip them with --allow-unreadable"
         )
 

@@ -139,4 +139,5 @@ def unreadable_note(files: list[str]) -> str:
     if not files:
         return ""
     items = "".join(f"<li>{escape(file)}</li>" for file in files)
-    return f"<section><h2>{len(files)} unreadable files were skipped</h2><ul>{items}</ul></section>"
+    told = f"{len(files)} unreadable files were skipped" if len(files) > 1 else "1 unreadable file was skipped"
+    return f"<section><h2>{told}</h2><ul>{items}</ul></section>"

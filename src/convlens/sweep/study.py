@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,32 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import DuplicatedStudyError, OptunaError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
+from optuna.exceptions import DuplicatedStudyError
+from optuna.storages import BaseStorage
 
 from convlens.data.catalog import data_name, load_dataset, refuse_inside_data
 from convlens.data.dataset import Dataset, Split
 from convlens.data.preprocess import Preprocess
-from convlens.errors import ConvlensError, UsageError, quoted
-from convlens.models import model_options
+from convlens.errors import UsageError, quoted
 from convlens.ranks import require_alone
 from convlens.record import command_line
 from convlens.runfolder import RunFolder, read_json, write_json
-from convlens.runtime import callers_state_kept
-from convlens.sweep.space import PRESETS, Choice, Range, Space, parse_space, read_space, space_texts
-from convlens.training.engine import require_possible
-from convlens.training.nets import describe_net, make_net, without_unfit
-from convlens.training.recipe import FIELD_TYPES, MODEL_OPTIONS, Recipe, flag
+from convlens.sweep.check import Check
+from convlens.sweep.space import PRESETS, Space, parse_space, read_space, space_texts
+from convlens.sweep.storage import absolute_storage, open_storage
+from convlens.training.recipe import FIELD_TYPES, Recipe, flag
 from convlens.training.recipes import default_recipe, get_recipe
 from convlens.training.start import require_fresh
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 STUDY = "convlens"  # one sweep in a storage, under this name
 PLAN = "sweep.json"
@@ -106,16 +95,14 @@ class Sweep:
         require_fresh(base, "a sweep")
         dataset = load_for_sweep(data, base, allow_unreadable)
         refuse_inside_data(out, dataset)
-        if not {"model", "loss"} & set(space):  # then every trial has the base recipe's
-            settled, preprocess = without_unfit(base, asked=()), Preprocess.measure(dataset.train.images, dataset.style)
-            with callers_state_kept():
-                require_possible(settled, make_net(describe_net(settled, dataset), dataset, preprocess), dataset)
+        check = Check(base, dataset)
+        check.base(space, overrides)
         notes: list[str] = []
         for name, values in parse_space(PRESETS[preset] if preset else ()).items():
             if name not in space and name not in overrides:
-                fitting = fit_to_net(name, values, base, dataset, notes)
+                fitting = check.fitting(name, values, space, notes)
                 space |= {} if fitting is None else {name: fitting}
-        check_space(space, base, dataset)
+        check.space(space)
         plan: dict[str, Any] = {
             "convlens": version("convlens"),
             "command": command_line(),
@@ -171,111 +158,6 @@ def load_for_sweep(data: Any, base: Recipe, allow_unreadable: bool) -> Dataset:
     if dataset.validation is None:
         raise UsageError("a sweep chooses on validation images, and this recipe holds none out: add --validation 0.1")
     return dataset
-
-
-def fit_to_net(
-    name: str, values: Range | Choice, base: Recipe, dataset: Dataset, notes: list[str]
-) -> Range | Choice | None:
-    """Return what of a preset's ``values`` the base recipe's net can take, and note what it cannot."""
-    if name not in MODEL_OPTIONS or not isinstance(values, Choice):
-        return values
-    if name not in model_options(base.model):
-        notes.append(f"the net {base.model} has no {name}: it is left out")
-        return None
-    fitting = []
-    for value in values.values:
-        try:
-            check_space({name: Choice((value,))}, base, dataset)
-            fitting.append(value)
-        except UsageError:
-            notes.append(f"{name} {value} does not fit the net {base.model} and these images: it is left out")
-    return Choice(tuple(fitting)) if len(fitting) > 1 else None
-
-
-def check_space(space: Space, base: Recipe, dataset: Dataset) -> None:
-    """Raise UsageError for a value that the base recipe, its net or these images cannot take."""
-    if not space:
-        raise UsageError("nothing is left to search: say what with --param")
-    preprocess = Preprocess.measure(dataset.train.images[:100], dataset.style)
-    for name, values in space.items():
-        # the ends of a range may be shut out by another field, such as momentum 0 by --nesterov; what is inside may not
-        for value in values.tried if isinstance(values, Choice) else (values.inside(),):
-            try:
-                recipe = base.override(**{name: value})
-            except UsageError as error:
-                raise UsageError(f"--param {flag(name)[2:]}={value}: {error}") from None
-        if name != "model" and name not in MODEL_OPTIONS:
-            continue
-        for value in values.tried:
-            # of several nets, one must have the option
-            nets = space["model"].tried if "model" in space and name != "model" else [base.model]
-            refused = UsageError("")
-            for net in nets:
-                try:
-                    recipe = without_unfit(base.override(**{"model": net, name: value}), [name])
-                    with callers_state_kept():
-                        make_net(describe_net(recipe, dataset), dataset, preprocess)
-                    break
-                except UsageError as error:
-                    refused = error
-            else:
-                raise UsageError(f"--param {flag(name)[2:]}={value}: {refused}")
-
-
-def absolute_storage(text: str) -> str:
-    """Return ``--storage`` so that it means the same from any folder; UsageError for a password that would be kept."""
-    if "://" not in text:
-        return str(Path(text).resolve())
-    try:
-        url = make_url(os.path.expandvars(text))
-    except SQLAlchemyError as error:
-        raise UsageError(f"--storage {text}: {error}") from None
-    if "$" not in str(make_url(text).password or "$"):
-        raise UsageError(
-            "--storage: the command is written into the sweep's folder, so a password had better not be in it; put the "
-            "URL into the environment and give --storage '$NAME'"
-        )
-    if url.get_backend_name() == "sqlite" and url.database and not os.path.isabs(url.database) and "$" not in text:
-        return f"{url.drivername}:///{Path(url.database).resolve()}"
-    return text
-
-
-class SystemLock(JournalFileOpenLock):
-    """A journal's lock that the system itself gives free when a process dies, however it dies.
-
-    Optuna's own locks are files, which a killed process leaves behind for half a minute.
-    """
-
-    def __init__(self, path: str):
-        super().__init__(path)
-        self._path, self._descriptor = f"{path}.lock", -1
-
-    def acquire(self) -> bool:
-        """Wait for the lock."""
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        self._descriptor = descriptor
-        return True
-
-    def release(self) -> None:
-        """Give it free."""
-        os.close(self._descriptor)
-
-
-def open_storage(text: str) -> BaseStorage:
-    """Open a database by URL, or a journal file by its path; ConvlensError if that cannot be done."""
-    text = os.path.expandvars(text)
-    try:
-        if "://" in text:
-            waits = {"connect_args": {"timeout": 60}} if text.startswith("sqlite") else {}
-            return RDBStorage(text, engine_kwargs=waits)
-        Path(text).parent.mkdir(parents=True, exist_ok=True)
-        lock = SystemLock(text) if fcntl is not None else JournalFileOpenLock(text)
-        return JournalStorage(JournalFileBackend(text, lock_obj=lock))
-    except (OptunaError, SQLAlchemyError, ImportError, OSError, ValueError, KeyError, TypeError) as error:
-        name = make_url(text).render_as_string() if "://" in text else text  # without its password
-        reason = str(error).strip().split("\n", 1)[0]
-        raise ConvlensError(f"cannot open the storage {name}: {reason}") from None
 
 
 def identity(plan: dict[str, Any]) -> dict[str, Any]:
