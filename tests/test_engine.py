@@ -22,9 +22,10 @@ from convlens.models import ConvNet, create_model
 from convlens.ranks import Ranks
 from convlens.training import memory, nets
 from convlens.training.checkpoint import CheckpointStore, EpochRecord, TrainState
-from convlens.training.engine import Progress, Tally, Watcher, fit
+from convlens.training.engine import Watcher, fit
 from convlens.training.precision import choose_precision
 from convlens.training.recipe import Recipe
+from convlens.training.tally import Progress, Tally
 
 CPU = torch.device("cpu")
 SIDE = 8
@@ -235,6 +236,21 @@ def test_it_does_not_keep_memory_that_did_not_suffice(monkeypatch: pytest.Monkey
     net.register_forward_pre_hook(short)
     train(net, make_dataset(), make_recipe(epochs=1))
     assert asked == ["return"]
+
+
+def test_it_gives_back_what_it_kept_when_a_later_step_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(engine, "keep_memory", lambda: asked.append("keep"))
+    monkeypatch.setattr(memory, "return_memory", lambda: asked.append("return"))
+
+    def short(net: nn.Module, arguments: tuple[Tensor]) -> None:
+        if net.training and len(arguments[0]) > 4 and arguments[0].shape[-1] == SIDE:
+            raise MemoryError
+
+    net = make_net()
+    net.register_forward_pre_hook(short)
+    train(net, make_dataset(), make_recipe(epochs=2, small_size=SIDE // 2, small_share=0.5))
+    assert asked == ["keep", "return"]
 
 
 # the sums of an epoch

@@ -31,7 +31,7 @@ from convlens.run import Run
 from convlens.runfolder import RunFolder, write_loosely
 from convlens.serving.live import describe_run
 from convlens.serving.watch import start_watching
-from convlens.training.engine import Progress
+from convlens.training.tally import Progress
 
 FAST: dict[str, Any] = {"batch_size": 50, "device": "cpu", "threads": 1}
 

@@ -20,8 +20,9 @@ from convlens.data.catalog import data_name
 from convlens.data.dataset import Dataset
 from convlens.data.folds import merge
 from convlens.data.loader import Batches
+from convlens.data.place import Place
 from convlens.data.preprocess import Preprocess
-from convlens.data.shards import Place, Shard, ShardImages, ShardOrder, load_shards, pack
+from convlens.data.shards import Shard, ShardImages, ShardOrder, load_shards, pack
 from convlens.errors import ConvlensError, UsageError
 
 CPU = torch.device("cpu")

@@ -17,8 +17,8 @@ from convlens.cli import main
 from convlens.errors import ConvlensError, UsageError
 from convlens.experiment import Experiment
 from convlens.models import MODELS, ConvNet, create_model
-from convlens.ranks import BatchNormTogether
 from convlens.run import Run
+from convlens.training.batchnorm import BatchNormTogether
 from convlens.training.engine import fit
 from convlens.training.recipe import Recipe
 from convlens.training.start import Start, adopt_weights

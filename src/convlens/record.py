@@ -21,8 +21,9 @@ from convlens.evaluation.metrics import compute_logits
 from convlens.explain.snapshots import write_snapshot
 from convlens.runfolder import RunFolder, write_csv, write_loosely
 from convlens.training.checkpoint import EpochRecord
-from convlens.training.engine import Progress, Watcher
+from convlens.training.engine import Watcher
 from convlens.training.recipe import Recipe
+from convlens.training.tally import Progress
 
 METRIC_COLUMNS = [field.name for field in dataclasses.fields(EpochRecord)]
 TEST_COLUMNS = ("test_loss", "test_acc")  # only where the recipe watches the test split

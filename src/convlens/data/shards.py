@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import http.client
 import io
 import json
-import os
 import re
 import tarfile
 import threading
-import urllib.error
-import urllib.request
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,19 +23,17 @@ from torch import Tensor
 
 from convlens.data.dataset import Dataset, Numbers, Split
 from convlens.data.pictures import PictureStyle
+from convlens.data.place import INDEX, Place, is_address
 from convlens.data.published import DATASETS
 from convlens.errors import ConvlensError, UsageError
 from convlens.progress import Meter
-from convlens.runfolder import LARGEST_JSON, new_folder, read_json, write_json
+from convlens.runfolder import new_folder, write_json
 from convlens.runtime import derive_seed
 
-INDEX = "index.json"
 FORMAT = 1
 BLOCK = 512  # bytes; a tar file is made of such
 SHARD_BYTES = 4 << 20  # of pixels, in a shard
 WINDOW = 4  # shards that are shuffled together
-TRIES = 3  # to get a shard over the network
-PATIENCE = 30.0  # seconds for it to begin, or go on
 
 Images = NDArray[np.uint8]
 
@@ -100,71 +94,16 @@ def make_tar(images: Images, labels: Sequence[int], first: int) -> bytes:
     return file.getvalue()
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where shards lie: a folder, or an address that begins with http:// or https://."""
-
-    path: str
-
-    def read(self, file: str, sha256: str | None, most: int) -> bytes:
-        """Return a file's content; ConvlensError names it if it is missing, too large, or not what was packed."""
-        where = f"{self.path.rstrip('/')}/{file}"
-        content = read_address(where, most) if is_address(self.path) else read_file(where, most)
-        if len(content) > most:
-            raise ConvlensError(f"the shard {where} is larger than it may be: {most:,} bytes")
-        if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-            raise ConvlensError(f"the shard {where} is damaged: its SHA-256 is not that in {INDEX}; copy it anew")
-        return content
-
-    def read_index(self) -> dict[str, Any]:
-        """Return what stands in ``index.json``; ConvlensError if it is none of this version's."""
-        try:
-            if is_address(self.path):
-                index: dict[str, Any] = json.loads(read_address(f"{self.path.rstrip('/')}/{INDEX}", LARGEST_JSON))
-            else:
-                index = read_json(Path(self.path) / INDEX)
-            version = index["format"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConvlensError(f"{self.path}/{INDEX} is no index of shards: {error!r}") from None
-        if version != FORMAT:
-            raise ConvlensError(f"the shards in {self.path} are of another version of convlens: format {version}")
-        return index
-
-
-def is_address(source: str) -> bool:
-    """Say whether data are asked for over the network."""
-    return source.startswith(("http://", "https://"))
-
-
-def read_file(path: str, most: int) -> bytes:
-    """Return a file's content, or its first ``most`` bytes and one more; ConvlensError if it cannot be read."""
+def read_index(place: Place) -> dict[str, Any]:
+    """Return the index of the shards in a place; ConvlensError if it is none of this version's."""
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise ConvlensError(f"the shard {path} is no file")
-        with open(path, "rb") as file:
-            return file.read(min(most, os.fstat(file.fileno()).st_size) + 1)
-    except OSError as error:
-        raise ConvlensError(f"the shard {path} cannot be read: {error.strerror}; copy it anew") from None
-
-
-def read_address(address: str, most: int) -> bytes:
-    """Return what lies at an address, or its first ``most`` bytes and one more; ConvlensError after three tries."""
-    for left in reversed(range(TRIES)):
-        try:
-            with urllib.request.urlopen(address, timeout=PATIENCE) as answer:
-                content: bytes = answer.read(most + 1)
-                if len(content) >= min(int(answer.headers.get("Content-Length", 0)), most + 1):
-                    return content
-                reason = "it came only in part"
-        except urllib.error.HTTPError as error:
-            reason = f"{error.code} {error.reason}"
-            if error.code < 500:  # asking again would not help
-                break
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = str(getattr(error, "reason", error))
-        if left:
-            threading.Event().wait(0.5)
-    raise ConvlensError(f"{address} cannot be had: {reason}")
+        index = place.read_index()
+        version = index["format"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConvlensError(f"{place.path}/{INDEX} is no index of shards: {error!r}") from None
+    if version != FORMAT:
+        raise ConvlensError(f"the shards in {place.path} are of another version of convlens: format {version}")
+    return index
 
 
 def is_packed(source: str | Path) -> bool:
@@ -174,7 +113,7 @@ def is_packed(source: str | Path) -> bool:
 
 def packed_from(source: str | Path) -> str | None:
     """Return the name of the published data set that shards were made of, None for other data."""
-    return Place(str(source)).read_index().get("source")
+    return read_index(Place(str(source))).get("source")
 
 
 def load_shards(source: str | Path) -> Dataset:
@@ -184,7 +123,7 @@ def load_shards(source: str | Path) -> Dataset:
     for what is missing or damaged.
     """
     place = Place(str(source) if is_address(str(source)) else str(Path(source).resolve()))
-    index = place.read_index()
+    index = read_index(place)
     try:
         if not {"train", "test"} <= set(index["splits"]) <= {"train", "validation", "test"}:
             raise ValueError(f"its splits are {', '.join(index['splits'])}")
