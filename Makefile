@@ -35,7 +35,7 @@ lessons: setup ## run every lesson from beginning to end (about ten minutes; nee
 docs: setup ## build the site from docs/ and the code into site/, without a network (CONVLENS_RUN_LESSONS=1: with the lessons' outputs, many minutes)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: setup ## measure speed and write the tables of docs/benchmarks.md (about two hours; an idle machine; needs the data)
+bench: setup ## measure speed and write the tables of docs/benchmarks.md (about three hours; an idle machine; needs the data)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/bench.py
 
 bench-gpu: setup ## the same recipes on a CUDA device, beside the published speedrun (needs the data)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from results import put
+from sections import put
 
 from convlens.models import create_model, summarise
 

@@ -18,9 +18,10 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from sections import Record, put
 
 from convlens.run import Run
 
@@ -31,7 +32,6 @@ RECORDS = Path(__file__).parent / "records" / "results.json"
 README = Path(__file__).parent.parent / "README.md"
 WEIGHTS = Path(__file__).parent.parent / "src" / "convlens" / "weights"
 JPEG_COPY = "CIFAR-10 (JPEG copy)"
-Record = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +222,7 @@ def calibration(before: str) -> str:
 def headline(results: str) -> str:
     """Return README's short table: each strong default beside the classic program on the same data."""
     lines = [
-        "| data | what convlens trains by default | the classic tutorial program there |",
+        "| data | what convlens trains by default | a classic tutorial's net and settings, trained by convlens |",
         "|---|---|---|",
     ]
     classic = {row.data: row for row in reversed(CLASSICS)}
@@ -245,14 +245,6 @@ def write_tables() -> None:
         put(RESULTS, mark, lambda before, rows=rows: table(rows, before))
     put(RESULTS, "calibration", calibration)
     put(README, "headline", lambda _: headline(RESULTS.read_text(encoding="utf-8")))
-
-
-def put(file: Path, mark: str, make: Callable[[str], str]) -> None:
-    """Make what stands between the marks of that name in a file anew, from what stood there."""
-    start, end = f"<!-- {mark} -->\n", f"\n<!-- end {mark} -->"
-    before, rest = file.read_text(encoding="utf-8").split(start)
-    old, after = rest.split(end, 1)
-    file.write_text(before + start + make(old) + end + after, encoding="utf-8")
 
 
 def write_docstrings() -> None:

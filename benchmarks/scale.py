@@ -1,20 +1,22 @@
-"""What many processes, shards and a sweep cost: those sections of bench.py, and ``streams``."""
+"""What many processes, shards, growing shards and a sweep cost.
+
+``streams`` runs this file once more for each number of images, with --pack and --stream.
+"""
 
 from __future__ import annotations
 
 import csv
-import json
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sections import Record, answer, net_label, print_cost, table, timed
 
 import convlens
 from convlens.data.catalog import from_arrays
@@ -61,7 +63,7 @@ def ratio(first: list[float], second: list[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def measure_processes() -> tuple[list[dict[str, Any]], list[list[str]]]:
+def processes() -> tuple[list[Record], str]:
     """Images/s of one process with one thread, and of two that share every batch."""
     records, rows = [], []
     for net, options, shape, batch, steps in NETS:
@@ -73,14 +75,14 @@ def measure_processes() -> tuple[list[dict[str, Any]], list[list[str]]]:
                 for count in paces:
                     flags = ["--threads=1", "--processes", count, "--validation=0"]
                     paces[count].append(train(Path(folder) / "noise.npz", net, options, batch, steps, *flags))
-        label = " ".join([net, *(f"--{name} {value}" for name, value in options.items())])
+        label = net_label(net, options)
         records.append({"net": label, "batch": batch, "images_per_second": paces})
         medians = [f"{statistics.median(paces[count]):,.0f}" for count in paces]
         rows.append([f"`{label}`", f"{batch}", *medians, ratio(paces["1"], paces["2"])])
-    return records, [["net", "batch", "one process, images/s", "two, images/s", "ratio"], *rows]
+    return records, table(["net", "batch", "one process, images/s", "two, images/s", "ratio"], rows)
 
 
-def measure_shards() -> tuple[list[dict[str, Any]], list[list[str]]]:
+def shards() -> tuple[list[Record], str]:
     """Images/s of training from memory and from shards, in pairs."""
     records, rows = [], []
     for net, options, shape, batch, steps in STREAMED:
@@ -94,11 +96,11 @@ def measure_shards() -> tuple[list[dict[str, Any]], list[list[str]]]:
             for _ in range(PAIRS):
                 for kind, source in (("memory", place / "noise.npz"), ("shards", place / "shards")):
                     paces[kind].append(train(source, net, options, batch, steps, "--validation=0.02"))
-        label = " ".join([net, *(f"--{name} {value}" for name, value in options.items())])
+        label = net_label(net, options)
         records.append({"net": label, "shape": shape, "batch": batch, "images_per_second": paces})
         medians = [f"{statistics.median(paces[kind]):,.0f}" for kind in paces]
         rows.append([f"`{label}`", f"{shape[1]} px", *medians, ratio(paces["memory"], paces["shards"])])
-    return records, [["net", "images", "from memory, images/s", "from shards, images/s", "ratio"], *rows]
+    return records, table(["net", "images", "from memory, images/s", "from shards, images/s", "ratio"], rows)
 
 
 def make_noise_shards(images: int, folder: Path) -> None:
@@ -114,48 +116,41 @@ def stream(folder: str) -> None:
     """Train one epoch from shards, and print its seconds, and this process's peak memory."""
     with tempfile.TemporaryDirectory() as out:
         run = convlens.train(folder, "mnist-99", epochs=1, out=Path(out) / "run")
-        seconds = run.metrics[-1]["seconds"]
-    print(json.dumps({"seconds": seconds, "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+        print_cost(run.metrics[-1]["seconds"])
 
 
-def measure_streams() -> tuple[list[dict[str, Any]], list[list[str]]]:
+def streams() -> tuple[list[Record], str]:
     """Peak memory and pace of a training from shards, against the number of images."""
     records, rows = [], []
     for images in GROWN:
         with tempfile.TemporaryDirectory() as folder:
-            shards = Path(folder) / "shards"
-            subprocess.run([sys.executable, __file__, "--pack", str(images), str(shards)], check=True)
-            size = sum(file.stat().st_size for file in shards.iterdir())
-            done = subprocess.run(
-                [sys.executable, __file__, "--stream", str(shards)], capture_output=True, text=True, check=True
-            )
-        record = {"images": images, "bytes": size, **json.loads(done.stdout.splitlines()[-1])}
+            packed = Path(folder) / "shards"
+            subprocess.run([sys.executable, __file__, "--pack", str(images), str(packed)], check=True)
+            size = sum(file.stat().st_size for file in packed.iterdir())
+            record = {"images": images, "bytes": size, **answer(__file__, "--stream", packed)}
         records.append(record)
         rows.append(
             [f"{images:,}", f"{size / 2**20:,.0f}", f"{record['seconds']:.1f}", f"{images / record['seconds']:,.0f}",
              f"{record['mib']:,.0f}"]
         )  # fmt: skip
-    return records, [["images", "shards, MiB", "seconds an epoch", "images/s", "peak memory, MiB"], *rows]
+    return records, table(["images", "shards, MiB", "seconds an epoch", "images/s", "peak memory, MiB"], rows)
 
 
-def measure_sweep() -> tuple[list[dict[str, Any]], list[list[str]]]:
+def sweep() -> tuple[list[Record], str]:
     """Seconds of fifty trials on the digits with two jobs, and how the trials fell to them."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["convlens", "sweep", "digits", "--trials", "50", "--jobs", "2", "--confirm", "0"]
         command += ["--param", "lr=1e-4..1e-1:log", "--param", "batch-size=64,128,256", "--param", "momentum=0..0.99"]
-        start = time.perf_counter()
-        subprocess.run([*command, "--out", f"{folder}/sweep"], capture_output=True, check=True)
-        seconds = time.perf_counter() - start
+        command += ["--out", f"{folder}/sweep"]
+        seconds = timed(partial(subprocess.run, command, capture_output=True, check=True))
         with open(f"{folder}/sweep/trials.csv", encoding="utf-8") as file:
             trials = list(csv.DictReader(file))
     states, workers = (Counter(trial[column] for trial in trials) for column in ("state", "worker"))
     told = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     share = " and ".join(map(str, workers.values()))
     record = {"seconds": seconds, "states": states, "workers": list(workers.values())}
-    return [record], [
-        ["trials", "seconds", "what became of them", "in each job"],
-        ["50", f"{seconds:.0f}", told, share],
-    ]
+    head = ["trials", "seconds", "what became of them", "in each job"]
+    return [record], table(head, [["50", f"{seconds:.0f}", told, share]])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from fastapi import FastAPI, UploadFile
 from PIL import Image
+from sections import Record, table
 
 from convlens.data.catalog import load_dataset
 from convlens.shipping.classifier import Classifier
@@ -142,12 +143,12 @@ async def one_by_one(port: int, requests: list[bytes]) -> list[float]:
     return list(seconds)
 
 
-def measure() -> list[dict[str, Any]]:
-    """Return the records of both servers, measured in turn."""
+def serve() -> tuple[list[Record], str]:
+    """`convlens serve` beside a plain endpoint of FastAPI and PyTorch, with the same net, in turn."""
     files = [encode(image[0]) for image in load_dataset("mnist").test.images[:2000].numpy()]
     forms = [make_form(files[start : start + TOGETHER]) for start in range(0, len(files), TOGETHER)]
     singles = [make_form([file]) for file in files]
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     for _ in range(ROUNDS):
         for who in ("convlens serve", "plain"):
             with server(who) as port:
@@ -163,10 +164,11 @@ def measure() -> list[dict[str, Any]]:
                 }
             )
             print(records[-1], flush=True)
-    return records
+    head = ["server", f"images/s, {TOGETHER} a request", f"ms an image at {RATE} requests/s: median", "99th percentile"]
+    return records, table(head, rows_of(records))
 
 
-def rows_of(records: list[dict[str, Any]]) -> list[list[str]]:
+def rows_of(records: list[Record]) -> list[list[str]]:
     """Return the cells of the table: the median of the rounds, and the lowest and highest."""
     rows = []
     for who in ("convlens serve", "plain"):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import resource
 import statistics
 import sys
 import tempfile
@@ -22,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bench import Record, run_sections, table
 from PIL import Image
 from results import RESULTS
+from sections import Record, peak_mib, run_sections, table
 from torch import Tensor
 
 import convlens
@@ -188,10 +187,8 @@ def doctor() -> tuple[list[Record], str]:
                 found = (
                     f"{len(findings.copies)}, {len(findings.near_copies)}, {findings.leaks}, {len(findings.suspects)}"
                 )
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-                rows.append(
-                    [f"{title}, {what}", *cells, found, f"{findings.shift:.2f}", f"{seconds:.0f}", f"{peak:,.0f}"]
-                )
+                figures = [f"{findings.shift:.2f}", f"{seconds:.0f}", f"{peak_mib():,.0f}"]
+                rows.append([f"{title}, {what}", *cells, found, *figures])
     head = [
         "data", "exact copies found", "moved by a pixel", "saved as JPEG", "brighter", "wrong labels: recall",
         "precision", "groups of copies, of near copies, leaks; suspects", "shift, AUROC", "s", "peak MiB so far",

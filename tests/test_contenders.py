@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import contenders
 import pytest
+import races
 import torch
+from torch import nn
 
 import convlens
 from convlens.data.dataset import Dataset
@@ -31,6 +35,38 @@ def test_two_epochs_of_the_programs_of_the_documents(classic: str, channels: int
     course = contenders.tutorial(make_dataset(1000, 32 if channels == 3 else 28, channels), classic)
     points = [next(course), next(course)]
     assert 0 < points[0][0] < points[1][0] and all(0.0 <= accuracy <= 1.0 for _, accuracy in points)
+
+
+def test_pictures_are_cut_to_their_centre_as_often_as_the_document_says() -> None:
+    random.seed(0)
+    images = torch.full((200, 1, 28, 28), 255, dtype=torch.uint8)
+    images[:, :, 3:25, 3:25] = 0  # the 22 pixels that are cut out
+    data = convlens.from_arrays(images, torch.arange(200) % 10, images[:10], torch.arange(10))
+    pictures = contenders.Pictures(data, get_recipe("mnist-4conv").override(rotation=0.0))
+    uniform = [x.amax() == x.amin() for x, _ in (pictures[number] for number in range(200))]
+    assert 0.02 < sum(uniform) / 200 < 0.25  # of 0.1
+    assert [label for _, label in (pictures[number] for number in range(20))] == [*range(10), *range(10)]
+
+
+def test_the_rate_of_the_programs_falls_as_the_document_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loop(net: nn.Module, loader: object, optimizer: torch.optim.Optimizer, *_: object) -> contenders.Course:
+        for _ in range(31):
+            optimizer.step()
+            yield optimizer.param_groups[0]["lr"], 0.0
+
+    monkeypatch.setattr(contenders, "tutorial_loop", loop)
+    rates = {
+        classic: [rate for rate, _ in contenders.tutorial(make_dataset(20, side, channels), classic)]
+        for classic, side, channels in (("mnist-4conv", 28, 1), ("fashion-2conv", 28, 1))
+    }
+    assert rates["mnist-4conv"] == pytest.approx([0.01] * 15 + [0.001] * 15 + [0.0001])
+    assert rates["fashion-2conv"] == [0.01] * 31
+
+
+def test_a_course_is_followed_until_it_is_there_or_too_late() -> None:
+    course = [(1.0, 0.5), (2.0, 0.7), (3.0, 0.9), (4.0, 0.8)]
+    for seconds, accuracy, points in ((9.0, 0.7, 2), (1.0, 0.9, 2), (9.0, 0.95, 4), (2.5, 0.95, 3), (0.5, 0.95, 1)):
+        assert list(races.until(iter(course), seconds, accuracy)) == course[:points]
 
 
 def test_convlens_is_looked_at_with_its_augmentation_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import bench
 import numpy as np
 import pytest
+import races
 import results
+import sections
 import torch
 
 from convlens.data.catalog import load_dataset
@@ -44,19 +45,19 @@ RECORDED = sorted(path for path in (ROOT / "benchmarks" / "records").glob("*.jso
 
 @pytest.mark.parametrize("path", RECORDED, ids=[path.stem for path in RECORDED])
 def test_the_tables_of_the_benchmarks_are_those_of_their_records(path: Path) -> None:
-    table = "\n".join(json.loads(path.read_text(encoding="utf-8"))["table"])
+    table = sections.shown(json.loads(path.read_text(encoding="utf-8")))
     pages = [page for page in (PAGE, BENCHMARKS) if f"<!-- {path.stem} -->" in page.read_text(encoding="utf-8")]
     assert [between(page, path.stem) for page in pages] == [table]
 
 
-@pytest.mark.parametrize("name", bench.RACES)
+@pytest.mark.parametrize("name", races.RACES)
 def test_the_races_are_tables_of_their_courses(name: str) -> None:
     told = json.loads((ROOT / "benchmarks" / "records" / f"race-{name}.json").read_text(encoding="utf-8"))
-    assert bench.race_table(told["records"]).splitlines() == told["table"]
-    targets, recipes, *_ = bench.RACES[name]  # the races that were run are those that would be run
-    assert all(tuple(record["targets"]) == targets for record in told["records"])
+    assert races.race_table(told["records"]).splitlines() == told["table"]
+    race = races.RACES[name]  # the races that were run are those that would be run
+    assert all(tuple(record["targets"]) == race.targets for record in told["records"])
     ours = [record["who"] for record in told["records"] if "convlens" in record["who"]]
-    assert ours == [f"convlens, recipe `{recipe}`" for recipe in recipes]
+    assert ours == [f"convlens, recipe `{recipe}`" for recipe in race.recipes]
 
 
 def test_every_table_has_its_records() -> None:
