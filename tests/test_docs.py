@@ -95,7 +95,7 @@ def test_the_python_on_the_pages_runs():
 
 
 def test_the_commands_on_the_pages_exist():
-    listed = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
+    listed = [line for page in PAGES for block in blocks(page, "sh") for line in block.replace("\\\n", "").splitlines()]
     listed = [line for line in listed if line.startswith("convlens ") and line != "convlens --version"]
     assert len(listed) > 30
     for line in listed:
