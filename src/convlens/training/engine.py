@@ -105,8 +105,8 @@ def fit(
         with autocast(precision, device), batchnorm:
             logits = net(images)  # (N, K)
         loss = compute_loss(logits.float(), labels)
-        # the share takes the place of the 1 that backward() would make itself
-        loss.backward(torch.full_like(loss, share))  # type: ignore[no-untyped-call]
+        # not backward(share): PyTorch imports SymPy to look at the shape of what it is given, a third of a second
+        (loss * share).backward()  # type: ignore[no-untyped-call]
         return loss.detach(), logits.detach()
 
     saved = store.load() if store is not None else None
