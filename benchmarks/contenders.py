@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from convlens.training.optimizers import Muon
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import get_recipe
 
-Course = Iterator[tuple[float, float]]
+Course = Generator[tuple[float, float], None, None]
 
 
 def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:

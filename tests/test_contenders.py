@@ -66,7 +66,9 @@ def test_the_rate_of_the_programs_falls_as_the_document_says(monkeypatch: pytest
 def test_a_course_is_followed_until_it_is_there_or_too_late() -> None:
     course = [(1.0, 0.5), (2.0, 0.7), (3.0, 0.9), (4.0, 0.8)]
     for seconds, accuracy, points in ((9.0, 0.7, 2), (1.0, 0.9, 2), (9.0, 0.95, 4), (2.5, 0.95, 3), (0.5, 0.95, 1)):
-        assert list(races.until(iter(course), seconds, accuracy)) == course[:points]
+        going = (point for point in course)
+        assert list(races.until(going, seconds, accuracy)) == course[:points]
+        assert list(going) == []  # it is closed
 
 
 def test_convlens_is_looked_at_with_its_augmentation_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
