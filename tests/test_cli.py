@@ -448,7 +448,10 @@ FROZEN_RECIPE_FLAGS = """
     ("words", "heavy"),
     [
         (["--help"], ["torch", "matplotlib", "sklearn", "scipy", "numpy", "PIL", "pooch"]),
-        (["train", "digits", "--epochs", "1", "--device", "cpu"], ["sklearn", "scipy", "pooch", "optuna", "onnx"]),
+        (
+            ["train", "digits", "--epochs", "1", "--device", "cpu"],
+            ["sklearn", "scipy", "pooch", "optuna", "onnx", "sympy", "pydantic"],
+        ),
     ],
 )
 def test_what_takes_long_to_import_waits_until_it_is_needed(words: list[str], heavy: list[str]) -> None:
@@ -459,6 +462,23 @@ def test_what_takes_long_to_import_waits_until_it_is_needed(words: list[str], he
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     said, imported = done.stdout.splitlines()[-2:]
     assert ("predict with: " in said) == (words[0] == "train") and imported == "[]"
+
+
+def test_the_program_leaves_at_once_with_its_exit_code_and_all_that_it_has_said() -> None:
+    script = (
+        "import atexit, os, sys\nfrom convlens.cli import run\n"
+        "class Left:\n    def __del__(self): print('taken apart')\nleft = Left()\n"
+        "atexit.register(print, 'goodbye')\nsys.argv[0] = 'convlens'\nrun()"
+    )
+    for words, code, said, rank in (
+        (["--version"], 0, "goodbye\n", ""),
+        (["train", "digit"], 2, "goodbye\n", ""),
+        (["--version"], 0, "goodbye\ntaken apart\n", "0"),  # one of several processes leaves as Python does
+    ):
+        environment = {**os.environ, **({"RANK": rank} if rank else {})}
+        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, env=environment)
+        assert done.returncode == code and done.stdout.endswith(said)
+        assert done.stdout.startswith("convlens ") == (code == 0)
 
 
 def test_debug_shows_the_traceback(shell: Shell) -> None:

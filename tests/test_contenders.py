@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import contenders
@@ -56,8 +57,8 @@ def test_the_rate_of_the_programs_falls_as_the_document_says(monkeypatch: pytest
 
     monkeypatch.setattr(contenders, "tutorial_loop", loop)
     rates = {
-        classic: [rate for rate, _ in contenders.tutorial(make_dataset(20, side, channels), classic)]
-        for classic, side, channels in (("mnist-4conv", 28, 1), ("fashion-2conv", 28, 1))
+        classic: [rate for rate, _ in contenders.tutorial(make_dataset(20, 28, 1), classic)]
+        for classic in ("mnist-4conv", "fashion-2conv")
     }
     assert rates["mnist-4conv"] == pytest.approx([0.01] * 15 + [0.001] * 15 + [0.0001])
     assert rates["fashion-2conv"] == [0.01] * 31
@@ -66,9 +67,21 @@ def test_the_rate_of_the_programs_falls_as_the_document_says(monkeypatch: pytest
 def test_a_course_is_followed_until_it_is_there_or_too_late() -> None:
     course = [(1.0, 0.5), (2.0, 0.7), (3.0, 0.9), (4.0, 0.8)]
     for seconds, accuracy, points in ((9.0, 0.7, 2), (1.0, 0.9, 2), (9.0, 0.95, 4), (2.5, 0.95, 3), (0.5, 0.95, 1)):
-        going = (point for point in course)
-        assert list(races.until(going, seconds, accuracy)) == course[:points]
-        assert list(going) == []  # it is closed
+        assert list(races.until((point for point in course), seconds, accuracy)) == course[:points]
+
+
+def test_an_entrant_prints_its_record(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(races, "load_named", lambda _: make_dataset(300, 28, 1))
+    monkeypatch.setattr(contenders, "convlens", lambda data, recipe: iter([(1.0, 0.5), (1.0, 0.75)]))
+    for name, who, course, averaged in (
+        ("mnist", "convlens, recipe `mnist-99`", [[1.0, 0.5], [1.0, 0.75]], None),
+        ("cifar10", "convlens, recipe `cifar10-90`", [[1.0, 0.5]], 0.75),
+    ):
+        assert who in races.entrants(name)
+        races.enter(name, who)
+        told = json.loads(capsys.readouterr().out)
+        assert (told["who"], told["course"], told.get("averaged")) == (who, course, averaged)
+        assert tuple(told["targets"]) == races.RACES[name].targets
 
 
 def test_convlens_is_looked_at_with_its_augmentation_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError
 from convlens.models import create_model
 from convlens.runfolder import read_json, read_names
+from convlens.runtime import return_memory
 from convlens.shipping.bundle import Bundle, load_bundle
 from convlens.training.checkpoint import CheckpointStore, TrainState, read_checkpoint, seal
 from convlens.training.recipe import Recipe
@@ -159,6 +160,12 @@ def zipped(path: Path) -> Path:
 
 
 NAMES = ["idx", "cifar", "gzip", "tar", "npz", "weights", "bundle", "manifest", "checkpoint", "json", "recipe", "names"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_kept() -> None:
+    """Give back the memory that a training in this process has kept: what comes out of it would not be seen."""
+    return_memory()
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,14 @@ LR = ("lr=1e-3..1:log",)
 
 
 @pytest.fixture
+def big() -> str:
+    """The path of forty images of 28 pixels, which all nets take."""
+    x = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    np.savez("big.npz", x=x, y=np.arange(40) % 2)
+    return "big.npz"
+
+
+@pytest.fixture
 def toy() -> str:
     """A file of 100 images of two kinds that are easy to tell apart."""
     random = np.random.default_rng(0)
@@ -138,67 +146,72 @@ def test_other_plans_that_cannot_work(toy: str) -> None:
     assert not Path("runs").exists()
 
 
-def test_the_classic_preset_takes_what_fits() -> None:
+def test_the_classic_preset_takes_what_fits(big: str) -> None:
     sweep = Sweep.create("digits", preset="classic", epochs=1)
     assert list(sweep.space) == ["batch_size", "lr", "momentum"]
-    assert sweep.notes == ("the net small has no kernel_size: it is left out",)
-    x = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
-    np.savez("big.npz", x=x, y=np.arange(40) % 2)
-    sweep = Sweep.create("big.npz", "mnist-4conv", preset="classic", params=["lr=0.1,0.2"], validation=0.1)
+    assert sweep.notes == ("kernel-size is left out: it is no option of the net small",)
+    sweep = Sweep.create(big, "mnist-4conv", preset="classic", params=["lr=0.1,0.2"], validation=0.1)
     assert sweep.space["kernel_size"] == Choice((3, 5)) and sweep.space["lr"] == Choice((0.1, 0.2))
-    assert sweep.notes == ("kernel_size 7 does not fit the net mnist-4conv and these images: it is left out",)
+    told = "kernel-size 7 is left out: the images are too small for model 'mnist-4conv', or its kernel is too large"
+    assert sweep.notes == (told,)
     assert not sweep.base.watch_test
 
 
-# of mnist-4conv alone nll can be the loss, and it has no filters; folder's own recipe smooths labels
+# nll takes a net that ends in log-softmax, as mnist-4conv does, which has no filters, and plain labels
+@pytest.mark.parametrize(
+    ("params", "overrides"),
+    [
+        (["model=small,mnist-4conv", "loss=cross-entropy,nll", "filters=8,16", "mixup=0,0.4"], {}),
+        (["model=small,mnist-4conv", "loss=cross-entropy,nll", "label-smoothing=0.1,0,0.2"], {}),
+        (["model=small,mnist-4conv", "filters=8..16"], {"kernel_size": 5}),
+        (["model=small,mnist-4conv", "lr=0.1,0.2"], {"filters": 8, "kernel_size": 5}),
+        (["model=fashion-2conv,mnist-4conv", "kernel-size=1..15"], {}),
+        (["kernel-size=1,5"], {"model": "mnist-4conv"}),
+        (["optimizer=sgd,adam", "nesterov=yes,no"], {}),
+        (["model=small,fashion-2conv", "small-size=0,14"], {}),
+    ],
+)
+def test_a_value_is_searched_if_some_trial_could_train_with_it(
+    params: list[str], overrides: dict[str, Any], big: str
+) -> None:
+    assert Sweep.create(big, "digits", params=params, validation=0.1, **overrides).space == parse_space(params)
+
+
 @pytest.mark.parametrize(
     ("params", "overrides", "message"),
     [
-        (["model=small,mnist-4conv", "loss=cross-entropy,nll", "filters=8,16", "mixup=0,0.4"], {}, None),
-        (
-            ["model=small,mnist-4conv", "loss=cross-entropy,nll", "label-smoothing=0,0.1"],
-            {"label_smoothing": None},
-            None,
-        ),
-        (["model=small,mnist-4conv", "filters=8,16"], {"kernel_size": 5}, None),
-        (["model=small,mnist-4conv", "lr=0.1,0.2"], {"filters": 8, "kernel_size": 5}, None),
-        (["kernel-size=1,5"], {"model": "mnist-4conv"}, None),
-        (["optimizer=sgd,adam", "nesterov=yes,no"], {}, None),
-        (
-            ["model=small,mnist-4conv", "loss=cross-entropy,nll", "mixup=0..0.4"],
-            {},
-            "--param loss=nll: --loss nll needs ",
-        ),
+        (["model=small,mnist-4conv", "loss=cross-entropy,nll", "mixup=0..0.4"], {}, "--param loss=nll: --loss nll "),
         (["model=tiny,mnist-4conv"], {"loss": "nll"}, "--param model=tiny: --loss nll needs a net that ends in "),
         (
             ["model=small,tiny", "lr=0.1,0.2"],
             {"kernel_size": 5},
             "model 'small' has no option 'kernel_size'; it takes ",
         ),
-        (["kernel-size=5,99"], {"model": "mnist-4conv"}, "--param kernel-size=99: "),
+        (["kernel-size=5,99"], {"model": "mnist-4conv"}, "--param kernel-size=99: the images are too small "),
+        (["kernel-size=5..99"], {"model": "mnist-4conv"}, "--param kernel-size=99: the images are too small "),
+        (["model=small,fashion-2conv"], {"small_size": 14}, "--param model=fashion-2conv: --small-size 14: the net "),
+        (["small-size=7,14"], {"model": "fashion-2conv"}, "--small-size 7: the net fashion-2conv does not take "),
+        (["lr=0.1,0.2"], {"device": "cuda"}, "this machine has no"),
+        (["lr=0.1,0.2"], {"image_size": 32}, "--image-size is for folders; big has images of 28 pixels"),
+        (
+            ["filters=8..10000000000000000000"],
+            {},
+            "--param filters=10000000000000000000: the net small cannot be built: ",
+        ),
     ],
 )
 def test_a_value_is_refused_if_no_trial_could_train_with_it(
-    params: list[str], overrides: dict[str, Any], message: str | None
+    params: list[str], overrides: dict[str, Any], message: str, big: str
 ) -> None:
-    x = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
-    np.savez("big.npz", x=x, y=np.arange(40) % 2)
-    recipe = get_recipe("digits").override(validation=0.1, label_smoothing=0.0)
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    if message is None:
-        assert len(Sweep.create("big.npz", recipe, params=params, **overrides).space) == len(params)
-    else:
-        with pytest.raises(UsageError, match=f"^{re.escape(message)}"):
-            Sweep.create("big.npz", recipe, params=params, **overrides)
+    with pytest.raises(UsageError, match=f"^{re.escape(message)}"):
+        Sweep.create(big, "digits", params=params, validation=0.1, **overrides)
+    assert not Path("runs").exists()
 
 
-def test_a_preset_fits_one_of_the_nets_that_are_searched() -> None:
-    x = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
-    np.savez("big.npz", x=x, y=np.arange(40) % 2)
-    params = ["model=small,mnist-4conv"]
-    sweep = Sweep.create("big.npz", "digits", preset="classic", params=params, validation=0.1)
+def test_a_preset_fits_one_of_the_nets_that_are_searched(big: str) -> None:
+    sweep = Sweep.create(big, "digits", preset="classic", params=["model=small,mnist-4conv"], validation=0.1)
     assert sweep.space["kernel_size"] == Choice((3, 5))
-    assert sweep.notes == ("kernel_size 7 does not fit the net small or mnist-4conv and these images: it is left out",)
+    assert len(sweep.notes) == 1 and sweep.notes[0].startswith("kernel-size 7 is left out: ")
 
 
 def test_no_trial_can_look_at_a_test_image(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,6 +367,21 @@ def test_storages_that_cannot_be_opened(toy: str) -> None:
             Sweep.create(toy, params=LR, storage=storage, **QUICK)
         assert "secret" not in str(caught.value)
     assert not Path("runs").exists()
+
+
+def test_a_storage_may_come_whole_from_the_environment(
+    toy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRIALS", f"sqlite:///{tmp_path}/trials.db")
+    sweep = Sweep.create(toy, params=LR, storage="$TRIALS", **QUICK)
+    assert sweep.plan["storage"] == "$TRIALS" and (tmp_path / "trials.db").exists()
+    assert Sweep.create(toy, params=LR, storage="$TRIALS", **QUICK).joined
+    monkeypatch.setenv("TRIALS", "nothing://me:secret@host:abc/db")
+    with pytest.raises(ConvlensError) as caught:
+        Sweep.create(toy, params=LR, storage="$TRIALS", **QUICK)
+    assert "secret" not in str(caught.value) and "unexpected" not in str(caught.value)
+    with pytest.raises(UsageError, match=r"^--storage \$NOWHERE: there is no \$NOWHERE in the environment$"):
+        absolute_storage("$NOWHERE")
 
 
 def test_a_password_is_taken_from_the_environment_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from convlens.begun import device_of, find_begun, list_changes, read_plan
-from convlens.data.catalog import data_name, load_dataset, load_recorded, refuse_inside_data
+from convlens.data.catalog import data_name, load_dataset, load_recorded, refuse_inside_data, require_size
 from convlens.data.dataset import Dataset
 from convlens.data.loader import require_balance
 from convlens.data.preprocess import Preprocess
@@ -158,8 +158,7 @@ class Experiment:
             loaded = loaded.without(read_names(exclude))
         if settled.balance:
             require_balance(loaded.train)
-        if settled.image_size not in (0, loaded.shape[1]):
-            raise UsageError(f"--image-size is for folders; {loaded.name} has images of {loaded.shape[1]} pixels")
+        require_size(settled.image_size, loaded)
         if loaded.shape[1] == form["image_size"]:
             settled = settled.override(image_size=form["image_size"])
         if allowed is not None:

@@ -259,19 +259,28 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; ConvlensError names the file if it is missing, too large or not one."""
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST_JSON:
+            raise ValueError(f"it is no file of at most {LARGEST_JSON >> 20} MiB")
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise ConvlensError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ConvlensError(f"cannot read {path}: {error}") from None
+    return parse_json(content, str(path))
+
+
+def parse_json(content: bytes, name: str) -> dict[str, Any]:
+    """Return the JSON object in the bytes of a file; ConvlensError that names it if they are none."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON")
 
     try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST_JSON:
-            raise ValueError(f"it is no file of at most {LARGEST_JSON >> 20} MiB")
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except FileNotFoundError:
-        raise ConvlensError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConvlensError(f"cannot read {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise ConvlensError(f"cannot read {path}: it holds no JSON object")
-    return content
+        parsed = json.loads(content.decode("utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ConvlensError(f"cannot read {name}: {error}") from None
+    if not isinstance(parsed, dict):
+        raise ConvlensError(f"cannot read {name}: it holds no JSON object")
+    return parsed

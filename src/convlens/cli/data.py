@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.app import AllowUnreadable, Data, Exclude, check_new_file, data_app, heed_interrupts
+from convlens.cli.app import AllowUnreadable, Data, Exclude, check_new_file, data_app, heed_interrupts, importing
 from convlens.console import describe_findings, first_line, print_table
 from convlens.errors import quoted
 
@@ -40,12 +40,13 @@ def data_info(
 
       convlens data info photos/ --to photos.png
     """
-    import torch
+    with importing():
+        import torch
 
-    from convlens.data.catalog import load_dataset, refuse_inside_data
-    from convlens.data.folder import image_sizes
-    from convlens.data.shards import is_packed
-    from convlens.reporting.sheets import images_sheet, pick_samples
+        from convlens.data.catalog import load_dataset, refuse_inside_data
+        from convlens.data.folder import image_sizes
+        from convlens.data.shards import is_packed
+        from convlens.reporting.sheets import images_sheet, pick_samples
 
     heed_interrupts()
     check_new_file(to, "--to", "png")
@@ -100,9 +101,10 @@ def data_pack(
 
       convlens train https://example.org/shards
     """
-    from convlens.data.catalog import load_dataset, refuse_inside_data
-    from convlens.data.shards import pack
-    from convlens.runfolder import RunFolder, read_names
+    with importing():
+        from convlens.data.catalog import load_dataset, refuse_inside_data
+        from convlens.data.shards import pack
+        from convlens.runfolder import RunFolder, read_names
 
     heed_interrupts()
     RunFolder.refuse_existing(out)
@@ -136,9 +138,10 @@ def data_doctor(
 
       convlens train mnist --exclude remove.txt
     """
-    from convlens.data.catalog import load_dataset
-    from convlens.doctor import check_new, examine, write_findings, write_list
-    from convlens.runtime import use_threads
+    with importing():
+        from convlens.data.catalog import load_dataset
+        from convlens.doctor import check_new, examine, write_findings, write_list
+        from convlens.runtime import use_threads
 
     heed_interrupts()
     for name, path in (("--to", to), ("--list", list_file)):

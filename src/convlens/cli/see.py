@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.app import app, check_new_file, heed_interrupts
+from convlens.cli.app import app, check_new_file, heed_interrupts, importing
 from convlens.cli.use import expand
 from convlens.errors import UsageError
 
@@ -38,7 +38,8 @@ def explain(
 
       convlens explain runs/photos-1 holiday/*.jpg --out holiday-explained
     """
-    from convlens.explaining import MOST, explain_pictures
+    with importing():
+        from convlens.explaining import MOST, explain_pictures
 
     heed_interrupts()
     place = None if unit is None else read_unit(unit)
@@ -82,7 +83,8 @@ def timelapse(
 
       convlens timelapse runs/mnist-1 --image scan.png --gif learning.gif
     """
-    from convlens.explaining import show_training
+    with importing():
+        from convlens.explaining import show_training
 
     heed_interrupts()
     check_new_file(out, "--out", "html")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convlens.cli.app import DATA_HELP, AllowUnreadable, app, asked_to_stop, leave_with
+from convlens.cli.app import DATA_HELP, AllowUnreadable, app, asked_to_stop, importing, leave_with
 from convlens.cli.train import with_recipe_flags
 from convlens.console import describe_params, describe_sweep, describe_trial, print_trials, rank_trial, say
 from convlens.errors import ConvlensError, Interrupted, UsageError, quoted
@@ -81,10 +81,11 @@ def sweep(
         import optuna  # noqa: F401
     except ImportError:
         raise UsageError("a sweep needs a package more: pip install 'convlens[sweep]'") from None
-    from convlens.machine import available_cores
-    from convlens.sweep.outcome import require_seeds
-    from convlens.sweep.study import Sweep
-    from convlens.training.recipes import read_recipe
+    with importing():
+        from convlens.machine import available_cores
+        from convlens.sweep.outcome import require_seeds
+        from convlens.sweep.study import Sweep
+        from convlens.training.recipes import read_recipe
 
     require_seeds(confirm)
     if jobs > available_cores():

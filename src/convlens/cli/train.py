@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from convlens.cli.app import STARTED, AllowUnreadable, Exclude, app, asked_to_stop, heed_interrupts
+from convlens.cli.app import STARTED, AllowUnreadable, Exclude, app, asked_to_stop, heed_interrupts, importing
 from convlens.console import describe_experiment, describe_record, describe_series, describe_test, say
 from convlens.errors import Interrupted, UsageError, quoted
 from convlens.machine import OWN_JOB
@@ -134,9 +134,10 @@ def train(
         from convlens.launch import launch
 
         raise SystemExit(launch(sys.argv[1:], processes))  # its processes have said what there is to say
-    from convlens.experiment import Experiment
-    from convlens.ranks import join
-    from convlens.series import Series
+    with importing():
+        from convlens.experiment import Experiment
+        from convlens.ranks import join
+        from convlens.series import Series
 
     heed_interrupts()
     chosen: Any = recipe

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convlens.cli.app import AllowUnreadable, Data, app, check_new_file, heed_interrupts
+from convlens.cli.app import AllowUnreadable, Data, app, check_new_file, heed_interrupts, importing
 from convlens.cli.train import with_recipe_flags
 from convlens.console import say
 from convlens.errors import UsageError, quoted
@@ -46,13 +46,15 @@ def tune(
     if "lr" in overrides:
         raise UsageError("--lr is what is looked for; leave it out")
     from convlens.cli.data import free_name
-    from convlens.data.catalog import data_name, load_dataset, refuse_inside_data
-    from convlens.reporting.plots import draw_range_test
-    from convlens.runtime import use_threads
-    from convlens.training.nets import without_unfit
-    from convlens.training.recipes import default_recipe, get_recipe
-    from convlens.training.start import require_fresh
-    from convlens.tuning import find_lr, pick_batch, probe_batches, with_lr
+
+    with importing():
+        from convlens.data.catalog import data_name, load_dataset, refuse_inside_data
+        from convlens.reporting.plots import draw_range_test
+        from convlens.runtime import use_threads
+        from convlens.training.nets import without_unfit
+        from convlens.training.recipes import default_recipe, get_recipe
+        from convlens.training.start import require_fresh
+        from convlens.tuning import find_lr, pick_batch, probe_batches, with_lr
 
     own = get_recipe(recipe) if recipe else default_recipe(data_name(data))
     heed_interrupts()

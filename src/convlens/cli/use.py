@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from convlens.cli.app import app, check_new_file, heed_interrupts
+from convlens.cli.app import app, check_new_file, heed_interrupts, importing
 from convlens.console import Format, Printer, describe_test, print_corruptions, print_csv, print_table
 from convlens.errors import ConvlensError, UsageError
 
@@ -36,7 +36,8 @@ def evaluate(
 
       convlens evaluate mnist --corruptions --plot mnist-corrupted.png
     """
-    from convlens.run import corrupt_run, evaluate_run
+    with importing():
+        from convlens.run import corrupt_run, evaluate_run
 
     heed_interrupts()
     if corruptions:
@@ -84,7 +85,8 @@ def mistakes(
 
       convlens mistakes runs/mnist-1 --true 4 --predicted 9 --to fours
     """
-    from convlens.mistakes import write_mistakes
+    with importing():
+        from convlens.mistakes import write_mistakes
 
     heed_interrupts()
     folder, wrong, unsure = write_mistakes(run, to, data=data, doubtful=doubtful, true=true, predicted=predicted)
@@ -101,7 +103,8 @@ def compare(
     Examples:
       convlens compare runs/mnist-1 runs/mnist-2
     """
-    from convlens.run import compare_runs
+    with importing():
+        from convlens.run import compare_runs
 
     results = compare_runs(runs)
     if format is Format.text:
@@ -146,9 +149,10 @@ def predict(
 
       find . -name '*.jpg' | convlens predict runs/photos-1 -
     """
-    from convlens.data.pictures import BadImage, open_image
-    from convlens.evaluation.coverage import require_coverage
-    from convlens.shipping.onnx_predictor import load_predictor
+    with importing():
+        from convlens.data.pictures import BadImage, open_image
+        from convlens.evaluation.coverage import require_coverage
+        from convlens.shipping.onnx_predictor import load_predictor
 
     predictor = load_predictor(model)
     if coverage is not None:

@@ -274,6 +274,12 @@ def data_name(data: Any) -> str:
     return str(packed_from(data) if isinstance(data, (str, Path)) and is_packed(data) else data)
 
 
+def require_size(image_size: int, dataset: Dataset) -> None:
+    """Raise UsageError if images of ``image_size`` pixels (0: any) were asked for, and could not be had."""
+    if image_size not in (0, dataset.shape[1]):
+        raise UsageError(f"--image-size is for folders; {dataset.name} has images of {dataset.shape[1]} pixels")
+
+
 def refuse_inside_data(out: str | Path | None, data: Any, flag: str = "--out") -> None:
     """Raise UsageError if ``out`` (None: ``runs``) would lie in the folder of the data: it is only ever read."""
     data = data.source if isinstance(data, Dataset) else data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -160,6 +160,9 @@ class Numbers(Sequence[str]):
 
     def __len__(self) -> int:
         return len(self._numbers)
+
+    def __iter__(self) -> Iterator[str]:
+        return map(str, self._numbers)
 
     def __getitem__(self, key: Any) -> Any:
         return [str(n) for n in self._numbers[key]] if isinstance(key, slice) else str(self._numbers[key])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import json
 import os
 import threading
 import urllib.error
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from convlens.errors import ConvlensError
-from convlens.runfolder import LARGEST_JSON, read_json
+from convlens.runfolder import LARGEST_JSON, parse_json, read_json
 
 INDEX = "index.json"  # what lies there, and each file's SHA-256
 TRIES = 3  # to get a file over the network
@@ -38,11 +37,14 @@ class Place:
         return content
 
     def read_index(self) -> dict[str, Any]:
-        """Return what stands in ``index.json``; ConvlensError, or ValueError, if it is none."""
-        if is_address(self.path):
-            index: dict[str, Any] = json.loads(read_address(f"{self.path.rstrip('/')}/{INDEX}", LARGEST_JSON))
-            return index
-        return read_json(Path(self.path) / INDEX)
+        """Return what stands in ``index.json``; ConvlensError if it is missing, too large, or no object."""
+        where = f"{self.path.rstrip('/')}/{INDEX}"
+        if not is_address(self.path):
+            return read_json(Path(where))
+        content = read_address(where, LARGEST_JSON)
+        if len(content) > LARGEST_JSON:
+            raise ConvlensError(f"{where} is larger than it may be: {LARGEST_JSON:,} bytes")
+        return parse_json(content, where)
 
 
 def is_address(source: str) -> bool:

@@ -94,15 +94,13 @@ def make_tar(images: Images, labels: Sequence[int], first: int) -> bytes:
     return file.getvalue()
 
 
-def read_index(place: Place) -> dict[str, Any]:
+def find_index(place: Place) -> dict[str, Any]:
     """Return the index of the shards in a place; ConvlensError if it is none of this version's."""
-    try:
-        index = place.read_index()
-        version = index["format"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConvlensError(f"{place.path}/{INDEX} is no index of shards: {error!r}") from None
-    if version != FORMAT:
-        raise ConvlensError(f"the shards in {place.path} are of another version of convlens: format {version}")
+    index = place.read_index()
+    if "format" not in index:
+        raise ConvlensError(f"{place.path}/{INDEX} is no index of shards: it names no format")
+    if index["format"] != FORMAT:
+        raise ConvlensError(f"the shards in {place.path} are of another version of convlens: format {index['format']}")
     return index
 
 
@@ -113,7 +111,7 @@ def is_packed(source: str | Path) -> bool:
 
 def packed_from(source: str | Path) -> str | None:
     """Return the name of the published data set that shards were made of, None for other data."""
-    return read_index(Place(str(source))).get("source")
+    return find_index(Place(str(source))).get("source")
 
 
 def load_shards(source: str | Path) -> Dataset:
@@ -123,7 +121,7 @@ def load_shards(source: str | Path) -> Dataset:
     for what is missing or damaged.
     """
     place = Place(str(source) if is_address(str(source)) else str(Path(source).resolve()))
-    index = read_index(place)
+    index = find_index(place)
     try:
         if not {"train", "test"} <= set(index["splits"]) <= {"train", "validation", "test"}:
             raise ValueError(f"its splits are {', '.join(index['splits'])}")

@@ -45,7 +45,7 @@ def save(figure: Figure, path: Path) -> None:
 def save_for_page(figure: Figure, path: Path) -> str:
     """Write a figure as PNG; return it as SVG in the colours of a page, light or dark."""
     save(figure, path)
-    figure.set_layout_engine("none")  # it has its places
+    figure.set_layout_engine(None)  # it has its places; of any engine, even "none", all would be drawn once more
     drawn = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "convlens"}):
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})

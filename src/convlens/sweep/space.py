@@ -53,8 +53,8 @@ class Range:
         return f"{self.low!r}..{self.high!r}" + ":log" * self.log
 
     @property
-    def tried(self) -> tuple[float, ...]:
-        """The values that are tried out before anything runs: the ends."""
+    def ends(self) -> tuple[float, float]:
+        """Both ends."""
         return self.low, self.high
 
     def __contains__(self, value: float) -> bool:
@@ -85,11 +85,6 @@ class Choice:
 
     def __contains__(self, value: Any) -> bool:
         return value in self.values
-
-    @property
-    def tried(self) -> tuple[Any, ...]:
-        """The values that are tried out before anything runs: all."""
-        return self.values
 
     def distribution(self) -> BaseDistribution:
         """Return it as Optuna has it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from optuna.exceptions import OptunaError
@@ -13,6 +14,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from convlens.errors import ConvlensError, UsageError
 
+PASSWORD = re.compile(r"(?<=:)[^:@/]+(?=@)")  # in a URL
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -21,13 +24,16 @@ except ImportError:  # Windows
 
 def absolute_storage(text: str) -> str:
     """Return ``--storage`` so that it means the same from any folder; UsageError for a password that would be kept."""
-    if "://" not in text:
+    expanded = os.path.expandvars(text)
+    if missing := re.search(r"\$(\w+|\{\w+\})", expanded):
+        raise UsageError(f"--storage {text}: there is no {missing[0]} in the environment")
+    if "://" not in expanded:
         return str(Path(text).resolve())
     try:
-        url = make_url(os.path.expandvars(text))
-    except SQLAlchemyError as error:
+        url = make_url(expanded)
+    except (SQLAlchemyError, ValueError) as error:
         raise UsageError(f"--storage {text}: {error}") from None
-    if "$" not in str(make_url(text).password or "$"):
+    if (password := PASSWORD.search(text)) and "$" not in password[0]:
         raise UsageError(
             "--storage: the command is written into the sweep's folder, so a password had better not be in it; put the "
             "URL into the environment and give --storage '$NAME'"
@@ -70,6 +76,6 @@ def open_storage(text: str) -> BaseStorage:
         lock = SystemLock(text) if fcntl is not None else JournalFileOpenLock(text)
         return JournalStorage(JournalFileBackend(text, lock_obj=lock))
     except (OptunaError, SQLAlchemyError, ImportError, OSError, ValueError, KeyError, TypeError) as error:
-        name = make_url(text).render_as_string() if "://" in text else text  # without its password
+        name = PASSWORD.sub("***", text)
         reason = str(error).strip().split("\n", 1)[0]
         raise ConvlensError(f"cannot open the storage {name}: {reason}") from None

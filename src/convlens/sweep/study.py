@@ -15,13 +15,15 @@ import optuna
 from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import BaseStorage
 
-from convlens.data.catalog import data_name, load_dataset, refuse_inside_data
+from convlens.data.catalog import data_name, load_dataset, refuse_inside_data, require_size
 from convlens.data.dataset import Dataset, Split
+from convlens.data.loader import require_balance
 from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError, quoted
 from convlens.ranks import require_alone
 from convlens.record import command_line
 from convlens.runfolder import RunFolder, read_json, write_json
+from convlens.runtime import choose_device
 from convlens.sweep.check import Check
 from convlens.sweep.space import PRESETS, Space, parse_space, read_space, space_texts
 from convlens.sweep.storage import absolute_storage, open_storage
@@ -93,16 +95,17 @@ class Sweep:
         for name in set(space) & set(overrides):
             raise UsageError(f"{flag(name)} is searched and fixed: give it once")
         require_fresh(base, "a sweep")
+        choose_device(base.device)
         dataset = load_for_sweep(data, base, allow_unreadable)
         refuse_inside_data(out, dataset)
         check = Check(base, dataset)
-        check.base(space, overrides)
+        check.require_plan(space, overrides)
         notes: list[str] = []
         for name, values in parse_space(PRESETS[preset] if preset else ()).items():
             if name not in space and name not in overrides:
-                fitting = check.fitting(name, values, space, notes)
+                fitting = check.fit_preset(name, values, space, notes)
                 space |= {} if fitting is None else {name: fitting}
-        check.space(space)
+        check.require_values(space)
         plan: dict[str, Any] = {
             "convlens": version("convlens"),
             "command": command_line(),
@@ -154,6 +157,9 @@ def load_for_sweep(data: Any, base: Recipe, allow_unreadable: bool) -> Dataset:
     """Return the data with the recipe's validation split and without a single test image."""
     dataset = load_dataset(data, image_size=base.image_size, allow_unreadable=allow_unreadable)
     dataset = dataclasses.replace(dataset, test=Split(dataset.train.images[:0], dataset.train.labels[:0], []))
+    require_size(base.image_size, dataset)
+    if base.balance:
+        require_balance(dataset.train)
     dataset = dataset.with_validation(base.validation, base.seed)
     if dataset.validation is None:
         raise UsageError("a sweep chooses on validation images, and this recipe holds none out: add --validation 0.1")

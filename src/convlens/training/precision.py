@@ -33,8 +33,7 @@ def choose_precision(recipe: Recipe, device: torch.device, net: nn.Module, shape
     is kept in the user's cache, by processor, PyTorch version and shape.
     Raises UsageError if the net does not take the smaller images of the recipe.
     """
-    if recipe.small_size:
-        require_any_size(net, shape, recipe)
+    require_any_size(net, shape, recipe)
     if recipe.precision != "auto":
         return recipe.precision
     if device.type == "cuda":
@@ -113,10 +112,13 @@ def try_convolution(layer: nn.Conv2d, shape: tuple[int, ...]) -> dict[str, Any]:
                 start = time.perf_counter()
                 with autocast(precision, torch.device("cpu")):
                     y = nn.functional.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+                y = y.float()
                 slope = torch.randn(y.shape, generator=g) if slope is None else slope
-                gradients = torch.autograd.grad(y.float(), [x, weight], slope)
+                # not grad(y, ..., slope), for which PyTorch imports SymPy, a third of a second
+                y.register_hook(lambda _, slope=slope: slope)  # type: ignore[no-untyped-call]
+                gradients = torch.autograd.grad(y.sum(), [x, weight])
                 seconds[precision] = min(seconds[precision], time.perf_counter() - start)
-                values[precision] = [y.detach().float(), *gradients]
+                values[precision] = [y.detach(), *gradients]
     except RuntimeError:  # a shape, or a machine, that has no bf16 convolution
         return {"fp32": 0.0, "bf16": 0.0, "right": False}
     right = all(

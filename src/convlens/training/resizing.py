@@ -15,7 +15,9 @@ from convlens.training.recipe import Recipe
 
 @torch.no_grad()
 def require_any_size(net: nn.Module, shape: tuple[int, int, int], recipe: Recipe) -> None:
-    """Raise UsageError unless ``net`` takes images of ``shape`` (C, H, W) at the recipe's small size too."""
+    """Raise UsageError unless ``net`` takes images of ``shape`` (C, H, W) at the recipe's small size too, if any."""
+    if not recipe.small_size:
+        return
     image = torch.zeros(1, *shape, device=next(net.parameters()).device)
     training = net.training
     try:
