@@ -90,8 +90,8 @@ def test_steps_on_smaller_images_are_counted_by_their_pixels(digits: Dataset, mo
 
 def test_a_budget_that_is_too_short(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     paces(monkeypatch, 1408)
-    with pytest.raises(UsageError, match="^--budget 3s is too short: loading, testing and the report take 3 s here$"):
-        fit_into(3, NOW, digits, [SHORT])
+    with pytest.raises(UsageError, match="^--budget 2.5s is too short: loading, testing and the report take 2 s here$"):
+        fit_into(2.5, NOW, digits, [SHORT])
 
 
 def test_images_are_tested_once_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:

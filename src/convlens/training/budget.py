@@ -23,7 +23,7 @@ from convlens.training.recipe import Recipe
 from convlens.training.recipes import LADDERS, default_recipe, get_recipe
 from convlens.training.resizing import count_work
 
-FINISH_SECONDS = 2.0  # drawing and writing the report
+FINISH_SECONDS = 1.2  # drawing and writing the report
 LEAST = 0.5  # of a recipe's length: cut to it, none that was tried (docs, log) was 0.05 points behind the one below
 PROBE_SECONDS = 0.25  # what is quicker is measured again, twice as often
 PROBE_BATCHES = 8
