@@ -122,8 +122,9 @@ class Check:
                 with callers_state_kept():
                     self._nets[key] = make_net(described, self._dataset, self._preprocess)
             except Exception as error:  # a net of the user's own may raise anything
-                told = isinstance(error, UsageError)
-                reason = str(error) if told else f"the net {recipe.model} cannot be built: {str(error).splitlines()[0]}"
+                reason = str(error).split("\n", 1)[0]
+                if not isinstance(error, UsageError):
+                    reason = f"the net {recipe.model} cannot be built: {reason}"
                 self._refused[key] = reason
                 raise UsageError(reason) from None
         return self._nets[key]
