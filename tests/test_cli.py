@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -479,6 +480,26 @@ def test_the_program_leaves_at_once_with_its_exit_code_and_all_that_it_has_said(
         done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, env=environment)
         assert done.returncode == code and done.stdout.endswith(said)
         assert done.stdout.startswith("convlens ") == (code == 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("data list >&-", 0),
+        ("data list >&- 2>&-", 0),
+        ("data list 2>&-", 0),
+        ("train digt >&-", 2),
+        ("train digt 2>&-", 2),
+        ("train digt 2>/dev/full", 2),
+        ("data list > /dev/full", 1),
+    ],
+)
+def test_the_exit_code_is_that_of_the_work_whoever_listens(words: str, code: int) -> None:
+    command = f"{shlex.quote(sys.executable)} -m convlens {words}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr and "unexpected" not in done.stderr
+    assert "convlens:" not in done.stdout
 
 
 def test_debug_shows_the_traceback(shell: Shell) -> None:

@@ -30,7 +30,9 @@ def fail(error: BaseException, message: str, code: int, *, debug: bool) -> NoRet
         import traceback
 
         traceback.print_exception(error)
-    print(f"convlens: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody may be there to hear it
+        if sys.stderr is not None:
+            print(f"convlens: {message}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -43,8 +45,8 @@ def run() -> None:
             raise
         atexit._run_exitfuncs()
         with contextlib.suppress(OSError):  # the ordinary way says what is wrong with the output
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed
+                stream.flush()
             os._exit(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
         raise
 
@@ -66,7 +68,8 @@ def main() -> None:
         code = app(arguments, standalone_mode=False)
         if code == 130:  # what typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         raise SystemExit(code if isinstance(code, int) else 0)
     except ConvlensError as error:
         if isinstance(error, PeerGone):
