@@ -44,11 +44,13 @@ def run() -> None:
         if "RANK" in os.environ:  # torch.distributed says goodbye to the others
             raise
         atexit._run_exitfuncs()
-        with contextlib.suppress(OSError):  # the ordinary way says what is wrong with the output
-            for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed
+            try:
                 stream.flush()
-            os._exit(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
-        raise
+            except OSError:  # main() has said so, if somebody can hear it
+                code = code or 1
+        os._exit(code)
 
 
 def main() -> None:
