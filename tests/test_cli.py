@@ -492,6 +492,7 @@ def test_the_program_leaves_at_once_with_its_exit_code_and_all_that_it_has_said(
         ("train digt >&-", 2),
         ("train digt 2>&-", 2),
         ("train digt 2>/dev/full", 2),
+        ("predict mnist nope.png 2>&-", 1),
         ("data list > /dev/full", 1),
     ],
 )

@@ -31,8 +31,7 @@ def fail(error: BaseException, message: str, code: int, *, debug: bool) -> NoRet
 
         traceback.print_exception(error)
     with contextlib.suppress(OSError):  # nobody may be there to hear it
-        if sys.stderr is not None:
-            print(f"convlens: {message}", file=sys.stderr)
+        print(f"convlens: {message}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -45,7 +44,7 @@ def run() -> None:
             raise
         atexit._run_exitfuncs()
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed
+        for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
             except OSError:  # main() has said so, if somebody can hear it
@@ -57,6 +56,9 @@ def main() -> None:
     """Run the command; every error becomes one line and its exit code. ``--debug`` may stand anywhere."""
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed: what is said goes nowhere, and not to the other one
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open until the process ends
     # file names may hold what a terminal cannot show, or what is no text
     for stream, errors in (
         (sys.stdout, "backslashreplace"),
@@ -70,8 +72,7 @@ def main() -> None:
         code = app(arguments, standalone_mode=False)
         if code == 130:  # what typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         raise SystemExit(code if isinstance(code, int) else 0)
     except ConvlensError as error:
         if isinstance(error, PeerGone):
