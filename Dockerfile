@@ -7,6 +7,7 @@ RUN pip install --no-cache-dir --constraint /convlens/constraints.txt \
         fastapi numpy onnx onnxruntime pillow prometheus-client python-multipart rich safetensors typer uvicorn \
     && pip install --no-cache-dir --no-deps /convlens \
     && rm -rf /convlens
+ENV ORT_DISABLE_TELEMETRY=1
 USER nobody
 EXPOSE 8000
 STOPSIGNAL SIGTERM

@@ -31,6 +31,11 @@ __version__ = "0.1.0"
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
+# These libraries report to their makers unless told not to, and children inherit what is said here. ONNX Runtime reads
+# its variable when it is imported; no call can take back the device ID and the event that it writes then.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
 _HOMES = {
     "Classifier": "convlens.shipping.classifier",
     "ConvClassifier": "convlens.estimator",

@@ -25,6 +25,9 @@ from convlens.runfolder import read_json
 from convlens.shipping.places import CONFIG, GRAPH, TRUST, WEIGHTS, find_bundle, read_whole
 from convlens.shipping.prediction import Predictor
 
+# whoever imported ONNX Runtime before convlens has its telemetry on: at least our models are not reported
+onnxruntime.disable_telemetry_events()
+
 METADATA = "convlens"  # the entry of the file's metadata that says what the net is
 FORMAT = 2
 OLDER = "an older convlens: export it again"
