@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import stat
 import threading
@@ -13,12 +14,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from convlens.errors import ConvlensError
 
 Pixels = NDArray[np.uint8]
 LARGEST = 50_000_000  # pixels; Pillow takes 4 bytes for each
+MAX_SIDE_PIXELS = 65_535  # the longest that a JPEG can have
+MAX_ASPECT_RATIO = 10_000  # of the longer side to the shorter
+MAX_WHOLE_JPEG = 1.5  # times LARGEST: a JPEG of several scans is held whole, with 2 bytes for each colour of a pixel
+MAX_SLOW_PIXELS = 1_000_000  # of a PPM that Pillow decodes in Python, at about three seconds for so many
+BAND_PIXELS = 1 << 22  # whose colours are changed at a time: on the way they take up to 16 bytes each
+MAX_INK_PIXELS = 4096 * 4096  # searched for ink, in floats; a page of A4 at 400 dpi has 15.5 million
+MAX_BORDER_SAMPLES = 65_536  # of which the paper is estimated, less than a megabyte: all the border of most images
 LARGEST_FILE = 400_000_000  # bytes: so many pixels of four 16-bit numbers, not compressed
 MOST_SCANS = 100  # of a progressive JPEG, each of which goes over all its pixels; encoders write about ten
 ORIENTATION = 0x0112  # EXIF's tag
@@ -96,34 +104,68 @@ def without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def open_image(source: str | Path | bytes, name: str = "the image") -> Image.Image:
+def open_image(source: str | Path | bytes, name: str = "the image", max_pixels: int | None = None) -> Image.Image:
     """Open a file's path or content as a PIL image, fully decoded and turned as its EXIF tag says.
 
-    The format is decided by content, and ``name`` is what messages call that. Raises BadImage for what is missing, not
-    an image, cut short, or of more than 50 million pixels, which is refused before it is decoded; a JPEG of up to 178
-    million is decoded at an eighth of its size, and one of more than 100 scans is refused.
+    The format is decided by content. An image is refused by its size before it is decoded. A JPEG of more than
+    ``max_pixels`` is decoded at an eighth of its size, if it has at most 178 million.
+
+    Args:
+        source: A path, or the content of a file.
+        name: What messages call a content.
+        max_pixels: How many pixels the image may have, by default 50 million.
+
+    Raises:
+        BadImage: The file is missing, no image or cut short; it has too many pixels, a side of more than 65,535, or is
+            more than 10,000 times as long as wide; or it is a JPEG of more than 100 scans, or a PPM that takes minutes.
     """
     if not isinstance(source, bytes):
-        return open_image(read_file(source), str(source))
+        return open_image(read_file(source), str(source), max_pixels)
+    most = LARGEST if max_pixels is None else max_pixels
     if source.startswith(b"\xff\xd8") and (scans := source.count(b"\xff\xda")) > MOST_SCANS:
         raise BadImage(f"{name} has {scans:,} scans, too many for a JPEG (over {MOST_SCANS})")
     try:
-        # from memory, for Pillow reads a file in many small pieces
-        with QUIET, Image.open(io.BytesIO(source), formats=FORMATS) as image:
-            if image.width * image.height > LARGEST:
+        # from memory, for Pillow reads a file in many small pieces; closed, or a TIFF would keep the whole file
+        with QUIET, io.BytesIO(source) as file, Image.open(file, formats=FORMATS) as image:
+            require_shape(image.width, image.height, name)
+            if image.width * image.height > most:
+                if image.width * image.height > most * MAX_WHOLE_JPEG and has_several_scans(image, source):
+                    raise Image.DecompressionBombError
                 image.draft(image.mode, (1, 1))
-            if image.width * image.height > LARGEST:
+            if image.width * image.height > most:
                 raise Image.DecompressionBombError
+            if image.format == "PPM" and image.width * image.height > MAX_SLOW_PIXELS and image.tile[0][0] != "raw":
+                limit = f"over {MAX_SLOW_PIXELS:,}"
+                raise BadImage(f"{name} has too many pixels for a PPM of text or of other than 256 levels ({limit})")
             image.load()
             return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
     except UnidentifiedImageError:
         raise BadImage(f"{name} is not an image (JPEG, PNG, GIF, WebP, BMP, TIFF or PPM)") from None
     except Image.DecompressionBombError:
-        raise BadImage(f"{name} has too many pixels (over {LARGEST:,})") from None
-    except MemoryError:  # which says nothing of the image
+        raise BadImage(f"{name} has too many pixels (over {most:,})") from None
+    except (BadImage, MemoryError):  # the latter says nothing of the image
         raise
     except Exception as error:  # decoders raise many kinds of error (OSError, SyntaxError, struct.error, ...)
         raise BadImage(f"{name} cannot be decoded: {str(error) or type(error).__name__}") from None
+
+
+def require_shape(width: int, height: int, name: str) -> None:
+    """Raise BadImage for an image that is too long or too narrow: few bytes can hold it, and it shows nothing."""
+    long, short = max(width, height), min(width, height)
+    if long > MAX_SIDE_PIXELS:
+        raise BadImage(f"{name} is too long: {width:,} x {height:,} pixels (over {MAX_SIDE_PIXELS:,} a side)")
+    if long > MAX_ASPECT_RATIO * short:
+        limit = f"over {MAX_ASPECT_RATIO:,} times as long as wide"
+        raise BadImage(f"{name} is too narrow: {width:,} x {height:,} pixels ({limit})")
+
+
+def has_several_scans(image: Image.Image, source: bytes) -> bool:
+    """Return True if a JPEG has no scan of all its pixels and colours, so that libjpeg must hold it whole."""
+    if not isinstance(image, JpegImagePlugin.JpegImageFile) or image.fp is None:
+        return False
+    # Pillow has read up to the end of the header of the first scan, whose length tells how many colours it has
+    start = image.fp.tell() - 8 - 2 * image.layers
+    return "progressive" in image.info or source[start : start + 2] != b"\xff\xda"
 
 
 def array_to_image(array: NDArray[Any]) -> Image.Image:
@@ -168,11 +210,25 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
     16-bit and 32-bit whole numbers are read as 0..65535, floats as 0..1; transparent parts become white.
     """
     target = "L" if channels == 1 else "RGB"
+    if image.mode == target and not image.has_transparency_data:
+        return image
+    top = 1.0 if image.mode == "F" else 65535.0
+    if image.mode == "I" and image.getextrema()[1] <= 255:  # type: ignore[operator]
+        top = 255.0  # 8-bit values in a 32-bit image
+    rows = max(BAND_PIXELS // image.width, 1)
+    if rows >= image.height:
+        return convert(image, target, top)
+    made = Image.new(target, image.size)
+    for y in range(0, image.height, rows):  # the steps between the two modes are never held for all pixels
+        band = image.crop((0, y, image.width, min(y + rows, image.height)))
+        made.paste(convert(band, target, top), (0, y))
+    return made
+
+
+def convert(image: Image.Image, target: str, top: float) -> Image.Image:
+    """Return ``image`` in mode ``target``, L or RGB; of more than 8 bits, ``top`` becomes 255."""
     if image.mode.startswith("I") or image.mode == "F":
-        top = 1.0 if image.mode == "F" else 65535.0
-        values = np.array(image, dtype=np.float32)  # (H, W); worked on in place, for it may be large
-        if image.mode == "I" and np.nanmax(values, initial=0.0) <= 255:
-            top = 255.0  # 8-bit values in a 32-bit image
+        values = np.array(image, dtype=np.float32)  # (H, W)
         values *= 255.0 / top
         np.nan_to_num(values, copy=False)
         image = Image.fromarray(np.round(values, out=values).clip(0, 255, out=values).astype(np.uint8))
@@ -198,8 +254,11 @@ def fit_ink(image: Image.Image, height: int, width: int, style: PictureStyle) ->
 
     The background is taken from the border and becomes black, the ink is cropped, scaled into the style's box
     with its proportions kept, and centred by its mass or its bounding box (LeCun et al. 1998, section III.A).
-    A picture that has the size and the black border already is left as it is.
+    A picture that has the size and the black border already is left as it is. One of more than 4096 x 4096 pixels is
+    first scaled down by a whole number.
     """
+    if (count := image.width * image.height) > MAX_INK_PIXELS:
+        image = image.reduce(math.ceil(math.sqrt(count / MAX_INK_PIXELS)))
     values = np.asarray(image, dtype=np.float32)  # (H, W), 0..255
     border = (values[0], values[-1], values[:, 0], values[:, -1])
     if values.shape == (height, width) and not any(side.any() for side in border):
@@ -208,13 +267,16 @@ def fit_ink(image: Image.Image, height: int, width: int, style: PictureStyle) ->
     brightness = float(np.median(paper))
     if values.shape == (height, width) and brightness < 64:
         return image
-    ink = paper - values if brightness > 127 else values - paper
+    # in place, for an image may be large
+    ink = np.subtract(*((paper, values) if brightness > 127 else (values, paper)), out=values)
+    del paper
     # not the single darkest pixel, which may be dust; nor a share of the page, for a digit on a whole sheet is small
     rank = min(ink.size // 40 + 1, 20)
     peak = float(np.partition(ink, -rank, axis=None)[-rank])
     if peak < 16:  # nothing stands out: an empty page
         return Image.new("L", (width, height))
-    ink = (ink / peak).clip(0, 1)
+    ink /= peak
+    ink.clip(0, 1, out=ink)
     ink[ink < 0.25] = 0  # the grain of paper and the noise of a camera
     rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -238,14 +300,16 @@ def fit_ink(image: Image.Image, height: int, width: int, style: PictureStyle) ->
 def estimate_paper(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the background (H, W) of a grey picture: the plane through its border, for a lamp shines from a side.
 
-    Fitted twice by least squares, the second time without what stands out, such as ink that runs over the edge.
+    Fitted twice by least squares, the second time without what stands out, such as ink that runs over the edge. Of a
+    border of more than 65,536 pixels, every second (third, ...) is taken.
     """
     height, width = values.shape
+    each = math.ceil(2 * (height + width) / MAX_BORDER_SAMPLES)
     y, x = np.arange(height, dtype=np.float32) / height, np.arange(width, dtype=np.float32) / width
     # the border, one row a pixel: brightness, y, x
     edges = [(values[0], 0 * x, x), (values[-1], 0 * x + y[-1], x), (values[:, 0], y, 0 * y)]
     edges.append((values[:, -1], y, 0 * y + x[-1]))
-    seen, rows, columns = (np.concatenate(parts) for parts in zip(*edges, strict=True))
+    seen, rows, columns = (np.concatenate([side[::each] for side in parts]) for parts in zip(*edges, strict=True))
     terms = np.stack([np.ones_like(seen), rows, columns], axis=1)
     kept = np.abs(seen - np.median(seen)) < 96
     for _ in range(2):
@@ -253,7 +317,7 @@ def estimate_paper(values: NDArray[np.float32]) -> NDArray[np.float32]:
         distance = np.abs(seen - terms @ plane)
         kept = distance <= max(3 * float(np.median(distance)), 4.0)
     level, down, right = plane
-    return (level + down * y[:, None] + right * x[None, :]).astype(np.float32)  # type: ignore[no-any-return]
+    return (level + down * y[:, None] + right * x[None, :]).astype(np.float32, copy=False)  # type: ignore[no-any-return]
 
 
 def image_pixels(image: Image.Image) -> Pixels:
