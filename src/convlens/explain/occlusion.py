@@ -13,6 +13,9 @@ from convlens.data.pictures import Pixels
 Heat = NDArray[np.float32]
 
 
+BATCH_BYTES = 8 << 20  # of covered images that are made at a time
+
+
 @dataclass(frozen=True)
 class Occlusion:
     """An image with a square over one place after the other (Zeiler, Fergus 2014).
@@ -21,36 +24,50 @@ class Occlusion:
     that cannot be differentiated.
     """
 
-    images: Pixels  # uint8 (M + 1, C, H, W): covered at each place, and at last the image itself
+    pixels: Pixels  # uint8 (C, H, W): the image itself
     places: tuple[tuple[int, int], ...]  # top and left of the squares, M
     side: int  # of the square, in pixels
 
     @classmethod
     def of(cls, pixels: Pixels) -> Occlusion:
-        """Cover an image, uint8 (C, H, W)."""
+        """Choose the places of an image, uint8 (C, H, W)."""
         _, height, width = pixels.shape
         side = max(min(height, width) // 4, 1)
         step = max(side // 3, 1)
-        border = np.ones((height, width), bool)
-        border[1:-1, 1:-1] = False
-        paper = np.median(pixels[:, border], axis=1).astype(np.uint8)[:, None, None]  # (C, 1, 1)
         places = tuple(
             (y, x)
             for y in sorted({*range(0, height - side, step), height - side})
             for x in sorted({*range(0, width - side, step), width - side})
         )
-        images = np.repeat(pixels[None], len(places) + 1, axis=0)
+        return cls(pixels, places, side)
+
+    @property
+    def nbytes(self) -> int:
+        """Return how many bytes :meth:`cover` takes for all images, which for a long one are very many."""
+        return (len(self.places) + 1) * self.pixels.nbytes
+
+    def cover(self, start: int = 0, stop: int | None = None) -> Pixels:
+        """Return the images, uint8 (N, C, H, W), from number ``start`` to before ``stop``.
+
+        There are M + 1: the image covered at each place, and at last itself.
+        """
+        border = np.ones(self.pixels.shape[1:], bool)
+        border[1:-1, 1:-1] = False
+        paper = np.median(self.pixels[:, border], axis=1).astype(np.uint8)[:, None, None]  # (C, 1, 1)
+        places = self.places[start:stop]
+        whole = stop is None or stop > len(self.places)
+        images = np.repeat(self.pixels[None], len(places) + whole, axis=0)
         for image, (y, x) in zip(images, places, strict=False):
-            image[:, y : y + side, x : x + side] = paper
-        return cls(images, places, side)
+            image[:, y : y + self.side, x : x + self.side] = paper
+        return images
 
     def heat(self, probabilities: NDArray[np.float32], label: int) -> Heat:
         """Return by how much the probability of ``label`` falls where the image is covered: float32 (H, W), -1..1.
 
-        ``probabilities`` (M + 1, K) are those of :attr:`images`. A pixel gets the mean over the squares over it.
+        ``probabilities`` (M + 1, K) are those of :meth:`cover`. A pixel gets the mean over the squares over it.
         """
         shares = probabilities[:, label]
-        total, count = np.zeros((2, *self.images.shape[2:]), np.float32)
+        total, count = np.zeros((2, *self.pixels.shape[1:]), np.float32)
         for (y, x), share in zip(self.places, shares, strict=False):
             total[y : y + self.side, x : x + self.side] += shares[-1] - share
             count[y : y + self.side, x : x + self.side] += 1
@@ -64,4 +81,6 @@ def occlusion_map(classify: Callable[[Pixels], NDArray[np.float32]], pixels: Pix
     ``classify`` gives probabilities (N, K) of uint8 images (N, C, H, W).
     """
     occlusion = Occlusion.of(pixels)
-    return occlusion.heat(classify(occlusion.images), label)
+    batch = max(BATCH_BYTES // pixels.nbytes, 1)
+    starts = range(0, len(occlusion.places) + 1, batch)
+    return occlusion.heat(np.concatenate([classify(occlusion.cover(at, at + batch)) for at in starts]), label)

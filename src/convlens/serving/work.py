@@ -88,10 +88,10 @@ class Worker:
 
         def cover() -> Pixels:
             occlusion = Occlusion.of(self.read(lambda: [picture], until, raw)[0])
-            if occlusion.images.nbytes > MOST_BYTES:
+            if occlusion.nbytes > MOST_BYTES:
                 raise UsageError("this model takes images that are too large to be explained here")
             covered.append(occlusion)
-            return occlusion.images
+            return occlusion.cover()
 
         probabilities, known = await self._ask(cover, until)
         own = slice(len(probabilities) - 1, None)
