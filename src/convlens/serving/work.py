@@ -26,6 +26,7 @@ from convlens.shipping.onnx_predictor import BATCH, OnnxPredictor
 from convlens.shipping.prediction import Prediction
 
 MOST_IMAGES = 1000  # in a request
+MAX_IMAGE_PIXELS = 25_000_000  # of one picture: a camera's 24 megapixels; every decoder may have one at a time
 MOST_PIXELS = 100_000_000  # of all pictures in a request, as they come
 MOST_BYTES = 8 << 20  # of all pictures in a request, as the net sees them
 MOST_JOBS = 32  # decoded, that wait for the net
@@ -121,7 +122,7 @@ class Worker:
         for number, content in enumerate(contents, start=1):
             require_time(until)
             name = "the image" if len(contents) == 1 else f"image {number} of {len(contents)}"
-            image = open_image(content, name)
+            image = open_image(content, name, MAX_IMAGE_PIXELS)
             seen += image.width * image.height
             if seen > MOST_PIXELS:
                 raise UsageError(f"the images of a request may have at most {MOST_PIXELS:,} pixels together")
