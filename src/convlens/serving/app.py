@@ -27,6 +27,7 @@ from convlens.shipping.prediction import Prediction
 from convlens.shipping.twin import make_page
 
 T = TypeVar("T")
+MAX_ENUM = 100  # classes that /openapi.json lists
 FILE = {"type": "string", "format": "binary"}
 KINDS = ("image/png", "image/jpeg", "image/gif", "image/webp", "image/bmp", "image/tiff", "application/octet-stream")
 PICTURE = {kind: {"schema": FILE} for kind in KINDS}
@@ -162,6 +163,7 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
     names = tuple(models)
     among: dict[str, Any] = {"enum": list(names)}
     classes = sorted({name for predictor in models.values() for name in predictor.classes})
+    labels = {"enum": classes} if len(classes) <= MAX_ENUM else {}  # /models lists the classes, however many
     shown = [name for name, predictor in models.items() if not predictor.in_8_bits] or list(names)
     api = FastAPI(title="convlens", version=version("convlens"), docs_url=None, redoc_url=None, redirect_slashes=False)
     registry = CollectorRegistry()
@@ -191,7 +193,7 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
     async def tell_nothing(_request: Request, _error: Exception) -> JSONResponse:
         return JSONResponse({"detail": "the server made a mistake; its log says which"}, 500)
 
-    @api.post("/predict", responses=REFUSALS | WRONG_VALUE | OVERLOAD, openapi_extra=BODY)
+    @api.post("/predict", response_model=Answers, responses=REFUSALS | WRONG_VALUE | OVERLOAD, openapi_extra=BODY)
     async def predict(
         request: Request,
         model: Annotated[str, Query(description="Which model to ask", json_schema_extra=among)] = names[0],
@@ -201,7 +203,7 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
             float | None,
             Query(ge=LEVELS[0], le=LEVELS[-1], description="Also name classes that hold the right one so often"),
         ] = None,
-    ) -> Answers:
+    ) -> Response:
         """Say what pictures show."""
         body, is_form = await read_body(request, "model", "top", "raw", "coverage")
         worker = find(workers, model)
@@ -211,9 +213,12 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
         def files() -> list[bytes]:
             return list_files(body, request.headers["content-type"]) if is_form else [body]
 
+        def write(found: list[Prediction]) -> bytes:
+            return Answers(model=model, predictions=list(map(Answer.of, found))).model_dump_json().encode()
+
         with told_as_http():
-            found = await worker.predict(files, request.scope["until"], top=top, raw=raw, coverage=coverage)
-        return Answers(model=model, predictions=[Answer.of(prediction) for prediction in found])
+            content = await worker.predict(files, request.scope["until"], write, top=top, raw=raw, coverage=coverage)
+        return Response(content, media_type="application/json")
 
     @api.post("/explain", responses=REFUSALS | WRONG_VALUE | OVERLOAD, openapi_extra=PICTURE_BODY)
     async def explain(
@@ -222,7 +227,7 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
         raw: Annotated[bool, Query(description="Only resize; do not look for ink on paper")] = False,
         label: Annotated[
             str | None,
-            Query(description="Class to look for, instead of the most probable", json_schema_extra={"enum": classes}),
+            Query(description="Class to look for, instead of the most probable", json_schema_extra=labels),
         ] = None,
     ) -> Explained:
         """Say what a picture shows, and on which places of it the answer hangs."""

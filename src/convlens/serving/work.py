@@ -28,7 +28,9 @@ from convlens.shipping.prediction import Prediction
 MOST_IMAGES = 1000  # in a request
 MAX_IMAGE_PIXELS = 25_000_000  # of one picture: a camera's 24 megapixels; every decoder may have one at a time
 MOST_PIXELS = 100_000_000  # of all pictures in a request, as they come
-MOST_BYTES = 8 << 20  # of all pictures in a request, as the net sees them
+MOST_BYTES = 8 << 20  # of all pictures in a request, as the net sees them; of their probabilities as many
+MAX_NAMED = 100_000  # classes named in the answer to a request: a few megabytes
+FEW_NAMED = 100  # made sooner than handed to a thread
 MOST_JOBS = 32  # decoded, that wait for the net
 OPTIONS = ("model", "top", "raw", "coverage", "label")  # they belong into the address
 Output = tuple[NDArray[np.float32], NDArray[np.bool_] | None]  # probabilities (N, K), and which are known (N,)
@@ -71,14 +73,31 @@ class Worker:
         threading.Thread(target=self._work, daemon=True).start()
 
     async def predict(
-        self, files: Callable[[], list[bytes]], until: float, *, top: int, raw: bool, coverage: float | None
-    ) -> list[Prediction]:
-        """Classify the pictures that ``files`` gives, before the clock is at ``until``.
+        self,
+        files: Callable[[], list[bytes]],
+        until: float,
+        write: Callable[[list[Prediction]], bytes],
+        *,
+        top: int,
+        raw: bool,
+        coverage: float | None,
+    ) -> bytes:
+        """Classify the pictures that ``files`` gives, before the clock is at ``until``; return what ``write`` makes.
 
-        Raises UsageError or BadImage if there are none that can be read, and Late.
+        A large answer is made on a thread, because it would hold up the event loop. Raises UsageError or BadImage
+        if there are no pictures that can be read, or the answer would be too large, and Late.
         """
-        probabilities, known = await self._ask(lambda: self.read(files, until, raw), until)
-        return self.predictor.interpret(probabilities, known, top, coverage)
+        classes = len(self.predictor.classes)
+        named = classes if coverage is not None else min(top, classes)  # a prediction set may hold every class
+        probabilities, known = await self._ask(lambda: self.read(files, until, raw, named), until)
+
+        def answer() -> bytes:
+            require_time(until)
+            return write(self.predictor.interpret(probabilities, known, top, coverage))
+
+        if len(probabilities) * named <= FEW_NAMED:
+            return answer()
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, answer)
 
     async def explain(self, picture: bytes, until: float, *, raw: bool, label: str | None) -> tuple[Prediction, Heat]:
         """Classify one picture, and return with it what the probability of ``label`` (by default its own) hangs on.
@@ -114,11 +133,19 @@ class Worker:
         await loop.run_in_executor(self._decoders, decode)
         return await answer
 
-    def read(self, files: Callable[[], list[bytes]], until: float, raw: bool) -> Pixels:
-        """Return the pictures of a request as the net's pixels, uint8 (N, C, H, W)."""
+    def read(self, files: Callable[[], list[bytes]], until: float, raw: bool, named: int = 1) -> Pixels:
+        """Return the pictures of a request as the net's pixels, uint8 (N, C, H, W).
+
+        Raises UsageError if they are too many, or the answer would be too large with ``named`` classes for each.
+        """
         require_time(until)
         adapted: list[Pixels] = []
         seen, contents = 0, files()
+        if len(contents) > (most := max(MAX_NAMED // named, 1)):
+            raise UsageError(
+                f"a request may have at most {most:,} images if each can be answered with {named:,} classes"
+            )
+        floats = 4 * len(self.predictor.classes)
         for number, content in enumerate(contents, start=1):
             require_time(until)
             name = "the image" if len(contents) == 1 else f"image {number} of {len(contents)}"
@@ -127,8 +154,8 @@ class Worker:
             if seen > MOST_PIXELS:
                 raise UsageError(f"the images of a request may have at most {MOST_PIXELS:,} pixels together")
             adapted.append(self.predictor.preprocess.adapt(image, raw=raw))
-            if len(contents) * adapted[0].nbytes > MOST_BYTES:
-                most = MOST_BYTES // adapted[0].nbytes
+            if len(contents) * (larger := max(adapted[0].nbytes, floats)) > MOST_BYTES:
+                most = MOST_BYTES // larger
                 raise UsageError(f"a request may have at most {most:,} images for this model")
         return np.stack(adapted)
 

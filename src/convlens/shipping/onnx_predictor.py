@@ -34,6 +34,7 @@ OLDER = "an older convlens: export it again"
 LARGEST = 1 << 30  # bytes of a file
 DRIFT = 1e-4  # the most that a probability may be off from what PyTorch gave
 BATCH = 500
+MAX_DISTANCES = 1 << 18  # images x classes of a batch: of 512 features 512 MiB
 UNSEALED = b"0" * 64
 
 
@@ -112,9 +113,11 @@ class OnnxPredictor(Predictor):
         """Return probabilities (N, K) and which images are known (N,); see :meth:`Predictor.run`."""
         names = [output.name for output in self._session.get_outputs() if output.name != "label"]
         images = pixels.transpose(0, 2, 3, 1)
+        # the distances to all classes take images x classes x features numbers
+        batch = max(min(BATCH, MAX_DISTANCES // len(self.classes)), 1)
         parts = [
-            self._session.run(names, {"images": np.ascontiguousarray(images[start : start + BATCH])})
-            for start in range(0, len(images), BATCH)
+            self._session.run(names, {"images": np.ascontiguousarray(images[start : start + batch])})
+            for start in range(0, len(images), batch)
         ]
         probabilities, *known = (np.concatenate(values) for values in zip(*parts, strict=True))
         return probabilities, known[0] if known else None

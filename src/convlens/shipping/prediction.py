@@ -110,9 +110,12 @@ class Predictor(ABC):
             with np.errstate(divide="ignore"):
                 sets = prediction_sets(-np.log(probabilities.astype(np.float64)), self.bounds, coverage)
         predictions = []
-        orders = np.argsort(-probabilities, axis=1, kind="stable").tolist()
-        for number, (row, order) in enumerate(zip(probabilities.tolist(), orders, strict=True)):
-            best = tuple((self.classes[i], row[i]) for i in order[: max(top, 1)])
-            labels = None if sets is None else tuple(self.classes[i] for i in order if sets[number, i])
+        for number, row in enumerate(probabilities):
+            order = np.argsort(-row, kind="stable")
+            chosen = order[: max(top, 1)]
+            best = tuple((self.classes[i], p) for i, p in zip(chosen.tolist(), row[chosen].tolist(), strict=True))
+            labels = None
+            if sets is not None:
+                labels = tuple(self.classes[i] for i in order[sets[number, order]].tolist())
             predictions.append(Prediction(*best[0], best, None if known is None else bool(known[number]), labels))
         return predictions
