@@ -75,6 +75,7 @@ def test_every_file_of_the_layout_is_there(run: Run) -> None:
     assert sorted(path.name for path in run.path.iterdir()) == [
         "checkpoint",
         "config.json",
+        "confusion_matrix.csv",
         "live",
         "metrics.csv",
         "model",
@@ -137,7 +138,10 @@ def test_predictions_agree_with_the_test(run: Run) -> None:
     matrix = np.zeros((10, 10), dtype=int)
     for row in rows:
         matrix[int(row["label"]), int(row["prediction"])] += 1
-    assert matrix.tolist() == test["confusion_matrix"]
+    assert np.array_equal(matrix, run.confusion_matrix)
+    cells = rows_of(run.folder.confusion)
+    assert list(cells[0]) == ["true_label", "predicted_label", "count"]
+    assert all(int(cell["count"]) > 0 for cell in cells) and len(cells) == np.count_nonzero(matrix)
     assert test["accuracy"] > 0.3, "an epoch teaches something"
 
 

@@ -495,6 +495,7 @@ def test_open_and_read_a_run(folder: Path) -> None:
 def test_the_names_in_a_run_folder() -> None:
     run = RunFolder("r")
     names = {"config.json", "metrics.csv", "checkpoint", "model", "test.json", "predictions.csv", "split.csv"}
+    names.add("confusion_matrix.csv")
     names |= {
         "excluded.txt",
         "plots",

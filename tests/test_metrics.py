@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from convlens.data.dataset import Split
 from convlens.data.normalise import Normalise
-from convlens.evaluation.metrics import Scores, compute_logits, evaluate, judge, make_views, wilson_interval
+from convlens.evaluation.metrics import (
+    Scores,
+    compute_logits,
+    confusion_matrix,
+    dense_confusion,
+    evaluate,
+    judge,
+    make_views,
+    wilson_interval,
+    worst_classes,
+)
 from convlens.models import create_model
 
 PLAIN = Normalise((0.0,), (1.0,))  # pixels / 255
@@ -91,7 +101,8 @@ def test_judge_against_a_matrix_made_by_hand() -> None:
     matrix = [[3, 1, 0], [0, 2, 0], [1, 1, 2]]
     pairs = [(i, j) for i in range(3) for j in range(3) for _ in range(matrix[i][j])]
     test = judge(*answers(pairs, 3), ("cat", "dog", "owl"))
-    assert test["confusion_matrix"] == matrix
+    assert dense_confusion(test["confusion_matrix"], ("cat", "dog", "owl")).tolist() == matrix
+    assert ["dog", "cat", 0] not in test["confusion_matrix"] and ["owl", "owl", 2] in test["confusion_matrix"]
     assert (test["n"], test["correct"], test["accuracy"]) == (10, 7, 0.7)
     assert test["accuracy_interval"] == list(wilson_interval(7, 10))
     assert test["interval_method"] == "Wilson, 95%"
@@ -106,7 +117,9 @@ def test_judge_against_a_matrix_made_by_hand() -> None:
 
 def test_judge_of_classes_that_never_occur() -> None:
     test = judge(*answers([(0, 0), (0, 2)], 4), ("a", "b", "c", "d"))
-    assert test["confusion_matrix"] == [[1, 0, 1, 0], [0] * 4, [0] * 4, [0] * 4]
+    assert test["confusion_matrix"] == [["a", "a", 1], ["a", "c", 1]]
+    assert dense_confusion(test["confusion_matrix"], "abcd").tolist() == [[1, 0, 1, 0], [0] * 4, [0] * 4, [0] * 4]
+    assert list(worst_classes(test, 2)) == ["a"], "only a class that was tested can be the worst"
     assert test["classes"]["b"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "n": 0}
     assert list(test["classes"]) == ["a", "b", "c", "d"]
 
@@ -124,7 +137,8 @@ def plain(value: Any) -> bool:
 def test_judge_holds_plain_values_that_agree(pairs: list[tuple[int, int]]) -> None:
     test = judge(*answers(pairs, 3), ("a", "b", "c"))
     assert plain(test)
-    matrix = test["confusion_matrix"]
+    matrix = dense_confusion(test["confusion_matrix"], ("a", "b", "c")).tolist()
+    assert matrix == confusion_matrix(*map(torch.tensor, zip(*pairs, strict=True)), 3).tolist()
     assert sum(map(sum, matrix)) == test["n"] == len(pairs)
     assert sum(matrix[i][i] for i in range(3)) == test["correct"] == round(test["accuracy"] * test["n"])
     assert [figures["n"] for figures in test["classes"].values()] == [sum(row) for row in matrix]

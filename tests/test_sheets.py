@@ -68,7 +68,7 @@ def test_the_html_has_the_same_pixels_and_no_markup_of_others() -> None:
 def test_a_class_may_have_any_name(tmp_path: Path, name: str) -> None:
     Sheet(name, PICTURES[:1], [name], columns=3).save(tmp_path / "sheet.png")
     assert "figcaption" in Sheet(name, PICTURES[:1], [name], columns=3).to_html()
-    svg = draw_confusion(tmp_path / "confusion.png", [[1, 0], [0, 1]], [name, "other"])
+    svg = draw_confusion(tmp_path / "confusion.png", [(name, name, 1), ("other", "other", 1)], [name, "other"])
     assert svg.startswith("<svg") and svg.encode() and "<script" not in svg
 
 

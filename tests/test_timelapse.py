@@ -72,7 +72,7 @@ def test_moments(remembered: Run) -> None:
     assert [round(m.epoch, 3) for m in moments][-3:] == [1, 2, 3] and moments[0].epoch == 0
     assert moments[0].accuracy < 0.5 < moments[-1].accuracy
     assert moments[-1].accuracy == pytest.approx(remembered.metrics[-1]["val_acc"], abs=1e-6)
-    assert all(m.confusion.sum() == len(held_out) for m in moments)
+    assert all(m.confusion is not None and m.confusion.sum() == len(held_out) for m in moments)
     e = remembered.explain(pixels)
     assert list(moments[-1].maps) == list(e.maps)
     for name, maps in e.maps.items():

@@ -223,8 +223,10 @@ def describe_findings(findings: Findings) -> list[str]:
         lines.append(f"{count(len(findings.unreadable), 'unreadable file')}: {some(findings.unreadable)}")
     if findings.one_colour:
         lines.append(f"{count(len(findings.one_colour), 'image')} of one colour: {some(findings.one_colour)}")
-    for label, number in findings.small_classes.items():
-        lines.append(f"class {label!r} has {count(number, 'training image')}: too few to learn from")
+    if small := findings.small_classes:
+        told = [f"{label!r} has {number:,}" for label, number in sorted(small.items(), key=lambda one: one[1])]
+        number = f"{len(small)} classes have" if len(small) > 1 else "1 class has"
+        lines.append(f"{number} too few training images to learn from: {some(told)}")
     if findings.imbalance > SKEWED:
         lines.append(f"the largest class has {findings.imbalance:.1f} times the images of the smallest; see --balance")
     for found, kind in ((findings.copies, "exact copies"), (findings.near_copies, "near copies")):

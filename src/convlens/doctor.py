@@ -160,11 +160,9 @@ def find_wrong_labels(
     After Northcutt, Jiang, Chuang 2021: an image is suspected if nets that were trained without it put another class so
     far before its own: by ``LEAD`` of what they give, on average, to images that are labelled as that class.
     """
-    p = predict_unseen(dataset, everything, (recipe or examiner(dataset)))  # (N, K)
+    own, top, likely = predict_unseen(dataset, everything, (recipe or examiner(dataset)))
     labels = everything.labels
-    own = p.gather(1, labels[:, None])[:, 0]
-    usual = torch.stack([own[labels == k].mean() for k in range(p.shape[1])])  # (K,)
-    top, likely = p.max(dim=1)
+    usual = torch.bincount(labels, own.double()) / torch.bincount(labels)  # (K,)
     doubt = top - own
     rows = ((likely != labels) & (doubt >= LEAD * usual[likely])).nonzero().squeeze(1)
     rows = rows[doubt[rows].argsort(descending=True)]
@@ -175,12 +173,16 @@ def find_wrong_labels(
     ]
 
 
-def predict_unseen(dataset: Dataset, everything: Split, recipe: Recipe) -> Tensor:
-    """Return probabilities, float32 (N, K), of every image by a net that was trained without its fold."""
+def predict_unseen(dataset: Dataset, everything: Split, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the probability of the image's label, the highest one and its class, (N,) each.
+
+    Each image is judged by a model that was trained without its fold.
+    """
     recipe = recipe.override(validation=0.0, select="last", patience=0, watch_test=False)
     fold = deal_out(everything.labels, dataset.classes, FOLDS)
     device = choose_device(recipe.device)
-    probabilities = torch.zeros(len(everything), len(dataset.classes))
+    own, top = torch.zeros(2, len(everything))
+    likely = torch.zeros(len(everything), dtype=torch.int64)
     with callers_state_kept():
         use_threads(recipe.threads)
         for number in range(FOLDS):
@@ -193,8 +195,10 @@ def predict_unseen(dataset: Dataset, everything: Split, recipe: Recipe) -> Tenso
             for _ in fit(net, part, recipe, preprocess=preprocess, show_progress=True):
                 pass
             logits = compute_logits(net, everything.images[unseen], preprocess.normaliser())
-            probabilities[unseen] = logits.softmax(dim=1).cpu()
-    return probabilities
+            probabilities = logits.softmax(dim=1).cpu()
+            own[unseen] = probabilities.gather(1, everything.labels[unseen, None])[:, 0]
+            top[unseen], likely[unseen] = probabilities.max(dim=1)
+    return own, top, likely
 
 
 def check_new(path: Path, data: Any, flag: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from torch import Tensor, nn
 from convlens.data.augment import Draws, mirror
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
-from convlens.evaluation.metrics import make_views
+from convlens.evaluation.metrics import Cell, make_views
 from convlens.evaluation.trust import Trust
 from convlens.explain.stages import first_convolution
 from convlens.record import summarise_test, without_path, without_paths, write_predictions
 from convlens.reporting import plots, sheets
 from convlens.reporting.report import write_report
-from convlens.runfolder import RunFolder, write_json
+from convlens.runfolder import RunFolder, write_csv, write_json
 from convlens.shipping.bundle import Bundle
 from convlens.shipping.classifier import Classifier
 from convlens.training.optim import make_augment
@@ -29,7 +30,7 @@ from convlens.training.recipe import Recipe
 def conclude(
     folder: RunFolder, config: dict[str, Any], recipe: Recipe, dataset: Dataset, preprocess: Preprocess, net: nn.Module
 ) -> None:
-    """Test the trained ``net``, once; write bundle, ``test.json``, ``predictions.csv``, plots and report."""
+    """Test the trained ``net``, once; write bundle, metrics, predictions, plots and report."""
     records = folder.read_metrics()
     model = {key: config["model"][key] for key in ("name", "arguments")}
     trust = None
@@ -51,8 +52,11 @@ def conclude(
     dataclasses.replace(bundle, trained=trained).save(folder.model)
     probabilities = classifier.probabilities(logits)
     write_predictions(folder, dataset, probabilities)
+    # a file of its own: test.json, which is read as a whole, grows with the classes only
+    cells = test.pop("confusion_matrix")
+    write_csv(folder.confusion, ["true_label", "predicted_label", "count"], cells)
     write_json(folder.test, test)
-    drawn = draw_plots(folder, recipe, dataset, preprocess, net, test, probabilities)
+    drawn = draw_plots(folder, recipe, dataset, preprocess, net, test, cells, probabilities)
     write_report(folder, drawn)  # last: its presence says that the training is finished
 
 
@@ -63,9 +67,10 @@ def draw_plots(
     preprocess: Preprocess,
     net: nn.Module,
     test: dict[str, Any],
+    cells: Sequence[Cell],
     probabilities: Tensor,
 ) -> dict[str, str]:
-    """Draw every plot of a run, from its test and the probabilities (N, K) of the test images.
+    """Draw every plot of a run, from its test, the confusion matrix and the probabilities (N, K) of the test images.
 
     Returns each as HTML, by the name of its file.
     """
@@ -89,7 +94,7 @@ def draw_plots(
         sheet.save(place / file)
     shown = {file: sheet.to_html() for file, sheet in drawn.items()}
     shown["curves.png"] = plots.draw_curves(place / "curves.png", folder.read_metrics())
-    shown["confusion.png"] = plots.draw_confusion(place / "confusion.png", test["confusion_matrix"], classes)
+    shown["confusion.png"] = plots.draw_confusion(place / "confusion.png", cells, classes)
     if calibration := test.get("calibration"):
         shown["calibration.png"] = plots.draw_reliability(place / "calibration.png", calibration)
     return shown

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from convlens.data.catalog import as_recorded, load_dataset
@@ -16,7 +18,7 @@ from convlens.data.dataset import Dataset
 from convlens.data.fetch import only_from_here
 from convlens.errors import ConvlensError, UnknownName, UsageError, first_few, quoted
 from convlens.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from convlens.evaluation.metrics import Scores, make_views
+from convlens.evaluation.metrics import Scores, dense_confusion, make_views
 from convlens.evaluation.paired import Paired
 from convlens.explain.explanation import Explanation, TrainingImages, explain
 from convlens.progress import track
@@ -52,11 +54,20 @@ class Run:
         """Every figure of the final test: ``test.json``.
 
         Shares such as ``accuracy`` and ``balanced_accuracy`` are 0..1, ``accuracy_interval`` is Wilson's, 95%, ``loss``
-        the mean cross-entropy in nats; ``classes`` has precision, recall, F1 and count of each; rows of
-        ``confusion_matrix`` are the true classes. With validation images there are ``calibration``, ``coverage`` and
-        ``known`` as well.
+        the mean cross-entropy in nats; ``classes`` has precision, recall, F1 and count of each. With validation images
+        there are ``calibration``, ``coverage`` and ``known`` as well.
         """
         return read_json(self.folder.test)
+
+    @property
+    def confusion_matrix(self) -> NDArray[np.int64]:
+        """Counts of test images, int64 (K, K): rows are true classes, columns predictions.
+
+        ``confusion_matrix.csv`` has only the cells that are not 0: ``true_label``, ``predicted_label`` and ``count``.
+        The whole takes 8 bytes x classes x classes.
+        """
+        with open(self.folder.confusion, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            return dense_confusion(list(csv.reader(file))[1:], self.config["data"]["classes"])
 
     @cached_property
     def metrics(self) -> list[dict[str, float | None]]:
@@ -182,7 +193,8 @@ def load_tested(source: str | Path, data: Any = None, *, other: bool = False) ->
 
 def tell_apart(classes: Sequence[str], others: Sequence[str]) -> str:
     """Return what ``classes`` have and lack beside ``others``, in words: some of each."""
-    more, fewer = [c for c in classes if c not in others], [c for c in others if c not in classes]
+    mine, theirs = set(classes), set(others)
+    more, fewer = [c for c in classes if c not in theirs], [c for c in others if c not in mine]
     told = [f"it {what} {first_few(names, 10)}" for what, names in (("lacks", fewer), ("alone has", more)) if names]
     return ", and ".join(told) or "the same in another order"
 
@@ -201,7 +213,8 @@ def load_training_images(source: str | Path, classifier: Classifier, data: Any =
 def evaluate_run(source: str | Path, data: Any = None, *, test_views: bool = False) -> dict[str, Any]:
     """Test a run's (or model's) net again, on its own test split or on that of ``data``; nothing is written.
 
-    Returns the values that ``test.json`` has; with ``test_views``, those of test-time augmentation beside them.
+    Returns the values that ``test.json`` has, and as ``confusion_matrix`` the rows of ``confusion_matrix.csv``; with
+    ``test_views``, the metrics of test-time augmentation as well.
     """
     use_threads()
     bundle, dataset = load_tested(source, data, other=True)

@@ -36,6 +36,7 @@ class RunFolder:
         self.progress = self.path / "live" / "progress.json"
         self.mistakes = self.path / "live" / "mistakes.json"
         self.test = self.path / "test.json"
+        self.confusion = self.path / "confusion_matrix.csv"
         self.predictions = self.path / "predictions.csv"
         self.split = self.path / "split.csv"
         self.excluded = self.path / "excluded.txt"

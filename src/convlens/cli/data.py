@@ -13,6 +13,9 @@ from convlens.cli.app import AllowUnreadable, Data, Exclude, check_new_file, dat
 from convlens.console import describe_findings, first_line, print_table
 from convlens.errors import quoted
 
+MAX_LINES = 30  # of a table of classes; of more classes the smallest are printed
+SMALLEST = 10
+
 
 @data_app.command("list")
 def data_list() -> None:
@@ -59,8 +62,14 @@ def data_info(
         for name, split in dataset.splits.items()
     }
     rows = [("class", *counts)]
-    rows += [(label, *(f"{c[i]:,}" for c in counts.values())) for i, label in enumerate(dataset.classes)]
-    rows.append(("total", *(f"{sum(c):,}" for c in counts.values())))
+    shown = list(range(len(dataset.classes)))
+    if len(shown) > MAX_LINES:
+        print(f"the {SMALLEST} of {len(shown):,} classes with the fewest training images:")
+        shown = sorted(shown, key=counts["train"].__getitem__)[:SMALLEST]
+    rows += [(dataset.classes[i], *(f"{c[i]:,}" for c in counts.values())) for i in shown]
+    rows.append(
+        ("all classes" if len(shown) < len(dataset.classes) else "total", *(f"{sum(c):,}" for c in counts.values()))
+    )
     print_table(rows)
     for file in dataset.unreadable:
         print(f"unreadable: {file}")

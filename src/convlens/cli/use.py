@@ -13,6 +13,9 @@ from convlens.cli.app import app, check_new_file, heed_interrupts, importing
 from convlens.console import Format, Printer, describe_test, print_corruptions, print_csv, print_table
 from convlens.errors import ConvlensError, UsageError
 
+MAX_LINES = 30  # of a table of classes; of more classes the worst are printed
+WORST = 10
+
 
 @app.command()
 def evaluate(
@@ -37,6 +40,7 @@ def evaluate(
       convlens evaluate mnist --corruptions --plot mnist-corrupted.png
     """
     with importing():
+        from convlens.evaluation.metrics import worst_classes
         from convlens.run import corrupt_run, evaluate_run
 
     heed_interrupts()
@@ -58,8 +62,11 @@ def evaluate(
     if format is Format.json:
         print(json.dumps(test, indent=2))
         return
+    classes = test["classes"]
+    if format is Format.text and len(classes) > MAX_LINES:
+        classes = worst_classes(test, WORST)
     rows = [("class", "precision", "recall", "f1", "n")]
-    for name, c in test["classes"].items():
+    for name, c in classes.items():
         rows.append((name, *(f"{c[key]:.4f}" for key in ("precision", "recall", "f1")), str(c["n"])))
     if format is Format.csv:
         print_csv(rows)
@@ -67,6 +74,10 @@ def evaluate(
         return
     print(describe_test(test))
     print_table(rows)
+    if len(classes) < len(test["classes"]):
+        print(
+            f"        the {len(classes)} of {len(test['classes']):,} classes with the lowest F1; --format csv has all"
+        )
 
 
 @app.command()

@@ -21,6 +21,13 @@ TEST_FRACTION = 0.2
 HELD_OUT = f"{TEST_FRACTION:.0%} of every class is the test split (seed {SPLIT_SEED})"
 
 
+def rows_by_class(labels: Tensor) -> list[tuple[int, Tensor]]:
+    """Return each label that occurs in ``labels`` (N,), in order, with its rows, ascending: in one pass for all."""
+    found, counts = torch.unique(labels, return_counts=True)
+    rows = torch.split(labels.argsort(stable=True), counts.tolist())
+    return list(zip(found.tolist(), rows, strict=True))
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """Images and labels. ``ids`` names each image (a file's path, or its number in the source).
@@ -67,8 +74,7 @@ class Split:
         rest.
         """
         chosen = []
-        for label in torch.unique(self.labels).tolist():
-            rows = (self.labels == label).nonzero().squeeze(1)
+        for label, rows in rows_by_class(self.labels):
             count = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
             generator = torch.Generator().manual_seed(derive_seed(seed, label))
             chosen.append(rows[torch.randperm(len(rows), generator=generator)[:count]])

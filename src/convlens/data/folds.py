@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from convlens.data.dataset import SPLIT_SEED, Dataset, Split
+from convlens.data.dataset import SPLIT_SEED, Dataset, Split, rows_by_class
 from convlens.errors import UsageError
 from convlens.runtime import derive_seed
 
@@ -32,8 +32,9 @@ def deal_out(labels: Tensor, classes: Sequence[str], folds: int) -> Tensor:
     Raises UsageError if a class has fewer images than folds.
     """
     fold = torch.empty(len(labels), dtype=torch.int64)
+    found = dict(rows_by_class(labels))
     for label, name in enumerate(classes):
-        rows = (labels == label).nonzero().squeeze(1)
+        rows = found.get(label, labels[:0])
         if len(rows) < folds:
             raise UsageError(f"class {name!r} has {len(rows)} images, less than one for each of {folds} folds")
         generator = torch.Generator().manual_seed(derive_seed(SPLIT_SEED, label))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convlens.evaluation.coverage import LEVELS
+from convlens.evaluation.metrics import row_chunks
 
 BINS = 15
 COLDEST, HOTTEST = 0.05, 20.0  # temperatures beyond these say that there is nothing to fit
@@ -25,22 +26,35 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     It is 1 unless the images prove that another fits better (likelihood ratio, at 1%): few images would do more harm
     than good.
     """
-    z, labels = logits.double(), labels.to(logits.device)
-    spread = 1 / (len(z) + 2)
-    true = (1 - spread) * z.gather(1, labels[:, None])[:, 0] + spread * z.mean(dim=1)  # (N,)
+    labels, classes = labels.to(logits.device), logits.shape[1]
+    spread = 1 / (len(logits) + 2)
+
+    def wanted(z: Tensor, labels: Tensor) -> Tensor:
+        z = z.double()
+        return (1 - spread) * z.gather(1, labels[:, None])[:, 0] + spread * z.mean(dim=1)  # (N,)
+
+    def moments(z: Tensor) -> tuple[Tensor, Tensor]:
+        z = z.double()
+        p = (inverse * z).softmax(dim=1)  # (N, K)
+        mean = (p * z).sum(dim=1)
+        return mean, (p * z * z).sum(dim=1) - mean**2  # (N,) each
+
+    def loss(z: Tensor, labels: Tensor, inverse: float) -> Tensor:
+        return F.cross_entropy(inverse * z.double(), labels, reduction="sum")
+
+    true = torch.cat([wanted(*chunk) for chunk in row_chunks(classes, logits, labels)])
     inverse = 1.0
     for _ in range(50):
-        p = (inverse * z).softmax(dim=1)  # (N, K)
-        mean = (p * z).sum(dim=1)  # (N,)
-        slope = (mean - true).mean().item()
-        curvature = ((p * z * z).sum(dim=1) - mean**2).mean().item()
+        means, variances = zip(*(moments(z) for (z,) in row_chunks(classes, logits)), strict=True)
+        slope = (torch.cat(means) - true).mean().item()
+        curvature = torch.cat(variances).mean().item()
         step = slope / max(curvature, 1e-12)
         # no more than a factor of 2 at a time, for far from the minimum the curvature says little
-        inverse = min(max(inverse - step, inverse / 2, 1 / HOTTEST), inverse * 2, 1 / COLDEST)
-        if abs(step) < 1e-9 * inverse:
+        before, inverse = inverse, min(max(inverse - step, inverse / 2, 1 / HOTTEST), inverse * 2, 1 / COLDEST)
+        if abs(step) < 1e-9 * inverse or inverse == before:  # found, or at the end of what is allowed
             break
-    gain = F.cross_entropy(z, labels, reduction="sum") - F.cross_entropy(inverse * z, labels, reduction="sum")
-    return 1 / inverse if 2 * gain.item() > PROVEN else 1.0
+    gain = sum(float(loss(z, y, 1.0) - loss(z, y, inverse)) for z, y in row_chunks(classes, logits, labels))
+    return 1 / inverse if 2 * gain > PROVEN else 1.0
 
 
 def reliability(probabilities: Tensor, labels: Tensor) -> list[dict[str, float]]:
@@ -49,12 +63,16 @@ def reliability(probabilities: Tensor, labels: Tensor) -> list[dict[str, float]]
     ``probabilities`` (N, K), ``labels`` (N,). Each bin has ``n``, ``confidence`` (mean highest probability) and
     ``accuracy``, both 0..1 and 0 where the bin is empty.
     """
-    confidence, predicted = probabilities.double().max(dim=1)
-    hits = (predicted == labels).double()
+    confidence, predicted = probabilities.max(dim=1)
+    return fill_bins(confidence.double(), predicted == labels)
+
+
+def fill_bins(confidence: Tensor, correct: Tensor) -> list[dict[str, float]]:
+    """Return the bins of :func:`reliability`, of the highest probability, float64 (N,), and whether it is right."""
     number = (confidence * BINS).long().clamp(max=BINS - 1)
     n = torch.bincount(number, minlength=BINS)
     whole = n.clamp(min=1)
-    sums = [torch.bincount(number, weights=values, minlength=BINS) / whole for values in (confidence, hits)]
+    sums = [torch.bincount(number, weights=values, minlength=BINS) / whole for values in (confidence, correct.double())]
     return [
         {"n": int(count), "confidence": float(c), "accuracy": float(a)}
         for count, c, a in zip(n, sums[0], sums[1], strict=True)
@@ -68,18 +86,27 @@ def calibration_error(bins: Sequence[dict[str, float]]) -> float:
 
 def brier_score(probabilities: Tensor, labels: Tensor) -> float:
     """Return the Brier score, 0 (best) to 2: the mean squared error of all probabilities (N, K) of labels (N,)."""
+    return float(squared_errors(probabilities, labels).mean())
+
+
+def squared_errors(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return the squared error of all probabilities of each image, float64 (N,), of (N, K) and labels (N,)."""
     truth = F.one_hot(labels, probabilities.shape[1])
-    return float(((probabilities.double() - truth) ** 2).sum(dim=1).mean())
+    return ((probabilities.double() - truth) ** 2).sum(dim=1)
 
 
 def judge_calibration(logits: Tensor, labels: Tensor, temperature: float) -> dict[str, Any]:
     """Return calibration error, Brier score and reliability of logits (N, K), before and after the temperature."""
     figures: dict[str, Any] = {"temperature": temperature}
     for name, divisor in (("before", 1.0), ("after", temperature)):
-        p = (logits.double() / divisor).softmax(dim=1)
-        bins = reliability(p, labels)
+        chunks = []
+        for z, y in row_chunks(logits.shape[1], logits, labels):
+            p = (z.double() / divisor).softmax(dim=1)
+            chunks.append((*p.max(dim=1), squared_errors(p, y)))
+        confidence, predicted, errors = (torch.cat(values) for values in zip(*chunks, strict=True))
+        bins = fill_bins(confidence, predicted == labels)
         figures[name] = {
-            "calibration_error": calibration_error(bins), "brier_score": brier_score(p, labels), "bins": bins
+            "calibration_error": calibration_error(bins), "brier_score": float(errors.mean()), "bins": bins
         }  # fmt: skip
     return figures
 
@@ -97,6 +124,7 @@ def fit_coverage(logits: Tensor, labels: Tensor) -> list[float]:
     fitted on them (the temperature is, and where the recipe asks for it the epoch was chosen by them). ``inf``, every
     class, where there are too few images to say.
     """
-    scores = surprise(logits).gather(1, labels[:, None])[:, 0].sort().values  # (N,)
+    chunks = row_chunks(logits.shape[1], logits, labels)
+    scores = torch.cat([surprise(z).gather(1, y[:, None])[:, 0] for z, y in chunks]).sort().values  # (N,)
     ranks = [math.ceil((len(scores) + 1) * level) for level in LEVELS]
     return [scores[rank - 1].item() if rank <= len(scores) else math.inf for rank in ranks]

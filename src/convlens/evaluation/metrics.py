@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,9 @@ from convlens.progress import Meter
 from convlens.ranks import Ranks
 
 Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
+MAX_VALUES = 1 << 24  # of logits that are worked on at a time: 128 MiB as float64
+MAX_DENSE_CLASSES = 100  # of a confusion matrix that is drawn, or kept, as a whole
+Cell = tuple[str, str, int]  # of a confusion matrix: true label, predicted label, count
 
 
 # normalised images (N, C, H, W) -> views of them, each with its weight
@@ -98,6 +101,15 @@ def compute_outputs(
     return torch.cat(logits), torch.cat(features)
 
 
+def row_chunks(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield rows of tensors (N, ...) together, a few at a time, for work that takes ``width`` values per row.
+
+    Temporaries of all images x all classes would not fit into memory with many classes. With few classes all rows
+    are one chunk.
+    """
+    yield from zip(*(torch.split(tensor, max(MAX_VALUES // width, 1)) for tensor in tensors), strict=True)
+
+
 @dataclass(frozen=True)
 class Scores:
     """Loss (mean cross-entropy, nats) and accuracy (0..1) on a split."""
@@ -109,7 +121,8 @@ class Scores:
     def of(cls, logits: Tensor, labels: Tensor) -> Scores:
         """Measure logits (N, K) against labels (N,)."""
         labels = labels.to(logits.device)
-        loss = F.cross_entropy(logits, labels).item()
+        chunks = row_chunks(logits.shape[1], logits, labels)
+        loss = sum(len(y) / len(labels) * F.cross_entropy(z, y).item() for z, y in chunks)
         return cls(loss, (logits.argmax(dim=1) == labels).float().mean().item())
 
 
@@ -151,15 +164,18 @@ def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
 
 
 def judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Return every figure of a test as plain values: what ``test.json`` holds.
+    """Return every metric of a test as plain values: what ``test.json`` and ``confusion_matrix.csv`` hold.
 
-    Loss, accuracy with its Wilson 95% interval, precision, recall, F1 and count per class, and the confusion
-    matrix (rows: true class, columns: prediction), from logits (N, K) and labels (N,).
+    Loss, accuracy with its Wilson 95% interval, precision, recall, F1 and count per class, and the cells of the
+    confusion matrix that are not 0, each as [true label, predicted label, count], from logits (N, K) and labels (N,).
     """
     logits, labels = logits.cpu(), labels.cpu()
     n, k = len(labels), len(classes)
-    confusion: NDArray[Any] = confusion_matrix(labels, logits.argmax(dim=1), k).numpy()
-    right, support, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    guesses = logits.argmax(dim=1)
+    right, support, predicted = (
+        torch.bincount(rows, minlength=k).numpy() for rows in (labels[labels == guesses], labels, guesses)
+    )
+    cells, counts = torch.unique(labels * k + guesses, return_counts=True)  # dense, it would have K x K numbers
     correct = int(right.sum())
     precision, recall = right / np.maximum(predicted, 1), right / np.maximum(support, 1)  # 0 of a class never met
     f1 = 2 * right / np.maximum(support + predicted, 1)
@@ -181,5 +197,27 @@ def judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str,
             }
             for i, name in enumerate(classes)
         },
-        "confusion_matrix": confusion.tolist(),
+        "confusion_matrix": [
+            [classes[cell // k], classes[cell % k], count]
+            for cell, count in zip(cells.tolist(), counts.tolist(), strict=True)
+        ],
     }
+
+
+def dense_confusion(cells: Iterable[Sequence[Any]], classes: Sequence[str]) -> NDArray[np.int64]:
+    """Return the confusion matrix, int64 (K, K), of its non-zero cells, each (true label, predicted label, count).
+
+    >>> dense_confusion([("cat", "dog", 2)], ("cat", "dog")).tolist()
+    [[0, 2], [0, 0]]
+    """
+    number = {name: i for i, name in enumerate(classes)}
+    matrix = np.zeros((len(classes), len(classes)), np.int64)
+    for true, predicted, count in cells:
+        matrix[number[true], number[predicted]] = int(count)
+    return matrix
+
+
+def worst_classes(test: dict[str, Any], most: int) -> dict[str, dict[str, float]]:
+    """Return the metrics of the ``most`` classes with the lowest F1, the worst first, of those with test images."""
+    tested = [(name, values) for name, values in test["classes"].items() if values["n"]]
+    return dict(sorted(tested, key=lambda one: one[1]["f1"])[:most])

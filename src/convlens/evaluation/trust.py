@@ -18,7 +18,7 @@ from convlens.data.dataset import Split
 from convlens.data.normalise import Normalise
 from convlens.evaluation.calibration import fit_coverage, fit_temperature, judge_calibration, surprise
 from convlens.evaluation.coverage import LEVELS, prediction_sets
-from convlens.evaluation.metrics import compute_outputs
+from convlens.evaluation.metrics import compute_outputs, row_chunks
 from convlens.evaluation.unknown import FeatureSpace, energy, fit_threshold
 
 FEW = 10_000  # training images, evenly from all of them, say where the classes lie
@@ -68,13 +68,17 @@ class Trust:
 
     def judge(self, logits: Tensor, features: Tensor, labels: Tensor) -> dict[str, Any]:
         """Return what a test says of all this, from logits (N, K), features (N, D) and labels (N,)."""
-        sets = self.sets(logits, USUAL_COVERAGE)
+        covered, sizes = [], []
+        for z, y in row_chunks(logits.shape[1], logits, labels):
+            sets = self.sets(z, USUAL_COVERAGE)
+            covered.append(sets.gather(1, y[:, None])[:, 0])
+            sizes.append(sets.sum(dim=1))
         return {
             "calibration": judge_calibration(logits, labels, self.temperature),
             "coverage": {
                 "asked": USUAL_COVERAGE,
-                "measured": float(sets.gather(1, labels[:, None]).double().mean()),
-                "classes_in_a_set": float(sets.sum(dim=1).double().mean()),
+                "measured": float(torch.cat(covered).double().mean()),
+                "classes_in_a_set": float(torch.cat(sizes).double().mean()),
             },
             "known": float(self.knows(logits, features).double().mean()),
         }

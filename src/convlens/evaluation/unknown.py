@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from convlens.evaluation.metrics import row_chunks
+
 KNOWN_SHARE = 0.95  # of known images that pass
 SHRINKAGE = 0.01  # of the covariance towards a sphere, for features that hardly vary
 
@@ -36,7 +38,8 @@ class FeatureSpace:
 
     def distances(self, features: Tensor) -> Tensor:
         """Return how far features (N, D) are from the nearest class, float32 (N,), in standard deviations."""
-        return torch.cdist(features @ self.whitener, self.means @ self.whitener).min(dim=1).values
+        white, centres = features @ self.whitener, self.means @ self.whitener
+        return torch.cat([torch.cdist(x, centres).min(dim=1).values for (x,) in row_chunks(len(centres), white)])
 
 
 def energy(logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from convlens.data.dataset import Split
 from convlens.data.loader import count_batches
 from convlens.data.pictures import Pixels
 from convlens.errors import ConvlensError, UsageError, quoted
-from convlens.evaluation.metrics import compute_logits, confusion_matrix
+from convlens.evaluation.metrics import MAX_DENSE_CLASSES, compute_logits, confusion_matrix
 from convlens.explain.explanation import Array, to_array
 from convlens.explain.snapshots import list_snapshots, load_snapshot
 from convlens.explain.stages import feature_maps, first_convolution
@@ -32,12 +32,8 @@ class Moment:
     kernels: Array  # of the first convolution, (C', C, k, k)
     maps: dict[str, Array]  # of the picture: stage -> (C', H', W')
     probabilities: Array  # of the picture, (K,), tempered as those of the finished net
-    confusion: NDArray[np.int64]  # (K, K): rows are true classes, columns predictions
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the images that it had right, 0..1."""
-        return float(np.trace(self.confusion) / max(self.confusion.sum(), 1))
+    accuracy: float  # share of the images that it had right, 0..1
+    confusion: NDArray[np.int64] | None  # (K, K): rows are true classes, columns predictions; None of over 100 classes
 
 
 def look_back(classifier: Classifier, folder: RunFolder, pixels: Pixels, asked: Split) -> list[Moment]:
@@ -69,7 +65,9 @@ def look_back(classifier: Classifier, folder: RunFolder, pixels: Pixels, asked: 
         load_snapshot(path, net)
         net.eval()
         guesses = compute_logits(net, part.images, normalise).argmax(dim=1).cpu()
-        confusion = confusion_matrix(part.labels, guesses, classes)
+        confusion = None
+        if classes <= MAX_DENSE_CLASSES:
+            confusion = confusion_matrix(part.labels, guesses, classes).numpy()
         moments.append(
             Moment(
                 step=step,
@@ -77,7 +75,8 @@ def look_back(classifier: Classifier, folder: RunFolder, pixels: Pixels, asked: 
                 kernels=to_array(first.weight).copy(),
                 maps={name: to_array(maps[0]) for name, maps in feature_maps(net, x).items()},
                 probabilities=to_array(classifier.probabilities(classifier.logits(picture))[0]),
-                confusion=confusion.numpy(),
+                accuracy=int((guesses == part.labels).sum()) / max(len(part), 1),
+                confusion=confusion,
             )
         )
     return moments

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from convlens.evaluation.metrics import wilson_interval
+from convlens.evaluation.metrics import MAX_DENSE_CLASSES, Cell, dense_confusion, wilson_interval
 from convlens.reporting.sheets import INK, QUIET, shorten
 from convlens.runfolder import replacing
 
@@ -25,6 +26,7 @@ PAPER = "#fffffe"  # white that is the page's own in its SVG; other white stays 
 ON_LIGHT = "#102a43"  # words on what stays light in the dark
 TRAIN, VALIDATION, TEST, WRONG = "#2563eb", "#d97706", "#7c3aed", "#b91c1c"
 DPI = 144
+MAX_DRAWN = 30  # classes of a confusion matrix with its counts
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -97,24 +99,41 @@ def draw_curves(path: Path, records: Sequence[dict[str, float | None]]) -> str:
     return save_for_page(figure, path)
 
 
-def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
-    """Draw the confusion matrix: rows are the true classes, columns the predictions, colour the share of the row."""
-    counts = np.asarray(matrix, dtype=np.float64)
-    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+def draw_confusion(path: Path, cells: Sequence[Cell], classes: Sequence[str]) -> str:
+    """Draw the confusion matrix: rows are the true classes, columns the predictions, colour the share of the row.
+
+    ``cells`` are those that are not 0. Of more than 100 classes, which nobody could read, only the 30 with the most
+    errors are drawn.
+    """
+    heading, every, images = "What it takes for what", len(classes), Counter[str]()
+    for true, _, count in cells:
+        images[true] += count
+    if every > MAX_DENSE_CLASSES:
+        errors = Counter[str]()
+        for true, predicted, count in cells:
+            if true != predicted:
+                errors[true] += count
+                errors[predicted] += count
+        chosen = set(sorted(classes, key=lambda name: -errors[name])[:MAX_DRAWN])
+        classes = [name for name in classes if name in chosen]
+        cells = [cell for cell in cells if cell[0] in chosen and cell[1] in chosen]
+        heading += f": the {len(classes)} of {every:,} classes with the most errors"
+    counts = dense_confusion(cells, classes).astype(np.float64)
+    share = counts / np.maximum([[images[name]] for name in classes], 1)
     k = len(classes)
     side = min(max(0.46 * k + 1.6, 3.2), 14)
     figure = new_figure(side + 0.6, side)
-    title(figure, "What it takes for what")
+    title(figure, heading)
     axes = figure.subplots()
     # a square-root scale: single mistakes stay visible beside thousands of hits
     axes.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)
-    if k <= 30:
+    if k <= MAX_DRAWN:
         for i, j in np.ndindex(k, k):
             if counts[i, j]:
                 colour = "white" if share[i, j] > 0.15 else WRONG if i != j else ON_LIGHT
                 axes.text(j, i, f"{int(counts[i, j])}", ha="center", va="center", fontsize=7, color=colour)
     names = [shorten(name, 14) for name in classes]
-    size = 8 if k <= 30 else 5
+    size = 8 if k <= MAX_DRAWN else 5
     axes.set_xticks(range(k), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size, parse_math=False)
     axes.set_yticks(range(k), names, fontsize=size, parse_math=False)
     axes.tick_params(length=0, colors=INK)

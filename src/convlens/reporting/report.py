@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from convlens.evaluation.metrics import worst_classes
 from convlens.reporting.page import make_cards, make_pictures, write_page
 from convlens.runfolder import RunFolder, read_json
 from convlens.shipping.bundle import UNSEEN, WATCHED
 
+MAX_ROWS = 100  # of the table of classes; of more classes the worst are shown
+WORST = 20
 PLOTS = {
     "confusion.png": "Each row is a true class, each column what the net said; the diagonal is right.",
     "mistakes.png": "What it said, how sure it was, and what the picture is.",
@@ -115,12 +118,16 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def class_table(test: dict[str, Any]) -> str:
-    """Return precision, recall, F1 and count of every class."""
+    """Return precision, recall, F1 and count of every class, or of many classes those with the lowest F1."""
+    classes, note = test["classes"], ""
+    if len(classes) > MAX_ROWS:
+        note = f"<p>The {WORST} of {len(classes):,} classes with the lowest F1; test.json has all.</p>"
+        classes = worst_classes(test, WORST)
     rows = [
         [name, f"{c['precision']:.2%}", f"{c['recall']:.2%}", f"{c['f1']:.2%}", f"{c['n']:,}"]
-        for name, c in test["classes"].items()
+        for name, c in classes.items()
     ]
-    return table(["class", "precision", "recall", "F1", "test images"], rows)
+    return note + table(["class", "precision", "recall", "F1", "test images"], rows)
 
 
 def epoch_table(metrics: list[dict[str, float | None]]) -> str:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from convlens.data.dataset import rows_by_class
 from convlens.runfolder import replacing
 
 INK, QUIET = "#1f2933", "#66727f"
@@ -123,7 +124,7 @@ def shorten(text: str, length: int) -> str:
 def pick_samples(labels: Tensor, classes: int, count: int = 40) -> Tensor:
     """Return the rows of about ``count`` images, the classes in turn: the first of each, the second, ..."""
     each = max(math.ceil(count / classes), 1)
-    rows = [(labels == label).nonzero().squeeze(1)[:each] for label in range(classes)]
+    rows = [rows[:each] for _, rows in rows_by_class(labels)]
     return torch.cat([row[i : i + 1] for i in range(each) for row in rows])[:count]
 
 

@@ -57,7 +57,7 @@ def write_timelapse(path: Path, moments: Sequence[Moment], pixels: Pixels, about
                 "epoch": round(m.epoch, 4),
                 "accuracy": round(m.accuracy, 4),
                 "probabilities": [round(float(p), 4) for p in m.probabilities],
-                "confusion": m.confusion.tolist() if len(m.confusion) <= MOST_CLASSES else None,
+                "confusion": None if m.confusion is None or len(m.confusion) > MOST_CLASSES else m.confusion.tolist(),
                 "kernels": pack((m.kernels[:MOST] / heaviest + 1) * 127.5),
                 "maps": [
                     pack(np.sqrt(m.maps[name][rows].clip(0) / max(tops[name], 1e-9)) * 255)
@@ -120,6 +120,9 @@ def draw_moment(
     verdict.set_xlim(0, 1)
     verdict.set_xticks([0, 1], ["0%", "100%"])
     verdict.set_title("its verdict", fontsize=10, color=INK, loc="left")
+    if moment.confusion is None:
+        matrix.set_axis_off()
+        return to_image(figure)
     share = moment.confusion / np.maximum(moment.confusion.sum(axis=1, keepdims=True), 1)
     matrix.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)
     matrix.set_title("what it takes for what", fontsize=10, color=INK, loc="left")

@@ -16,7 +16,7 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
 from convlens.data.preprocess import Preprocess
-from convlens.errors import ConvlensError, UnknownName, UsageError
+from convlens.errors import ConvlensError, UnknownName, UsageError, first_few
 from convlens.evaluation.trust import Trust
 from convlens.models import create_model
 from convlens.runfolder import read_json, replacing, write_json, write_text
@@ -74,7 +74,7 @@ A small convolutional image classifier, trained by convlens {about["convlens"]}.
 
 | | |
 |---|---|
-| classes | {", ".join(self.classes)} |
+| classes | {first_few(self.classes, 100)} |
 | input | {shape.width} x {shape.height} pixels, {colour}; other pictures are adapted |
 | parameters | {about["parameters"]:,} |
 | data | {data["name"]}: {counts} images; {data["note"]} |

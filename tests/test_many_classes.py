@@ -1,0 +1,143 @@
+"""Many classes: files, pages, tables and memory grow with the classes, not with their square."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_onnx import run
+
+import convlens
+from convlens.console import describe_findings
+from convlens.doctor import Findings
+from convlens.evaluation import metrics
+from convlens.evaluation.calibration import fit_coverage, fit_temperature, judge_calibration
+from convlens.evaluation.metrics import Scores
+from convlens.evaluation.unknown import FeatureSpace
+from convlens.reporting.plots import draw_confusion
+from convlens.run import Run
+from convlens.shipping.classifier import Classifier
+
+CLASSES = 3000  # so many that a dense matrix would not fit into a JSON file that can be read
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Return a run of one step on 3,000 classes, whose data are a file beside it."""
+    folder = tmp_path_factory.mktemp("many")
+    y = np.repeat(np.arange(CLASSES), 2)
+    x = np.random.default_rng(0).integers(0, 256, (len(y), 8, 8), dtype=np.uint8)
+    np.savez(folder / "many.npz", x_train=x, y_train=y, x_test=x[::2], y_test=y[::2])
+    options = {"model": "small", "filters": 4, "iterations": 1, "batch_size": 64, "validation": 0.5}
+    return convlens.train(folder / "many.npz", out=folder / "run", device="cpu", precision="fp32", **options)
+
+
+def test_a_run_is_about_linear_in_its_classes(trained: Run) -> None:
+    sizes = {path.relative_to(trained.path): path.stat().st_size for path in trained.path.rglob("*") if path.is_file()}
+    assert max(sizes.values()) < 1000 * CLASSES, sizes
+    page = trained.report.read_text(encoding="utf-8")
+    assert f"The 20 of {CLASSES:,} classes with the lowest F1" in page and len(page) < 1_000_000
+    assert f"the 30 of {CLASSES:,} classes with the most errors" in page
+    assert len((trained.path / "model" / "README.md").read_text(encoding="utf-8")) < 10_000
+
+
+def test_the_confusion_matrix_is_whole(trained: Run) -> None:
+    matrix = trained.confusion_matrix
+    assert matrix.shape == (CLASSES, CLASSES) and matrix.sum() == trained.test["n"] == CLASSES
+    assert np.trace(matrix) == trained.test["correct"]
+    number = {name: i for i, name in enumerate(trained.config["data"]["classes"])}
+    for row in trained.predictions[:50]:
+        assert matrix[number[row["label"]], number[row["prediction"]]] > 0
+    assert [c["n"] for c in trained.test["classes"].values()] == matrix.sum(axis=1).tolist()
+
+
+def test_the_verbs_say_little_of_many_classes(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", trained.path) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) < 20
+    assert "the 10 of 3,000 classes with the lowest F1; --format csv has all" in out
+    assert run("data", "info", trained.path.parent / "many.npz") == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) < 20 and "the 10 of 3,000 classes with the fewest training images:" in out
+    findings = Findings("many", 9, small_classes={f"class {k}": 3 for k in range(300)})
+    (_, told) = describe_findings(findings)
+    assert told.startswith("300 classes have too few training images to learn from: 'class 0' has 3; ")
+    assert told.endswith("and 295 more")
+
+
+def test_the_plot_of_many_classes_shows_those_with_errors(tmp_path: Path) -> None:
+    names = [f"class {k}" for k in range(500)]
+    cells = [(name, name, 3) for name in names] + [("class 7", "class 400", 2)]
+    svg = draw_confusion(tmp_path / "confusion.png", cells, names)
+    assert "class 400" in svg and "class 7" in svg and "class 499" not in svg
+    assert len(re.findall("class \\d+<", svg)) == 60  # 30 classes, at both axes
+
+
+def test_work_in_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(20, (300,), generator=g)
+    logits = 4 * torch.randn(300, 20, generator=g) + 6 * torch.nn.functional.one_hot(labels, 20)
+    features = torch.randn(300, 5, generator=g) + labels[:, None]
+
+    def measure() -> tuple[object, ...]:
+        temperature = fit_temperature(logits, labels)
+        space = FeatureSpace.fit(features, labels, 20)
+        numbers = [temperature, Scores.of(logits, labels).loss, *space.distances(features).tolist()]
+        return np.array(numbers), fit_coverage(logits, labels), judge_calibration(logits, labels, temperature)
+
+    whole = measure()
+    monkeypatch.setattr(metrics, "MAX_VALUES", 20 * 70)
+    assert len(list(metrics.row_chunks(20, logits, labels))) == 5
+    parts = measure()
+    np.testing.assert_allclose(whole[0], parts[0], rtol=1e-4)
+    assert whole[1] == parts[1]
+    assert json.dumps(whole[2])[:60] == json.dumps(parts[2])[:60]
+
+
+def test_an_answer_is_bounded(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    testclient = pytest.importorskip("fastapi.testclient")
+    from convlens.serving import app, work
+
+    class InTorch(Classifier):  # a graph of ONNX is not needed to see it
+        in_8_bits, about = False, {"trained": {}}
+
+    model = InTorch.load(trained.path)
+    client = testclient.TestClient(app.make_app({"many": model}), base_url="http://localhost")
+    content = (Path(trained.path) / "plots" / "samples.png").read_bytes()
+
+    def post(images: int, **params: object) -> tuple[int, dict[str, object]]:
+        form = [("images", (f"{n}.png", content, "image/png")) for n in range(images)]
+        response = client.post("/predict", params=params, files=form)
+        return response.status_code, response.json()
+
+    monkeypatch.setattr(work, "MAX_NAMED", 6000)
+    status, told = post(4, top=1000)
+    assert status == 200 and [len(one["top"]) for one in told["predictions"]] == 4 * [1000]
+    threads: list[str] = []
+    write = app.Answers.model_dump_json
+    monkeypatch.setattr(
+        app.Answers, "model_dump_json",
+        lambda self: threads.append(__import__("threading").current_thread().name) or write(self),
+    )  # fmt: skip
+    assert post(4, top=1000)[0] == 200 and threads[0].startswith("decode"), "not on the event loop"
+    told = "a request may have at most 6 images if each can be answered with 1,000 classes"
+    assert post(7, top=1000) == (422, {"detail": told})
+    told = "a request may have at most 2 images if each can be answered with 3,000 classes"
+    assert post(3, coverage=0.9) == (422, {"detail": told})
+    assert "enum" not in json.dumps(client.get("/openapi.json").json()["paths"]["/explain"]["post"]["parameters"][2])
+
+
+def test_the_predictions_of_many_classes_are_quick() -> None:
+    classifier = Classifier.load("digits")
+    classifier.classes = tuple(map(str, range(20_000)))
+    probabilities = np.random.default_rng(0).random((100, 20_000), dtype=np.float32)
+    began = time.perf_counter()
+    found = classifier.interpret(probabilities, None, top=2)
+    assert time.perf_counter() - began < 2
+    assert [int(one.label) for one in found] == probabilities.argmax(axis=1).tolist()
+    assert all(len(one.top) == 2 and one.top[0][1] >= one.top[1][1] for one in found)
