@@ -106,7 +106,7 @@ def test_evaluate_says_what_test_json_says(shell: Shell, digits_run: Path) -> No
     code, out, _ = shell("evaluate", digits_run, "--format", "json")
     assert code == 0
     again = json.loads(out)
-    _, *cells = csv.reader((digits_run / "confusion_matrix.csv").open(newline=""))
+    _, *cells = csv.reader((digits_run / "confusion_matrix.csv").read_text().splitlines())
     assert [[true, predicted, str(n)] for true, predicted, n in again.pop("confusion_matrix")] == cells
     assert again.keys() == saved.keys()
     assert again["loss"] == pytest.approx(saved["loss"], rel=1e-5)

@@ -20,6 +20,7 @@ from PIL import Image
 import convlens
 from convlens.data.catalog import load_dataset
 from convlens.errors import ConvlensError, Interrupted, UnknownName, UsageError
+from convlens.evaluation.metrics import dense_confusion
 from convlens.experiment import Experiment, train
 from convlens.record import command_line
 from convlens.reporting.plots import GRID
@@ -172,7 +173,8 @@ def test_bundle_of_a_run(run: Run) -> None:
 def test_evaluating_a_run_again_gives_the_same_figures(run: Run) -> None:
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     again = evaluate_run(run.path)
-    loss = again.pop("loss")
+    loss, cells = again.pop("loss"), again.pop("confusion_matrix")
+    assert np.array_equal(dense_confusion(cells, run.config["data"]["classes"]), run.confusion_matrix)
     assert again == {key: value for key, value in run.test.items() if key != "loss"}
     assert loss == pytest.approx(run.test["loss"], rel=1e-5)
     assert evaluate_run(run.path / "model")["accuracy"] == run.accuracy
