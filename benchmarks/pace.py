@@ -25,7 +25,8 @@ from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
 from convlens.models import create_model, summarise
 from convlens.run import Run
-from convlens.runtime import keep_memory, use_threads
+from convlens.system.device import use_threads
+from convlens.system.memory import keep_memory
 from convlens.training.engine import fit
 from convlens.training.optim import learning_rate, make_loss, make_optimizer
 from convlens.training.precision import autocast

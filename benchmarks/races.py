@@ -20,7 +20,7 @@ from sections import Record, answer, load_named, percent, spread, table
 
 import convlens
 from convlens.data.dataset import Dataset
-from convlens.runtime import choose_device, use_threads
+from convlens.system.device import choose_device, use_threads
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import get_recipe
 

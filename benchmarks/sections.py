@@ -19,7 +19,7 @@ from typing import Any
 
 from convlens.data.catalog import load_dataset
 from convlens.data.dataset import Dataset
-from convlens.runtime import choose_device, describe_machine, use_threads
+from convlens.system.device import choose_device, describe_machine, use_threads
 
 RECORDS = Path(__file__).parent / "records"
 VERSIONS = ("convlens", "numpy", "onnxruntime", "pillow", "scikit-learn")  # PyTorch's is the machine's

@@ -22,7 +22,7 @@ from convlens.data.normalise import Normalise
 from convlens.data.pictures import PictureStyle
 from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
-from convlens.runtime import callers_state_kept
+from convlens.system.random import callers_state_kept
 from convlens.training import divergence, engine
 from convlens.training.engine import fit
 from convlens.training.nets import describe_net, make_net

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 
 import convlens
 from convlens import cli
-from convlens.runfolder import RunFolder
+from convlens.run_dir import RunFolder
 from convlens.training.recipe import Recipe, flag
 
 QUICK = ["--epochs", "1", "--device", "cpu", "--threads", "1", "--precision", "fp32"]
@@ -243,9 +243,9 @@ def test_a_place_that_cannot_be_written(shell: Shell) -> None:
 
 
 def test_a_full_disk_leaves_no_checkpoint_that_claims_to_be_one(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    import convlens.runfolder
+    import convlens.system.files
 
-    real = convlens.runfolder.sync
+    real = convlens.system.files.sync
 
     def full(path: Path) -> None:
         if "metrics.csv" in path.name:
@@ -253,7 +253,7 @@ def test_a_full_disk_leaves_no_checkpoint_that_claims_to_be_one(shell: Shell, mo
         real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convlens.runfolder, "sync", full)
+        patch.setattr(convlens.system.files, "sync", full)
         shell.fails("train", "digits", *QUICK, code=1, says="metrics.csv: No space left on device; nothing was changed")
     assert not Path("runs/digits-1/metrics.csv").exists()
     code, out, _ = shell("train", "--resume", "runs/digits-1")

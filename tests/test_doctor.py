@@ -19,7 +19,7 @@ from convlens.doctor import examine, write_findings, write_list
 from convlens.errors import UsageError
 from convlens.evaluation.duplicates import describe_images, find_copies, find_near_copies, move
 from convlens.experiment import Experiment
-from convlens.runfolder import read_names
+from convlens.system.files import read_names
 from convlens.training.recipe import Recipe
 
 QUICK: dict[str, Any] = {"epochs": 1, "device": "cpu", "threads": 1, "precision": "fp32"}

@@ -29,8 +29,9 @@ from convlens import cli
 from convlens.data.folder import load_folder
 from convlens.errors import ConvlensError, Diverged, UsageError
 from convlens.experiment import Experiment
-from convlens.runfolder import RunFolder, write_json
-from convlens.runtime import choose_device
+from convlens.run_dir import RunFolder
+from convlens.system.device import choose_device
+from convlens.system.files import write_json
 from convlens.training.checkpoint import CheckpointStore, TrainState
 from convlens.training.divergence import look_through
 from convlens.training.recipe import Recipe

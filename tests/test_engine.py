@@ -600,7 +600,7 @@ def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path: Path, monkey
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("convlens.runfolder.os.replace", fail)
+        patch.setattr("convlens.system.files.os.replace", fail)
         with pytest.raises(ConvlensError, match="No space left on device; nothing was changed"):
             next(epochs)
     saved = store.load()

@@ -27,7 +27,7 @@ from convlens.reporting.plots import GRID
 from convlens.reporting.report import PLOTS
 from convlens.reporting.sheets import INK, QUIET
 from convlens.run import Run, evaluate_run
-from convlens.runfolder import RunFolder
+from convlens.run_dir import RunFolder
 from convlens.shipping.classifier import Classifier
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import get_recipe

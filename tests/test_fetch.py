@@ -17,17 +17,11 @@ from hypothesis import strategies as st
 
 from convlens.data import published
 from convlens.data.catalog import load_dataset
-from convlens.data.fetch import (
-    cache_folder,
-    find_file,
-    find_or_download,
-    read_verified,
-    search_path,
-    unpack_members,
-)
+from convlens.data.fetch import find_file, find_or_download, read_verified, search_path, unpack_members
 from convlens.data.parsers import CIFAR_RECORD
 from convlens.data.published import IdxSource, read_cifar10_archive, whereabouts
 from convlens.errors import ConvlensError
+from convlens.system.files import cache_folder
 
 quick = settings(max_examples=50, deadline=None, database=None, derandomize=True)
 

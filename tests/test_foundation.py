@@ -18,13 +18,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convlens import runfolder
 from convlens.errors import ConvlensError, Diverged, Interrupted, UnknownName, UsageError
-from convlens.machine import available_cores
-from convlens.progress import Meter, track
-from convlens.registry import Registry
-from convlens.runfolder import RunFolder, read_json, replacing, write_csv, write_json, write_text
-from convlens.runtime import choose_device, derive_seed, describe_machine, use_threads
+from convlens.run_dir import RunFolder
+from convlens.system import files
+from convlens.system.device import choose_device, describe_machine, use_threads
+from convlens.system.files import read_json, replacing, write_csv, write_json, write_text
+from convlens.system.hardware import available_cores
+from convlens.system.progress import Meter, track
+from convlens.system.random import derive_seed
+from convlens.system.registry import Registry
 
 quick = settings(max_examples=50, deadline=None, database=None, derandomize=True)
 
@@ -287,7 +289,7 @@ def test_a_failure_at_the_last_step_leaves_the_old_file(
     def fail(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(runfolder.os, step, fail)
+    monkeypatch.setattr(files.os, step, fail)
     with pytest.raises(ConvlensError, match="Input/output error; nothing was changed"):
         write_text(path, "new")
     monkeypatch.undo()
@@ -305,8 +307,8 @@ def test_the_content_is_on_disk_before_the_name_points_to_it(folder: Path, monke
 
         return wrapped
 
-    monkeypatch.setattr(runfolder.os, "fsync", noting("fsync", os.fsync))
-    monkeypatch.setattr(runfolder.os, "replace", noting("replace", os.replace))
+    monkeypatch.setattr(files.os, "fsync", noting("fsync", os.fsync))
+    monkeypatch.setattr(files.os, "replace", noting("replace", os.replace))
     write_text(folder / "file.txt", "new")
     assert steps == ["fsync", "replace", "fsync"]  # the file, the name, the folder
 
@@ -528,7 +530,7 @@ def test_off_a_terminal_a_plain_line_comes_every_ten_seconds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr("convlens.progress.time.monotonic", clock)
+    monkeypatch.setattr("convlens.system.progress.time.monotonic", clock)
     with Meter("reading", 40) as meter:
         for _ in range(40):
             clock.now += 1
@@ -547,7 +549,7 @@ def test_a_meter_that_is_not_shown_only_counts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr("convlens.progress.time.monotonic", clock)
+    monkeypatch.setattr("convlens.system.progress.time.monotonic", clock)
     with Meter("reading", 2, shown=False) as meter:
         clock.now = 1e6
         meter.update(2)
@@ -576,17 +578,17 @@ def test_a_disk_that_becomes_read_only_in_between_is_told_of(tmp_path: Path, mon
 
     (tmp_path / "a.txt").write_text("old")
     with monkeypatch.context() as patch:
-        patch.setattr(runfolder.os, "fsync", fail)
+        patch.setattr(files.os, "fsync", fail)
         patch.setattr(Path, "unlink", fail)
         with pytest.raises(ConvlensError, match="^cannot write .*a.txt: Read-only file system; nothing was changed$"):
-            runfolder.write_text(tmp_path / "a.txt", "new")
+            files.write_text(tmp_path / "a.txt", "new")
     assert (tmp_path / "a.txt").read_text() == "old"
 
 
 def test_lists_of_names_hold_any_name_and_any_reason(tmp_path: Path) -> None:
     reasons = {"a\nb\t.png": "copy of two\nlines\\.png", "c.png": ""}
-    runfolder.write_names(tmp_path / "list.txt", reasons)
-    assert runfolder.read_names(tmp_path / "list.txt") == list(reasons)
+    files.write_names(tmp_path / "list.txt", reasons)
+    assert files.read_names(tmp_path / "list.txt") == list(reasons)
 
 
 def test_what_takes_long_to_import_waits_until_it_is_needed() -> None:

@@ -33,9 +33,9 @@ from convlens.data.pictures import PictureStyle
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError
 from convlens.models import create_model
-from convlens.runfolder import read_json, read_names
-from convlens.runtime import return_memory
 from convlens.shipping.bundle import Bundle, load_bundle
+from convlens.system.files import read_json, read_names
+from convlens.system.memory import return_memory
 from convlens.training.checkpoint import CheckpointStore, TrainState, read_checkpoint, seal
 from convlens.training.recipe import Recipe
 

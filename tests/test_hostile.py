@@ -35,8 +35,8 @@ from convlens.data.folder import load_folder
 from convlens.errors import ConvlensError
 from convlens.experiment import Experiment
 from convlens.models import ConvNet, register
-from convlens.runfolder import read_json
 from convlens.shipping.bundle import load_bundle
+from convlens.system.files import read_json
 from convlens.training.checkpoint import CheckpointStore, TrainState, seal
 
 CANARY = "canary"

@@ -28,9 +28,10 @@ from convlens.experiment import Experiment
 from convlens.models import create_model
 from convlens.record import LiveRecord
 from convlens.run import Run
-from convlens.runfolder import RunFolder, write_loosely
+from convlens.run_dir import RunFolder
 from convlens.serving.live import describe_run
 from convlens.serving.watch import start_watching
+from convlens.system.files import write_loosely
 from convlens.training.tally import Progress
 
 FAST: dict[str, Any] = {"batch_size": 50, "device": "cpu", "threads": 1}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from convlens.data.fetch import cache_folder
 from convlens.models import create_model
+from convlens.system.files import cache_folder
 from convlens.training import precision
 from convlens.training.precision import choose_precision, find_convolutions
 from convlens.training.recipe import Recipe

@@ -12,11 +12,12 @@ import torch
 
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError
-from convlens.machine import available_cores
 from convlens.ranks import job_began
 from convlens.record import command_line
-from convlens.runfolder import RunFolder, read_json
-from convlens.runtime import choose_device, describe_machine, use_threads
+from convlens.run_dir import RunFolder
+from convlens.system.device import choose_device, describe_machine, use_threads
+from convlens.system.files import read_json
+from convlens.system.hardware import available_cores
 from convlens.training.recipe import Recipe
 
 

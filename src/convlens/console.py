@@ -14,7 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convlens.errors import first_few
+from convlens.system.text import first_few
 
 if TYPE_CHECKING:
     from convlens.doctor import Findings

@@ -18,8 +18,10 @@ from convlens.errors import UsageError
 from convlens.evaluation.duplicates import describe_images, find_copies, find_near_copies
 from convlens.evaluation.metrics import compute_logits
 from convlens.reporting.sheets import images_sheet
-from convlens.runfolder import new_folder, write_json, write_names
-from convlens.runtime import callers_state_kept, choose_device, derive_seed, seed_global, use_threads
+from convlens.run_dir import new_folder
+from convlens.system.device import choose_device, use_threads
+from convlens.system.files import write_json, write_names
+from convlens.system.random import callers_state_kept, derive_seed, seed_global
 from convlens.training.engine import fit
 from convlens.training.nets import describe_net, make_net
 from convlens.training.recipe import Recipe

@@ -3,27 +3,10 @@
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from difflib import get_close_matches
 
-LONGEST = 1500  # characters of a message; libraries quote whole files
-
-
-def quoted(path: object) -> str:
-    """Return a path as it must be typed into a shell, so that a command with it can be pasted."""
-    text = str(path)
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)
-
-
-def first_few(names: Sequence[str], most: int, separator: str = ", ") -> str:
-    """Return the first names in a row, and how many more there are.
-
-    >>> first_few(["a", "b", "c", "d"], 2)
-    'a, b, and 2 more'
-    """
-    more = len(names) - most
-    return separator.join([*names[:most], *([f"and {more:,} more"] if more > 0 else [])])
+from convlens.system.text import LONGEST
 
 
 class ConvlensError(Exception):

@@ -22,7 +22,6 @@ from convlens.data.loader import require_balance
 from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
 from convlens.finish import conclude
-from convlens.machine import available_cores
 from convlens.models import count_parameters
 from convlens.ranks import Ranks, job, join
 from convlens.record import (
@@ -35,8 +34,11 @@ from convlens.record import (
     write_split,
 )
 from convlens.run import Run
-from convlens.runfolder import RunFolder, read_names, write_json, write_names
-from convlens.runtime import callers_state_kept, choose_device, describe_machine, use_threads
+from convlens.run_dir import RunFolder
+from convlens.system.device import choose_device, describe_machine, use_threads
+from convlens.system.files import read_names, write_json, write_names
+from convlens.system.hardware import available_cores
+from convlens.system.random import callers_state_kept
 from convlens.training.budget import candidates, fit_into, parse_budget
 from convlens.training.checkpoint import CheckpointStore, EpochRecord
 from convlens.training.engine import Watcher, fit, require_possible

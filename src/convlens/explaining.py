@@ -13,13 +13,14 @@ from convlens.data.pictures import open_image
 from convlens.errors import ConvlensError, UsageError
 from convlens.explain.explanation import Explanation, explain, require_class
 from convlens.explain.timelapse import ASKED, look_back
-from convlens.mistakes import cut
-from convlens.progress import track
 from convlens.reporting.explained import picture_explanation, picture_kernels, write_explanations
 from convlens.run import Run, load_tested, load_training_images
-from convlens.runfolder import RunFolder, new_folder, read_json
-from convlens.runtime import use_threads
+from convlens.run_dir import RunFolder, new_folder
 from convlens.shipping.classifier import Classifier
+from convlens.system.device import use_threads
+from convlens.system.files import read_json
+from convlens.system.progress import track
+from convlens.system.text import cut
 
 MOST = 50  # pictures at a time: a page of them has about 20 MB
 

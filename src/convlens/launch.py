@@ -11,7 +11,7 @@ import uuid
 import torch
 
 from convlens.errors import PeerGone, UsageError
-from convlens.machine import OWN_JOB, OWN_LAUNCHER, available_cores
+from convlens.system.hardware import OWN_JOB, OWN_LAUNCHER, available_cores
 
 RESTARTS = 3
 SAVING = 600  # seconds that the processes have to finish a step and save, when they are asked to stop

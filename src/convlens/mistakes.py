@@ -9,10 +9,12 @@ from PIL import Image
 
 from convlens.data.catalog import refuse_inside_data
 from convlens.errors import UnknownName, UsageError
-from convlens.progress import track
 from convlens.reporting.sheets import answers_sheet, to_picture
 from convlens.run import Run, load_tested
-from convlens.runfolder import new_folder, write_csv
+from convlens.run_dir import new_folder
+from convlens.system.files import write_csv
+from convlens.system.progress import track
+from convlens.system.text import cut, unique
 
 SHOWN = 120  # images on the contact sheet
 
@@ -81,20 +83,3 @@ def file_name(answer: dict[str, str]) -> str:
     identity = re.sub(r"\.\w{1,5}$", "", answer["id"])
     parts = (answer["label"], answer["prediction"], f"{float(answer['probability']):.3f}", identity)
     return "_".join(cut(re.sub(r"[^\w.-]+", "-", part)) for part in parts) + ".png"
-
-
-def cut(text: str, most: int = 60) -> str:
-    """Return the end of ``text``, at most so many bytes: a file name holds 255."""
-    return text.encode(errors="replace")[-most:].decode(errors="ignore")
-
-
-def unique(names: list[str]) -> list[str]:
-    """Return the names, with a number in those that are there already."""
-    taken: dict[str, str] = {}  # in small letters, for file systems that do not tell them apart
-    for name in names:
-        number, free = 1, name
-        while free.lower() in taken:
-            number += 1
-            free = f"{name[:-4]}-{number}.png"
-        taken[free.lower()] = free
-    return list(taken.values())

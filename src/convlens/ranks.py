@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from convlens.errors import ConvlensError, PeerGone, UsageError
-from convlens.machine import OWN_JOB, OWN_LAUNCHER
+from convlens.system.hardware import OWN_JOB, OWN_LAUNCHER, processes_here
 
 TRAININGS = itertools.count(1)  # that this process has begun
+
 PATIENCE = datetime.timedelta(hours=1)  # for the slowest of them: the first one tests alone, and may download
 
 
@@ -206,11 +207,6 @@ def meet(store: Any, rank: int, size: int) -> str:
             if store.check([f"convlens heard {nonce} {other}"]):
                 waiting.remove(other)
     return nonce
-
-
-def processes_here() -> int:
-    """Return how many processes of this training share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def require_alone(what: str) -> None:

@@ -19,7 +19,8 @@ from convlens.data.published import DATASETS
 from convlens.errors import UsageError
 from convlens.evaluation.metrics import compute_logits
 from convlens.explain.snapshots import write_snapshot
-from convlens.runfolder import RunFolder, write_csv, write_loosely
+from convlens.run_dir import RunFolder
+from convlens.system.files import write_csv, write_loosely
 from convlens.training.checkpoint import EpochRecord
 from convlens.training.engine import Watcher
 from convlens.training.recipe import Recipe

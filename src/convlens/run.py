@@ -16,18 +16,20 @@ from PIL import Image
 from convlens.data.catalog import as_recorded, load_dataset
 from convlens.data.dataset import Dataset
 from convlens.data.fetch import only_from_here
-from convlens.errors import ConvlensError, UnknownName, UsageError, first_few, quoted
+from convlens.errors import ConvlensError, UnknownName, UsageError
 from convlens.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from convlens.evaluation.metrics import Scores, dense_confusion, make_views
 from convlens.evaluation.paired import Paired
 from convlens.explain.explanation import Explanation, TrainingImages, explain
-from convlens.progress import track
-from convlens.runfolder import RunFolder, read_json, read_names
-from convlens.runtime import use_threads
+from convlens.run_dir import RunFolder
 from convlens.shipping.bundle import Bundle, load_bundle
 from convlens.shipping.classifier import Classifier
 from convlens.shipping.places import find_bundle
 from convlens.shipping.prediction import Picture, Prediction
+from convlens.system.device import use_threads
+from convlens.system.files import read_json, read_names
+from convlens.system.progress import track
+from convlens.system.text import first_few, quoted
 
 
 class Run:

@@ -20,8 +20,9 @@ from convlens.experiment import Experiment
 from convlens.ranks import require_alone
 from convlens.record import command_line
 from convlens.run import Run
-from convlens.runfolder import SERIES, RunFolder, read_json, read_names, write_json
-from convlens.runtime import callers_state_kept
+from convlens.run_dir import SERIES, RunFolder
+from convlens.system.files import read_json, read_names, write_json
+from convlens.system.random import callers_state_kept
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import default_recipe, get_recipe
 from convlens.training.start import image_form, start_from_weights

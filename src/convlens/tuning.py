@@ -18,8 +18,8 @@ from convlens.data.loader import Batches
 from convlens.data.preprocess import Preprocess
 from convlens.data.shrink import shrink
 from convlens.errors import ConvlensError
-from convlens.progress import track
-from convlens.runtime import choose_device
+from convlens.system.device import choose_device
+from convlens.system.progress import track
 from convlens.training.memory import is_out_of_memory
 from convlens.training.nets import describe_net, make_net
 from convlens.training.optim import make_augment, make_clip, make_loss, make_optimizer

@@ -18,7 +18,7 @@ import typer
 from convlens.cli import train, sweep, tune, use, see, ship, serve, lists, data  # noqa: F401  # isort: skip - in the order of --help
 from convlens.cli.app import ParseError, app, leave_on_interrupt
 from convlens.errors import ConvlensError, Diverged, Interrupted, PeerGone
-from convlens.machine import OWN_LAUNCHER
+from convlens.system.hardware import OWN_LAUNCHER
 
 GRACE = 2.0  # seconds that the process which has failed has to leave first, with its own exit code
 SHARED = (Diverged, Interrupted, PeerGone)  # what ends all processes of a training alike

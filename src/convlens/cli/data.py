@@ -11,7 +11,7 @@ import typer
 
 from convlens.cli.app import AllowUnreadable, Data, Exclude, check_new_file, data_app, heed_interrupts, importing
 from convlens.console import describe_findings, first_line, print_table
-from convlens.errors import quoted
+from convlens.system.text import quoted
 
 MAX_LINES = 30  # of a table of classes; of more classes the smallest are printed
 SMALLEST = 10
@@ -113,7 +113,8 @@ def data_pack(
     with importing():
         from convlens.data.catalog import load_dataset, refuse_inside_data
         from convlens.data.shards import pack
-        from convlens.runfolder import RunFolder, read_names
+        from convlens.run_dir import RunFolder
+        from convlens.system.files import read_names
 
     heed_interrupts()
     RunFolder.refuse_existing(out)
@@ -150,7 +151,7 @@ def data_doctor(
     with importing():
         from convlens.data.catalog import load_dataset
         from convlens.doctor import check_new, examine, write_findings, write_list
-        from convlens.runtime import use_threads
+        from convlens.system.device import use_threads
 
     heed_interrupts()
     for name, path in (("--to", to), ("--list", list_file)):

@@ -39,7 +39,7 @@ def models(
         rows += [(f"{prefix}NAME", first_line(find)) for prefix, find in MODELS.families.items()]
         print_table(rows, head=False)
         print("trained models (convlens predict NAME IMAGE)")
-        from convlens.runfolder import read_json
+        from convlens.system.files import read_json
 
         trained_rows: list[Any] = []
         for model, path in shipped_models().items():

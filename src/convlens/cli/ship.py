@@ -74,9 +74,9 @@ def export(
 
 def write_page(model: str, path: Path, data: str | None, *, samples: bool) -> None:
     """Write the page of a net."""
-    from convlens.runfolder import write_text
     from convlens.shipping.onnx_predictor import load_onnx
     from convlens.shipping.twin import make_page
+    from convlens.system.files import write_text
 
     shown = find_samples(model, data) if samples else []
     leave_on_interrupt()  # the exporter would take it for a fault of the net
@@ -134,7 +134,7 @@ def tell_patience() -> None:
 def find_samples(model: str, data: str | None) -> list[Any]:
     """Return (class, image) of a test image of each class, if the data of a run are still there, or of ``data``."""
     from convlens.run import load_tested
-    from convlens.runfolder import RunFolder
+    from convlens.run_dir import RunFolder
 
     heed_interrupts()
     if data is None and not RunFolder(Path(model)).test.is_file():

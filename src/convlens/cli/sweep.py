@@ -15,7 +15,8 @@ import typer
 from convlens.cli.app import DATA_HELP, AllowUnreadable, app, asked_to_stop, importing, leave_with
 from convlens.cli.train import with_recipe_flags
 from convlens.console import describe_params, describe_sweep, describe_trial, print_trials, rank_trial, say
-from convlens.errors import ConvlensError, Interrupted, UsageError, quoted
+from convlens.errors import ConvlensError, Interrupted, UsageError
+from convlens.system.text import quoted
 
 if TYPE_CHECKING:
     from convlens.sweep.study import Sweep
@@ -82,9 +83,9 @@ def sweep(
     except ImportError:
         raise UsageError("a sweep needs a package more: pip install 'convlens[sweep]'") from None
     with importing():
-        from convlens.machine import available_cores
         from convlens.sweep.outcome import require_seeds
         from convlens.sweep.study import Sweep
+        from convlens.system.hardware import available_cores
         from convlens.training.recipes import read_recipe
 
     require_seeds(confirm)

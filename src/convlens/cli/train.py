@@ -15,8 +15,9 @@ import typer
 
 from convlens.cli.app import STARTED, AllowUnreadable, Exclude, app, asked_to_stop, heed_interrupts, importing
 from convlens.console import describe_experiment, describe_record, describe_series, describe_test, say
-from convlens.errors import Interrupted, UsageError, quoted
-from convlens.machine import OWN_JOB
+from convlens.errors import Interrupted, UsageError
+from convlens.system.hardware import OWN_JOB
+from convlens.system.text import quoted
 from convlens.training.recipe import FIELD_TYPES, Recipe, flag, plain_type
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def train(
 
       convlens train --resume runs/mnist-1
     """
-    from convlens.runfolder import RunFolder
+    from convlens.run_dir import RunFolder
 
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if (data is None) == (resume is None):

@@ -10,7 +10,8 @@ import typer
 from convlens.cli.app import AllowUnreadable, Data, app, check_new_file, heed_interrupts, importing
 from convlens.cli.train import with_recipe_flags
 from convlens.console import say
-from convlens.errors import UsageError, quoted
+from convlens.errors import UsageError
+from convlens.system.text import quoted
 from convlens.training.recipe import flag
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def tune(
     with importing():
         from convlens.data.catalog import data_name, load_dataset, refuse_inside_data
         from convlens.reporting.plots import draw_range_test
-        from convlens.runtime import use_threads
+        from convlens.system.device import use_threads
         from convlens.training.nets import without_unfit
         from convlens.training.recipes import default_recipe, get_recipe
         from convlens.training.start import require_fresh

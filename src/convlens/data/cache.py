@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from convlens.data.decode import Decoded
-from convlens.data.fetch import cache_folder
 from convlens.errors import ConvlensError
-from convlens.machine import memory_size
-from convlens.runfolder import sync
+from convlens.system.files import cache_folder, sync
+from convlens.system.hardware import memory_size
 
 GATHERED = 64 << 20  # bytes that are copied from disk to disk at a time
 

@@ -30,7 +30,7 @@ from convlens.data.pictures import (
 from convlens.data.published import DATASETS
 from convlens.data.shards import is_packed, load_shards, packed_from
 from convlens.errors import ConvlensError, UnknownName, UsageError
-from convlens.progress import track
+from convlens.system.progress import track
 
 MOST_PACKED = 100  # times that a .npz file may grow when it is unpacked
 MOST_CLASSES = 100_000

@@ -13,7 +13,7 @@ from torch import Tensor
 from convlens.data.cache import gather
 from convlens.data.pictures import PictureStyle
 from convlens.errors import UsageError
-from convlens.runtime import derive_seed
+from convlens.system.random import derive_seed
 
 # Unsplit data is divided once, by this seed, whatever the seed of the run: every run is judged on one test split.
 SPLIT_SEED = 0

@@ -33,8 +33,8 @@ from convlens.data.pictures import (
     to_mode,
 )
 from convlens.errors import ConvlensError
-from convlens.machine import available_cores
-from convlens.progress import Meter
+from convlens.system.hardware import available_cores
+from convlens.system.progress import Meter
 
 MANY = 1000  # files from which on it pays to start helpers
 CHUNK = 250  # files that a helper is given at a time,

@@ -14,20 +14,12 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from convlens.errors import ConvlensError
-from convlens.progress import Meter
-from convlens.runfolder import replacing
+from convlens.system.files import cache_folder, replacing
+from convlens.system.progress import Meter
 
 _FROM_HERE = ContextVar("from_here", default=False)
+
 LARGEST = 200_000_000  # bytes; of what is published, CIFAR-10's archive unpacks to the most, 184 million
-
-
-def cache_folder() -> Path:
-    """Return the folder for downloads and decoded folders: ``CONVLENS_CACHE``, or the user's cache."""
-    if chosen := os.environ.get("CONVLENS_CACHE"):
-        return Path(chosen)
-    from platformdirs import user_cache_path
-
-    return user_cache_path("convlens")
 
 
 def search_path() -> list[Path]:

@@ -16,9 +16,10 @@ from torch import Tensor
 from convlens.data.cache import keep_in_memory, no_room, read_cache, stays_on_disk, write_cache
 from convlens.data.dataset import HELD_OUT, SPLIT_SEED, TEST_FRACTION, Dataset, Split, check_classes
 from convlens.data.decode import Header, decode_files, survey_files
-from convlens.data.fetch import cache_folder
 from convlens.data.pictures import PictureStyle
-from convlens.errors import ConvlensError, UsageError, first_few
+from convlens.errors import ConvlensError, UsageError
+from convlens.system.files import cache_folder
+from convlens.system.text import first_few
 
 SPLIT_NAMES = {
     "train": "train",

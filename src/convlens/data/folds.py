@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convlens.data.dataset import SPLIT_SEED, Dataset, Split, rows_by_class
 from convlens.errors import UsageError
-from convlens.runtime import derive_seed
+from convlens.system.random import derive_seed
 
 
 def merge(dataset: Dataset) -> tuple[Split, list[str]]:

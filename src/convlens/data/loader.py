@@ -12,7 +12,7 @@ from convlens.data.dataset import Split
 from convlens.data.normalise import Normalise
 from convlens.errors import UsageError
 from convlens.ranks import Ranks
-from convlens.runtime import derive_seed, seed_global
+from convlens.system.random import derive_seed, seed_global
 
 FLIP = -1  # stands for no epoch: the stream of numbers that says which images are mirrored first
 Augment = Callable[[Tensor, Tensor, Draws], tuple[Tensor, Tensor]]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from convlens.errors import ConvlensError
-from convlens.runfolder import LARGEST_JSON, parse_json, read_json
+from convlens.system.files import LARGEST_JSON, parse_json, read_json
 
 INDEX = "index.json"  # what lies there, and each file's SHA-256
 TRIES = 3  # to get a file over the network

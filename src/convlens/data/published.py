@@ -13,7 +13,6 @@ from torch import Tensor
 
 from convlens.data.dataset import HELD_OUT, SPLIT_SEED, TEST_FRACTION, Dataset, Numbers, Split
 from convlens.data.fetch import (
-    cache_folder,
     check_sha256,
     download,
     find_file,
@@ -25,8 +24,8 @@ from convlens.data.fetch import (
 from convlens.data.parsers import CIFAR_RECORD, parse_cifar10, parse_idx
 from convlens.data.pictures import PictureStyle
 from convlens.errors import ConvlensError
-from convlens.registry import Registry
-from convlens.runfolder import replacing
+from convlens.system.files import cache_folder, replacing
+from convlens.system.registry import Registry
 
 # name -> loader; a loader's docstring is what `convlens data list` shows
 DATASETS: Registry[Callable[[], Dataset]] = Registry("data set")

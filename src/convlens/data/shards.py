@@ -26,9 +26,10 @@ from convlens.data.pictures import PictureStyle
 from convlens.data.place import INDEX, Place, is_address
 from convlens.data.published import DATASETS
 from convlens.errors import ConvlensError, UsageError
-from convlens.progress import Meter
-from convlens.runfolder import new_folder, write_json
-from convlens.runtime import derive_seed
+from convlens.run_dir import new_folder
+from convlens.system.files import write_json
+from convlens.system.progress import Meter
+from convlens.system.random import derive_seed
 
 FORMAT = 1
 BLOCK = 512  # bytes; a tar file is made of such

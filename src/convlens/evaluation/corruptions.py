@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from convlens.data.augment import resample
-from convlens.runtime import derive_seed
+from convlens.system.random import derive_seed
 
 SEVERITIES = (1, 2, 3, 4, 5)
 USUAL_SIDE = 28  # lengths in pixels below are for images of this side

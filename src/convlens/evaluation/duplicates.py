@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convlens.data.shrink import shrink
-from convlens.progress import track
+from convlens.system.progress import track
 
 SIDE = 64  # larger images are compared at this size
 DIMENSIONS = 128

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from convlens.data.dataset import Split
 from convlens.data.normalise import Normalise
-from convlens.progress import Meter
 from convlens.ranks import Ranks
+from convlens.system.progress import Meter
 
 Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
 MAX_VALUES = 1 << 24  # of logits that are worked on at a time: 128 MiB as float64

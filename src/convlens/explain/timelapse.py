@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 from convlens.data.dataset import Split
 from convlens.data.loader import count_batches
 from convlens.data.pictures import Pixels
-from convlens.errors import ConvlensError, UsageError, quoted
+from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.metrics import MAX_DENSE_CLASSES, compute_logits, confusion_matrix
 from convlens.explain.explanation import Array, to_array
 from convlens.explain.snapshots import list_snapshots, load_snapshot
 from convlens.explain.stages import feature_maps, first_convolution
-from convlens.progress import track
-from convlens.runfolder import RunFolder
+from convlens.run_dir import RunFolder
 from convlens.shipping.classifier import Classifier
+from convlens.system.progress import track
+from convlens.system.text import quoted
 
 ASKED = 2000  # images, at most, that every snapshot is asked about
 

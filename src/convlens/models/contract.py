@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from convlens.errors import ConvlensError, UsageError
-from convlens.registry import Registry
+from convlens.system.registry import Registry
 
 
 class ConvNet(nn.Module):

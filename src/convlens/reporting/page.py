@@ -7,7 +7,7 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from convlens.runfolder import write_text
+from convlens.system.files import write_text
 
 
 def write_page(file: Path, title: str, body: str, *, narrow: bool = False) -> None:

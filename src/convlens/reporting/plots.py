@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from convlens.evaluation.metrics import MAX_DENSE_CLASSES, Cell, dense_confusion, wilson_interval
 from convlens.reporting.sheets import INK, QUIET, shorten
-from convlens.runfolder import replacing
+from convlens.system.files import replacing
 
 GRID = "#e4e7eb"
 PAPER = "#fffffe"  # white that is the page's own in its SVG; other white stays white

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from convlens.data.dataset import rows_by_class
-from convlens.runfolder import replacing
+from convlens.system.files import replacing
 
 INK, QUIET = "#1f2933", "#66727f"
 WIDTH = 1296  # of a sheet; all lengths are pixels

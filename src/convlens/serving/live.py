@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from convlens.errors import ConvlensError
-from convlens.runfolder import SERIES, RunFolder, read_json
+from convlens.run_dir import SERIES, RunFolder
 from convlens.shipping.twin import fill_page, read_part
+from convlens.system.files import read_json
 
 
 def list_runs(paths: Sequence[str | Path]) -> list[RunFolder]:

@@ -23,10 +23,11 @@ from types import FrameType
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from convlens.errors import ConvlensError, UsageError, quoted
+from convlens.errors import ConvlensError, UsageError
 from convlens.serving.app import make_app
 from convlens.serving.gate import LOOPBACK, Gate
 from convlens.shipping.onnx_predictor import OnnxPredictor, find_onnx, load_onnx
+from convlens.system.text import quoted
 
 TOKEN = "CONVLENS_TOKEN"
 INHERITED = "CONVLENS_INHERITED"  # what a worker process gets: the file numbers of its socket and of its parent's pipe

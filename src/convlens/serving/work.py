@@ -21,9 +21,9 @@ from python_multipart.multipart import Field, File, MultipartState
 from convlens.data.pictures import BadImage, Pixels, open_image
 from convlens.errors import UsageError
 from convlens.explain.occlusion import Heat, Occlusion
-from convlens.machine import available_cores
 from convlens.shipping.onnx_predictor import BATCH, OnnxPredictor
 from convlens.shipping.prediction import Prediction
+from convlens.system.hardware import available_cores
 
 MOST_IMAGES = 1000  # in a request
 MAX_IMAGE_PIXELS = 25_000_000  # of one picture: a camera's 24 megapixels; every decoder may have one at a time

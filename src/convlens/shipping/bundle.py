@@ -16,11 +16,12 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
 from convlens.data.preprocess import Preprocess
-from convlens.errors import ConvlensError, UnknownName, UsageError, first_few
+from convlens.errors import ConvlensError, UnknownName, UsageError
 from convlens.evaluation.trust import Trust
 from convlens.models import create_model
-from convlens.runfolder import read_json, replacing, write_json, write_text
 from convlens.shipping.places import CARD, CONFIG, TRUST, WEIGHTS, read_whole
+from convlens.system.files import read_json, replacing, write_json, write_text
+from convlens.system.text import first_few
 
 FORMAT = 1
 SIDES = ("channels", "height", "width")

@@ -13,10 +13,10 @@ from torch import Tensor
 from convlens.data.dataset import Split
 from convlens.data.pictures import Pixels
 from convlens.evaluation.metrics import Views, compute_logits, compute_outputs, judge
-from convlens.runtime import choose_device
 from convlens.shipping.bundle import Bundle, load_bundle
 from convlens.shipping.places import find_bundle
 from convlens.shipping.prediction import Predictor
+from convlens.system.device import choose_device
 
 
 class Classifier(Predictor):

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError
-from convlens.runfolder import read_json, replacing, write_json
 from convlens.shipping.bundle import Bundle, load_bundle
 from convlens.shipping.classifier import Classifier
 from convlens.shipping.onnx_predictor import FORMAT, METADATA, UNSEALED, OnnxPredictor, seal
 from convlens.shipping.places import CONFIG, GRAPH, TRUST, WEIGHTS
 from convlens.shipping.prediction import Predictor
+from convlens.system.files import read_json, replacing, write_json
 
 OPSET = 20  # the first with GELU
 

@@ -20,10 +20,10 @@ from convlens.data.pictures import Pixels
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.coverage import LEVELS
-from convlens.machine import available_cores
-from convlens.runfolder import read_json
 from convlens.shipping.places import CONFIG, GRAPH, TRUST, WEIGHTS, find_bundle, read_whole
 from convlens.shipping.prediction import Predictor
+from convlens.system.files import read_json
+from convlens.system.hardware import available_cores
 
 # whoever imported ONNX Runtime before convlens has its telemetry on: at least our models are not reported
 onnxruntime.disable_telemetry_events()
@@ -193,8 +193,8 @@ def load_predictor(source: str | Path) -> Predictor:
     found = find_onnx(source)
     if found is not None:
         return found
-    from convlens.runtime import use_threads
     from convlens.shipping.classifier import Classifier
+    from convlens.system.device import use_threads
 
     use_threads()
     return Classifier.load(source)

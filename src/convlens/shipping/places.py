@@ -6,8 +6,9 @@ import hashlib
 from importlib import resources
 from pathlib import Path
 
-from convlens.errors import ConvlensError, UnknownName, UsageError, quoted
-from convlens.runfolder import RunFolder
+from convlens.errors import ConvlensError, UnknownName, UsageError
+from convlens.run_dir import RunFolder
+from convlens.system.text import quoted
 
 # the files of a bundle
 WEIGHTS, CONFIG, CARD, TRUST = "model.safetensors", "config.json", "README.md", "trust.safetensors"

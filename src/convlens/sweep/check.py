@@ -12,10 +12,11 @@ from torch import nn
 
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
-from convlens.errors import UsageError, first_few
+from convlens.errors import UsageError
 from convlens.models import model_options
-from convlens.runtime import callers_state_kept
 from convlens.sweep.space import Choice, Range, Space
+from convlens.system.random import callers_state_kept
+from convlens.system.text import first_few
 from convlens.training.engine import require_possible
 from convlens.training.nets import describe_net, make_net, without_unfit
 from convlens.training.recipe import MODEL_OPTIONS, Recipe, flag

@@ -18,11 +18,11 @@ from convlens.errors import ConvlensError, Interrupted, UsageError
 from convlens.evaluation.paired import PairedSeeds
 from convlens.reporting import swept
 from convlens.run import Run, read_answers
-from convlens.runfolder import read_json, write_csv, write_json
 from convlens.series import SUMMARY, Series
 from convlens.sweep.space import Choice
 from convlens.sweep.study import MACHINE, PLAN, Sweep
 from convlens.sweep.work import BEAT, GRACE, cut_short, is_gone, process_name, settle
+from convlens.system.files import read_json, write_csv, write_json
 from convlens.training.recipe import LENGTHS, Recipe
 from convlens.training.recipes import RECIPES, get_recipe
 

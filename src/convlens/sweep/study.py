@@ -19,14 +19,16 @@ from convlens.data.catalog import data_name, load_dataset, refuse_inside_data, r
 from convlens.data.dataset import Dataset, Split
 from convlens.data.loader import require_balance
 from convlens.data.preprocess import Preprocess
-from convlens.errors import UsageError, quoted
+from convlens.errors import UsageError
 from convlens.ranks import require_alone
 from convlens.record import command_line
-from convlens.runfolder import RunFolder, read_json, write_json
-from convlens.runtime import choose_device
+from convlens.run_dir import RunFolder
 from convlens.sweep.check import Check
 from convlens.sweep.space import PRESETS, Space, parse_space, read_space, space_texts
 from convlens.sweep.storage import absolute_storage, open_storage
+from convlens.system.device import choose_device
+from convlens.system.files import read_json, write_json
+from convlens.system.text import quoted
 from convlens.training.recipe import FIELD_TYPES, Recipe, flag
 from convlens.training.recipes import default_recipe, get_recipe
 from convlens.training.start import require_fresh

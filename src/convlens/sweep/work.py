@@ -24,9 +24,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from convlens.data.loader import count_batches
 from convlens.errors import Interrupted
-from convlens.machine import available_cores
-from convlens.runtime import derive_seed, use_threads
 from convlens.sweep.study import Sweep
+from convlens.system.device import use_threads
+from convlens.system.hardware import available_cores
+from convlens.system.random import derive_seed
 from convlens.training.checkpoint import EpochRecord
 from convlens.training.engine import fit
 from convlens.training.nets import describe_net, make_net, without_unfit

@@ -15,7 +15,8 @@ from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
 from convlens.evaluation.metrics import compute_logits
 from convlens.evaluation.trust import FEW
-from convlens.runtime import callers_state_kept, choose_device
+from convlens.system.device import choose_device
+from convlens.system.random import callers_state_kept
 from convlens.training.engine import fit
 from convlens.training.nets import describe_net, make_net
 from convlens.training.precision import choose_precision

@@ -17,9 +17,10 @@ from convlens.data.preprocess import Preprocess
 from convlens.data.shrink import shrink
 from convlens.errors import Interrupted, UsageError
 from convlens.evaluation.metrics import Scores, evaluate
-from convlens.progress import Meter
 from convlens.ranks import join
-from convlens.runtime import choose_device, keep_memory
+from convlens.system.device import choose_device
+from convlens.system.memory import keep_memory
+from convlens.system.progress import Meter
 from convlens.training.batchnorm import BatchNormTogether, batchnorm_statistics
 from convlens.training.checkpoint import CheckpointStore, EpochRecord, TrainState, pack, unpack
 from convlens.training.divergence import NumberWatch, diverged, require_numbers

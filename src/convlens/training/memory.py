@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from convlens.runtime import return_memory
+from convlens.system.memory import return_memory
 
 Step = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 

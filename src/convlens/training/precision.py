@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convlens.data.fetch import cache_folder
 from convlens.data.shrink import small_shape
 from convlens.errors import ConvlensError
-from convlens.machine import has_bf16, processor_name
-from convlens.runfolder import read_json, write_json
+from convlens.system.files import cache_folder, read_json, write_json
+from convlens.system.hardware import has_bf16, processor_name
 from convlens.training.recipe import Recipe
 from convlens.training.resizing import require_any_size
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from convlens.errors import UsageError
-from convlens.registry import Registry
-from convlens.runfolder import read_json
+from convlens.system.files import read_json
+from convlens.system.registry import Registry
 from convlens.training.recipe import Recipe
 
 # what `convlens train DATA` takes for a data set; any other data is a folder's

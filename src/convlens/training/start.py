@@ -18,9 +18,9 @@ from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError
 from convlens.models import ConvNet, model_options
 from convlens.models.backbones import PREFIX, download_weights, usual_form
-from convlens.runfolder import read_json
 from convlens.shipping.bundle import load_bundle
 from convlens.shipping.places import find_bundle, shipped_models
+from convlens.system.files import read_json
 from convlens.training.recipe import MODEL_OPTIONS, Recipe
 
 TIMM = "timm"  # as --pretrained: timm's own weights

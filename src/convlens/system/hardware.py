@@ -7,6 +7,7 @@ import os
 import platform
 
 OWN_LAUNCHER = "CONVLENS_LAUNCHER"  # names the process that has started this one
+
 OWN_JOB = "convlens-"  # what the names of jobs that convlens has started begin with
 
 
@@ -39,3 +40,8 @@ def has_bf16() -> bool:
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
         return any("bf16" in line for line in lines if line.startswith(("flags", "Features")))
     return False
+
+
+def processes_here() -> int:
+    """Return how many processes of this training share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
 PATIENCE = 2.0  # seconds before anything is shown
 
 
