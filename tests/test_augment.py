@@ -13,7 +13,7 @@ from convlens.data.augment import Draws
 from convlens.data.dataset import Split
 from convlens.data.loader import Batches
 from convlens.data.normalise import Normalise
-from convlens.ranks import Ranks
+from convlens.distributed.process_group import Ranks
 
 quick = settings(max_examples=50, deadline=None, database=None, derandomize=True)
 CPU = torch.device("cpu")

@@ -16,10 +16,10 @@ from convlens.data.loader import Batches
 from convlens.data.pictures import PictureStyle
 from convlens.data.preprocess import Preprocess
 from convlens.data.shrink import shrink
+from convlens.distributed.process_group import Ranks
 from convlens.errors import ConvlensError, Diverged, Interrupted, UsageError
 from convlens.evaluation.metrics import Scores, evaluate
 from convlens.models import ConvNet, create_model
-from convlens.ranks import Ranks
 from convlens.training import memory, nets
 from convlens.training.checkpoint import CheckpointStore, EpochRecord, TrainState
 from convlens.training.engine import Watcher, fit

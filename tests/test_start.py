@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import convlens
 from convlens.cli import main
+from convlens.distributed.sync_batchnorm import BatchNormTogether
 from convlens.errors import ConvlensError, UsageError
 from convlens.experiment import Experiment
 from convlens.models import MODELS, ConvNet, create_model
 from convlens.run import Run
-from convlens.training.batchnorm import BatchNormTogether
 from convlens.training.engine import fit
 from convlens.training.recipe import Recipe
 from convlens.training.start import Start, adopt_weights

@@ -595,7 +595,7 @@ def test_one_process_confirms_until_it_is_silent_for_long(toy: str, monkeypatch:
 
 
 def test_torchrun_is_refused(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convlens.ranks.join", lambda: SimpleNamespace(size=2))
+    monkeypatch.setattr("convlens.distributed.process_group.join", lambda: SimpleNamespace(size=2))
     with pytest.raises(UsageError, match="^a sweep cannot be shared by several processes: start it without torchrun$"):
         Sweep.create(toy, params=LR, **QUICK)
     assert not Path("runs").exists()

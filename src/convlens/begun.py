@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from convlens.data.preprocess import Preprocess
+from convlens.distributed.process_group import job_began
 from convlens.errors import ConvlensError, UsageError
-from convlens.ranks import job_began
 from convlens.record import command_line
 from convlens.run_dir import RunFolder
 from convlens.system.device import choose_device, describe_machine, use_threads

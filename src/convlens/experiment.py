@@ -20,10 +20,10 @@ from convlens.data.catalog import data_name, load_dataset, load_recorded, refuse
 from convlens.data.dataset import Dataset
 from convlens.data.loader import require_balance
 from convlens.data.preprocess import Preprocess
+from convlens.distributed.process_group import Ranks, job, join
 from convlens.errors import UsageError
 from convlens.finish import conclude
 from convlens.models import count_parameters
-from convlens.ranks import Ranks, job, join
 from convlens.record import (
     Board,
     LiveRecord,

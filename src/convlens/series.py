@@ -14,10 +14,10 @@ from convlens.begun import list_changes
 from convlens.data.catalog import data_name, load_dataset, refuse_inside_data
 from convlens.data.dataset import Dataset
 from convlens.data.folds import deal_out, merge, take_fold
+from convlens.distributed.process_group import require_alone
 from convlens.errors import UsageError
 from convlens.evaluation.metrics import wilson_interval
 from convlens.experiment import Experiment
-from convlens.ranks import require_alone
 from convlens.record import command_line
 from convlens.run import Run
 from convlens.run_dir import SERIES, RunFolder

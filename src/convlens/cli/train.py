@@ -132,12 +132,12 @@ def train(
     if processes > 1 and own and not own.startswith(OWN_JOB):
         raise UsageError("torchrun says how many processes there are; leave --processes out")
     if processes > 1 and not own:
-        from convlens.launch import launch
+        from convlens.distributed.launcher import launch
 
         raise SystemExit(launch(sys.argv[1:], processes))  # its processes have said what there is to say
     with importing():
+        from convlens.distributed.process_group import join
         from convlens.experiment import Experiment
-        from convlens.ranks import join
         from convlens.series import Series
 
     heed_interrupts()
@@ -196,7 +196,7 @@ def run_experiment(experiment: Experiment, part_of: Path | None = None, *, live:
 
     That is by the series that it is a part of, if it is.
     """
-    from convlens.ranks import is_orphan
+    from convlens.distributed.process_group import is_orphan
 
     whole = part_of or experiment.folder.path
     alone, first = experiment.ranks.size == 1, experiment.ranks.first

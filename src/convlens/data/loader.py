@@ -10,8 +10,8 @@ from torch import Tensor
 from convlens.data.augment import Draws, mirror
 from convlens.data.dataset import Split
 from convlens.data.normalise import Normalise
+from convlens.distributed.process_group import Ranks
 from convlens.errors import UsageError
-from convlens.ranks import Ranks
 from convlens.system.random import derive_seed, seed_global
 
 FLIP = -1  # stands for no epoch: the stream of numbers that says which images are mirrored first

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from convlens.data.dataset import Split
 from convlens.data.normalise import Normalise
-from convlens.ranks import Ranks
+from convlens.distributed.process_group import Ranks
 from convlens.system.progress import Meter
 
 Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution

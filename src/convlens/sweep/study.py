@@ -19,8 +19,8 @@ from convlens.data.catalog import data_name, load_dataset, refuse_inside_data, r
 from convlens.data.dataset import Dataset, Split
 from convlens.data.loader import require_balance
 from convlens.data.preprocess import Preprocess
+from convlens.distributed.process_group import require_alone
 from convlens.errors import UsageError
-from convlens.ranks import require_alone
 from convlens.record import command_line
 from convlens.run_dir import RunFolder
 from convlens.sweep.check import Check

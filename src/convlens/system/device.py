@@ -6,8 +6,8 @@ import platform
 
 import torch
 
+from convlens.distributed.process_group import join
 from convlens.errors import UsageError
-from convlens.ranks import join
 from convlens.system.hardware import available_cores, processes_here, processor_name
 
 DEVICES = ("auto", "cpu", "cuda", "mps")

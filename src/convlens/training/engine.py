@@ -15,13 +15,13 @@ from convlens.data.dataset import Dataset
 from convlens.data.loader import Batches
 from convlens.data.preprocess import Preprocess
 from convlens.data.shrink import shrink
+from convlens.distributed.process_group import join
+from convlens.distributed.sync_batchnorm import BatchNormTogether, batchnorm_statistics
 from convlens.errors import Interrupted, UsageError
 from convlens.evaluation.metrics import Scores, evaluate
-from convlens.ranks import join
 from convlens.system.device import choose_device
 from convlens.system.memory import keep_memory
 from convlens.system.progress import Meter
-from convlens.training.batchnorm import BatchNormTogether, batchnorm_statistics
 from convlens.training.checkpoint import CheckpointStore, EpochRecord, TrainState, pack, unpack
 from convlens.training.divergence import NumberWatch, diverged, require_numbers
 from convlens.training.memory import in_parts

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convlens.ranks import Ranks
+from convlens.distributed.process_group import Ranks
 from convlens.training.checkpoint import TrainState
 
 

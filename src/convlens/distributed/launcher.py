@@ -14,6 +14,7 @@ from convlens.errors import PeerGone, UsageError
 from convlens.system.hardware import OWN_JOB, OWN_LAUNCHER, available_cores
 
 RESTARTS = 3
+
 SAVING = 600  # seconds that the processes have to finish a step and save, when they are asked to stop
 
 

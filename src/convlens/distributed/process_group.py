@@ -152,7 +152,7 @@ def distributed() -> Any:
 @functools.cache
 def join() -> Ranks:
     """Return this process's place among those that torchrun has started with it; it is alone if it was not torchrun."""
-    # a job of convlens.launch has a name that no other has, so a run by that name is its own
+    # a job of convlens.distributed.launcher has a name that no other has, so a run by that name is its own
     own = os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OWN_JOB)
     again = own or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
@@ -237,6 +237,6 @@ def job_began() -> float:
 
 
 def is_orphan() -> bool:
-    """Say whether this process was started by convlens.launch, and that is gone."""
+    """Say whether this process was started by convlens.distributed.launcher, and that is gone."""
     started = os.environ.get(OWN_LAUNCHER)
     return started is not None and os.getppid() != int(started)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from convlens.distributed.process_group import distributed, peers_needed
 from convlens.errors import UsageError
-from convlens.ranks import distributed, peers_needed
 
 RUNNING = ("running_mean", "running_var")  # BatchNorm's buffers
 
