@@ -15,7 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from convlens.data.augment import Draws, mirror, shift
 from convlens.data.dataset import Dataset
-from convlens.data.normalise import Normalise
+from convlens.data.normalize import Normalise
 from convlens.data.preprocess import Preprocess
 from convlens.evaluation.metrics import Scores, Views, compute_logits, make_views
 from convlens.models import create_model

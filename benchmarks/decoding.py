@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from sections import Record, answer, print_cost, table, timed
 
-from convlens.data.catalog import load_dataset
+from convlens.data.loading import load_dataset
 
 PHOTOS, MANY = 2_000, 100_000
 

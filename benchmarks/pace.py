@@ -20,8 +20,8 @@ from sections import Record, answer, net_label, print_cost, spread, table, timed
 
 import convlens
 from convlens.data.augment import mirror
-from convlens.data.catalog import load_dataset
 from convlens.data.dataset import Dataset
+from convlens.data.loading import load_dataset
 from convlens.data.preprocess import Preprocess
 from convlens.models import create_model, summarise
 from convlens.run import Run

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from sections import Record, load_named, percent, spread, table, timed
 
-from convlens.data.catalog import load_dataset
+from convlens.data.loading import load_dataset
 from convlens.explain.attribution import class_activation_map
 from convlens.shipping.classifier import Classifier
 from convlens.shipping.int8 import build_int8

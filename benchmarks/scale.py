@@ -19,9 +19,9 @@ import numpy as np
 from sections import Record, answer, net_label, print_cost, table, timed
 
 import convlens
-from convlens.data.catalog import from_arrays
+from convlens.data.arrays import from_arrays
 from convlens.data.dataset import Dataset, Split
-from convlens.data.pictures import PictureStyle
+from convlens.data.images import PictureStyle
 from convlens.data.shards import pack
 
 PAIRS = 3

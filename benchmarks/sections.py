@@ -17,8 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from convlens.data.catalog import load_dataset
 from convlens.data.dataset import Dataset
+from convlens.data.loading import load_dataset
 from convlens.system.device import choose_device, describe_machine, use_threads
 
 RECORDS = Path(__file__).parent / "records"

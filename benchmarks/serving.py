@@ -18,7 +18,7 @@ from fastapi import FastAPI, UploadFile
 from PIL import Image
 from sections import Record, table
 
-from convlens.data.catalog import load_dataset
+from convlens.data.loading import load_dataset
 from convlens.shipping.classifier import Classifier
 
 TOGETHER, CONNECTIONS, SECONDS = 100, 4, 8.0  # images in a form, forms under way, for so long

@@ -27,8 +27,8 @@ from sections import Record, peak_mib, run_sections, table
 from torch import Tensor
 
 import convlens
-from convlens.data.catalog import load_dataset
 from convlens.data.dataset import Dataset, Split
+from convlens.data.loading import load_dataset
 from convlens.doctor import Findings, examine
 from convlens.evaluation.duplicates import move
 from convlens.evaluation.metrics import compute_outputs

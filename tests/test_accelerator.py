@@ -18,8 +18,8 @@ from torch import Tensor
 from convlens.data import loader
 from convlens.data.augment import Draws
 from convlens.data.dataset import Dataset, Split
-from convlens.data.normalise import Normalise
-from convlens.data.pictures import PictureStyle
+from convlens.data.images import PictureStyle
+from convlens.data.normalize import Normalise
 from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
 from convlens.system.random import callers_state_kept

@@ -12,7 +12,7 @@ from convlens.data import augment
 from convlens.data.augment import Draws
 from convlens.data.dataset import Split
 from convlens.data.loader import Batches
-from convlens.data.normalise import Normalise
+from convlens.data.normalize import Normalise
 from convlens.distributed.process_group import Ranks
 
 quick = settings(max_examples=50, deadline=None, database=None, derandomize=True)

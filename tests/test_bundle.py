@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from convlens.data.pictures import BadImage, PictureStyle
+from convlens.data.builtin import DATASETS
+from convlens.data.images import BadImage, PictureStyle
 from convlens.data.preprocess import Preprocess
-from convlens.data.published import DATASETS
 from convlens.errors import ConvlensError, UnknownName, UsageError
 from convlens.models import MODELS, create_model, register
 from convlens.shipping import places

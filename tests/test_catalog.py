@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from convlens.data.catalog import from_arrays, load_dataset
+from convlens.data.arrays import from_arrays
+from convlens.data.builtin import DATASETS
 from convlens.data.dataset import Dataset, Split, check_classes
-from convlens.data.published import DATASETS
+from convlens.data.loading import load_dataset
 from convlens.errors import ConvlensError, UnknownName, UsageError
 
 quick = settings(max_examples=50, deadline=None, database=None, derandomize=True)

@@ -538,11 +538,11 @@ def test_a_damaged_data_file_is_named(kind: str, shell: Shell, tmp_path: Path, m
 def test_data_that_cannot_be_had_say_where_to_put_them(
     shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from convlens.data import fetch, published
+    from convlens.data import builtin, download
 
-    monkeypatch.setattr(fetch, "search_path", lambda: [tmp_path])
-    nowhere = dataclasses.replace(published.MNIST, mirrors=("http://127.0.0.1:9/a/", "http://127.0.0.1:9/b/"))
-    monkeypatch.setattr(published, "MNIST", nowhere)
+    monkeypatch.setattr(download, "search_path", lambda: [tmp_path])
+    nowhere = dataclasses.replace(builtin.MNIST, mirrors=("http://127.0.0.1:9/a/", "http://127.0.0.1:9/b/"))
+    monkeypatch.setattr(builtin, "MNIST", nowhere)
     line = shell.fails("train", "mnist", code=1, says="is not on this machine and could not be downloaded")
     assert "http://127.0.0.1:9/a/: " in line
     assert "http://127.0.0.1:9/b/: " in line

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 import convlens
-from convlens.data.catalog import load_dataset
 from convlens.data.dataset import Dataset, Split
+from convlens.data.loading import load_dataset
 from convlens.doctor import examine, write_findings, write_list
 from convlens.errors import UsageError
 from convlens.evaluation.duplicates import describe_images, find_copies, find_near_copies, move

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import convlens.training.engine as engine
 from convlens import cli
-from convlens.data.folder import load_folder
+from convlens.data.image_folder import load_folder
 from convlens.errors import ConvlensError, Diverged, UsageError
 from convlens.experiment import Experiment
 from convlens.run_dir import RunFolder

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import convlens.training.engine as engine
 from convlens.data.dataset import Dataset, Numbers, Split
+from convlens.data.images import PictureStyle
 from convlens.data.loader import Batches
-from convlens.data.pictures import PictureStyle
 from convlens.data.preprocess import Preprocess
-from convlens.data.shrink import shrink
+from convlens.data.resize import shrink
 from convlens.distributed.process_group import Ranks
 from convlens.errors import ConvlensError, Diverged, Interrupted, UsageError
 from convlens.evaluation.metrics import Scores, evaluate

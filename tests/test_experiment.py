@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import convlens
-from convlens.data.catalog import load_dataset
+from convlens.data.loading import load_dataset
 from convlens.errors import ConvlensError, Interrupted, UnknownName, UsageError
 from convlens.evaluation.metrics import dense_confusion
 from convlens.experiment import Experiment, train

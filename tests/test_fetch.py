@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convlens.data import published
-from convlens.data.catalog import load_dataset
-from convlens.data.fetch import find_file, find_or_download, read_verified, search_path, unpack_members
-from convlens.data.parsers import CIFAR_RECORD
-from convlens.data.published import IdxSource, read_cifar10_archive, whereabouts
+from convlens.data import builtin
+from convlens.data.builtin import IdxSource, read_cifar10_archive, whereabouts
+from convlens.data.download import find_file, find_or_download, read_verified, search_path, unpack_members
+from convlens.data.formats import CIFAR_RECORD
+from convlens.data.loading import load_dataset
 from convlens.errors import ConvlensError
 from convlens.system.files import cache_folder
 
@@ -168,7 +168,7 @@ def test_every_layout_loads(folder: str, end: str, cache: Path) -> None:
 
 
 def test_mnist_by_name_takes_the_files_that_are_there(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(published, "MNIST", SOURCE)
+    monkeypatch.setattr(builtin, "MNIST", SOURCE)
     for name, content in FILES.items():
         put(Path("data/MNIST/raw") / name, content)
     dataset = load_dataset("mnist")
@@ -433,7 +433,7 @@ def test_a_damaged_archive_is_read_or_refused_for_people(
 
 BATCHES = {
     name: bytes([i]) + bytes([i * 10]) * (CIFAR_RECORD - 1) + bytes([9]) + bytes([i]) * (CIFAR_RECORD - 1)
-    for i, name in enumerate(published.CIFAR10_FILES)
+    for i, name in enumerate(builtin.CIFAR10_FILES)
 }
 ARCHIVE = archive({f"cifar-10-batches-bin/{name}": content for name, content in BATCHES.items()})
 
@@ -441,8 +441,8 @@ ARCHIVE = archive({f"cifar-10-batches-bin/{name}": content for name, content in 
 @pytest.fixture
 def small_cifar(cache: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
     """Six files of two images each stand for the published ones, the server for their mirror."""
-    monkeypatch.setattr(published, "CIFAR10_FILES", {name: sha256(content) for name, content in BATCHES.items()})
-    monkeypatch.setattr(published, "CIFAR10_MIRRORS", (f"{site.address}/first/", f"{site.address}/"))
+    monkeypatch.setattr(builtin, "CIFAR10_FILES", {name: sha256(content) for name, content in BATCHES.items()})
+    monkeypatch.setattr(builtin, "CIFAR10_MIRRORS", (f"{site.address}/first/", f"{site.address}/"))
     return site
 
 

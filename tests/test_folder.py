@@ -17,11 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-from convlens.data import decode, pictures
-from convlens.data import folder as folder_module
-from convlens.data.catalog import load_dataset
+from convlens.data import decoding, images
+from convlens.data import image_folder as folder_module
 from convlens.data.dataset import Dataset
-from convlens.data.folder import load_folder, scan
+from convlens.data.image_folder import load_folder, scan
+from convlens.data.loading import load_dataset
 from convlens.errors import ConvlensError, UsageError
 
 RED, BLUE = (230, 20, 20), (20, 20, 230)
@@ -391,7 +391,7 @@ def test_the_pixels_stay_with_their_names_when_files_are_skipped(root: Path) -> 
 def test_a_picture_of_too_many_pixels_is_unreadable(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(root, "a", "b")
     paint(root / "a" / "bomb.png", size=(40, 40))
-    monkeypatch.setattr(pictures, "LARGEST", 1000)
+    monkeypatch.setattr(images, "LARGEST", 1000)
     dataset = load_folder(root, allow_unreadable=True)
     assert dataset.unreadable == ("a/bomb.png has too many pixels (over 1,000)",)
 
@@ -718,8 +718,8 @@ def test_many_files_are_read_by_processes_and_come_out_the_same(
     paint(root / "a" / "photo.jpg", size=(31, 17))
     alone = load_folder(root, allow_unreadable=True)
     shutil.rmtree(cache)
-    monkeypatch.setattr(decode, "MANY", 1)
-    monkeypatch.setattr(decode, "CHUNK", 7)  # so that the order of chunks counts
+    monkeypatch.setattr(decoding, "MANY", 1)
+    monkeypatch.setattr(decoding, "CHUNK", 7)  # so that the order of chunks counts
     together = load_folder(root, allow_unreadable=True)
     assert together.fingerprint() == alone.fingerprint()
     assert together.unreadable == alone.unreadable == tuple(
@@ -730,15 +730,15 @@ def test_many_files_are_read_by_processes_and_come_out_the_same(
 
 def test_a_helper_that_is_killed_is_told_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(root, "a", "b")
-    monkeypatch.setattr(decode, "MANY", 1)
+    monkeypatch.setattr(decoding, "MANY", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(decode.Helper, "ask", lambda self, *question: (self.kill(), ask(self, *question))[1])
+        patch.setattr(decoding.Helper, "ask", lambda self, *question: (self.kill(), ask(self, *question))[1])
         with pytest.raises(ConvlensError, match="^a process that reads images was killed, perhaps for want of memory"):
             load_folder(root)
     assert len(load_folder(root).train) == 8
 
 
-ask = decode.Helper.ask
+ask = decoding.Helper.ask
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="it looks for processes where Linux lists them")
@@ -746,9 +746,9 @@ def test_helpers_end_with_the_one_who_asks(root: Path, monkeypatch: pytest.Monke
     """Also in the middle of a picture, and also when that one is killed."""
     path = paint(root / "large.png", size=(6000, 6000))
     names = ["large.png"] * 2000
-    monkeypatch.setattr(decode, "CHUNK", 1)
+    monkeypatch.setattr(decoding, "CHUNK", 1)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    parts = decode.decode_files(root, names, [digest] * 2000, 1, 8)
+    parts = decoding.decode_files(root, names, [digest] * 2000, 1, 8)
     assert next(parts)[0].shape == (1, 1, 8, 8)
     helpers = children(os.getpid())
     assert helpers
@@ -788,7 +788,7 @@ def alive(processes: list[Path]) -> list[Path]:
 
 
 def test_reading_files_needs_no_pytorch() -> None:
-    code = "import sys, convlens.data.decode; print('torch' in sys.modules)"
+    code = "import sys, convlens.data.decoding; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
@@ -819,7 +819,7 @@ def test_want_of_memory_says_nothing_of_an_image(root: Path, cache: Path, monkey
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(pictures.ImageOps, "exif_transpose", fail)
+        patch.setattr(images.ImageOps, "exif_transpose", fail)
         patch.setattr(Image.Image, "load", fail)
         patch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
         with pytest.raises(MemoryError):

@@ -26,10 +26,10 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from convlens.data.catalog import load_npz
-from convlens.data.fetch import read_verified, unpack_members
-from convlens.data.parsers import CIFAR_RECORD, parse_cifar10, parse_idx
-from convlens.data.pictures import PictureStyle
+from convlens.data.arrays import load_npz
+from convlens.data.download import read_verified, unpack_members
+from convlens.data.formats import CIFAR_RECORD, parse_cifar10, parse_idx
+from convlens.data.images import PictureStyle
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError
 from convlens.models import create_model

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import convlens.training.engine as engine
 from convlens.data.dataset import Dataset, Split
-from convlens.data.pictures import PictureStyle
+from convlens.data.images import PictureStyle
 from convlens.data.preprocess import Preprocess
 from convlens.errors import Interrupted
 from convlens.training.nets import describe_net, make_net

@@ -15,8 +15,8 @@ import results
 import sections
 import torch
 
-from convlens.data.catalog import load_dataset
 from convlens.data.dataset import Split
+from convlens.data.loading import load_dataset
 from convlens.evaluation.metrics import wilson_interval
 from convlens.experiment import Experiment
 

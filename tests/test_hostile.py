@@ -29,9 +29,9 @@ from test_cli import Shell, make_folder, shell  # noqa: F401  # a fixture
 from test_engine import make_dataset, make_net, make_recipe, train
 from torch import nn
 
-from convlens.data.catalog import load_dataset
-from convlens.data.fetch import read_verified, unpack_members
-from convlens.data.folder import load_folder
+from convlens.data.download import read_verified, unpack_members
+from convlens.data.image_folder import load_folder
+from convlens.data.loading import load_dataset
 from convlens.errors import ConvlensError
 from convlens.experiment import Experiment
 from convlens.models import ConvNet, register
@@ -548,7 +548,7 @@ def check_bad_files(folder: Path, count: int) -> dict[str, int]:
 
     from test_durable import fork, wait
 
-    from convlens.data.pictures import BadImage, open_image, to_mode
+    from convlens.data.images import BadImage, open_image, to_mode
 
     tally = folder / "tally.json"
 

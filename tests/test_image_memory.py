@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 from test_server import running
 
-from convlens.data import pictures
-from convlens.data.pictures import BadImage, PictureStyle, estimate_paper, fit_ink, open_image, to_mode
+from convlens.data import images
+from convlens.data.images import BadImage, PictureStyle, open_image, to_mode
+from convlens.data.mnist_style import estimate_paper, fit_ink
 from convlens.data.preprocess import Preprocess
 from convlens.explain.occlusion import Occlusion, occlusion_map
 
@@ -105,7 +106,7 @@ def test_a_panorama_a_long_screenshot_and_a_receipt_are_read(size: tuple[int, in
 
 
 def test_a_jpeg_over_the_limit_that_must_be_held_whole_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "LARGEST", 1000)
+    monkeypatch.setattr(images, "LARGEST", 1000)
     image = Image.new("RGB", (80, 64))
     assert open_image(encode(image, "JPEG")).size == (10, 8)
     with pytest.raises(BadImage, match=r"has too many pixels \(over 1,000\)$"):
@@ -134,9 +135,9 @@ def test_the_estimate_of_the_paper_takes_little_memory_whatever_the_shape() -> N
 def test_only_a_long_border_is_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
     light = np.add.outer(np.arange(3024.0), np.arange(4032.0)).astype(np.float32) / 40
     expected = estimate_paper(light)
-    monkeypatch.setattr(pictures, "MAX_BORDER_SAMPLES", 1 << 40)
+    monkeypatch.setattr(images, "MAX_BORDER_SAMPLES", 1 << 40)
     assert np.array_equal(estimate_paper(light), expected)  # of 12 megapixels: to the bit
-    monkeypatch.setattr(pictures, "MAX_BORDER_SAMPLES", 1000)
+    monkeypatch.setattr(images, "MAX_BORDER_SAMPLES", 1000)
     assert np.allclose(estimate_paper(light), expected, atol=0.1)
 
 
@@ -148,7 +149,7 @@ def test_colours_are_changed_in_bands_to_the_same_pixels(monkeypatch: pytest.Mon
     gray.info["transparency"] = seen.info["transparency"] = 7
     cases = [image, deep, deep.convert("I"), gray, seen, image.convert("CMYK"), image.convert("LA"), gray.convert("F")]
     whole = [to_mode(case, channels).tobytes() for case in cases for channels in (1, 3)]
-    monkeypatch.setattr(pictures, "BAND_PIXELS", 210)
+    monkeypatch.setattr(images, "BAND_PIXELS", 210)
     assert [to_mode(case, channels).tobytes() for case in cases for channels in (1, 3)] == whole
 
 
@@ -157,7 +158,7 @@ def test_a_very_large_page_of_ink_is_searched_at_half_its_size(monkeypatch: pyte
     page.paste(10, (100, 80, 120, 220))
     style = PictureStyle(20, True)
     whole = np.asarray(fit_ink(page, 28, 28, style), dtype=int)
-    monkeypatch.setattr(pictures, "MAX_INK_PIXELS", 60_000)
+    monkeypatch.setattr(images, "MAX_INK_PIXELS", 60_000)
     assert np.abs(np.asarray(fit_ink(page, 28, 28, style)) - whole).max() <= 2
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convlens.data.folder import load_folder
-from convlens.data.pictures import PictureStyle, fit_photo, image_pixels, open_image, to_mode
+from convlens.data.image_folder import load_folder
+from convlens.data.images import PictureStyle, fit_photo, image_pixels, open_image, to_mode
 from convlens.data.preprocess import Preprocess
 
 GOLDEN = Path(__file__).parent / "golden" / "images"

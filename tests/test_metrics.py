@@ -11,7 +11,7 @@ from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor, nn
 
 from convlens.data.dataset import Split
-from convlens.data.normalise import Normalise
+from convlens.data.normalize import Normalise
 from convlens.evaluation.metrics import (
     Scores,
     compute_logits,

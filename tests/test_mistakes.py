@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 import convlens
-from convlens.data.catalog import load_dataset
 from convlens.data.dataset import Split
+from convlens.data.images import PictureStyle
 from convlens.data.loader import Batches
-from convlens.data.pictures import PictureStyle
+from convlens.data.loading import load_dataset
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt

@@ -20,7 +20,7 @@ from test_bundle import make_bundle
 
 from convlens import cli
 from convlens.data.dataset import Dataset, Split
-from convlens.data.pictures import PictureStyle
+from convlens.data.images import PictureStyle
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.metrics import compute_outputs
 from convlens.evaluation.trust import Trust

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
-from convlens.data.parsers import CIFAR_RECORD, parse_cifar10, parse_idx
+from convlens.data.formats import CIFAR_RECORD, parse_cifar10, parse_idx
 from convlens.errors import ConvlensError
 
 quick = settings(max_examples=100, deadline=None, database=None, derandomize=True)

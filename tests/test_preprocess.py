@@ -20,19 +20,19 @@ from hypothesis.extra import numpy as stn
 from PIL import Image, ImageDraw, ImageOps
 from test_fuzz import memory
 
-from convlens.data import pictures
-from convlens.data.normalise import Normalise
-from convlens.data.pictures import (
+from convlens.data import images
+from convlens.data.images import (
     BadImage,
     PictureStyle,
     array_to_image,
-    fit_ink,
     fit_photo,
     image_pixels,
     open_image,
     to_bytes,
     to_mode,
 )
+from convlens.data.mnist_style import fit_ink
+from convlens.data.normalize import Normalise
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError
 
@@ -191,7 +191,7 @@ def test_a_decompression_bomb(side: int) -> None:
 
 
 def test_an_image_just_below_the_limit_opens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "LARGEST", 100)
+    monkeypatch.setattr(images, "LARGEST", 100)
     assert open_image(encode(Image.new("L", (10, 10)), "PNG")).size == (10, 10)
     with pytest.raises(BadImage, match=r"too many pixels \(over 100\)"):
         open_image(encode(Image.new("L", (11, 10)), "PNG"))
@@ -220,7 +220,7 @@ def test_the_largest_pictures_need_bounded_memory(kind: str) -> None:
 
 
 def test_a_jpeg_over_the_limit_is_decoded_at_an_eighth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "LARGEST", 1000)
+    monkeypatch.setattr(images, "LARGEST", 1000)
     assert open_image(encode(Image.new("RGB", (80, 64), (9, 200, 9)), "JPEG")).size == (10, 8)
     with pytest.raises(BadImage, match="too many pixels"):
         open_image(encode(Image.new("RGB", (800, 640)), "JPEG"))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from convlens.data.published import DATASETS
+from convlens.data.builtin import DATASETS
 from convlens.errors import UnknownName, UsageError
 from convlens.models import create_model, model_options
 from convlens.training.optim import learning_rate, make_clip, make_loss

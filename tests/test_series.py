@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 import convlens
-from convlens.data.catalog import load_dataset
-from convlens.data.folds import take_fold
+from convlens.data.cross_validation import take_fold
+from convlens.data.loading import load_dataset
 from convlens.errors import UsageError
 from convlens.run import Run, compare_runs, evaluate_run
 from convlens.series import Series

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convlens
-from convlens.data.catalog import data_name
+from convlens.data.cross_validation import merge
 from convlens.data.dataset import Dataset
-from convlens.data.folds import merge
 from convlens.data.loader import Batches
-from convlens.data.place import Place
+from convlens.data.loading import data_name
 from convlens.data.preprocess import Preprocess
+from convlens.data.shard_storage import Place
 from convlens.data.shards import Shard, ShardImages, ShardOrder, load_shards, pack
 from convlens.errors import ConvlensError, UsageError
 

@@ -26,7 +26,7 @@ from optuna.trial import TrialState
 import convlens
 from convlens import tuning
 from convlens.cli.sweep import confirm_best
-from convlens.data.catalog import load_dataset
+from convlens.data.loading import load_dataset
 from convlens.errors import ConvlensError, Interrupted, UsageError
 from convlens.evaluation.paired import PairedSeeds
 from convlens.sweep import outcome, study, work

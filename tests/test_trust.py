@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 import convlens
-from convlens.data.catalog import load_dataset
+from convlens.data.loading import load_dataset
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.coverage import LEVELS
 from convlens.evaluation.metrics import wilson_interval

@@ -16,7 +16,7 @@ from test_bundle import make_bundle
 from test_onnx import NETS, SHAPES, run, with_trust
 
 import convlens
-from convlens.data.pictures import PictureStyle
+from convlens.data.images import PictureStyle
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError
 from convlens.run import Run

@@ -10,8 +10,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from convlens.data.catalog import from_arrays, load_dataset
+    from convlens.data.arrays import from_arrays
     from convlens.data.dataset import Dataset, Split
+    from convlens.data.loading import load_dataset
     from convlens.errors import ConvlensError
     from convlens.estimator import ConvClassifier
     from convlens.experiment import train
@@ -47,9 +48,9 @@ _HOMES = {
     "Split": "convlens.data.dataset",
     "create_model": "convlens.models",
     "fit": "convlens.training.engine",
-    "from_arrays": "convlens.data.catalog",
+    "from_arrays": "convlens.data.arrays",
     "get_recipe": "convlens.training.recipes",
-    "load_dataset": "convlens.data.catalog",
+    "load_dataset": "convlens.data.arrays",
     "train": "convlens.experiment",
     "train_series": "convlens.series",
 }

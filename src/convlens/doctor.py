@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convlens.data.catalog import refuse_inside_data
+from convlens.data.cross_validation import deal_out, merge
 from convlens.data.dataset import Dataset, Split
-from convlens.data.folds import deal_out, merge
+from convlens.data.loading import refuse_inside_data
 from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
 from convlens.evaluation.duplicates import describe_images, find_copies, find_near_copies

@@ -12,7 +12,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from convlens.data.dataset import Dataset, Numbers, Split
-from convlens.data.pictures import PictureStyle
+from convlens.data.images import PictureStyle
 from convlens.data.preprocess import Preprocess
 from convlens.evaluation.metrics import compute_logits
 from convlens.training.engine import fit

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from convlens.begun import device_of, find_begun, list_changes, read_plan
-from convlens.data.catalog import data_name, load_dataset, load_recorded, refuse_inside_data, require_size
 from convlens.data.dataset import Dataset
 from convlens.data.loader import require_balance
+from convlens.data.loading import data_name, load_dataset, load_recorded, refuse_inside_data, require_size
 from convlens.data.preprocess import Preprocess
 from convlens.distributed.process_group import Ranks, job, join
 from convlens.errors import UsageError

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from convlens.data.catalog import refuse_inside_data
-from convlens.data.pictures import open_image
+from convlens.data.images import open_image
+from convlens.data.loading import refuse_inside_data
 from convlens.errors import ConvlensError, UsageError
 from convlens.explain.explanation import Explanation, explain, require_class
 from convlens.explain.timelapse import ASKED, look_back

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from convlens.data.catalog import refuse_inside_data
+from convlens.data.loading import refuse_inside_data
 from convlens.errors import UnknownName, UsageError
 from convlens.reporting.sheets import answers_sheet, to_picture
 from convlens.run import Run, load_tested

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from convlens.data.builtin import DATASETS
 from convlens.data.dataset import Dataset
-from convlens.data.normalise import Normalise
-from convlens.data.published import DATASETS
+from convlens.data.normalize import Normalise
 from convlens.errors import UsageError
 from convlens.evaluation.metrics import compute_logits
 from convlens.explain.snapshots import write_snapshot

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from convlens.data.catalog import as_recorded, load_dataset
 from convlens.data.dataset import Dataset
-from convlens.data.fetch import only_from_here
+from convlens.data.download import only_from_here
+from convlens.data.loading import as_recorded, load_dataset
 from convlens.errors import ConvlensError, UnknownName, UsageError
 from convlens.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from convlens.evaluation.metrics import Scores, dense_confusion, make_views

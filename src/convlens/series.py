@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from convlens.begun import list_changes
-from convlens.data.catalog import data_name, load_dataset, refuse_inside_data
+from convlens.data.cross_validation import deal_out, merge, take_fold
 from convlens.data.dataset import Dataset
-from convlens.data.folds import deal_out, merge, take_fold
+from convlens.data.loading import data_name, load_dataset, refuse_inside_data
 from convlens.distributed.process_group import require_alone
 from convlens.errors import UsageError
 from convlens.evaluation.metrics import wilson_interval

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from convlens.data.dataset import Dataset
 from convlens.data.loader import Batches
 from convlens.data.preprocess import Preprocess
-from convlens.data.shrink import shrink
+from convlens.data.resize import shrink
 from convlens.errors import ConvlensError
 from convlens.system.device import choose_device
 from convlens.system.progress import track

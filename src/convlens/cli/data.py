@@ -20,8 +20,8 @@ SMALLEST = 10
 @data_app.command("list")
 def data_list() -> None:
     """List the data sets that are known by name, and where they were found."""
-    from convlens.data.fetch import search_path
-    from convlens.data.published import DATASETS, whereabouts
+    from convlens.data.builtin import DATASETS, whereabouts
+    from convlens.data.download import search_path
 
     rows = [("data set", "what", "where")]
     rows += [(name, first_line(DATASETS[name]), whereabouts(name)) for name in DATASETS.names()]
@@ -46,8 +46,8 @@ def data_info(
     with importing():
         import torch
 
-        from convlens.data.catalog import load_dataset, refuse_inside_data
-        from convlens.data.folder import image_sizes
+        from convlens.data.image_folder import image_sizes
+        from convlens.data.loading import load_dataset, refuse_inside_data
         from convlens.data.shards import is_packed
         from convlens.reporting.sheets import images_sheet, pick_samples
 
@@ -111,7 +111,7 @@ def data_pack(
       convlens train https://example.org/shards
     """
     with importing():
-        from convlens.data.catalog import load_dataset, refuse_inside_data
+        from convlens.data.loading import load_dataset, refuse_inside_data
         from convlens.data.shards import pack
         from convlens.run_dir import RunFolder
         from convlens.system.files import read_names
@@ -149,7 +149,7 @@ def data_doctor(
       convlens train mnist --exclude remove.txt
     """
     with importing():
-        from convlens.data.catalog import load_dataset
+        from convlens.data.loading import load_dataset
         from convlens.doctor import check_new, examine, write_findings, write_list
         from convlens.system.device import use_threads
 

@@ -49,7 +49,7 @@ def tune(
     from convlens.cli.data import free_name
 
     with importing():
-        from convlens.data.catalog import data_name, load_dataset, refuse_inside_data
+        from convlens.data.loading import data_name, load_dataset, refuse_inside_data
         from convlens.reporting.plots import draw_range_test
         from convlens.system.device import use_threads
         from convlens.training.nets import without_unfit

@@ -161,7 +161,7 @@ def predict(
       find . -name '*.jpg' | convlens predict runs/photos-1 -
     """
     with importing():
-        from convlens.data.pictures import BadImage, open_image
+        from convlens.data.images import BadImage, open_image
         from convlens.evaluation.coverage import require_coverage
         from convlens.shipping.onnx_predictor import load_predictor
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlens.data.decode import Decoded
+from convlens.data.decoding import Decoded
 from convlens.errors import ConvlensError
 from convlens.system.files import cache_folder, sync
 from convlens.system.hardware import memory_size

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from convlens.data.cache import gather
-from convlens.data.pictures import PictureStyle
+from convlens.data.images import PictureStyle
 from convlens.errors import UsageError
 from convlens.system.random import derive_seed
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from convlens.data.augment import Draws, mirror
 from convlens.data.dataset import Split
-from convlens.data.normalise import Normalise
+from convlens.data.normalize import Normalise
 from convlens.distributed.process_group import Ranks
 from convlens.errors import UsageError
 from convlens.system.random import derive_seed, seed_global

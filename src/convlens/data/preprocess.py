@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from convlens.data.pictures import PictureStyle, Pixels, fit_ink, fit_photo, image_pixels, to_mode
+from convlens.data.images import PictureStyle, Pixels, fit_photo, image_pixels, to_mode
+from convlens.data.mnist_style import fit_ink
 from convlens.errors import UsageError
 
 if TYPE_CHECKING:  # who only predicts does without PyTorch
     from torch import Tensor
 
-    from convlens.data.normalise import Normalise
+    from convlens.data.normalize import Normalise
 
 PART_BYTES, MOST_PARTS = 4 << 20, 128  # of pixels at a time, and how often, for their mean and spread
 LARGEST_SIDE = 4096  # pixels, of the images that a net takes
@@ -69,7 +70,7 @@ class Preprocess:
 
     def normaliser(self) -> Normalise:
         """Return the module that turns uint8 pixels into the net's input."""
-        from convlens.data.normalise import Normalise
+        from convlens.data.normalize import Normalise
 
         return Normalise(self.mean, self.std)
 

@@ -21,10 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from convlens.data.builtin import DATASETS
 from convlens.data.dataset import Dataset, Numbers, Split
-from convlens.data.pictures import PictureStyle
-from convlens.data.place import INDEX, Place, is_address
-from convlens.data.published import DATASETS
+from convlens.data.images import PictureStyle
+from convlens.data.shard_storage import INDEX, Place, is_address
 from convlens.errors import ConvlensError, UsageError
 from convlens.run_dir import new_folder
 from convlens.system.files import write_json

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlens.data.shrink import shrink
+from convlens.data.resize import shrink
 from convlens.system.progress import track
 
 SIDE = 64  # larger images are compared at this size

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from convlens.data.dataset import Split
-from convlens.data.normalise import Normalise
+from convlens.data.normalize import Normalise
 from convlens.distributed.process_group import Ranks
 from convlens.system.progress import Meter
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from convlens.data.dataset import Split
-from convlens.data.normalise import Normalise
+from convlens.data.normalize import Normalise
 from convlens.evaluation.calibration import fit_coverage, fit_temperature, judge_calibration, surprise
 from convlens.evaluation.coverage import LEVELS, prediction_sets
 from convlens.evaluation.metrics import compute_outputs, row_chunks

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from convlens.data.dataset import Dataset
-from convlens.data.pictures import Pixels
+from convlens.data.images import Pixels
 from convlens.errors import ConvlensError, UnknownName
 from convlens.evaluation.metrics import compute_outputs
 from convlens.explain.attribution import class_activation_map

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from convlens.data.pictures import Pixels
+from convlens.data.images import Pixels
 
 Heat = NDArray[np.float32]
 

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from convlens.data.dataset import Split
+from convlens.data.images import Pixels
 from convlens.data.loader import count_batches
-from convlens.data.pictures import Pixels
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.metrics import MAX_DENSE_CLASSES, compute_logits, confusion_matrix
 from convlens.explain.explanation import Array, to_array

@@ -14,7 +14,7 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
 
-from convlens.data.pictures import Pixels
+from convlens.data.images import Pixels
 from convlens.explain.explanation import Explanation
 from convlens.explain.occlusion import Heat
 from convlens.explain.stages import Unit

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from convlens.data.pictures import Pixels
+from convlens.data.images import Pixels
 from convlens.explain.timelapse import Moment
 from convlens.reporting.plots import TRAIN, new_figure, quiet_axes, title
 from convlens.reporting.sheets import INK, QUIET, colour_kernel, shorten, to_picture

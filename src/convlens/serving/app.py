@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, H
 from prometheus_client.multiprocess import MultiProcessCollector
 from pydantic import BaseModel, Field
 
-from convlens.data.pictures import BadImage
+from convlens.data.images import BadImage
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.coverage import LEVELS
 from convlens.serving.gate import Gate, Limits, Metrics

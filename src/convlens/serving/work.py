@@ -18,7 +18,7 @@ from python_multipart import MultipartParser, create_form_parser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import Field, File, MultipartState
 
-from convlens.data.pictures import BadImage, Pixels, open_image
+from convlens.data.images import BadImage, Pixels, open_image
 from convlens.errors import UsageError
 from convlens.explain.occlusion import Heat, Occlusion
 from convlens.shipping.onnx_predictor import BATCH, OnnxPredictor

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from convlens.data.dataset import Split
-from convlens.data.pictures import Pixels
+from convlens.data.images import Pixels
 from convlens.evaluation.metrics import Views, compute_logits, compute_outputs, judge
 from convlens.shipping.bundle import Bundle, load_bundle
 from convlens.shipping.places import find_bundle

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from convlens.data.pictures import BadImage, Pixels, array_to_image, open_image
+from convlens.data.images import BadImage, Pixels, array_to_image, open_image
 from convlens.data.preprocess import Preprocess
 from convlens.evaluation.coverage import prediction_sets, require_coverage
 

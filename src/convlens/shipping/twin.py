@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convlens.data.pictures import Pixels
+from convlens.data.images import Pixels
 from convlens.errors import ConvlensError
 from convlens.shipping.onnx_predictor import OnnxPredictor
 

@@ -15,9 +15,9 @@ import optuna
 from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import BaseStorage
 
-from convlens.data.catalog import data_name, load_dataset, refuse_inside_data, require_size
 from convlens.data.dataset import Dataset, Split
 from convlens.data.loader import require_balance
+from convlens.data.loading import data_name, load_dataset, refuse_inside_data, require_size
 from convlens.data.preprocess import Preprocess
 from convlens.distributed.process_group import require_alone
 from convlens.errors import UsageError

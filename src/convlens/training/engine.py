@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from convlens.data.dataset import Dataset
 from convlens.data.loader import Batches
 from convlens.data.preprocess import Preprocess
-from convlens.data.shrink import shrink
+from convlens.data.resize import shrink
 from convlens.distributed.process_group import join
 from convlens.distributed.sync_batchnorm import BatchNormTogether, batchnorm_statistics
 from convlens.errors import Interrupted, UsageError

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convlens.data.shrink import small_shape
+from convlens.data.resize import small_shape
 from convlens.errors import ConvlensError
 from convlens.system.files import cache_folder, read_json, write_json
 from convlens.system.hardware import has_bf16, processor_name

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from convlens.data.shrink import shrink, small_shape
+from convlens.data.resize import shrink, small_shape
 from convlens.errors import UsageError
 from convlens.training.memory import is_out_of_memory
 from convlens.training.recipe import Recipe

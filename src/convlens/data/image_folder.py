@@ -15,8 +15,8 @@ from torch import Tensor
 
 from convlens.data.cache import keep_in_memory, no_room, read_cache, stays_on_disk, write_cache
 from convlens.data.dataset import HELD_OUT, SPLIT_SEED, TEST_FRACTION, Dataset, Split, check_classes
-from convlens.data.decode import Header, decode_files, survey_files
-from convlens.data.pictures import PictureStyle
+from convlens.data.decoding import Header, decode_files, survey_files
+from convlens.data.images import PictureStyle
 from convlens.errors import ConvlensError, UsageError
 from convlens.system.files import cache_folder
 from convlens.system.text import first_few
@@ -30,8 +30,11 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
+
 LARGEST_OWN_SIZE = 64  # images up to this size keep it; larger photos are reduced to it unless --image-size asks
+
 MOST_UNREADABLE = 0.01
+
 CACHE_VERSION = 2  # raise when decoding changes, so that old caches are not used
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from convlens.errors import ConvlensError
 
 IDX_UINT8 = 0x08
+
 CIFAR_RECORD = 1 + 3 * 32 * 32  # a label, then the red, green and blue planes
+
 CIFAR_CLASSES = 10
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from convlens.data.pictures import (
+from convlens.data.images import (
     FORMATS,
     QUIET,
     BadImage,
@@ -37,10 +37,13 @@ from convlens.system.hardware import available_cores
 from convlens.system.progress import Meter
 
 MANY = 1000  # files from which on it pays to start helpers
+
 CHUNK = 250  # files that a helper is given at a time,
+
 CHUNK_BYTES = 8 << 20  # if their pixels are no more than that
 
 Decoded = tuple[Pixels, dict[int, str]]  # images (N, C, H, W), and why others cannot be read, by their place
+
 Part = tuple[Pixels, list[Any]]  # what is made of a chunk of files: pixels, and plain values for JSON
 
 
@@ -169,7 +172,7 @@ class Helper:
         # Ctrl-C is for the process that asks
         first = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)"
         path = [entry for entry in sys.path if isinstance(entry, str)]
-        code = f"{first}; sys.path = {path}; from convlens.data.decode import serve; serve()"
+        code = f"{first}; sys.path = {path}; from convlens.data.decoding import serve; serve()"
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.PIPE,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from convlens.data.dataset import HELD_OUT, SPLIT_SEED, TEST_FRACTION, Dataset, Numbers, Split
-from convlens.data.fetch import (
+from convlens.data.download import (
     check_sha256,
     download,
     find_file,
@@ -21,8 +21,8 @@ from convlens.data.fetch import (
     read_verified,
     unpack_members,
 )
-from convlens.data.parsers import CIFAR_RECORD, parse_cifar10, parse_idx
-from convlens.data.pictures import PictureStyle
+from convlens.data.formats import CIFAR_RECORD, parse_cifar10, parse_idx
+from convlens.data.images import PictureStyle
 from convlens.errors import ConvlensError
 from convlens.system.files import cache_folder, replacing
 from convlens.system.registry import Registry
@@ -67,6 +67,7 @@ MNIST = IdxSource(
     test_images="0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     test_labels="ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 )
+
 FASHION_MNIST = IdxSource(
     folders=("fashion-mnist", "fashion-mnist/raw", "FashionMNIST/raw"),
     mirrors=("https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",),
@@ -75,9 +76,13 @@ FASHION_MNIST = IdxSource(
     test_images="5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     test_labels="0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 )
+
 CIFAR10_FOLDERS = ("cifar10", "cifar-10-batches-bin", "cifar10/cifar-10-batches-bin")
+
 CIFAR10_ARCHIVE = "cifar-10-binary.tar.gz"
+
 CIFAR10_MIRRORS = ("https://www.cs.toronto.edu/~kriz/",)
+
 CIFAR10_FILES = {
     "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
     "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
@@ -86,6 +91,7 @@ CIFAR10_FILES = {
     "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
     "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
 }
+
 CIFAR10_CLASSES = (
     "airplane",
     "automobile",
@@ -98,6 +104,7 @@ CIFAR10_CLASSES = (
     "ship",
     "truck",
 )
+
 FASHION_CLASSES = (
     "T-shirt/top",
     "Trouser",
@@ -110,7 +117,9 @@ FASHION_CLASSES = (
     "Bag",
     "Ankle boot",
 )
+
 DIGITS = tuple("0123456789")
+
 PUBLISHED_SPLITS = "the published train and test splits"
 
 

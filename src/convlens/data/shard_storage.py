@@ -16,7 +16,9 @@ from convlens.errors import ConvlensError
 from convlens.system.files import LARGEST_JSON, parse_json, read_json
 
 INDEX = "index.json"  # what lies there, and each file's SHA-256
+
 TRIES = 3  # to get a file over the network
+
 PATIENCE = 30.0  # seconds for it to begin, or go on
 
 
