@@ -24,7 +24,7 @@ from convlens.explain.occlusion import occlusion_map
 from convlens.explain.stages import feature_maps, loudest_unit, receptive_field
 from convlens.explaining import explain_pictures
 from convlens.models import MODELS
-from convlens.models.contract import ConvNet
+from convlens.models.base import ConvNet
 from convlens.run import Run
 from convlens.shipping.bundle import load_bundle
 from convlens.shipping.classifier import Classifier

@@ -265,7 +265,7 @@ def test_a_net_without_words_in_onnx_is_one_line(folder: Path, monkeypatch: pyte
     def odd(self: object, x: torch.Tensor) -> torch.Tensor:
         return x if x.sum().item() > 0 else -x  # which no graph can say
 
-    monkeypatch.setattr("convlens.models.fast.SmallNet.features", odd)
+    monkeypatch.setattr("convlens.models.compact.SmallNet.features", odd)
     with pytest.raises(ConvlensError, match="^this net cannot be exported to ONNX: "):
         onnx_graph.export_net(make_bundle().net, make_bundle().preprocess)
 

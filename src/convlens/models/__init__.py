@@ -1,13 +1,7 @@
 """The nets: the five classics, the strong defaults, their registry and the contract they keep."""
 
-from convlens.models import backbones, classic, fast  # noqa: F401 - entering their nets into the registry
-from convlens.models.contract import (
-    MODELS,
-    ConvNet,
-    check_model,
-    create_model,
-    model_options,
-)
+from convlens.models import classic, compact, timm  # noqa: F401 - entering their nets into the registry
+from convlens.models.base import MODELS, ConvNet, check_model, create_model, model_options
 from convlens.models.summary import LayerSummary, count_parameters, summarise
 
 register = MODELS.register

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from torch import nn
 
 from convlens.errors import UsageError
-from convlens.models.contract import MODELS, ConvNet, require_pixels
+from convlens.models.base import MODELS, ConvNet, require_pixels
 
 POOLS = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError
 from convlens.models import ConvNet, model_options
-from convlens.models.backbones import PREFIX, download_weights, usual_form
+from convlens.models.timm import PREFIX, download_weights, usual_form
 from convlens.shipping.bundle import load_bundle
 from convlens.shipping.places import find_bundle, shipped_models
 from convlens.system.files import read_json

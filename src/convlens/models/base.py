@@ -79,6 +79,7 @@ class ConvNet(nn.Module):
 
 # name -> constructor (channels, height, width, classes, **options), all plain numbers and strings
 MODELS: Registry[Callable[..., nn.Module]] = Registry("model")
+
 """Every net by name: constructors (channels, height, width, classes, **options), all plain numbers and strings.
 
 ``MODELS.names()`` lists them in the order in which they were registered, ``MODELS["small"]`` is one of them, and a name

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convlens.errors import ConvlensError, UnknownName, UsageError
-from convlens.models.contract import MODELS, ConvNet
+from convlens.models.base import MODELS, ConvNet
 
 PREFIX = "timm:"
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convlens.models.contract import MODELS, ConvNet, require_pixels
+from convlens.models.base import MODELS, ConvNet, require_pixels
 
 
 def conv_block(inputs: int, outputs: int, *, stride: int = 1, kernel_size: int = 3) -> list[nn.Module]:
