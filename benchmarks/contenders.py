@@ -17,7 +17,8 @@ from convlens.data.augment import Draws, mirror, shift
 from convlens.data.dataset import Dataset
 from convlens.data.normalize import Normalise
 from convlens.data.preprocess import Preprocess
-from convlens.evaluation.metrics import Scores, Views, compute_logits, make_views
+from convlens.evaluation.inference import Views, compute_logits, make_views
+from convlens.evaluation.metrics import Scores
 from convlens.models import create_model
 from convlens.training.engine import fit
 from convlens.training.nets import describe_net, make_net

@@ -31,8 +31,8 @@ from convlens.data.dataset import Dataset, Split
 from convlens.data.loading import load_dataset
 from convlens.doctor import Findings, examine
 from convlens.evaluation.duplicates import move
-from convlens.evaluation.metrics import compute_outputs
-from convlens.evaluation.unknown import auroc, energy, false_positive_rate
+from convlens.evaluation.inference import compute_outputs
+from convlens.evaluation.ood import auroc, energy, false_positive_rate
 from convlens.shipping.classifier import Classifier
 
 PLANTED = 300  # copies of each kind

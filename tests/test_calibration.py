@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 from convlens.evaluation.calibration import (
     brier_score,
     calibration_error,
-    fit_coverage,
     fit_temperature,
     judge_calibration,
     reliability,
-    surprise,
 )
-from convlens.evaluation.coverage import LEVELS, prediction_sets
+from convlens.evaluation.conformal import LEVELS, prediction_sets
+from convlens.evaluation.uncertainty import fit_coverage, surprise
 
 
 def draw(n: int, sharpness: float, seed: int, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:

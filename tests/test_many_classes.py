@@ -15,9 +15,10 @@ import convlens
 from convlens.console import describe_findings
 from convlens.doctor import Findings
 from convlens.evaluation import metrics
-from convlens.evaluation.calibration import fit_coverage, fit_temperature, judge_calibration
+from convlens.evaluation.calibration import fit_temperature, judge_calibration
 from convlens.evaluation.metrics import Scores
-from convlens.evaluation.unknown import FeatureSpace
+from convlens.evaluation.ood import FeatureSpace
+from convlens.evaluation.uncertainty import fit_coverage
 from convlens.reporting.plots import draw_confusion
 from convlens.run import Run
 from convlens.shipping.classifier import Classifier

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from convlens.data.dataset import Split
 from convlens.data.normalize import Normalise
+from convlens.evaluation.inference import compute_logits, make_views
 from convlens.evaluation.metrics import (
     Scores,
-    compute_logits,
     confusion_matrix,
     dense_confusion,
     evaluate,
     judge,
-    make_views,
     wilson_interval,
     worst_classes,
 )

@@ -22,8 +22,8 @@ from convlens import cli
 from convlens.data.dataset import Dataset, Split
 from convlens.data.images import PictureStyle
 from convlens.errors import ConvlensError, UsageError
-from convlens.evaluation.metrics import compute_outputs
-from convlens.evaluation.trust import Trust
+from convlens.evaluation.inference import compute_outputs
+from convlens.evaluation.uncertainty import Trust
 from convlens.models import MODELS
 from convlens.shipping import onnx_graph
 from convlens.shipping.bundle import Bundle, load_bundle

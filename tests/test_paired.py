@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convlens.evaluation.paired import Paired
+from convlens.evaluation.significance import Paired
 
 
 def test_it_agrees_with_scipy_on_the_exact_test() -> None:

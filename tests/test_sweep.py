@@ -28,7 +28,7 @@ from convlens import tuning
 from convlens.cli.sweep import confirm_best
 from convlens.data.loading import load_dataset
 from convlens.errors import ConvlensError, Interrupted, UsageError
-from convlens.evaluation.paired import PairedSeeds
+from convlens.evaluation.significance import PairedSeeds
 from convlens.sweep import outcome, study, work
 from convlens.sweep.outcome import pick_best, recipe_file, trial_rows, write_outcome
 from convlens.sweep.space import Choice, Range, parse_space, read_space, space_texts

@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 import convlens
 from convlens.data.loading import load_dataset
 from convlens.errors import ConvlensError, UsageError
-from convlens.evaluation.coverage import LEVELS
+from convlens.evaluation.conformal import LEVELS
 from convlens.evaluation.metrics import wilson_interval
-from convlens.evaluation.trust import Trust
-from convlens.evaluation.unknown import FeatureSpace, auroc, false_positive_rate, fit_threshold
+from convlens.evaluation.ood import FeatureSpace, auroc, false_positive_rate, fit_threshold
+from convlens.evaluation.uncertainty import Trust
 from convlens.reporting.plots import draw_reliability
 from convlens.run import Run
 from convlens.shipping.bundle import load_bundle
@@ -176,7 +176,7 @@ def test_bounds_that_are_not_finite_survive_json(run: Run) -> None:
 def test_the_shipped_mnist_model_does_not_know_clothes() -> None:
     classifier = Classifier.load("mnist")
     assert classifier.trust is not None
-    from convlens.evaluation.metrics import compute_outputs
+    from convlens.evaluation.inference import compute_outputs
 
     strange = []
     for name in ("mnist", "fashion-mnist"):

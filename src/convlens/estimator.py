@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from convlens.data.dataset import Dataset, Numbers, Split
 from convlens.data.images import PictureStyle
 from convlens.data.preprocess import Preprocess
-from convlens.evaluation.metrics import compute_logits
+from convlens.evaluation.inference import compute_logits
 from convlens.training.engine import fit
 from convlens.training.nets import describe_net, make_net
 from convlens.training.recipe import Recipe

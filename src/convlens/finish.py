@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from convlens.data.augment import Draws, mirror
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
-from convlens.evaluation.metrics import Cell, make_views
-from convlens.evaluation.trust import Trust
+from convlens.evaluation.inference import make_views
+from convlens.evaluation.metrics import Cell
+from convlens.evaluation.uncertainty import Trust
 from convlens.explain.stages import first_convolution
 from convlens.record import summarise_test, without_path, without_paths, write_predictions
 from convlens.reporting import plots, sheets

@@ -17,7 +17,7 @@ from convlens.data.builtin import DATASETS
 from convlens.data.dataset import Dataset
 from convlens.data.normalize import Normalise
 from convlens.errors import UsageError
-from convlens.evaluation.metrics import compute_logits
+from convlens.evaluation.inference import compute_logits
 from convlens.explain.snapshots import write_snapshot
 from convlens.run_dir import RunFolder
 from convlens.system.files import write_csv, write_loosely

@@ -18,8 +18,9 @@ from convlens.data.download import only_from_here
 from convlens.data.loading import as_recorded, load_dataset
 from convlens.errors import ConvlensError, UnknownName, UsageError
 from convlens.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from convlens.evaluation.metrics import Scores, dense_confusion, make_views
-from convlens.evaluation.paired import Paired
+from convlens.evaluation.inference import make_views
+from convlens.evaluation.metrics import Scores, dense_confusion
+from convlens.evaluation.significance import Paired
 from convlens.explain.explanation import Explanation, TrainingImages, explain
 from convlens.run_dir import RunFolder
 from convlens.shipping.bundle import Bundle, load_bundle

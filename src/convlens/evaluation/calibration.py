@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convlens.evaluation.coverage import LEVELS
 from convlens.evaluation.metrics import row_chunks
 
 BINS = 15
+
 COLDEST, HOTTEST = 0.05, 20.0  # temperatures beyond these say that there is nothing to fit
+
 PROVEN = 6.63  # 1% point of chi-squared with one degree of freedom
 
 
@@ -109,22 +109,3 @@ def judge_calibration(logits: Tensor, labels: Tensor, temperature: float) -> dic
             "calibration_error": calibration_error(bins), "brier_score": float(errors.mean()), "bins": bins
         }  # fmt: skip
     return figures
-
-
-def surprise(logits: Tensor) -> Tensor:
-    """Return -log p of every class, float64 (N, K), of logits (N, K): how surprising each would be as the answer."""
-    return -logits.double().log_softmax(dim=1)
-
-
-def fit_coverage(logits: Tensor, labels: Tensor) -> list[float]:
-    """Return, for each of ``LEVELS``, how surprising a class may be and still belong to the prediction set.
-
-    Split conformal prediction (Vovk et al. 2005): of images like those of the logits (N, K) and labels (N,), which
-    the net was not trained on, the set holds the true class with about that probability; at least, were nothing else
-    fitted on them (the temperature is, and where the recipe asks for it the epoch was chosen by them). ``inf``, every
-    class, where there are too few images to say.
-    """
-    chunks = row_chunks(logits.shape[1], logits, labels)
-    scores = torch.cat([surprise(z).gather(1, y[:, None])[:, 0] for z, y in chunks]).sort().values  # (N,)
-    ranks = [math.ceil((len(scores) + 1) * level) for level in LEVELS]
-    return [scores[rank - 1].item() if rank <= len(scores) else math.inf for rank in ranks]

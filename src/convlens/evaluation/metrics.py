@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,88 +17,15 @@ from torch import Tensor, nn
 from convlens.data.dataset import Split
 from convlens.data.normalize import Normalise
 from convlens.distributed.process_group import Ranks
-from convlens.system.progress import Meter
+from convlens.evaluation.inference import compute_logits
 
 Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
+
 MAX_VALUES = 1 << 24  # of logits that are worked on at a time: 128 MiB as float64
+
 MAX_DENSE_CLASSES = 100  # of a confusion matrix that is drawn, or kept, as a whole
+
 Cell = tuple[str, str, int]  # of a confusion matrix: true label, predicted label, count
-
-
-# normalised images (N, C, H, W) -> views of them, each with its weight
-Views = Callable[[Tensor], list[tuple[float, Tensor]]]
-
-
-def make_views(mirrored: bool) -> Views:
-    """Return the views of test-time augmentation: the image and its two shifts by a pixel along the diagonal.
-
-    The image counts as much as both shifts; ``mirrored`` adds the mirror image of each (K. Jordan 2024).
-    """
-
-    def views(x: Tensor) -> list[tuple[float, Tensor]]:
-        height, width = x.shape[2:]
-        padded = F.pad(x, (1, 1, 1, 1), mode="reflect" if min(height, width) > 1 else "replicate")
-        shifted = [padded[:, :, :height, :width], padded[:, :, 2:, 2:]]
-        plain = [(0.5, x), *((0.25, view) for view in shifted)]
-        if not mirrored:
-            return plain
-        return [(weight / 2, view) for weight, one in plain for view in (one, one.flip(3))]
-
-    return views
-
-
-def normalised_batches(
-    net: nn.Module, images: Tensor, normalise: Normalise, batch_size: int, autocast: AbstractContextManager[object]
-) -> Iterator[Tensor]:
-    """Yield uint8 images (N, C, H, W) in batches as ``net`` takes them, with the net in evaluation mode meanwhile."""
-    device = next(net.parameters()).device
-    normalise = normalise.to(device)
-    training = net.training
-    net.eval()
-    try:
-        with torch.no_grad(), autocast, Meter("evaluating", len(images)) as meter:
-            for start in range(0, len(images), batch_size):
-                batch = normalise(images[start : start + batch_size].to(device))
-                yield batch.contiguous(memory_format=torch.channels_last)
-                meter.update(len(batch))
-    finally:
-        net.train(training)
-
-
-def compute_logits(
-    net: nn.Module,
-    images: Tensor,
-    normalise: Normalise,
-    *,
-    batch_size: int = 500,
-    autocast: AbstractContextManager[object] | None = None,
-    views: Views | None = None,
-) -> Tensor:
-    """Return the logits, float32 (N, K), of uint8 images (N, C, H, W), computed where the net's weights are.
-
-    With ``views`` they are the weighted mean over several views of each image: test-time augmentation. The net is in
-    evaluation mode meanwhile, and put back afterwards.
-    """
-    parts = []
-    for batch in normalised_batches(net, images, normalise, batch_size, autocast or nullcontext()):
-        seen = views(batch) if views else [(1.0, batch)]
-        parts.append(sum(w * net(x.contiguous(memory_format=torch.channels_last)).float() for w, x in seen))
-    return torch.cat(parts)
-
-
-def compute_outputs(
-    net: nn.Module, images: Tensor, normalise: Normalise, *, batch_size: int = 500
-) -> tuple[Tensor, Tensor]:
-    """Return logits, float32 (N, K), and features, float32 (N, D), of uint8 images (N, C, H, W).
-
-    The features are the means of the last spatial map over the image.
-    """
-    logits, features = [], []
-    for batch in normalised_batches(net, images, normalise, batch_size, nullcontext()):
-        maps = net.features(batch)  # type: ignore[operator]  # (N, D, H', W')
-        logits.append(net.head(maps).float())  # type: ignore[operator]
-        features.append(maps.float().mean(dim=(2, 3)))
-    return torch.cat(logits), torch.cat(features)
 
 
 def row_chunks(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

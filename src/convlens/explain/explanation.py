@@ -13,7 +13,7 @@ from torch import Tensor
 from convlens.data.dataset import Dataset
 from convlens.data.images import Pixels
 from convlens.errors import ConvlensError, UnknownName
-from convlens.evaluation.metrics import compute_outputs
+from convlens.evaluation.inference import compute_outputs
 from convlens.explain.attribution import class_activation_map
 from convlens.explain.occlusion import Heat, occlusion_map
 from convlens.explain.stages import (

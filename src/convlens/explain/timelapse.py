@@ -12,7 +12,8 @@ from convlens.data.dataset import Split
 from convlens.data.images import Pixels
 from convlens.data.loader import count_batches
 from convlens.errors import ConvlensError, UsageError
-from convlens.evaluation.metrics import MAX_DENSE_CLASSES, compute_logits, confusion_matrix
+from convlens.evaluation.inference import compute_logits
+from convlens.evaluation.metrics import MAX_DENSE_CLASSES, confusion_matrix
 from convlens.explain.explanation import Array, to_array
 from convlens.explain.snapshots import list_snapshots, load_snapshot
 from convlens.explain.stages import feature_maps, first_convolution

@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field
 
 from convlens.data.images import BadImage
 from convlens.errors import ConvlensError, UsageError
-from convlens.evaluation.coverage import LEVELS
+from convlens.evaluation.conformal import LEVELS
 from convlens.serving.gate import Gate, Limits, Metrics
 from convlens.serving.work import Late, Worker, list_files
 from convlens.shipping.onnx_predictor import OnnxPredictor

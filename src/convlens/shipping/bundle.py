@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UnknownName, UsageError
-from convlens.evaluation.trust import Trust
+from convlens.evaluation.uncertainty import Trust
 from convlens.models import create_model
 from convlens.shipping.places import CARD, CONFIG, TRUST, WEIGHTS, read_whole
 from convlens.system.files import read_json, replacing, write_json, write_text

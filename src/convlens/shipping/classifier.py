@@ -12,7 +12,8 @@ from torch import Tensor
 
 from convlens.data.dataset import Split
 from convlens.data.images import Pixels
-from convlens.evaluation.metrics import Views, compute_logits, compute_outputs, judge
+from convlens.evaluation.inference import Views, compute_logits, compute_outputs
+from convlens.evaluation.metrics import judge
 from convlens.shipping.bundle import Bundle, load_bundle
 from convlens.shipping.places import find_bundle
 from convlens.shipping.prediction import Predictor

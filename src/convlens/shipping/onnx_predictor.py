@@ -19,7 +19,7 @@ from safetensors.numpy import load
 from convlens.data.images import Pixels
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError
-from convlens.evaluation.coverage import LEVELS
+from convlens.evaluation.conformal import LEVELS
 from convlens.shipping.places import CONFIG, GRAPH, TRUST, WEIGHTS, find_bundle, read_whole
 from convlens.shipping.prediction import Predictor
 from convlens.system.files import read_json

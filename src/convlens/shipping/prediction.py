@@ -14,7 +14,7 @@ from PIL import Image
 
 from convlens.data.images import BadImage, Pixels, array_to_image, open_image
 from convlens.data.preprocess import Preprocess
-from convlens.evaluation.coverage import prediction_sets, require_coverage
+from convlens.evaluation.conformal import prediction_sets, require_coverage
 
 Picture = str | Path | bytes | Image.Image | NDArray[Any]
 

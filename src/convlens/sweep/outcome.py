@@ -15,7 +15,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from convlens.errors import ConvlensError, Interrupted, UsageError
-from convlens.evaluation.paired import PairedSeeds
+from convlens.evaluation.significance import PairedSeeds
 from convlens.reporting import swept
 from convlens.run import Run, read_answers
 from convlens.series import SUMMARY, Series

@@ -13,8 +13,8 @@ import torch
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
-from convlens.evaluation.metrics import compute_logits
-from convlens.evaluation.trust import FEW
+from convlens.evaluation.inference import compute_logits
+from convlens.evaluation.uncertainty import FEW
 from convlens.system.device import choose_device
 from convlens.system.random import callers_state_kept
 from convlens.training.engine import fit

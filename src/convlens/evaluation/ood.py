@@ -10,6 +10,7 @@ from torch import Tensor
 from convlens.evaluation.metrics import row_chunks
 
 KNOWN_SHARE = 0.95  # of known images that pass
+
 SHRINKAGE = 0.01  # of the covariance towards a sphere, for features that hardly vary
 
 

@@ -16,12 +16,34 @@ from torch import Tensor, nn
 
 from convlens.data.dataset import Split
 from convlens.data.normalize import Normalise
-from convlens.evaluation.calibration import fit_coverage, fit_temperature, judge_calibration, surprise
-from convlens.evaluation.coverage import LEVELS, prediction_sets
-from convlens.evaluation.metrics import compute_outputs, row_chunks
-from convlens.evaluation.unknown import FeatureSpace, energy, fit_threshold
+from convlens.evaluation.calibration import fit_temperature, judge_calibration
+from convlens.evaluation.conformal import LEVELS, prediction_sets
+from convlens.evaluation.inference import compute_outputs
+from convlens.evaluation.metrics import row_chunks
+from convlens.evaluation.ood import FeatureSpace, energy, fit_threshold
+
+
+def surprise(logits: Tensor) -> Tensor:
+    """Return -log p of every class, float64 (N, K), of logits (N, K): how surprising each would be as the answer."""
+    return -logits.double().log_softmax(dim=1)
+
+
+def fit_coverage(logits: Tensor, labels: Tensor) -> list[float]:
+    """Return, for each of ``LEVELS``, how surprising a class may be and still belong to the prediction set.
+
+    Split conformal prediction (Vovk et al. 2005): of images like those of the logits (N, K) and labels (N,), which
+    the net was not trained on, the set holds the true class with about that probability; at least, were nothing else
+    fitted on them (the temperature is, and where the recipe asks for it the epoch was chosen by them). ``inf``, every
+    class, where there are too few images to say.
+    """
+    chunks = row_chunks(logits.shape[1], logits, labels)
+    scores = torch.cat([surprise(z).gather(1, y[:, None])[:, 0] for z, y in chunks]).sort().values  # (N,)
+    ranks = [math.ceil((len(scores) + 1) * level) for level in LEVELS]
+    return [scores[rank - 1].item() if rank <= len(scores) else math.inf for rank in ranks]
+
 
 FEW = 10_000  # training images, evenly from all of them, say where the classes lie
+
 USUAL_COVERAGE = 0.95  # that a test tells of
 
 
