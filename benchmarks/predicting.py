@@ -19,7 +19,7 @@ from PIL import Image
 from sections import Record, load_named, percent, spread, table, timed
 
 from convlens.data.loading import load_dataset
-from convlens.explain.attribution import class_activation_map
+from convlens.explain.cam import class_activation_map
 from convlens.shipping.classifier import Classifier
 from convlens.shipping.int8 import build_int8
 from convlens.shipping.onnx_predictor import OnnxPredictor, load_onnx, seal

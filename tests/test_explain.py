@@ -18,10 +18,10 @@ from torch import nn
 import convlens
 from convlens.data.dataset import Dataset
 from convlens.errors import UnknownName, UsageError
-from convlens.explain.attribution import class_activation_map
+from convlens.explain.activations import feature_maps, loudest_unit, receptive_field
+from convlens.explain.cam import class_activation_map
 from convlens.explain.explanation import TrainingImages, explain
 from convlens.explain.occlusion import occlusion_map
-from convlens.explain.stages import feature_maps, loudest_unit, receptive_field
 from convlens.explaining import explain_pictures
 from convlens.models import MODELS
 from convlens.models.base import ConvNet

@@ -17,7 +17,7 @@ from convlens.data.preprocess import Preprocess
 from convlens.evaluation.inference import make_views
 from convlens.evaluation.metrics import Cell
 from convlens.evaluation.uncertainty import Trust
-from convlens.explain.stages import first_convolution
+from convlens.explain.activations import first_convolution
 from convlens.record import summarise_test, without_path, without_paths, write_predictions
 from convlens.reporting import plots, sheets
 from convlens.reporting.report import write_report

@@ -14,9 +14,7 @@ from convlens.data.dataset import Dataset
 from convlens.data.images import Pixels
 from convlens.errors import ConvlensError, UnknownName
 from convlens.evaluation.inference import compute_outputs
-from convlens.explain.attribution import class_activation_map
-from convlens.explain.occlusion import Heat, occlusion_map
-from convlens.explain.stages import (
+from convlens.explain.activations import (
     Unit,
     feature_maps,
     first_convolution,
@@ -26,6 +24,8 @@ from convlens.explain.stages import (
     receptive_field,
     recording,
 )
+from convlens.explain.cam import class_activation_map
+from convlens.explain.occlusion import Heat, occlusion_map
 from convlens.shipping.classifier import Classifier
 from convlens.shipping.prediction import Prediction
 

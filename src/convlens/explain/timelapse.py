@@ -14,9 +14,9 @@ from convlens.data.loader import count_batches
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.inference import compute_logits
 from convlens.evaluation.metrics import MAX_DENSE_CLASSES, confusion_matrix
+from convlens.explain.activations import feature_maps, first_convolution
 from convlens.explain.explanation import Array, to_array
 from convlens.explain.snapshots import list_snapshots, load_snapshot
-from convlens.explain.stages import feature_maps, first_convolution
 from convlens.run_dir import RunFolder
 from convlens.shipping.classifier import Classifier
 from convlens.system.progress import track

@@ -28,7 +28,7 @@ def summarise(net: nn.Module, channels: int, height: int, width: int) -> list[La
     """Return every leaf layer of ``net`` in the order in which one (channels, height, width) image passes it.
 
     The receptive field is that of a chain of layers (Araujo, Norris, Sim 2019): it grows by (kernel - 1) times
-    the product of all strides before. For nets that are no chain ``convlens.explain.stages.receptive_field``
+    the product of all strides before. For nets that are no chain ``convlens.explain.activations.receptive_field``
     measures it. Raises what the net raises for images of another size than it was built for.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 8, 3))

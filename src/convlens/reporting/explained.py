@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from convlens.data.images import Pixels
+from convlens.explain.activations import Unit
 from convlens.explain.explanation import Explanation
 from convlens.explain.occlusion import Heat
-from convlens.explain.stages import Unit
 from convlens.reporting.page import make_pictures, write_page
 from convlens.reporting.sheets import Sheet, filters_sheet, shorten, to_picture
 

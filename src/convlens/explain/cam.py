@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convlens.explain.stages import get_stage, in_use, recording
+from convlens.explain.activations import get_stage, in_use, recording
 
 
 def class_activation_map(net: nn.Module, x: Tensor, label: int, stage: str | None = None) -> Tensor:
