@@ -20,11 +20,13 @@ from sections import Record, load_named, percent, spread, table, timed
 
 from convlens.data.loading import load_dataset
 from convlens.explain.cam import class_activation_map
-from convlens.shipping.classifier import Classifier
-from convlens.shipping.int8 import build_int8
-from convlens.shipping.onnx_predictor import OnnxPredictor, load_onnx, seal
-from convlens.shipping.places import find_bundle
-from convlens.shipping.twin import make_page, read_part
+from convlens.export.html import make_page
+from convlens.export.load import load_onnx
+from convlens.export.quantize import build_int8
+from convlens.inference.classifier import Classifier
+from convlens.inference.onnx_runtime import OnnxPredictor, seal
+from convlens.inference.store import find_bundle
+from convlens.web.render import read_part
 
 SHIPPED = ("digits", "mnist", "fashion-mnist", "cifar10")
 

@@ -264,8 +264,8 @@ def write_docstrings() -> None:
 
 def ship() -> None:
     """Copy the bundles of seed 0 into the package, under the data's full name."""
-    from convlens.shipping.bundle import load_bundle
-    from convlens.shipping.onnx_graph import add_graph, build_onnx
+    from convlens.export.onnx import add_graph, build_onnx
+    from convlens.inference.bundle import load_bundle
 
     titles = {row.name: row.data for row in ROWS}
     for name, row in SHIPPED.items():

@@ -19,7 +19,7 @@ from PIL import Image
 from sections import Record, table
 
 from convlens.data.loading import load_dataset
-from convlens.shipping.classifier import Classifier
+from convlens.inference.classifier import Classifier
 
 TOGETHER, CONNECTIONS, SECONDS = 100, 4, 8.0  # images in a form, forms under way, for so long
 RATE, REQUESTS = 100, 1500  # single images a second, and how many

@@ -33,7 +33,7 @@ from convlens.doctor import Findings, examine
 from convlens.evaluation.duplicates import move
 from convlens.evaluation.inference import compute_outputs
 from convlens.evaluation.ood import auroc, energy, false_positive_rate
-from convlens.shipping.classifier import Classifier
+from convlens.inference.classifier import Classifier
 
 PLANTED = 300  # copies of each kind
 

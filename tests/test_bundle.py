@@ -16,12 +16,12 @@ from convlens.data.builtin import DATASETS
 from convlens.data.images import BadImage, PictureStyle
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UnknownName, UsageError
+from convlens.inference import store
+from convlens.inference.bundle import Bundle, load_bundle
+from convlens.inference.classifier import Classifier
+from convlens.inference.predictor import Prediction
+from convlens.inference.store import find_bundle, shipped_models
 from convlens.models import MODELS, create_model, register
-from convlens.shipping import places
-from convlens.shipping.bundle import Bundle, load_bundle
-from convlens.shipping.classifier import Classifier
-from convlens.shipping.places import find_bundle, shipped_models
-from convlens.shipping.prediction import Prediction
 
 TRAINED: dict[str, Any] = {
     "convlens": "0.1.0",
@@ -230,7 +230,7 @@ def test_find_bundle(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     other.mkdir()
     with pytest.raises(UsageError, match=f"^{other} is neither a run folder nor a model bundle$"):
         find_bundle(other)
-    monkeypatch.setattr(places, "shipped_models", lambda: {"mnist": run / "model", "cifar10": run})
+    monkeypatch.setattr(store, "shipped_models", lambda: {"mnist": run / "model", "cifar10": run})
     assert find_bundle("mnist") == run / "model"
     with pytest.raises(UnknownName, match=r"^unknown run folder or model 'mnits'; did you mean 'mnist'\?$"):
         find_bundle("mnits")

@@ -22,13 +22,13 @@ from convlens.data.loading import load_dataset
 from convlens.errors import ConvlensError, Interrupted, UnknownName, UsageError
 from convlens.evaluation.metrics import dense_confusion
 from convlens.experiment import Experiment, train
+from convlens.inference.classifier import Classifier
 from convlens.record import command_line
 from convlens.reporting.plots import GRID
 from convlens.reporting.report import PLOTS
 from convlens.reporting.sheets import INK, QUIET
 from convlens.run import Run, evaluate_run
 from convlens.run_dir import RunFolder
-from convlens.shipping.classifier import Classifier
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import get_recipe
 

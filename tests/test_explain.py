@@ -23,11 +23,11 @@ from convlens.explain.cam import class_activation_map
 from convlens.explain.explanation import TrainingImages, explain
 from convlens.explain.occlusion import occlusion_map
 from convlens.explaining import explain_pictures
+from convlens.inference.bundle import load_bundle
+from convlens.inference.classifier import Classifier
 from convlens.models import MODELS
 from convlens.models.base import ConvNet
 from convlens.run import Run
-from convlens.shipping.bundle import load_bundle
-from convlens.shipping.classifier import Classifier
 
 
 def net_and_images(name: str, count: int = 2) -> tuple[nn.Module, torch.Tensor]:

@@ -32,8 +32,8 @@ from convlens.data.formats import CIFAR_RECORD, parse_cifar10, parse_idx
 from convlens.data.images import PictureStyle
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError
+from convlens.inference.bundle import Bundle, load_bundle
 from convlens.models import create_model
-from convlens.shipping.bundle import Bundle, load_bundle
 from convlens.system.files import read_json, read_names
 from convlens.system.memory import return_memory
 from convlens.training.checkpoint import CheckpointStore, TrainState, read_checkpoint, seal

@@ -34,8 +34,8 @@ from convlens.data.image_folder import load_folder
 from convlens.data.loading import load_dataset
 from convlens.errors import ConvlensError
 from convlens.experiment import Experiment
+from convlens.inference.bundle import load_bundle
 from convlens.models import ConvNet, register
-from convlens.shipping.bundle import load_bundle
 from convlens.system.files import read_json
 from convlens.training.checkpoint import CheckpointStore, TrainState, seal
 

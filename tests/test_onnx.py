@@ -24,14 +24,14 @@ from convlens.data.images import PictureStyle
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.inference import compute_outputs
 from convlens.evaluation.uncertainty import Trust
+from convlens.export import onnx as onnx_export
+from convlens.export.onnx import add_graph, build_onnx, write_onnx
+from convlens.export.quantize import build_int8
+from convlens.inference.bundle import Bundle, load_bundle
+from convlens.inference.classifier import Classifier
+from convlens.inference.onnx_runtime import OnnxPredictor, load_predictor, seal
+from convlens.inference.store import shipped_models
 from convlens.models import MODELS
-from convlens.shipping import onnx_graph
-from convlens.shipping.bundle import Bundle, load_bundle
-from convlens.shipping.classifier import Classifier
-from convlens.shipping.int8 import build_int8
-from convlens.shipping.onnx_graph import add_graph, build_onnx, write_onnx
-from convlens.shipping.onnx_predictor import OnnxPredictor, load_predictor, seal
-from convlens.shipping.places import shipped_models
 
 SHAPES = {"cifar-lenet": (3, 32), "fashion-2conv": (1, 28), "mnist-4conv": (1, 28), "folder-cnn": (3, 32)}
 NETS = ["small", "tiny", "whitened", "residual", *SHAPES]
@@ -267,7 +267,7 @@ def test_a_net_without_words_in_onnx_is_one_line(folder: Path, monkeypatch: pyte
 
     monkeypatch.setattr("convlens.models.compact.SmallNet.features", odd)
     with pytest.raises(ConvlensError, match="^this net cannot be exported to ONNX: "):
-        onnx_graph.export_net(make_bundle().net, make_bundle().preprocess)
+        onnx_export.export_net(make_bundle().net, make_bundle().preprocess)
 
 
 # what is not as it should be
@@ -411,10 +411,10 @@ def test_a_graph_in_a_bundle_takes_no_other_files(folder: Path, model: Any, tmp_
 def test_made_up_images_are_of_every_kind() -> None:
     for channels in (1, 3):
         bundle = make_bundle(channels, 20, filters=4)
-        images = onnx_graph.golden_images(replace(bundle.preprocess, style=PictureStyle()))
+        images = onnx_export.golden_images(replace(bundle.preprocess, style=PictureStyle()))
         assert images.shape == (8, 20, 20, channels) and images.dtype == np.uint8
         assert [len(np.unique(image)) > 3 for image in images] == [False, False, *[True] * 6]
-        assert np.array_equal(images, onnx_graph.golden_images(bundle.preprocess))
+        assert np.array_equal(images, onnx_export.golden_images(bundle.preprocess))
 
 
 # in 8 bits
@@ -466,8 +466,8 @@ def test_in_8_bits_without_the_data(tmp_path: Path, folder: Path, capsys: pytest
 
 
 def test_a_file_of_an_older_convlens_is_refused(model: Any, tmp_path: Path) -> None:
-    about = onnx_graph.about_of(model)
+    about = onnx_export.about_of(model)
     older = onnx.ModelProto.FromString(model.SerializeToString())
-    onnx_graph.write_about(older, {**about, "format": 1})
+    onnx_export.write_about(older, {**about, "format": 1})
     with pytest.raises(ConvlensError, match="^x was made by an older convlens: export it again$"):
         OnnxPredictor(seal(older.SerializeToString()), "x")

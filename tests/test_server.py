@@ -22,8 +22,8 @@ from test_bundle import make_bundle
 from test_onnx import run
 from test_serving import golden
 
+from convlens.export.load import load_onnx
 from convlens.serving.server import listen, name_model
-from convlens.shipping.onnx_predictor import load_onnx
 
 ROOT = Path(__file__).parent.parent
 IN_THE_CONTAINER = re.search(r"constraints.txt \\\n(.*?) \\\n", (ROOT / "Dockerfile").read_text())[1].split()  # type: ignore[index]

@@ -20,12 +20,13 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from convlens.explain.occlusion import occlusion_map
+from convlens.export.load import load_onnx
+from convlens.export.onnx import golden_images
+from convlens.inference.onnx_runtime import OnnxPredictor
+from convlens.inference.store import shipped_models
 from convlens.serving import app, work
 from convlens.serving.app import make_app
 from convlens.serving.gate import Gate, Limits
-from convlens.shipping.onnx_graph import golden_images
-from convlens.shipping.onnx_predictor import OnnxPredictor, load_onnx
-from convlens.shipping.places import shipped_models
 
 PNG = {"content-type": "image/png"}
 

@@ -6,10 +6,10 @@ import shlex
 import pytest
 from safetensors import safe_open
 
+from convlens.inference.bundle import load_bundle
+from convlens.inference.classifier import Classifier
+from convlens.inference.store import shipped_models
 from convlens.run import evaluate_run
-from convlens.shipping.bundle import load_bundle
-from convlens.shipping.classifier import Classifier
-from convlens.shipping.places import shipped_models
 
 NAMES = ["cifar10", "digits", "fashion-mnist", "mnist"]
 

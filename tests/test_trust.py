@@ -19,10 +19,10 @@ from convlens.evaluation.conformal import LEVELS
 from convlens.evaluation.metrics import wilson_interval
 from convlens.evaluation.ood import FeatureSpace, auroc, false_positive_rate, fit_threshold
 from convlens.evaluation.uncertainty import Trust
+from convlens.inference.bundle import load_bundle
+from convlens.inference.classifier import Classifier
 from convlens.reporting.plots import draw_reliability
 from convlens.run import Run
-from convlens.shipping.bundle import load_bundle
-from convlens.shipping.classifier import Classifier
 
 QUICK: dict[str, Any] = {"epochs": 6, "device": "cpu", "threads": 1, "precision": "fp32"}
 

@@ -19,12 +19,13 @@ import convlens
 from convlens.data.images import PictureStyle
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError
+from convlens.export.html import make_page, pack
+from convlens.export.load import load_onnx
+from convlens.inference.bundle import Bundle
+from convlens.inference.classifier import Classifier
+from convlens.inference.store import shipped_models
 from convlens.run import Run
-from convlens.shipping.bundle import Bundle
-from convlens.shipping.classifier import Classifier
-from convlens.shipping.onnx_predictor import load_onnx
-from convlens.shipping.places import shipped_models
-from convlens.shipping.twin import make_page, pack, read_part
+from convlens.web.render import read_part
 
 
 def save_page(page: str, folder: Path) -> str:

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from convlens.errors import ConvlensError
     from convlens.estimator import ConvClassifier
     from convlens.experiment import train
+    from convlens.inference.classifier import Classifier
+    from convlens.inference.predictor import Prediction
     from convlens.models import create_model
     from convlens.run import Run
     from convlens.series import train_series
-    from convlens.shipping.classifier import Classifier
-    from convlens.shipping.prediction import Prediction
     from convlens.training.engine import fit
     from convlens.training.recipe import Recipe
     from convlens.training.recipes import get_recipe
@@ -38,11 +38,11 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
-    "Classifier": "convlens.shipping.classifier",
+    "Classifier": "convlens.inference.classifier",
     "ConvClassifier": "convlens.estimator",
     "ConvlensError": "convlens.errors",
     "Dataset": "convlens.data.dataset",
-    "Prediction": "convlens.shipping.prediction",
+    "Prediction": "convlens.inference.predictor",
     "Recipe": "convlens.training.recipe",
     "Run": "convlens.run",
     "Split": "convlens.data.dataset",

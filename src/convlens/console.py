@@ -19,7 +19,7 @@ from convlens.system.text import first_few
 if TYPE_CHECKING:
     from convlens.doctor import Findings
     from convlens.experiment import Experiment
-    from convlens.shipping.prediction import Prediction
+    from convlens.inference.predictor import Prediction
     from convlens.sweep.study import Sweep
     from convlens.training.checkpoint import EpochRecord
 

@@ -13,10 +13,10 @@ from convlens.data.loading import refuse_inside_data
 from convlens.errors import ConvlensError, UsageError
 from convlens.explain.explanation import Explanation, explain, require_class
 from convlens.explain.timelapse import ASKED, look_back
+from convlens.inference.classifier import Classifier
 from convlens.reporting.explained import picture_explanation, picture_kernels, write_explanations
 from convlens.run import Run, load_tested, load_training_images
 from convlens.run_dir import RunFolder, new_folder
-from convlens.shipping.classifier import Classifier
 from convlens.system.device import use_threads
 from convlens.system.files import read_json
 from convlens.system.progress import track

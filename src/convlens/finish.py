@@ -18,12 +18,12 @@ from convlens.evaluation.inference import make_views
 from convlens.evaluation.metrics import Cell
 from convlens.evaluation.uncertainty import Trust
 from convlens.explain.activations import first_convolution
+from convlens.inference.bundle import Bundle
+from convlens.inference.classifier import Classifier
 from convlens.record import summarise_test, without_path, without_paths, write_predictions
 from convlens.reporting import plots, sheets
 from convlens.reporting.report import write_report
 from convlens.run_dir import RunFolder
-from convlens.shipping.bundle import Bundle
-from convlens.shipping.classifier import Classifier
 from convlens.system.files import write_csv, write_json
 from convlens.training.optim import make_augment
 from convlens.training.recipe import Recipe

@@ -22,11 +22,11 @@ from convlens.evaluation.inference import make_views
 from convlens.evaluation.metrics import Scores, dense_confusion
 from convlens.evaluation.significance import Paired
 from convlens.explain.explanation import Explanation, TrainingImages, explain
+from convlens.inference.bundle import Bundle, load_bundle
+from convlens.inference.classifier import Classifier
+from convlens.inference.predictor import Picture, Prediction
+from convlens.inference.store import find_bundle
 from convlens.run_dir import RunFolder
-from convlens.shipping.bundle import Bundle, load_bundle
-from convlens.shipping.classifier import Classifier
-from convlens.shipping.places import find_bundle
-from convlens.shipping.prediction import Picture, Prediction
 from convlens.system.device import use_threads
 from convlens.system.files import read_json, read_names
 from convlens.system.progress import track

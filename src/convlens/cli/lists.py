@@ -30,8 +30,8 @@ def models(
 
       convlens models small --size 64 --channels 3
     """
+    from convlens.inference.store import shipped_models
     from convlens.models import MODELS, create_model, summarise
-    from convlens.shipping.places import shipped_models
 
     if name is None:
         print("nets")

@@ -74,8 +74,8 @@ def export(
 
 def write_page(model: str, path: Path, data: str | None, *, samples: bool) -> None:
     """Write the page of a net."""
-    from convlens.shipping.onnx_predictor import load_onnx
-    from convlens.shipping.twin import make_page
+    from convlens.export.html import make_page
+    from convlens.export.load import load_onnx
     from convlens.system.files import write_text
 
     shown = find_samples(model, data) if samples else []
@@ -87,8 +87,8 @@ def write_page(model: str, path: Path, data: str | None, *, samples: bool) -> No
 
 def write_onnx_file(model: str, path: Path) -> None:
     """Write the ONNX file of a net, and add the graph to its run, so that `convlens predict` finds it there."""
-    from convlens.shipping.onnx_graph import add_graph, build_onnx, write_onnx
-    from convlens.shipping.places import find_bundle, shipped_models
+    from convlens.export.onnx import add_graph, build_onnx, write_onnx
+    from convlens.inference.store import find_bundle, shipped_models
 
     folder = find_bundle(model)
     tell_patience()
@@ -105,10 +105,10 @@ def write_onnx_file(model: str, path: Path) -> None:
 
 def write_int8(model: str, path: Path, data: str | None) -> None:
     """Write the ONNX file of a net in 8 bits, and say what they cost; the run itself keeps its exact graph."""
+    from convlens.export.onnx import require_exporter, write_onnx
+    from convlens.export.quantize import build_int8
+    from convlens.inference.store import find_bundle
     from convlens.run import load_tested
-    from convlens.shipping.int8 import build_int8
-    from convlens.shipping.onnx_graph import require_exporter, write_onnx
-    from convlens.shipping.places import find_bundle
 
     heed_interrupts()
     require_exporter()
@@ -161,7 +161,7 @@ def verify(
     Examples:
       convlens verify mnist-1.onnx
     """
-    from convlens.shipping.onnx_predictor import OnnxPredictor
+    from convlens.inference.onnx_runtime import OnnxPredictor
 
     predictor = OnnxPredictor.load(file)
     whose = "this file gave when it was made" if predictor.in_8_bits else "the net gives in PyTorch"

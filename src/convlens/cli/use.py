@@ -163,7 +163,7 @@ def predict(
     with importing():
         from convlens.data.images import BadImage, open_image
         from convlens.evaluation.conformal import require_coverage
-        from convlens.shipping.onnx_predictor import load_predictor
+        from convlens.inference.onnx_runtime import load_predictor
 
     predictor = load_predictor(model)
     if coverage is not None:

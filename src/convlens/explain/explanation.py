@@ -26,8 +26,8 @@ from convlens.explain.activations import (
 )
 from convlens.explain.cam import class_activation_map
 from convlens.explain.occlusion import Heat, occlusion_map
-from convlens.shipping.classifier import Classifier
-from convlens.shipping.prediction import Prediction
+from convlens.inference.classifier import Classifier
+from convlens.inference.predictor import Prediction
 
 Array = NDArray[np.float32]
 NEIGHBOURS = 8

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from convlens.errors import ConvlensError
-from convlens.shipping.bundle import write_tensors
+from convlens.inference.bundle import write_tensors
 
 
 def write_snapshot(folder: Path, step: int, net: nn.Module) -> None:

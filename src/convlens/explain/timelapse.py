@@ -17,8 +17,8 @@ from convlens.evaluation.metrics import MAX_DENSE_CLASSES, confusion_matrix
 from convlens.explain.activations import feature_maps, first_convolution
 from convlens.explain.explanation import Array, to_array
 from convlens.explain.snapshots import list_snapshots, load_snapshot
+from convlens.inference.classifier import Classifier
 from convlens.run_dir import RunFolder
-from convlens.shipping.classifier import Classifier
 from convlens.system.progress import track
 from convlens.system.text import quoted
 

@@ -7,9 +7,9 @@ from html import escape
 from typing import Any
 
 from convlens.evaluation.metrics import worst_classes
+from convlens.inference.bundle import UNSEEN, WATCHED
 from convlens.reporting.page import make_cards, make_pictures, write_page
 from convlens.run_dir import RunFolder
-from convlens.shipping.bundle import UNSEEN, WATCHED
 from convlens.system.files import read_json
 
 MAX_ROWS = 100  # of the table of classes; of more classes the worst are shown

@@ -20,11 +20,11 @@ from pydantic import BaseModel, Field
 from convlens.data.images import BadImage
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.conformal import LEVELS
+from convlens.export.html import make_page
+from convlens.inference.onnx_runtime import OnnxPredictor
+from convlens.inference.predictor import Prediction
 from convlens.serving.gate import Gate, Limits, Metrics
 from convlens.serving.work import Late, Worker, list_files
-from convlens.shipping.onnx_predictor import OnnxPredictor
-from convlens.shipping.prediction import Prediction
-from convlens.shipping.twin import make_page
 
 T = TypeVar("T")
 MAX_ENUM = 100  # classes that /openapi.json lists

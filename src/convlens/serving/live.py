@@ -10,8 +10,8 @@ from typing import Any
 
 from convlens.errors import ConvlensError
 from convlens.run_dir import SERIES, RunFolder
-from convlens.shipping.twin import fill_page, read_part
 from convlens.system.files import read_json
+from convlens.web.render import fill_page, read_part
 
 
 def list_runs(paths: Sequence[str | Path]) -> list[RunFolder]:

@@ -21,8 +21,8 @@ from python_multipart.multipart import Field, File, MultipartState
 from convlens.data.images import BadImage, Pixels, open_image
 from convlens.errors import UsageError
 from convlens.explain.occlusion import Heat, Occlusion
-from convlens.shipping.onnx_predictor import BATCH, OnnxPredictor
-from convlens.shipping.prediction import Prediction
+from convlens.inference.onnx_runtime import BATCH, OnnxPredictor
+from convlens.inference.predictor import Prediction
 from convlens.system.hardware import available_cores
 
 MOST_IMAGES = 1000  # in a request

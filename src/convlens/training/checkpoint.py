@@ -17,7 +17,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from convlens.errors import ConvlensError
-from convlens.shipping.bundle import write_tensors
+from convlens.inference.bundle import write_tensors
 from convlens.system.files import read_json, write_json
 from convlens.training.optim import WeightAverage
 from convlens.training.optimizers import Optimizer

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError
+from convlens.inference.bundle import load_bundle
+from convlens.inference.store import find_bundle, shipped_models
 from convlens.models import ConvNet, model_options
 from convlens.models.timm import PREFIX, download_weights, usual_form
-from convlens.shipping.bundle import load_bundle
-from convlens.shipping.places import find_bundle, shipped_models
 from convlens.system.files import read_json
 from convlens.training.recipe import MODEL_OPTIONS, Recipe
 

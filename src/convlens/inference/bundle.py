@@ -18,15 +18,18 @@ from torch import Tensor, nn
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UnknownName, UsageError
 from convlens.evaluation.uncertainty import Trust
+from convlens.inference.store import CARD, CONFIG, TRUST, WEIGHTS, read_whole
 from convlens.models import create_model
-from convlens.shipping.places import CARD, CONFIG, TRUST, WEIGHTS, read_whole
 from convlens.system.files import read_json, replacing, write_json, write_text
 from convlens.system.text import first_few
 
 FORMAT = 1
+
 SIDES = ("channels", "height", "width")
+
 # how the test split was used: said on the model card and in the report
 UNSEEN = "The test split was measured once, after training; nothing was chosen by it."
+
 WATCHED = "The test split was measured after every epoch, for the curves; nothing was chosen by it."
 
 

@@ -12,6 +12,7 @@ from convlens.system.text import quoted
 
 # the files of a bundle
 WEIGHTS, CONFIG, CARD, TRUST = "model.safetensors", "config.json", "README.md", "trust.safetensors"
+
 GRAPH = "graph.onnx"  # its ONNX, without weights: not every bundle has one
 
 

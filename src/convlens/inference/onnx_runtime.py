@@ -20,8 +20,8 @@ from convlens.data.images import Pixels
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.conformal import LEVELS
-from convlens.shipping.places import CONFIG, GRAPH, TRUST, WEIGHTS, find_bundle, read_whole
-from convlens.shipping.prediction import Predictor
+from convlens.inference.predictor import Predictor
+from convlens.inference.store import CONFIG, GRAPH, TRUST, WEIGHTS, find_bundle, read_whole
 from convlens.system.files import read_json
 from convlens.system.hardware import available_cores
 
@@ -29,12 +29,19 @@ from convlens.system.hardware import available_cores
 onnxruntime.disable_telemetry_events()
 
 METADATA = "convlens"  # the entry of the file's metadata that says what the net is
+
 FORMAT = 2
+
 OLDER = "an older convlens: export it again"
+
 LARGEST = 1 << 30  # bytes of a file
+
 DRIFT = 1e-4  # the most that a probability may be off from what PyTorch gave
+
 BATCH = 500
+
 MAX_DISTANCES = 1 << 18  # images x classes of a batch: of 512 features 512 MiB
+
 UNSEALED = b"0" * 64
 
 
@@ -193,21 +200,8 @@ def load_predictor(source: str | Path) -> Predictor:
     found = find_onnx(source)
     if found is not None:
         return found
-    from convlens.shipping.classifier import Classifier
+    from convlens.inference.classifier import Classifier
     from convlens.system.device import use_threads
 
     use_threads()
     return Classifier.load(source)
-
-
-def load_onnx(source: str | Path) -> OnnxPredictor:
-    """Load what :func:`find_onnx` finds, or else make it in memory, as ``convlens export`` does.
-
-    Raises UsageError where the packages that this takes are not installed, ConvlensError for what cannot be exported.
-    """
-    found = find_onnx(source)
-    if found is not None:
-        return found
-    from convlens.shipping.onnx_graph import build_onnx
-
-    return OnnxPredictor(seal(build_onnx(find_bundle(source)).SerializeToString()), str(source))

@@ -14,18 +14,12 @@ from numpy.typing import NDArray
 
 from convlens.data.dataset import Dataset
 from convlens.evaluation.metrics import wilson_interval
-from convlens.shipping.bundle import load_bundle
-from convlens.shipping.onnx_graph import (
-    about_of,
-    complete,
-    export_net,
-    golden_answers,
-    require_exporter,
-    write_about,
-)
-from convlens.shipping.onnx_predictor import OnnxPredictor, seal
+from convlens.export.onnx import about_of, complete, export_net, golden_answers, require_exporter, write_about
+from convlens.inference.bundle import load_bundle
+from convlens.inference.onnx_runtime import OnnxPredictor, seal
 
 SHOWN = 512  # training images that the ranges of activations are taken from
+
 TOGETHER = 64  # of them at a time
 
 

@@ -14,9 +14,9 @@ from convlens.data.dataset import Split
 from convlens.data.images import Pixels
 from convlens.evaluation.inference import Views, compute_logits, compute_outputs
 from convlens.evaluation.metrics import judge
-from convlens.shipping.bundle import Bundle, load_bundle
-from convlens.shipping.places import find_bundle
-from convlens.shipping.prediction import Predictor
+from convlens.inference.bundle import Bundle, load_bundle
+from convlens.inference.predictor import Predictor
+from convlens.inference.store import find_bundle
 from convlens.system.device import choose_device
 
 

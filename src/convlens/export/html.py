@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
-import re
-from collections.abc import Mapping, Sequence
-from importlib import resources
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +13,11 @@ from numpy.typing import NDArray
 
 from convlens.data.images import Pixels
 from convlens.errors import ConvlensError
-from convlens.shipping.onnx_predictor import OnnxPredictor
+from convlens.inference.onnx_runtime import OnnxPredictor
+from convlens.web.render import fill_page, read_part
 
 SMALL = 256  # numbers; longer tensors are kept as 16-bit whole numbers, with a scale for each row
+
 SPACE = ({2, 3}, {-2, -1})  # the axes that a pooling head may reduce
 
 
@@ -49,16 +49,6 @@ def make_page(
         "WEIGHTS": weights,
     }
     return fill_page("page.html", fill)
-
-
-def fill_page(name: str, parts: Mapping[str, str]) -> str:
-    """Return a page with its [PARTS] filled in, in one pass: no part's content is taken for a place to fill."""
-    return re.sub(r"\[([A-Z]{3,})\]", lambda found: parts[found[1]], read_part(name))
-
-
-def read_part(name: str) -> str:
-    """Return a file of the page."""
-    return resources.files("convlens.shipping").joinpath("page", name).read_text(encoding="utf-8")
 
 
 def describe_net(model: Any) -> tuple[dict[str, Any], str]:

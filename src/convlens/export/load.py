@@ -1,0 +1,21 @@
+"""TODO"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from convlens.inference.onnx_runtime import OnnxPredictor, find_onnx, seal
+from convlens.inference.store import find_bundle
+
+
+def load_onnx(source: str | Path) -> OnnxPredictor:
+    """Load what :func:`find_onnx` finds, or else make it in memory, as ``convlens export`` does.
+
+    Raises UsageError where the packages that this takes are not installed, ConvlensError for what cannot be exported.
+    """
+    found = find_onnx(source)
+    if found is not None:
+        return found
+    from convlens.export.onnx import build_onnx
+
+    return OnnxPredictor(seal(build_onnx(find_bundle(source)).SerializeToString()), str(source))
