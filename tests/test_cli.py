@@ -726,7 +726,7 @@ def test_a_reader_who_leaves_does_not_stop_the_training() -> None:
 
 
 def test_plots_that_fail_lose_no_figure(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    from convlens.reporting import plots
+    from convlens.reports import plots
 
     with monkeypatch.context() as patch:
         patch.setattr(plots, "draw_curves", lambda *_: 1 / 0)

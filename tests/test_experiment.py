@@ -24,9 +24,9 @@ from convlens.evaluation.metrics import dense_confusion
 from convlens.experiment import Experiment, train
 from convlens.inference.classifier import Classifier
 from convlens.record import command_line
-from convlens.reporting.plots import GRID
-from convlens.reporting.report import PLOTS
-from convlens.reporting.sheets import INK, QUIET
+from convlens.reports.image_grid import INK, QUIET
+from convlens.reports.plots import GRID
+from convlens.reports.run import PLOTS
 from convlens.run import Run, evaluate_run
 from convlens.run_dir import RunFolder
 from convlens.training.recipe import Recipe

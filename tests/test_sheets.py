@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convlens.reporting.plots import draw_confusion
-from convlens.reporting.sheets import WIDTH, Sheet, answers_sheet, filters_sheet
+from convlens.reports.image_grid import WIDTH, Sheet, answers_sheet, filters_sheet
+from convlens.reports.plots import draw_confusion
 
 RNG = np.random.default_rng(0)
 PICTURES = [RNG.integers(0, 256, (4, 4), np.uint8), RNG.integers(0, 256, (4, 4, 3), np.uint8)] * 3

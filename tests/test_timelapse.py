@@ -17,7 +17,7 @@ from convlens.experiment import Experiment
 from convlens.explain.snapshots import list_snapshots, load_snapshot
 from convlens.explain.timelapse import look_back
 from convlens.models import create_model
-from convlens.reporting.timelapse import draw_moment, tell_epoch
+from convlens.reports.timelapse import draw_moment, tell_epoch
 from convlens.run import Run
 from convlens.training.engine import is_milestone
 

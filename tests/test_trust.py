@@ -21,7 +21,7 @@ from convlens.evaluation.ood import FeatureSpace, auroc, false_positive_rate, fi
 from convlens.evaluation.uncertainty import Trust
 from convlens.inference.bundle import load_bundle
 from convlens.inference.classifier import Classifier
-from convlens.reporting.plots import draw_reliability
+from convlens.reports.plots import draw_reliability
 from convlens.run import Run
 
 QUICK: dict[str, Any] = {"epochs": 6, "device": "cpu", "threads": 1, "precision": "fp32"}
@@ -78,7 +78,7 @@ def test_a_run_says_it_all(run: Run) -> None:
 @pytest.mark.parametrize("temperature", [1, 2])
 def test_the_plot_of_its_certainty(temperature: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
-    monkeypatch.setattr("convlens.reporting.plots.save", lambda figure, _: drawn.append(figure))
+    monkeypatch.setattr("convlens.reports.plots.save", lambda figure, _: drawn.append(figure))
     bins = [{"n": 0, "confidence": 0.0, "accuracy": 0.0}] * 14 + [{"n": 4, "confidence": 0.98, "accuracy": 0.5}]
     side = {"calibration_error": 0.48, "bins": bins}
     draw_reliability(tmp_path / "it.png", {"temperature": temperature, "before": side, "after": side})

@@ -17,7 +17,7 @@ from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
 from convlens.evaluation.duplicates import describe_images, find_copies, find_near_copies
 from convlens.evaluation.inference import compute_logits
-from convlens.reporting.sheets import images_sheet
+from convlens.reports.image_grid import images_sheet
 from convlens.run_dir import new_folder
 from convlens.system.device import choose_device, use_threads
 from convlens.system.files import write_json, write_names

@@ -14,7 +14,7 @@ from convlens.errors import ConvlensError, UsageError
 from convlens.explain.explanation import Explanation, explain, require_class
 from convlens.explain.timelapse import ASKED, look_back
 from convlens.inference.classifier import Classifier
-from convlens.reporting.explained import picture_explanation, picture_kernels, write_explanations
+from convlens.reports.explanation import picture_explanation, picture_kernels, write_explanations
 from convlens.run import Run, load_tested, load_training_images
 from convlens.run_dir import RunFolder, new_folder
 from convlens.system.device import use_threads
@@ -100,7 +100,7 @@ def show_training(
     there were none, training images. Returns the file and how many snapshots there were. Raises UsageError if the run
     kept none or its data have changed.
     """
-    from convlens.reporting.timelapse import write_animation, write_timelapse  # matplotlib takes half a second
+    from convlens.reports.timelapse import write_animation, write_timelapse  # matplotlib takes half a second
 
     run = Run(source)
     page = Path(out) if out is not None else run.path / "timelapse.html"

@@ -21,8 +21,8 @@ from convlens.explain.activations import first_convolution
 from convlens.inference.bundle import Bundle
 from convlens.inference.classifier import Classifier
 from convlens.record import summarise_test, without_path, without_paths, write_predictions
-from convlens.reporting import plots, sheets
-from convlens.reporting.report import write_report
+from convlens.reports import image_grid, plots
+from convlens.reports.run import write_report
 from convlens.run_dir import RunFolder
 from convlens.system.files import write_csv, write_json
 from convlens.training.optim import make_augment
@@ -77,7 +77,7 @@ def draw_plots(
     Returns each as HTML, by the name of its file.
     """
     train, classes, place = dataset.train, dataset.classes, folder.plots
-    rows = sheets.pick_samples(train.labels, len(classes))
+    rows = image_grid.pick_samples(train.labels, len(classes))
     images, labels = train.images[rows], train.labels[rows]
     names = [classes[label] for label in labels.tolist()]
     augment, normalise = make_augment(recipe, len(classes)), preprocess.normaliser()
@@ -86,12 +86,14 @@ def draw_plots(
         seen = mirror(normalise(images), turned) if recipe.flip else normalise(images)
         changed, _ = augment(seen, labels, Draws.seeded(recipe.seed, len(rows)))
     drawn = {
-        "samples.png": sheets.images_sheet(images, names, "What it learns from: training images"),
-        "augmented.png": sheets.images_sheet(normalise.invert(changed), names, "The same images as the net saw them"),
-        "mistakes.png": sheets.mistakes_sheet(dataset.test.images, dataset.test.labels, probabilities, classes),
+        "samples.png": image_grid.images_sheet(images, names, "What it learns from: training images"),
+        "augmented.png": image_grid.images_sheet(
+            normalise.invert(changed), names, "The same images as the net saw them"
+        ),
+        "mistakes.png": image_grid.mistakes_sheet(dataset.test.images, dataset.test.labels, probabilities, classes),
     }
     if conv := first_convolution(net):
-        drawn["filters.png"] = sheets.filters_sheet(conv.weight.detach().cpu().numpy())
+        drawn["filters.png"] = image_grid.filters_sheet(conv.weight.detach().cpu().numpy())
     for file, sheet in drawn.items():
         sheet.save(place / file)
     shown = {file: sheet.to_html() for file, sheet in drawn.items()}

@@ -9,7 +9,7 @@ from PIL import Image
 
 from convlens.data.loading import refuse_inside_data
 from convlens.errors import UnknownName, UsageError
-from convlens.reporting.sheets import answers_sheet, to_picture
+from convlens.reports.image_grid import answers_sheet, to_picture
 from convlens.run import Run, load_tested
 from convlens.run_dir import new_folder
 from convlens.system.files import write_csv

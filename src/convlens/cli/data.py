@@ -49,7 +49,7 @@ def data_info(
         from convlens.data.image_folder import image_sizes
         from convlens.data.loading import load_dataset, refuse_inside_data
         from convlens.data.shards import is_packed
-        from convlens.reporting.sheets import images_sheet, pick_samples
+        from convlens.reports.image_grid import images_sheet, pick_samples
 
     heed_interrupts()
     check_new_file(to, "--to", "png")

@@ -50,7 +50,7 @@ def tune(
 
     with importing():
         from convlens.data.loading import data_name, load_dataset, refuse_inside_data
-        from convlens.reporting.plots import draw_range_test
+        from convlens.reports.plots import draw_range_test
         from convlens.system.device import use_threads
         from convlens.training.nets import without_unfit
         from convlens.training.recipes import default_recipe, get_recipe

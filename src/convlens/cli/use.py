@@ -51,7 +51,7 @@ def evaluate(
         clean, figures = corrupt_run(run, data)
         print_corruptions(run, clean, figures, format)
         if plot is not None:
-            from convlens.reporting.plots import draw_corruptions
+            from convlens.reports.plots import draw_corruptions
 
             draw_corruptions(plot, clean, figures)
         return

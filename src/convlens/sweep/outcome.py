@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from convlens.errors import ConvlensError, Interrupted, UsageError
 from convlens.evaluation.significance import PairedSeeds
-from convlens.reporting import swept
+from convlens.reports import sweep as sweep_report
 from convlens.run import Run, read_answers
 from convlens.series import SUMMARY, Series
 from convlens.sweep.space import Choice
@@ -122,7 +122,7 @@ def write_outcome(sweep: Sweep, confirmation: dict[str, Any] | None = None) -> d
         raise ConvlensError(f"no trial of {sweep.folder} was trained to its end{why}")
     write_json(sweep.folder / BEST, recipe_file(sweep.base.override(**best.params)))
     logs = {name: not isinstance(values, Choice) and values.log for name, values in sweep.space.items()}
-    swept.write_report(sweep.folder, said, rows, logs)
+    sweep_report.write_report(sweep.folder, said, rows, logs)
     return said
 
 

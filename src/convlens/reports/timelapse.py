@@ -18,14 +18,16 @@ from PIL import Image
 
 from convlens.data.images import Pixels
 from convlens.explain.timelapse import Moment
-from convlens.reporting.plots import TRAIN, new_figure, quiet_axes, title
-from convlens.reporting.sheets import INK, QUIET, colour_kernel, shorten, to_picture
+from convlens.reports.image_grid import INK, QUIET, colour_kernel, shorten, to_picture
+from convlens.reports.plots import TRAIN, new_figure, quiet_axes, title
 from convlens.system.files import replacing, write_text
 from convlens.system.progress import track
 from convlens.web.render import fill_page, read_part
 
 MOST = 32  # filters, and maps of a stage, on the page
+
 MOST_POINTS = 16_384  # of a stage at a moment: large maps are shown of fewer channels
+
 MOST_CLASSES = 30  # of a confusion matrix that can be read
 
 

@@ -11,12 +11,13 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.ticker import MaxNLocator
 
-from convlens.reporting.page import make_cards, make_pictures, write_page
-from convlens.reporting.plots import GRID, PAPER, TRAIN, VALIDATION, new_figure, quiet_axes, save_for_page, title
-from convlens.reporting.report import pairs_table, table
-from convlens.reporting.sheets import INK, QUIET
+from convlens.reports.html import make_cards, make_pictures, write_page
+from convlens.reports.image_grid import INK, QUIET
+from convlens.reports.plots import GRID, PAPER, TRAIN, VALIDATION, new_figure, quiet_axes, save_for_page, title
+from convlens.reports.run import pairs_table, table
 
 Rows = Sequence[Mapping[str, Any]]
+
 PICTURES = {
     "history.png": "Each dot is a trial, an orange cross one that was stopped early; what is far below stands as "
     "an arrow at the lower edge. The line is the best so far.",
@@ -24,8 +25,11 @@ PICTURES = {
     "The last axis has the trials in their order, evenly spaced, so equal accuracies can lie apart.",
     "importance.png": "How much each field has to do with whether a trial is among the best tenth (PED-ANOVA).",
 }
+
 SIZE = (7.2, 3.6)  # inches: two pictures stand beside each other, each half as wide as the page
+
 SMALL = 10  # points, of all words but the title
+
 BACKING = {"facecolor": PAPER, "alpha": 0.75, "edgecolor": "none", "pad": 0.6}  # of words that lines pass behind
 
 

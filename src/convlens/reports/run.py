@@ -8,12 +8,14 @@ from typing import Any
 
 from convlens.evaluation.metrics import worst_classes
 from convlens.inference.bundle import UNSEEN, WATCHED
-from convlens.reporting.page import make_cards, make_pictures, write_page
+from convlens.reports.html import make_cards, make_pictures, write_page
 from convlens.run_dir import RunFolder
 from convlens.system.files import read_json
 
 MAX_ROWS = 100  # of the table of classes; of more classes the worst are shown
+
 WORST = 20
+
 PLOTS = {
     "confusion.png": "Each row is a true class, each column what the net said; the diagonal is right.",
     "mistakes.png": "What it said, how sure it was, and what the picture is.",

@@ -18,14 +18,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from convlens.evaluation.metrics import MAX_DENSE_CLASSES, Cell, dense_confusion, wilson_interval
-from convlens.reporting.sheets import INK, QUIET, shorten
+from convlens.reports.image_grid import INK, QUIET, shorten
 from convlens.system.files import replacing
 
 GRID = "#e4e7eb"
+
 PAPER = "#fffffe"  # white that is the page's own in its SVG; other white stays white
+
 ON_LIGHT = "#102a43"  # words on what stays light in the dark
+
 TRAIN, VALIDATION, TEST, WRONG = "#2563eb", "#d97706", "#7c3aed", "#b91c1c"
+
 DPI = 144
+
 MAX_DRAWN = 30  # classes of a confusion matrix with its counts
 
 

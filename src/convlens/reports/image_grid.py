@@ -24,10 +24,15 @@ from convlens.data.dataset import rows_by_class
 from convlens.system.files import replacing
 
 INK, QUIET = "#1f2933", "#66727f"
+
 WIDTH = 1296  # of a sheet; all lengths are pixels
+
 GAP = 9  # between pictures
+
 TOP, HEADING_SIZE = 60, 24
+
 LINE, CAPTION_SIZE = 22, 17
+
 COARSE = 96  # pictures up to this size are shown with hard edges: their pixels are what is to be seen
 
 

@@ -18,12 +18,15 @@ from convlens.data.images import Pixels
 from convlens.explain.activations import Unit
 from convlens.explain.explanation import Explanation
 from convlens.explain.occlusion import Heat
-from convlens.reporting.page import make_pictures, write_page
-from convlens.reporting.sheets import Sheet, filters_sheet, shorten, to_picture
+from convlens.reports.html import make_pictures, write_page
+from convlens.reports.image_grid import Sheet, filters_sheet, shorten, to_picture
 
 MOST_MAPS = 32  # of a stage, on its picture
+
 ENLARGED = 256  # pixels of a heat map's longer side
+
 RGB = NDArray[np.uint8]  # (H, W, 3)
+
 FRAME = (217, 119, 6)  # the second colour of the plots
 
 
