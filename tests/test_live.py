@@ -29,8 +29,7 @@ from convlens.models import create_model
 from convlens.record import LiveRecord
 from convlens.run import Run
 from convlens.run_dir import RunFolder
-from convlens.serving.live import describe_run
-from convlens.serving.watch import start_watching
+from convlens.serving.dashboard import describe_run, start_watching
 from convlens.system.files import write_loosely
 from convlens.training.tally import Progress
 
@@ -294,7 +293,7 @@ def test_the_page_follows_a_training(half: RunFolder, tmp_path: Path) -> None:
 
 
 def test_names_cannot_become_code() -> None:
-    from convlens.serving.live import make_live_page
+    from convlens.serving.dashboard import make_live_page
 
     page = make_live_page()
     assert "innerHTML" not in page and not re.search(r"\[[A-Z]{3,}\]", page)

@@ -101,13 +101,13 @@ def test_work_in_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_answer_is_bounded(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     testclient = pytest.importorskip("fastapi.testclient")
-    from convlens.serving import app, work
+    from convlens.serving import batching, routes
 
     class InTorch(Classifier):  # a graph of ONNX is not needed to see it
         in_8_bits, about = False, {"trained": {}}
 
     model = InTorch.load(trained.path)
-    client = testclient.TestClient(app.make_app({"many": model}), base_url="http://localhost")
+    client = testclient.TestClient(routes.make_app({"many": model}), base_url="http://localhost")
     content = (Path(trained.path) / "plots" / "samples.png").read_bytes()
 
     def post(images: int, **params: object) -> tuple[int, dict[str, object]]:
@@ -115,13 +115,13 @@ def test_an_answer_is_bounded(trained: Run, monkeypatch: pytest.MonkeyPatch) -> 
         response = client.post("/predict", params=params, files=form)
         return response.status_code, response.json()
 
-    monkeypatch.setattr(work, "MAX_NAMED", 6000)
+    monkeypatch.setattr(batching, "MAX_NAMED", 6000)
     status, told = post(4, top=1000)
     assert status == 200 and [len(one["top"]) for one in told["predictions"]] == 4 * [1000]
     threads: list[str] = []
-    write = app.Answers.model_dump_json
+    write = routes.Answers.model_dump_json
     monkeypatch.setattr(
-        app.Answers, "model_dump_json",
+        routes.Answers, "model_dump_json",
         lambda self: threads.append(__import__("threading").current_thread().name) or write(self),
     )  # fmt: skip
     assert post(4, top=1000)[0] == 200 and threads[0].startswith("decode"), "not on the event loop"

@@ -114,7 +114,7 @@ def watch(
     """
     import threading
 
-    from convlens.serving.watch import start_watching
+    from convlens.serving.dashboard import start_watching
 
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

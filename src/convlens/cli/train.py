@@ -162,7 +162,7 @@ def train(
 
 def show_live(folder: Path) -> None:
     """Show the page of a run or series for as long as this process lives, and say where."""
-    from convlens.serving.watch import start_watching
+    from convlens.serving.dashboard import start_watching
 
     try:
         say(f"live    {start_watching([folder])[1]}")

@@ -26,8 +26,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from convlens.errors import ConvlensError, UsageError
 from convlens.export.load import load_onnx
 from convlens.inference.onnx_runtime import OnnxPredictor, find_onnx
-from convlens.serving.app import make_app
-from convlens.serving.gate import LOOPBACK, Gate
+from convlens.serving.middleware import LOOPBACK, Gate
+from convlens.serving.routes import make_app
 from convlens.system.text import quoted
 
 TOKEN = "CONVLENS_TOKEN"

@@ -15,7 +15,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
-from pydantic import BaseModel, Field
 
 from convlens.data.images import BadImage
 from convlens.errors import ConvlensError, UsageError
@@ -23,15 +22,22 @@ from convlens.evaluation.conformal import LEVELS
 from convlens.export.html import make_page
 from convlens.inference.onnx_runtime import OnnxPredictor
 from convlens.inference.predictor import Prediction
-from convlens.serving.gate import Gate, Limits, Metrics
-from convlens.serving.work import Late, Worker, list_files
+from convlens.serving.batching import Late, Worker, list_files
+from convlens.serving.middleware import Gate, Limits, Metrics
+from convlens.serving.schemas import About, Answer, Answers, Explained, Problem
 
 T = TypeVar("T")
+
 MAX_ENUM = 100  # classes that /openapi.json lists
+
 FILE = {"type": "string", "format": "binary"}
+
 KINDS = ("image/png", "image/jpeg", "image/gif", "image/webp", "image/bmp", "image/tiff", "application/octet-stream")
+
 PICTURE = {kind: {"schema": FILE} for kind in KINDS}
+
 PICTURE_BODY = {"requestBody": {"required": True, "description": "One picture.", "content": PICTURE}}
+
 BODY = {
     "requestBody": {
         "required": True,
@@ -51,67 +57,6 @@ BODY = {
 }
 
 
-class Problem(BaseModel):
-    """Why there is no answer."""
-
-    detail: str
-
-
-class Guess(BaseModel):
-    """A class, and how probable it is."""
-
-    label: str
-    probability: float = Field(ge=0, le=1)
-
-
-class Answer(Guess):
-    """What the net says of one picture."""
-
-    known: bool | None = Field(description="Does it look like what the net learned from? null: the net cannot say.")
-    top: list[Guess] = Field(description="The most probable classes, best first.")
-    set: list[str] | None = Field(description="The classes that hold the right one as often as `coverage` asks.")
-
-    @classmethod
-    def of(cls, prediction: Prediction) -> "Answer":
-        """Return a prediction as the server sends it."""
-        top = [Guess(label=label, probability=share) for label, share in prediction.top]
-        labels = None if prediction.labels is None else list(prediction.labels)
-        return cls(**top[0].model_dump(), known=prediction.known, top=top, set=labels)
-
-
-class Answers(BaseModel):
-    """What the net says of the pictures, in their order."""
-
-    model: str
-    predictions: list[Answer]
-
-
-class Explained(BaseModel):
-    """What an answer hangs on."""
-
-    model: str
-    label: str = Field(description="The most probable class.")
-    probability: float = Field(ge=0, le=1)
-    known: bool | None
-    about: str = Field(description="The class that the map is about.")
-    occlusion: list[list[float]] = Field(
-        description="For each pixel that the net sees, row by row, by how much the probability of `about` falls when a "
-        "square covers it: -1 to 1."
-    )
-
-
-class About(BaseModel):
-    """A model of this server."""
-
-    name: str
-    classes: list[str]
-    channels: int
-    height: int
-    width: int
-    coverage: bool = Field(description="Can it name a set of classes that holds the right one as often as asked?")
-    trained: dict[str, Any] = Field(description="What it was trained on, and how well it did on test images.")
-
-
 def tell(**problems: str) -> dict[int | str, dict[str, Any]]:
     """Return statuses and what they mean as OpenAPI has them, such as ``_413="..."``."""
     content = {"application/json": {"schema": Problem.model_json_schema()}}
@@ -119,8 +64,11 @@ def tell(**problems: str) -> dict[int | str, dict[str, Any]]:
 
 
 WRONG_HOST = tell(_421="The host is not one that is served")
+
 REFUSALS = WRONG_HOST | tell(_401="The token is missing or wrong", _403="A page of another site asks")
+
 WRONG_VALUE = tell(_422="A picture or a value cannot be used")
+
 OVERLOAD = tell(
     _408="The body did not come in time",
     _413="The body is too large",

@@ -26,13 +26,21 @@ from convlens.inference.predictor import Prediction
 from convlens.system.hardware import available_cores
 
 MOST_IMAGES = 1000  # in a request
+
 MAX_IMAGE_PIXELS = 25_000_000  # of one picture: a camera's 24 megapixels; every decoder may have one at a time
+
 MOST_PIXELS = 100_000_000  # of all pictures in a request, as they come
+
 MOST_BYTES = 8 << 20  # of all pictures in a request, as the net sees them; of their probabilities as many
+
 MAX_NAMED = 100_000  # classes named in the answer to a request: a few megabytes
+
 FEW_NAMED = 100  # made sooner than handed to a thread
+
 MOST_JOBS = 32  # decoded, that wait for the net
+
 OPTIONS = ("model", "top", "raw", "coverage", "label")  # they belong into the address
+
 Output = tuple[NDArray[np.float32], NDArray[np.bool_] | None]  # probabilities (N, K), and which are known (N,)
 
 
