@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from sections import Record, cifar_name, spread, table, timed
 
 from convlens.run import Run
-from convlens.training.budget import parse_budget
+from convlens.training.time_budget import parse_budget
 
 BUDGETS = [
     "digits --budget 10s",

@@ -20,9 +20,8 @@ from convlens.data.preprocess import Preprocess
 from convlens.evaluation.inference import Views, compute_logits, make_views
 from convlens.evaluation.metrics import Scores
 from convlens.models import create_model
-from convlens.training.engine import fit
-from convlens.training.nets import describe_net, make_net
-from convlens.training.optim import make_loss
+from convlens.training.build import describe_net, make_loss, make_net
+from convlens.training.loop import fit
 from convlens.training.optimizers import Muon
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import get_recipe

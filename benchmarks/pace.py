@@ -27,11 +27,12 @@ from convlens.models import create_model, summarise
 from convlens.run import Run
 from convlens.system.device import use_threads
 from convlens.system.memory import keep_memory
-from convlens.training.engine import fit
-from convlens.training.optim import learning_rate, make_loss, make_optimizer
+from convlens.training.build import make_loss, make_optimizer
+from convlens.training.loop import fit
 from convlens.training.precision import autocast
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import get_recipe
+from convlens.training.schedule import learning_rate
 
 CPU = torch.device("cpu")
 

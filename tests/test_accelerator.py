@@ -23,13 +23,12 @@ from convlens.data.normalize import Normalise
 from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
 from convlens.system.random import callers_state_kept
-from convlens.training import divergence, engine
-from convlens.training.engine import fit
-from convlens.training.nets import describe_net, make_net
-from convlens.training.optim import make_augment
+from convlens.training import finite, loop
+from convlens.training.build import describe_net, make_augment, make_net
+from convlens.training.loop import fit
+from convlens.training.metrics import Tally
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import RECIPES
-from convlens.training.tally import Tally
 
 META = torch.device("meta")
 
@@ -68,9 +67,9 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(loader, "torch", Torch())
     monkeypatch.setattr(Draws, "uniform", lambda draws, low=0.0, high=1.0: draw(draws) * (high - low) + low)
     monkeypatch.setattr(Draws, "integers", lambda draws, end: (draw(draws) * end).long())
-    monkeypatch.setattr(engine, "choose_device", lambda _: META)
-    monkeypatch.setattr(engine, "choose_precision", lambda *_: "fp32")
-    monkeypatch.setattr(engine, "autocast", lambda *_: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr(loop, "choose_device", lambda _: META)
+    monkeypatch.setattr(loop, "choose_precision", lambda *_: "fp32")
+    monkeypatch.setattr(loop, "autocast", lambda *_: torch.autocast("cpu", enabled=False))
     monkeypatch.setattr(torch, "_standard_gamma", lambda shape, generator: torch.empty_like(shape))
     for name in ("_fused_sgd_", "_fused_adam_", "_fused_adamw_"):
         monkeypatch.setattr(torch, name, same_device)
@@ -85,8 +84,8 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         tally.add_up()
         return 1.0, 1
 
-    monkeypatch.setattr(divergence, "look_through", look_through)
-    monkeypatch.setattr(engine, "require_numbers", lambda values, *_: look_through(list(values.values())))
+    monkeypatch.setattr(finite, "look_through", look_through)
+    monkeypatch.setattr(loop, "require_numbers", lambda values, *_: look_through(list(values.values())))
     monkeypatch.setattr(Tally, "read", read)
     return looks
 

@@ -14,10 +14,10 @@ import convlens
 from convlens.data.dataset import Dataset
 from convlens.errors import UsageError
 from convlens.experiment import Experiment
-from convlens.training import budget, engine
-from convlens.training.budget import Pace, candidates, fit_into, measure_pace, measure_rate, parse_budget
+from convlens.training import loop, time_budget
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import LADDERS, RECIPES, get_recipe
+from convlens.training.time_budget import Pace, candidates, fit_into, measure_pace, measure_rate, parse_budget
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def test_the_ladders_are_of_recipes() -> None:
 def paces(monkeypatch: pytest.MonkeyPatch, *paces: float) -> None:
     """Let the recipes, the quickest first, train so many images a second."""
     left = list(paces)
-    monkeypatch.setattr(budget.time, "perf_counter", lambda: NOW)  # the arithmetic is tested, not the machine
-    monkeypatch.setattr(budget, "measure_pace", lambda *_: Pace(left.pop(0), 359.0))  # the test takes a second
+    monkeypatch.setattr(time_budget.time, "perf_counter", lambda: NOW)  # the arithmetic is tested, not the machine
+    monkeypatch.setattr(time_budget, "measure_pace", lambda *_: Pace(left.pop(0), 359.0))  # the test takes a second
 
 
 NOW = 100.0  # what the clock says, all the time
@@ -70,14 +70,14 @@ def test_the_richest_that_fits(seconds: float, name: str, digits: Dataset, monke
     recipe = fit_into(seconds, NOW, digits, [SHORT, LONG, LONGEST])
     assert recipe.name == name
     # the report and the 359 test images go off
-    assert recipe.seconds == pytest.approx(seconds - budget.FINISH_SECONDS - 1)
+    assert recipe.seconds == pytest.approx(seconds - time_budget.FINISH_SECONDS - 1)
     assert recipe.epochs is None
 
 
 def test_what_has_been_spent_and_test_views_go_off(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     paces(monkeypatch, 1408)
     recipe = fit_into(20, NOW - 4, digits, [SHORT.override(flip=True, test_views=True)])
-    assert recipe.seconds == pytest.approx(20 - 4 - budget.FINISH_SECONDS - 7)
+    assert recipe.seconds == pytest.approx(20 - 4 - time_budget.FINISH_SECONDS - 7)
 
 
 def test_steps_on_smaller_images_are_counted_by_their_pixels(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def test_images_are_tested_once_unless_asked(monkeypatch: pytest.MonkeyPatch) ->
     assert asked.test_views
     for recipe in (None, asked):
         assert not any(choice.test_views for choice in candidates("fashion-mnist", recipe))
-    monkeypatch.setattr(budget, "measure_pace", lambda *_: Pace(1e6, 1e6))
+    monkeypatch.setattr(time_budget, "measure_pace", lambda *_: Pace(1e6, 1e6))
     for given in ({}, {"test_views": True}):
         experiment = Experiment.create("digits", asked, budget=60, small_size=0, out=f"views{len(given)}", **given)
         assert experiment.recipe.test_views is bool(given)
@@ -139,15 +139,15 @@ def test_the_pace_is_that_of_the_recipes_own_batches(
     batch_size: int, parts: int, images: int, batch: int, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: set[int] = set()
-    monkeypatch.setattr(budget, "PROBE_SECONDS", 0.0)
-    made = budget.make_net
+    monkeypatch.setattr(time_budget, "PROBE_SECONDS", 0.0)
+    made = time_budget.make_net
 
     def make_net(*told: Any) -> torch.nn.Module:
         net = made(*told)
         net.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
         return net
 
-    monkeypatch.setattr(budget, "make_net", make_net)
+    monkeypatch.setattr(time_budget, "make_net", make_net)
     few = replace(digits, train=digits.train.take(torch.arange(images)))
     measure_pace(few, Recipe(model="small", filters=4, epochs=1, batch_size=batch_size, parts=parts))
     assert sizes - {1} == {batch}  # the arithmetic is chosen with single images
@@ -155,7 +155,7 @@ def test_the_pace_is_that_of_the_recipes_own_batches(
 
 def test_a_run_in_seconds_ends_then(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
-    monkeypatch.setattr(engine.time, "perf_counter", lambda: next(ticks) / 100)  # a machine of an even pace
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(ticks) / 100)  # a machine of an even pace
     run = convlens.train("digits", seconds=1.0, threads=1, device="cpu", precision="fp32")
     assert run.config["recipe"]["epochs"] is None
     last = run.metrics[-1]

@@ -24,7 +24,7 @@ import torch
 from test_engine import make_dataset, make_net, make_recipe, same, state_of, timeless, train
 from torch import Tensor, nn
 
-import convlens.training.engine as engine
+import convlens.training.loop as engine
 from convlens import cli
 from convlens.data.image_folder import load_folder
 from convlens.errors import ConvlensError, Diverged, UsageError
@@ -32,9 +32,10 @@ from convlens.experiment import Experiment
 from convlens.run_dir import RunFolder
 from convlens.system.device import choose_device
 from convlens.system.files import write_json
-from convlens.training.checkpoint import CheckpointStore, TrainState
-from convlens.training.divergence import look_through
+from convlens.training.checkpoint import CheckpointStore
+from convlens.training.finite import look_through
 from convlens.training.recipe import Recipe
+from convlens.training.state import TrainState
 
 resource = pytest.importorskip("resource")  # and with it fork: not on Windows
 KILLED = -signal.SIGKILL

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import convlens.training.engine as engine
+import convlens.training.loop as engine
 from convlens.data.dataset import Dataset, Numbers, Split
 from convlens.data.images import PictureStyle
 from convlens.data.loader import Batches
@@ -20,12 +20,14 @@ from convlens.distributed.process_group import Ranks
 from convlens.errors import ConvlensError, Diverged, Interrupted, UsageError
 from convlens.evaluation.metrics import Scores, evaluate
 from convlens.models import ConvNet, create_model
-from convlens.training import memory, nets
-from convlens.training.checkpoint import CheckpointStore, EpochRecord, TrainState
-from convlens.training.engine import Watcher, fit
+from convlens.training import build, grad_accum
+from convlens.training.callbacks import Watcher
+from convlens.training.checkpoint import CheckpointStore
+from convlens.training.loop import fit
+from convlens.training.metrics import Progress, Tally
 from convlens.training.precision import choose_precision
 from convlens.training.recipe import Recipe
-from convlens.training.tally import Progress, Tally
+from convlens.training.state import EpochRecord, TrainState
 
 CPU = torch.device("cpu")
 SIDE = 8
@@ -226,7 +228,7 @@ def test_it_asks_for_freed_memory_to_be_kept(monkeypatch: pytest.MonkeyPatch) ->
 def test_it_does_not_keep_memory_that_did_not_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(engine, "keep_memory", lambda: asked.append("keep"))
-    monkeypatch.setattr(memory, "return_memory", lambda: asked.append("return"))
+    monkeypatch.setattr(grad_accum, "return_memory", lambda: asked.append("return"))
 
     def short(net: nn.Module, arguments: tuple[Tensor]) -> None:
         if net.training and len(arguments[0]) > 4:
@@ -241,7 +243,7 @@ def test_it_does_not_keep_memory_that_did_not_suffice(monkeypatch: pytest.Monkey
 def test_it_gives_back_what_it_kept_when_a_later_step_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(engine, "keep_memory", lambda: asked.append("keep"))
-    monkeypatch.setattr(memory, "return_memory", lambda: asked.append("return"))
+    monkeypatch.setattr(grad_accum, "return_memory", lambda: asked.append("return"))
 
     def short(net: nn.Module, arguments: tuple[Tensor]) -> None:
         if net.training and len(arguments[0]) > 4 and arguments[0].shape[-1] == SIDE:
@@ -296,7 +298,7 @@ def test_the_global_generator_does_not_matter() -> None:
         net = make_dropout_net()
         torch.manual_seed(seed)
         train(net, make_dataset(), make_recipe(mixup=0.4))
-        nets.append(state_of(net))
+        build.append(state_of(net))
     assert same(*nets)
 
 
@@ -488,7 +490,7 @@ def test_averaged_weights_are_what_is_measured_and_kept(tmp_path: Path, monkeypa
 
 
 def test_average_by_hand() -> None:
-    from convlens.training.optim import WeightAverage
+    from convlens.training.ema import WeightAverage
 
     net = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
@@ -758,7 +760,7 @@ def test_a_fresh_net_sees_images_of_every_class(monkeypatch: pytest.MonkeyPatch)
     train = Split(images, torch.arange(5000) % 2, Numbers(5000))
     dataset = Dataset("toy", None, ("a", "b"), train, train, None, PictureStyle(), "")
     preprocess = Preprocess(1, 100, 100, (0.0,), (1 / 255,), PictureStyle())
-    nets.make_net(nets.describe_net(make_recipe(model="small"), dataset), dataset, preprocess)
+    build.make_net(build.describe_net(make_recipe(model="small"), dataset), dataset, preprocess)
     assert len(seen[0]) == 100
     assert seen[0][0].unique().tolist() == [0] and seen[0][-1].unique().tolist() == [249]
     assert len(seen[0][:, 0, 0, 0].unique()) == 100

@@ -36,8 +36,9 @@ from convlens.inference.bundle import Bundle, load_bundle
 from convlens.models import create_model
 from convlens.system.files import read_json, read_names
 from convlens.system.memory import return_memory
-from convlens.training.checkpoint import CheckpointStore, TrainState, read_checkpoint, seal
+from convlens.training.checkpoint import CheckpointStore, read_checkpoint, seal
 from convlens.training.recipe import Recipe
+from convlens.training.state import TrainState
 
 MOST_SECONDS, MOST_MIB = 1.0, 200
 WORDS = [

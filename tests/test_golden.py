@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import convlens.training.engine as engine
+import convlens.training.loop as engine
 from convlens.data.dataset import Dataset, Split
 from convlens.data.images import PictureStyle
 from convlens.data.preprocess import Preprocess
 from convlens.errors import Interrupted
-from convlens.training.nets import describe_net, make_net
+from convlens.training.build import describe_net, make_net
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import RECIPES, get_recipe
 

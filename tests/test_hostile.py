@@ -37,7 +37,8 @@ from convlens.experiment import Experiment
 from convlens.inference.bundle import load_bundle
 from convlens.models import ConvNet, register
 from convlens.system.files import read_json
-from convlens.training.checkpoint import CheckpointStore, TrainState, seal
+from convlens.training.checkpoint import CheckpointStore, seal
+from convlens.training.state import TrainState
 
 CANARY = "canary"
 

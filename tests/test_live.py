@@ -26,12 +26,12 @@ from convlens.data.dataset import Split
 from convlens.errors import UsageError
 from convlens.experiment import Experiment
 from convlens.models import create_model
-from convlens.record import LiveRecord
 from convlens.run import Run
 from convlens.run_dir import RunFolder
 from convlens.serving.dashboard import describe_run, start_watching
 from convlens.system.files import write_loosely
-from convlens.training.tally import Progress
+from convlens.training.callbacks import LiveRecord
+from convlens.training.metrics import Progress
 
 FAST: dict[str, Any] = {"batch_size": 50, "device": "cpu", "threads": 1}
 

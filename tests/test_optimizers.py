@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from convlens.models import create_model
-from convlens.training.optim import make_optimizer
+from convlens.training.build import make_optimizer
 from convlens.training.optimizers import SGD, Muon, Optimizer, orthogonalise
 from convlens.training.recipe import Recipe
 

@@ -17,9 +17,10 @@ from torch import nn
 from convlens.data.builtin import DATASETS
 from convlens.errors import UnknownName, UsageError
 from convlens.models import create_model, model_options
-from convlens.training.optim import learning_rate, make_clip, make_loss
+from convlens.training.build import make_clip, make_loss
 from convlens.training.recipe import FIELD_TYPES, Recipe
 from convlens.training.recipes import RECIPES, default_recipe, get_recipe
+from convlens.training.schedule import learning_rate
 
 SCHEDULES = ("constant", "step", "one-cycle", "cosine", "linear")
 CLASSIC_DATA = {"fashion-2conv": (1, 28), "folder-cnn": (3, 64), "cifar-lenet": (3, 32), "mnist-4conv": (1, 28)}

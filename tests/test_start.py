@@ -19,9 +19,9 @@ from convlens.errors import ConvlensError, UsageError
 from convlens.experiment import Experiment
 from convlens.models import MODELS, ConvNet, create_model
 from convlens.run import Run
-from convlens.training.engine import fit
+from convlens.training.loop import fit
+from convlens.training.pretrained import Start, adopt_weights
 from convlens.training.recipe import Recipe
-from convlens.training.start import Start, adopt_weights
 
 QUICK: dict[str, Any] = {"threads": 1, "device": "cpu", "precision": "fp32"}
 TRAINED: dict[str, Any] = {"epochs": 1, "batch_size": 16, "validation": 0.25, **QUICK}

@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 import convlens
-from convlens import tuning
 from convlens.cli.sweep import confirm_best
 from convlens.data.loading import load_dataset
 from convlens.errors import ConvlensError, Interrupted, UsageError
@@ -34,6 +33,7 @@ from convlens.sweep.outcome import pick_best, recipe_file, trial_rows, write_out
 from convlens.sweep.space import Choice, Range, parse_space, read_space, space_texts
 from convlens.sweep.storage import absolute_storage
 from convlens.sweep.study import Sweep
+from convlens.training import lr_finder
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import RECIPES, get_recipe, read_recipe
 
@@ -658,22 +658,22 @@ def test_on_the_command_line(
 def test_the_range_test_finds_a_rate_between_nothing_and_too_much(optimizer: str) -> None:
     recipe = get_recipe("digits").override(optimizer=optimizer, nesterov=False, filters=4, bias_lr=0.5)
     dataset = load_dataset("digits")
-    found = tuning.find_lr(dataset, recipe)
+    found = lr_finder.find_lr(dataset, recipe)
     assert (
         1e-4 < found.steepest <= found.lowest < 10
         and found.steepest <= found.suggestion <= found.lowest
         and len(found.rates) == len(found.losses)
     )
-    assert found == tuning.find_lr(dataset, recipe)
-    rates = tuning.with_lr(recipe, found.suggestion)
+    assert found == lr_finder.find_lr(dataset, recipe)
+    rates = lr_finder.with_lr(recipe, found.suggestion)
     assert rates["bias_lr"] / rates["lr"] == pytest.approx(0.5 / recipe.lr, rel=0.1)
 
 
 def test_the_steepest_place_is_found() -> None:
     rates = [10 ** (-4 + 0.05 * k) for k in range(100)]
     losses = [2 / (1 + np.exp(8 * (np.log10(rate) + 2))) + 0.3 for rate in rates]  # falls most steeply at 0.01
-    assert tuning.steepest(rates, losses) == pytest.approx(0.01, rel=0.15)
-    assert tuning.steepest([0.1], [1.0]) == 0.1
+    assert lr_finder.steepest(rates, losses) == pytest.approx(0.01, rel=0.15)
+    assert lr_finder.steepest([0.1], [1.0]) == 0.1
 
 
 def test_batch_sizes_are_tried_until_they_bring_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -681,37 +681,39 @@ def test_batch_sizes_are_tried_until_they_bring_nothing(monkeypatch: pytest.Monk
     memory = dict.fromkeys(pace, 0)
     dataset = load_dataset("digits")
     dataset = dataclasses.replace(dataset, train=dataset.train.take(torch.arange(1200).repeat(5)))
-    monkeypatch.setattr(tuning, "measure", lambda _, __, size: tuning.Pace(size, pace[size], memory[size]))
+    monkeypatch.setattr(lr_finder, "measure", lambda _, __, size: lr_finder.Pace(size, pace[size], memory[size]))
     recipe = get_recipe("digits")
-    told: list[tuning.Pace] = []
-    tried, why = tuning.probe_batches(dataset, recipe, told.append)
-    assert [p.batch_size for p in tried] == [16, 32, 64, 128, 256] and tuning.pick_batch(tried) == 64 and told == tried
+    told: list[lr_finder.Pace] = []
+    tried, why = lr_finder.probe_batches(dataset, recipe, told.append)
+    assert (
+        [p.batch_size for p in tried] == [16, 32, 64, 128, 256] and lr_finder.pick_batch(tried) == 64 and told == tried
+    )
     assert why == "batches of 128 and 256 are hardly faster"
     memory[32] = 1 << 60
-    tried, why = tuning.probe_batches(dataset, recipe)
-    assert [p.batch_size for p in tried] == [16, 32] and tuning.pick_batch(tried) == 32
+    tried, why = lr_finder.probe_batches(dataset, recipe)
+    assert [p.batch_size for p in tried] == [16, 32] and lr_finder.pick_batch(tried) == 32
     assert why == "batches of 64 may need more than half of the memory that is free"
 
-    def run_out(*_: object) -> tuning.Pace:
+    def run_out(*_: object) -> lr_finder.Pace:
         raise MemoryError
 
     few = dataclasses.replace(dataset, train=dataset.train.take(torch.arange(350)))  # ten steps an epoch at least
-    tried, why = tuning.probe_batches(few, recipe)
+    tried, why = lr_finder.probe_batches(few, recipe)
     assert [p.batch_size for p in tried] == [16]
     assert why == "with batches of 32 an epoch would have fewer than 10 steps"
-    monkeypatch.setattr(tuning, "measure", run_out)
-    assert tuning.probe_batches(dataset, recipe) == ([], "batches of 16 do not fit into memory")
+    monkeypatch.setattr(lr_finder, "measure", run_out)
+    assert lr_finder.probe_batches(dataset, recipe) == ([], "batches of 16 do not fit into memory")
     with pytest.raises(ConvlensError, match="^there is not enough memory for 16 images at once"):
-        tuning.pick_batch([])
+        lr_finder.pick_batch([])
 
 
 def test_what_a_batch_costs_is_measured_without_a_test_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(lr_finder, "PROBE_SECONDS", 0.01)
     dataset = dataclasses.replace(load_dataset("digits"), test=None)  # type: ignore[arg-type]
     recipe = get_recipe("digits").override(filters=4)
-    small, large = (tuning.measure(dataset, recipe, size) for size in (16, 64))
+    small, large = (lr_finder.measure(dataset, recipe, size) for size in (16, 64))
     assert small.images_per_second > 0 and large.memory == 4 * small.memory > 0
-    assert tuning.free_memory(recipe) > 0
+    assert lr_finder.free_memory(recipe) > 0
 
 
 def test_a_net_without_an_option_is_searched_beside_one_with_it(toy: str) -> None:
@@ -739,7 +741,7 @@ def test_tune_prints_a_command_that_runs(
 ) -> None:
     from convlens import cli
 
-    monkeypatch.setattr(tuning, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(lr_finder, "PROBE_SECONDS", 0.01)
     monkeypatch.setattr(sys, "argv", ["convlens", "tune", "digits", "--filters", "4", "--no-nesterov", "--seed", "2"])
     with pytest.raises(SystemExit) as leaving:
         cli.main()

@@ -19,7 +19,7 @@ from convlens.explain.timelapse import look_back
 from convlens.models import create_model
 from convlens.reports.timelapse import draw_moment, tell_epoch
 from convlens.run import Run
-from convlens.training.engine import is_milestone
+from convlens.training.loop import is_milestone
 
 FAST = {"epochs": 3, "batch_size": 100, "device": "cpu", "threads": 1}
 

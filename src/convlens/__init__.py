@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from convlens.models import create_model
     from convlens.run import Run
     from convlens.series import train_series
-    from convlens.training.engine import fit
+    from convlens.training.loop import fit
     from convlens.training.recipe import Recipe
     from convlens.training.recipes import get_recipe
 
@@ -47,7 +47,7 @@ _HOMES = {
     "Run": "convlens.run",
     "Split": "convlens.data.dataset",
     "create_model": "convlens.models",
-    "fit": "convlens.training.engine",
+    "fit": "convlens.training.loop",
     "from_arrays": "convlens.data.arrays",
     "get_recipe": "convlens.training.recipes",
     "load_dataset": "convlens.data.arrays",

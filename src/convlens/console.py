@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from convlens.experiment import Experiment
     from convlens.inference.predictor import Prediction
     from convlens.sweep.study import Sweep
-    from convlens.training.checkpoint import EpochRecord
+    from convlens.training.state import EpochRecord
 
 
 SKEWED = 5.0  # so many times as many images in one class as in another are worth a warning

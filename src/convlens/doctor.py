@@ -22,8 +22,8 @@ from convlens.run_dir import new_folder
 from convlens.system.device import choose_device, use_threads
 from convlens.system.files import write_json, write_names
 from convlens.system.random import callers_state_kept, derive_seed, seed_global
-from convlens.training.engine import fit
-from convlens.training.nets import describe_net, make_net
+from convlens.training.build import describe_net, make_net
+from convlens.training.loop import fit
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import default_recipe, get_recipe
 

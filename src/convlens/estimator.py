@@ -15,8 +15,8 @@ from convlens.data.dataset import Dataset, Numbers, Split
 from convlens.data.images import PictureStyle
 from convlens.data.preprocess import Preprocess
 from convlens.evaluation.inference import compute_logits
-from convlens.training.engine import fit
-from convlens.training.nets import describe_net, make_net
+from convlens.training.build import describe_net, make_net
+from convlens.training.loop import fit
 from convlens.training.recipe import Recipe
 
 

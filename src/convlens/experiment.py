@@ -24,29 +24,23 @@ from convlens.distributed.process_group import Ranks, job, join
 from convlens.errors import UsageError
 from convlens.finish import conclude
 from convlens.models import count_parameters
-from convlens.record import (
-    Board,
-    LiveRecord,
-    command_line,
-    describe_data,
-    find_tensorboard,
-    write_metrics,
-    write_split,
-)
+from convlens.record import command_line, describe_data, write_metrics, write_split
 from convlens.run import Run
 from convlens.run_dir import RunFolder
 from convlens.system.device import choose_device, describe_machine, use_threads
 from convlens.system.files import read_names, write_json, write_names
 from convlens.system.hardware import available_cores
 from convlens.system.random import callers_state_kept
-from convlens.training.budget import candidates, fit_into, parse_budget
-from convlens.training.checkpoint import CheckpointStore, EpochRecord
-from convlens.training.engine import Watcher, fit, require_possible
-from convlens.training.nets import describe_net, freeze, make_net, without_unfit
+from convlens.training.build import describe_net, freeze, make_net, without_unfit
+from convlens.training.callbacks import Board, LiveRecord, Watcher, find_tensorboard
+from convlens.training.checkpoint import CheckpointStore
+from convlens.training.loop import fit, require_possible
 from convlens.training.precision import choose_precision
+from convlens.training.pretrained import adopt_weights, image_form, start_from_model, start_from_weights
 from convlens.training.recipe import LENGTHS, Recipe
 from convlens.training.recipes import default_recipe, get_recipe
-from convlens.training.start import adopt_weights, image_form, start_from_model, start_from_weights
+from convlens.training.state import EpochRecord
+from convlens.training.time_budget import candidates, fit_into, parse_budget
 
 
 @dataclass(eq=False)

@@ -25,7 +25,7 @@ from convlens.reports import image_grid, plots
 from convlens.reports.run import write_report
 from convlens.run_dir import RunFolder
 from convlens.system.files import write_csv, write_json
-from convlens.training.optim import make_augment
+from convlens.training.build import make_augment
 from convlens.training.recipe import Recipe
 
 

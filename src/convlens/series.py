@@ -23,9 +23,9 @@ from convlens.run import Run
 from convlens.run_dir import SERIES, RunFolder
 from convlens.system.files import read_json, read_names, write_json
 from convlens.system.random import callers_state_kept
+from convlens.training.pretrained import image_form, start_from_weights
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import default_recipe, get_recipe
-from convlens.training.start import image_form, start_from_weights
 
 SUMMARY = "summary.json"
 

@@ -15,7 +15,7 @@ from convlens.system.text import quoted
 from convlens.training.recipe import flag
 
 if TYPE_CHECKING:
-    from convlens.tuning import Pace
+    from convlens.training.lr_finder import Pace
 
 
 @app.command()
@@ -52,10 +52,10 @@ def tune(
         from convlens.data.loading import data_name, load_dataset, refuse_inside_data
         from convlens.reports.plots import draw_range_test
         from convlens.system.device import use_threads
-        from convlens.training.nets import without_unfit
+        from convlens.training.build import without_unfit
+        from convlens.training.lr_finder import find_lr, pick_batch, probe_batches, with_lr
+        from convlens.training.pretrained import require_fresh
         from convlens.training.recipes import default_recipe, get_recipe
-        from convlens.training.start import require_fresh
-        from convlens.tuning import find_lr, pick_batch, probe_batches, with_lr
 
     own = get_recipe(recipe) if recipe else default_recipe(data_name(data))
     heed_interrupts()

@@ -17,10 +17,10 @@ from convlens.models import model_options
 from convlens.sweep.space import Choice, Range, Space
 from convlens.system.random import callers_state_kept
 from convlens.system.text import first_few
-from convlens.training.engine import require_possible
-from convlens.training.nets import describe_net, make_net, without_unfit
+from convlens.training.build import describe_net, make_net, without_unfit
+from convlens.training.loop import require_possible
 from convlens.training.recipe import MODEL_OPTIONS, Recipe, flag
-from convlens.training.resizing import require_any_size
+from convlens.training.schedule import require_any_size
 
 # fields of which one value may shut out another's; those of one group have nothing to do with the other
 BOUND = (

@@ -29,9 +29,9 @@ from convlens.sweep.storage import absolute_storage, open_storage
 from convlens.system.device import choose_device
 from convlens.system.files import read_json, write_json
 from convlens.system.text import quoted
+from convlens.training.pretrained import require_fresh
 from convlens.training.recipe import FIELD_TYPES, Recipe, flag
 from convlens.training.recipes import default_recipe, get_recipe
-from convlens.training.start import require_fresh
 
 STUDY = "convlens"  # one sweep in a storage, under this name
 PLAN = "sweep.json"

@@ -28,10 +28,10 @@ from convlens.sweep.study import Sweep
 from convlens.system.device import use_threads
 from convlens.system.hardware import available_cores
 from convlens.system.random import derive_seed
-from convlens.training.checkpoint import EpochRecord
-from convlens.training.engine import fit
-from convlens.training.nets import describe_net, make_net, without_unfit
+from convlens.training.build import describe_net, make_net, without_unfit
+from convlens.training.loop import fit
 from convlens.training.recipe import Recipe
+from convlens.training.state import EpochRecord
 
 BEAT = 20.0  # seconds between the signs of life of a process that is at a trial
 GRACE = 180.0  # seconds without one, and it is taken for dead

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +19,13 @@ from torch import Tensor, nn
 from convlens.errors import ConvlensError
 from convlens.inference.bundle import write_tensors
 from convlens.system.files import read_json, write_json
-from convlens.training.optim import WeightAverage
+from convlens.training.ema import WeightAverage
 from convlens.training.optimizers import Optimizer
+from convlens.training.state import EpochRecord, TrainState
 
 FORMAT = 2
+
 KEPT = 2
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """What one epoch came to: a row of ``metrics.csv``. ``seconds`` is training time so far, without evaluation.
-
-    ``epoch`` counts from 1. Losses are means in nats, accuracies 0..1; those of training are of the augmented images,
-    as they went by. Those of the test split are there only where the recipe watches it.
-    """
-
-    epoch: int
-    seconds: float
-    lr: float  # of the last step
-    train_loss: float
-    train_acc: float
-    val_loss: float | None = None
-    val_acc: float | None = None
-    test_loss: float | None = None
-    test_acc: float | None = None
-
-
-@dataclass
-class TrainState:
-    """Everything that a training has come to, besides tensors."""
-
-    step: int = 0
-    seconds: float = 0.0
-    # of the epoch that is under way
-    loss_sum: float = 0.0
-    correct: int = 0
-    seen: int = 0
-    # with validation, checkpoints and all: the clock of a training whose length is given in seconds
-    elapsed: float = 0.0
-    records: list[EpochRecord] = field(default_factory=list)
-    best_epoch: int = 0  # 0: none yet
-    finished: bool = False
-    parts: int = 1  # in which a batch goes through the net: the recipe's, or more once memory has run out
 
 
 class CheckpointStore:

@@ -15,7 +15,7 @@ from convlens.errors import ConvlensError
 from convlens.system.files import cache_folder, read_json, write_json
 from convlens.system.hardware import has_bf16, processor_name
 from convlens.training.recipe import Recipe
-from convlens.training.resizing import require_any_size
+from convlens.training.schedule import require_any_size
 
 BATCH, ROUNDS = 64, 4
 TOLERANCE = 0.02  # of the largest value; bf16 itself keeps about 3 digits

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from convlens.errors import Diverged
-from convlens.training.checkpoint import TrainState
 from convlens.training.recipe import Recipe
+from convlens.training.state import TrainState
 
 
 class NumberWatch:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from convlens.distributed.process_group import Ranks
-from convlens.training.checkpoint import TrainState
+from convlens.training.state import TrainState
 
 
 @dataclass(frozen=True)

@@ -22,22 +22,17 @@ from convlens.evaluation.metrics import Scores, evaluate
 from convlens.system.device import choose_device
 from convlens.system.memory import keep_memory
 from convlens.system.progress import Meter
-from convlens.training.checkpoint import CheckpointStore, EpochRecord, TrainState, pack, unpack
-from convlens.training.divergence import NumberWatch, diverged, require_numbers
-from convlens.training.memory import in_parts
-from convlens.training.nets import freeze
-from convlens.training.optim import (
-    WeightAverage,
-    learning_rate,
-    make_augment,
-    make_clip,
-    make_loss,
-    make_optimizer,
-)
+from convlens.training.build import freeze, make_augment, make_clip, make_loss, make_optimizer
+from convlens.training.callbacks import Watcher
+from convlens.training.checkpoint import CheckpointStore, pack, unpack
+from convlens.training.ema import WeightAverage
+from convlens.training.finite import NumberWatch, diverged, require_numbers
+from convlens.training.grad_accum import in_parts
+from convlens.training.metrics import Tally
 from convlens.training.precision import autocast, choose_precision
 from convlens.training.recipe import Recipe
-from convlens.training.resizing import count_work, even_time
-from convlens.training.tally import Progress, Tally
+from convlens.training.schedule import count_work, even_time, learning_rate
+from convlens.training.state import EpochRecord, TrainState
 
 LOOK_EVERY = 20  # steps between looks at the figures, which make an accelerator wait
 
@@ -236,22 +231,6 @@ def require_possible(recipe: Recipe, net: nn.Module, dataset: Dataset) -> None:
 def is_milestone(step: int, epoch_steps: int, total: int) -> bool:
     """Say whether the net after ``step`` steps is worth keeping: most happens early."""
     return step >= total or step % epoch_steps == 0 or (step < epoch_steps and step.bit_count() == 1)
-
-
-class Watcher:
-    """Somebody who is told how a training goes; this one does nothing with it."""
-
-    def tell(self, progress: Progress) -> None:
-        """Hear where the training stands: every 20 steps, and at the end of an epoch."""
-
-    def keep(self, step: int, net: nn.Module) -> None:
-        """Get the net before the first step, after steps 1, 2, 4, 8, ... of the first epoch, and after every epoch.
-
-        Here and in :meth:`look` it is as it would be tested, and must be left so. No time of training counts.
-        """
-
-    def look(self, epoch: int, net: nn.Module) -> None:
-        """Get the net after an epoch that was trained just now."""
 
 
 def describe_place(recipe: Recipe, step: int, total: int) -> str:

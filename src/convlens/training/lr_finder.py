@@ -20,21 +20,29 @@ from convlens.data.resize import shrink
 from convlens.errors import ConvlensError
 from convlens.system.device import choose_device
 from convlens.system.progress import track
-from convlens.training.memory import is_out_of_memory
-from convlens.training.nets import describe_net, make_net
-from convlens.training.optim import make_augment, make_clip, make_loss, make_optimizer
+from convlens.training.build import describe_net, make_augment, make_clip, make_loss, make_net, make_optimizer
+from convlens.training.grad_accum import is_out_of_memory
 from convlens.training.precision import autocast, choose_precision
 from convlens.training.recipe import Recipe
 
 STEPS = 100
+
 LOWEST, HIGHEST = 1e-5, 10.0  # learning rates of the range test
+
 SMOOTHING = 0.9  # share of what was before in the smoothed loss
+
 EXPLODED = 3.0  # so many times the lowest loss ends the range test
+
 SMALLEST_BATCH, LARGEST_BATCH = 16, 8192
+
 PROBE_SECONDS = 0.5  # of each timing, and two steps at least
+
 TIMINGS = 3  # of each batch size; the median counts
+
 FEWEST_STEPS = 10  # of an epoch: larger batches would hardly learn
+
 AS_GOOD = 0.95  # of the highest pace: what lies above is not worth a larger batch
+
 MEMORY_SHARE = 0.5  # of the memory that is free: the other half is for validation, and for other programs
 
 

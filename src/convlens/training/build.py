@@ -1,41 +1,67 @@
-"""What a step needs, made from a recipe: schedule, optimizer, loss, clipping, averaged weights, augmentation."""
+"""From a recipe and its data to a fresh net."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convlens.data import augment
 from convlens.data.augment import Draws
+from convlens.data.dataset import Dataset
 from convlens.data.loader import Augment
+from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
+from convlens.models import ConvNet, create_model, model_options
+from convlens.training.grad_accum import is_out_of_memory
 from convlens.training.optimizers import SGD, Adam, Group, Muon, Optimizer
 from convlens.training.recipe import Recipe
 
+MILLION = 1_000_000  # pixels that a fresh net may look at
 
-def learning_rate(recipe: Recipe, step: int, total: int, steps_per_epoch: int) -> float:
-    """Return the learning rate of ``step`` (from 0) of ``total``: a pure function, so that resuming restores nothing.
 
-    All rise in a line over ``warmup`` of the steps; ``cosine`` and ``linear`` fall to 0 at the end; ``one-cycle``
-    rises from 1/25 of the peak over the first 30% (or ``warmup``) and falls, both along a cosine (Smith 2018).
+def without_unfit(recipe: Recipe, asked: Collection[str]) -> Recipe:
+    """Return the recipe without options that its net does not have: those of a recipe are for its own net.
+
+    One of the fields that were ``asked`` for stays; to build such a net is refused.
     """
-    rise = (recipe.warmup or (0.3 if recipe.schedule == "one-cycle" else 0.0)) * total
-    if step < rise:
-        share = (step + 1) / (rise + 1)
-        if recipe.schedule == "one-cycle":
-            return recipe.lr * (1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * share)) / 2)
-        return recipe.lr * share
-    if recipe.schedule == "constant":
-        return recipe.lr
-    if recipe.schedule == "step":
-        return recipe.lr * recipe.step_factor ** (step // steps_per_epoch // recipe.step_epochs)
-    left = 1 - (step - rise) / (total - rise)
-    return recipe.lr * (left if recipe.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
+    unfit = set(recipe.model_options()) - set(model_options(recipe.model)) - set(asked)
+    return recipe.override(**dict.fromkeys(unfit))
+
+
+def describe_net(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    """Return the name and the constructor arguments of the recipe's net for these images: what a run records."""
+    channels, height, width = dataset.shape
+    sizes = {"channels": channels, "height": height, "width": width, "classes": len(dataset.classes)}
+    return {"name": recipe.model, "arguments": {**sizes, **recipe.model_options()}}
+
+
+def make_net(described: dict[str, Any], dataset: Dataset, preprocess: Preprocess) -> nn.Module:
+    """Build the net that :func:`describe_net` names, and let it take what it wants to from the training images.
+
+    Weights are random, drawn from PyTorch's global generator. Raises UsageError if the net does not fit into memory.
+    """
+    try:
+        net = create_model(described["name"], **described["arguments"])
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UsageError(f"there is not enough memory for this net {described['name']}; try fewer --filters") from None
+    if isinstance(net, ConvNet):
+        _, height, width = dataset.shape
+        some = dataset.train.spread(max(MILLION // (height * width), 50))
+        net.initialise(preprocess.normaliser()(dataset.train.images[some]))
+    return net
+
+
+def freeze(net: nn.Module, recipe: Recipe) -> None:
+    """Freeze the recipe's first stages of ``net``; UsageError if it has not so many, or is none that can."""
+    if recipe.frozen:
+        if not isinstance(net, ConvNet):
+            raise UsageError(f"--frozen: the net {recipe.model} is no convlens.models.ConvNet, which it takes")
+        net.freeze(recipe.frozen)
 
 
 def make_optimizer(net: nn.Module, recipe: Recipe) -> Optimizer:
@@ -111,37 +137,3 @@ def make_augment(recipe: Recipe, classes: int) -> Augment:
         return x, y
 
     return apply
-
-
-class WeightAverage:
-    """Exponential moving average of all floating-point weights and buffers; with decay 0 it does nothing."""
-
-    def __init__(self, net: nn.Module, decay: float):
-        self._net, self._decay = net, decay
-        self.weights = {k: v.detach().clone() for k, v in self._live().items()} if decay else {}
-
-    def _live(self) -> dict[str, Tensor]:
-        return {k: v for k, v in self._net.state_dict().items() if v.is_floating_point()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move the average towards the net's weights after ``step`` steps; early on it follows them faster."""
-        if not self._decay:
-            return
-        decay = min(self._decay, (1 + step) / (10 + step))
-        live = self._live()
-        keys = list(self.weights)
-        torch._foreach_lerp_([self.weights[k] for k in keys], [live[k] for k in keys], 1 - decay)
-
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Let the net use the averaged weights inside the block."""
-        if not self._decay:
-            yield
-            return
-        own = {k: v.clone() for k, v in self._live().items()}
-        self._net.load_state_dict(self.weights, strict=False)
-        try:
-            yield
-        finally:
-            self._net.load_state_dict(own, strict=False)

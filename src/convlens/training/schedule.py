@@ -9,8 +9,28 @@ from torch import nn
 
 from convlens.data.resize import shrink, small_shape
 from convlens.errors import UsageError
-from convlens.training.memory import is_out_of_memory
+from convlens.training.grad_accum import is_out_of_memory
 from convlens.training.recipe import Recipe
+
+
+def learning_rate(recipe: Recipe, step: int, total: int, steps_per_epoch: int) -> float:
+    """Return the learning rate of ``step`` (from 0) of ``total``: a pure function, so that resuming restores nothing.
+
+    All rise in a line over ``warmup`` of the steps; ``cosine`` and ``linear`` fall to 0 at the end; ``one-cycle``
+    rises from 1/25 of the peak over the first 30% (or ``warmup``) and falls, both along a cosine (Smith 2018).
+    """
+    rise = (recipe.warmup or (0.3 if recipe.schedule == "one-cycle" else 0.0)) * total
+    if step < rise:
+        share = (step + 1) / (rise + 1)
+        if recipe.schedule == "one-cycle":
+            return recipe.lr * (1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * share)) / 2)
+        return recipe.lr * share
+    if recipe.schedule == "constant":
+        return recipe.lr
+    if recipe.schedule == "step":
+        return recipe.lr * recipe.step_factor ** (step // steps_per_epoch // recipe.step_epochs)
+    left = 1 - (step - rise) / (total - rise)
+    return recipe.lr * (left if recipe.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
 @torch.no_grad()

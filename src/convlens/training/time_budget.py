@@ -17,17 +17,21 @@ from convlens.evaluation.inference import compute_logits
 from convlens.evaluation.uncertainty import FEW
 from convlens.system.device import choose_device
 from convlens.system.random import callers_state_kept
-from convlens.training.engine import fit
-from convlens.training.nets import describe_net, make_net
+from convlens.training.build import describe_net, make_net
+from convlens.training.loop import fit
 from convlens.training.precision import choose_precision
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import LADDERS, default_recipe, get_recipe
-from convlens.training.resizing import count_work
+from convlens.training.schedule import count_work
 
 FINISH_SECONDS = 1.2  # drawing and writing the report
+
 LEAST = 0.5  # of a recipe's length: cut to it, none that was tried (docs, log) was 0.05 points behind the one below
+
 PROBE_SECONDS = 0.25  # what is quicker is measured again, twice as often
+
 PROBE_BATCHES = 8
+
 UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
 
 
