@@ -27,10 +27,10 @@ from sections import Record, peak_mib, run_sections, table
 from torch import Tensor
 
 import convlens
+from convlens.audit.audit import Findings, examine
+from convlens.audit.duplicates import move
 from convlens.data.dataset import Dataset, Split
 from convlens.data.loading import load_dataset
-from convlens.doctor import Findings, examine
-from convlens.evaluation.duplicates import move
 from convlens.evaluation.inference import compute_outputs
 from convlens.evaluation.ood import auroc, energy, false_positive_rate
 from convlens.inference.classifier import Classifier

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 import convlens
+from convlens.audit.audit import examine, write_findings, write_list
+from convlens.audit.duplicates import describe_images, find_copies, find_near_copies, move
 from convlens.data.dataset import Dataset, Split
 from convlens.data.loading import load_dataset
-from convlens.doctor import examine, write_findings, write_list
 from convlens.errors import UsageError
-from convlens.evaluation.duplicates import describe_images, find_copies, find_near_copies, move
 from convlens.experiment import Experiment
 from convlens.system.files import read_names
 from convlens.training.recipe import Recipe

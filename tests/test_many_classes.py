@@ -12,8 +12,8 @@ import torch
 from test_onnx import run
 
 import convlens
+from convlens.audit.audit import Findings
 from convlens.console import describe_findings
-from convlens.doctor import Findings
 from convlens.evaluation import metrics
 from convlens.evaluation.calibration import fit_temperature, judge_calibration
 from convlens.evaluation.metrics import Scores

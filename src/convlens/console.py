@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from convlens.system.text import first_few
 
 if TYPE_CHECKING:
-    from convlens.doctor import Findings
+    from convlens.audit.audit import Findings
     from convlens.experiment import Experiment
     from convlens.inference.predictor import Prediction
     from convlens.sweep.study import Sweep

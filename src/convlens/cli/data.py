@@ -149,8 +149,8 @@ def data_doctor(
       convlens train mnist --exclude remove.txt
     """
     with importing():
+        from convlens.audit.audit import check_new, examine, write_findings, write_list
         from convlens.data.loading import load_dataset
-        from convlens.doctor import check_new, examine, write_findings, write_list
         from convlens.system.device import use_threads
 
     heed_interrupts()

@@ -12,11 +12,16 @@ from convlens.data.resize import shrink
 from convlens.system.progress import track
 
 SIDE = 64  # larger images are compared at this size
+
 DIMENSIONS = 128
+
 ALIKE = 0.985  # correlation of two images that counts as a copy
+
 SAME_TINT = 16  # levels by which the mean of a channel may differ, brightness apart
+
 # four of the eight neighbours: the other four are these, seen from the other image
 MOVES = ((0, 0), (0, 1), (1, -1), (1, 0), (1, 1))
+
 BLOCK = 2048
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convlens.audit.duplicates import describe_images, find_copies, find_near_copies
 from convlens.data.cross_validation import deal_out, merge
 from convlens.data.dataset import Dataset, Split
 from convlens.data.loading import refuse_inside_data
 from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
-from convlens.evaluation.duplicates import describe_images, find_copies, find_near_copies
 from convlens.evaluation.inference import compute_logits
 from convlens.reports.image_grid import images_sheet
 from convlens.run_dir import new_folder
@@ -28,8 +28,11 @@ from convlens.training.recipe import Recipe
 from convlens.training.recipes import default_recipe, get_recipe
 
 FOLDS = 3
+
 LEAD = 0.7  # the paper asks for a probability, not a lead, of the whole: 76% of wrong labels planted in MNIST, not 97%
+
 FEW = 10  # a class with fewer training images than this is too small
+
 # quicker recipes than the default ones: labels are judged by an ensemble of folds, not by the last tenth of a point
 EXAMINERS = {"mnist": ("mnist-995", 4), "fashion-mnist": ("fashion-92", 4), "cifar10": ("cifar10-small", 5)}
 
