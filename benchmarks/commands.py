@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from sections import Record, cifar_name, spread, table, timed
 
-from convlens.run import Run
+from convlens.runs.run import Run
 from convlens.training.time_budget import parse_budget
 
 BUDGETS = [
@@ -82,9 +82,9 @@ def mark(name):
     start = now
 from convlens.cli.app import importing
 with importing():
-    import convlens.experiment, convlens.series
+    import convlens.runs.experiment, convlens.runs.group
 mark("import PyTorch, NumPy, matplotlib and convlens")
-from convlens.experiment import Experiment
+from convlens.runs.experiment import Experiment
 experiment = Experiment.create("mnist", "mnist-99", out="run")
 mark("find, check and read MNIST; build the net; look up what bf16 is worth")
 for record in experiment.epochs(): pass

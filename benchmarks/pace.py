@@ -24,7 +24,7 @@ from convlens.data.dataset import Dataset
 from convlens.data.loading import load_dataset
 from convlens.data.preprocess import Preprocess
 from convlens.models import create_model, summarise
-from convlens.run import Run
+from convlens.runs.run import Run
 from convlens.system.device import use_threads
 from convlens.system.memory import keep_memory
 from convlens.training.build import make_loss, make_optimizer

@@ -23,7 +23,7 @@ from typing import Any
 
 from sections import Record, put
 
-from convlens.run import Run
+from convlens.runs.run import Run
 
 RUNS = Path("runs/results")
 RESULTS = Path(__file__).parent.parent / "docs" / "results.md"

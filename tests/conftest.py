@@ -29,7 +29,7 @@ def own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.F
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the drawing, for tests that look at something else."""
-    monkeypatch.setattr("convlens.finish.draw_plots", lambda *_: {})
+    monkeypatch.setattr("convlens.runs.finalize.draw_plots", lambda *_: {})
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

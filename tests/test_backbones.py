@@ -21,10 +21,10 @@ import timm
 
 import convlens
 from convlens.errors import ConvlensError, UnknownName, UsageError
-from convlens.experiment import Experiment
 from convlens.export.onnx import build_onnx, write_onnx
 from convlens.models import ConvNet, check_model, create_model
-from convlens.run import Run
+from convlens.runs.experiment import Experiment
+from convlens.runs.run import Run
 
 QUICK: dict[str, Any] = {"threads": 1, "device": "cpu", "precision": "fp32", "epochs": 1, "batch_size": 8}
 # one of each way to be built: norm and activation in one, depthwise, a conv in the head, no BatchNorm, dense, a tree

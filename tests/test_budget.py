@@ -13,7 +13,7 @@ import torch
 import convlens
 from convlens.data.dataset import Dataset
 from convlens.errors import UsageError
-from convlens.experiment import Experiment
+from convlens.runs.experiment import Experiment
 from convlens.training import loop, time_budget
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import LADDERS, RECIPES, get_recipe
@@ -165,7 +165,7 @@ def test_a_run_in_seconds_ends_then(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_in_seconds_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     from convlens.errors import Interrupted
-    from convlens.experiment import Experiment
+    from convlens.runs.experiment import Experiment
 
     options = {"seconds": 3.0, "threads": 1, "device": "cpu", "precision": "fp32"}
     experiment = Experiment.create("digits", out="cut", **options)

@@ -657,7 +657,7 @@ def test_ctrl_c_before_a_run_has_begun_leaves_nothing(shell: Shell, monkeypatch:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
 
-    monkeypatch.setattr("convlens.experiment.write_split", press)
+    monkeypatch.setattr("convlens.runs.experiment.write_split", press)
     assert shell("train", "digits", *QUICK)[0] == 130
     assert not list(Path("runs").iterdir())
 

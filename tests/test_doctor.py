@@ -18,7 +18,7 @@ from convlens.audit.duplicates import describe_images, find_copies, find_near_co
 from convlens.data.dataset import Dataset, Split
 from convlens.data.loading import load_dataset
 from convlens.errors import UsageError
-from convlens.experiment import Experiment
+from convlens.runs.experiment import Experiment
 from convlens.system.files import read_names
 from convlens.training.recipe import Recipe
 
@@ -166,7 +166,7 @@ def test_the_files_and_the_list_that_train_honours(capsys: pytest.CaptureFixture
     assert run.config["data"]["counts"]["train"] == len(dataset.train) - sum(n.startswith("train/") for n in names)
     split = (run.path / "split.csv").read_text().splitlines()
     assert "train,5" not in split and "train,6" in split
-    from convlens.run import evaluate_run
+    from convlens.runs.evaluate import evaluate_run
 
     assert evaluate_run(run.path)["accuracy"] == run.accuracy  # leaves out the same images
 

@@ -28,8 +28,8 @@ import convlens.training.loop as engine
 from convlens import cli
 from convlens.data.image_folder import load_folder
 from convlens.errors import ConvlensError, Diverged, UsageError
-from convlens.experiment import Experiment
 from convlens.run_dir import RunFolder
+from convlens.runs.experiment import Experiment
 from convlens.system.device import choose_device
 from convlens.system.files import write_json
 from convlens.training.checkpoint import CheckpointStore

@@ -21,14 +21,15 @@ import convlens
 from convlens.data.loading import load_dataset
 from convlens.errors import ConvlensError, Interrupted, UnknownName, UsageError
 from convlens.evaluation.metrics import dense_confusion
-from convlens.experiment import Experiment, train
 from convlens.inference.classifier import Classifier
-from convlens.record import command_line
 from convlens.reports.image_grid import INK, QUIET
 from convlens.reports.plots import GRID
 from convlens.reports.run import PLOTS
-from convlens.run import Run, evaluate_run
 from convlens.run_dir import RunFolder
+from convlens.runs.artifacts import command_line
+from convlens.runs.evaluate import evaluate_run
+from convlens.runs.experiment import Experiment, train
+from convlens.runs.run import Run
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import get_recipe
 
@@ -383,7 +384,7 @@ def test_a_run_that_was_stopped_while_it_finished(tmp_path: Path, monkeypatch: p
     for _ in experiment.epochs():
         pass
     with monkeypatch.context() as patch:
-        patch.setattr("convlens.finish.write_predictions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("convlens.runs.finalize.write_predictions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             experiment.finish()
     again = Experiment.resume(tmp_path / "run")

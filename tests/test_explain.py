@@ -22,12 +22,12 @@ from convlens.explain.activations import feature_maps, loudest_unit, receptive_f
 from convlens.explain.cam import class_activation_map
 from convlens.explain.explanation import TrainingImages, explain
 from convlens.explain.occlusion import occlusion_map
-from convlens.explaining import explain_pictures
 from convlens.inference.bundle import load_bundle
 from convlens.inference.classifier import Classifier
 from convlens.models import MODELS
 from convlens.models.base import ConvNet
-from convlens.run import Run
+from convlens.runs.explain import explain_pictures
+from convlens.runs.run import Run
 
 
 def net_and_images(name: str, count: int = 2) -> tuple[nn.Module, torch.Tensor]:
@@ -343,7 +343,7 @@ def test_what_fills_a_page_is_explained(
 ) -> None:
     with pytest.raises(UsageError, match="^51 pictures are too many for a page; explain 50 at a time$"):
         explain_pictures(str(photos.path), ["one.png"] * 51)
-    monkeypatch.setattr("convlens.explaining.MOST", 2)
+    monkeypatch.setattr("convlens.runs.explain.MOST", 2)
     dark = tmp_path / "photos" / "dark"
     assert run("explain", photos.path, *(dark / f"{number}.png" for number in range(3))) == 0
     out, err = capsys.readouterr()

@@ -593,7 +593,7 @@ def test_lists_of_names_hold_any_name_and_any_reason(tmp_path: Path) -> None:
 
 def test_what_takes_long_to_import_waits_until_it_is_needed() -> None:
     code = (
-        "import sys, convlens.explaining; print(*{'scipy.stats', 'optuna', 'timm', 'tensorboard'} & set(sys.modules))"
+        "import sys, convlens.runs.explain; print(*{'scipy.stats', 'optuna', 'timm', 'tensorboard'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "\n"

@@ -18,7 +18,7 @@ import torch
 from convlens.data.dataset import Split
 from convlens.data.loading import load_dataset
 from convlens.evaluation.metrics import wilson_interval
-from convlens.experiment import Experiment
+from convlens.runs.experiment import Experiment
 
 ROOT = Path(__file__).parent.parent
 PAGE, BENCHMARKS, README = ROOT / "docs" / "results.md", ROOT / "docs" / "benchmarks.md", ROOT / "README.md"

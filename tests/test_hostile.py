@@ -33,9 +33,9 @@ from convlens.data.download import read_verified, unpack_members
 from convlens.data.image_folder import load_folder
 from convlens.data.loading import load_dataset
 from convlens.errors import ConvlensError
-from convlens.experiment import Experiment
 from convlens.inference.bundle import load_bundle
 from convlens.models import ConvNet, register
+from convlens.runs.experiment import Experiment
 from convlens.system.files import read_json
 from convlens.training.checkpoint import CheckpointStore, seal
 from convlens.training.state import TrainState

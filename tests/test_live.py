@@ -24,10 +24,10 @@ from test_onnx import run
 import convlens
 from convlens.data.dataset import Split
 from convlens.errors import UsageError
-from convlens.experiment import Experiment
 from convlens.models import create_model
-from convlens.run import Run
 from convlens.run_dir import RunFolder
+from convlens.runs.experiment import Experiment
+from convlens.runs.run import Run
 from convlens.serving.dashboard import describe_run, start_watching
 from convlens.system.files import write_loosely
 from convlens.training.callbacks import LiveRecord
@@ -89,7 +89,7 @@ def test_progress_and_mistakes(half: RunFolder) -> None:
 
 def test_it_takes_little_time(half: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("convlens.record.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("convlens.runs.artifacts.time.monotonic", lambda: now[0])
     looked = []
 
     def slow(net: Any, images: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_it_takes_little_time(half: RunFolder, monkeypatch: pytest.MonkeyPatch) 
         now[0] += 1.0
         return torch.zeros(len(images), 10)
 
-    monkeypatch.setattr("convlens.record.compute_logits", slow)
+    monkeypatch.setattr("convlens.runs.artifacts.compute_logits", slow)
     experiment = Experiment.resume(half.path)
     live = LiveRecord(half, experiment.dataset, experiment.preprocess.normaliser(), experiment.recipe)
     for epoch in range(1, 401):  # of a second each

@@ -21,7 +21,7 @@ from convlens.evaluation.ood import FeatureSpace
 from convlens.evaluation.uncertainty import fit_coverage
 from convlens.inference.classifier import Classifier
 from convlens.reports.plots import draw_confusion
-from convlens.run import Run
+from convlens.runs.run import Run
 
 CLASSES = 3000  # so many that a dense matrix would not fit into a JSON file that can be read
 

@@ -20,8 +20,9 @@ from convlens.data.loading import load_dataset
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from convlens.mistakes import file_name, write_mistakes
-from convlens.run import Run, corrupt_run, evaluate_run, load_training_images
+from convlens.runs.evaluate import corrupt_run, evaluate_run
+from convlens.runs.mistakes import file_name, write_mistakes
+from convlens.runs.run import Run, load_training_images
 from convlens.system.text import unique
 
 QUICK: dict[str, Any] = {"epochs": 1, "device": "cpu", "threads": 1, "precision": "fp32"}

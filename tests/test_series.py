@@ -18,8 +18,10 @@ import convlens
 from convlens.data.cross_validation import take_fold
 from convlens.data.loading import load_dataset
 from convlens.errors import UsageError
-from convlens.run import Run, compare_runs, evaluate_run
-from convlens.series import Series
+from convlens.runs.compare import compare_runs
+from convlens.runs.evaluate import evaluate_run
+from convlens.runs.group import Series
+from convlens.runs.run import Run
 
 QUICK: dict[str, Any] = {"epochs": 1, "device": "cpu", "threads": 1, "precision": "fp32"}
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from convlens.inference.bundle import load_bundle
 from convlens.inference.classifier import Classifier
 from convlens.inference.store import shipped_models
-from convlens.run import evaluate_run
+from convlens.runs.evaluate import evaluate_run
 
 NAMES = ["cifar10", "digits", "fashion-mnist", "mnist"]
 

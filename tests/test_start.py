@@ -16,9 +16,9 @@ import convlens
 from convlens.cli import main
 from convlens.distributed.sync_batchnorm import BatchNormTogether
 from convlens.errors import ConvlensError, UsageError
-from convlens.experiment import Experiment
 from convlens.models import MODELS, ConvNet, create_model
-from convlens.run import Run
+from convlens.runs.experiment import Experiment
+from convlens.runs.run import Run
 from convlens.training.loop import fit
 from convlens.training.pretrained import Start, adopt_weights
 from convlens.training.recipe import Recipe

@@ -13,12 +13,12 @@ from test_onnx import run
 
 import convlens
 from convlens.data.loader import count_batches
-from convlens.experiment import Experiment
 from convlens.explain.snapshots import list_snapshots, load_snapshot
 from convlens.explain.timelapse import look_back
 from convlens.models import create_model
 from convlens.reports.timelapse import draw_moment, tell_epoch
-from convlens.run import Run
+from convlens.runs.experiment import Experiment
+from convlens.runs.run import Run
 from convlens.training.loop import is_milestone
 
 FAST = {"epochs": 3, "batch_size": 100, "device": "cpu", "threads": 1}

@@ -22,7 +22,7 @@ from convlens.evaluation.uncertainty import Trust
 from convlens.inference.bundle import load_bundle
 from convlens.inference.classifier import Classifier
 from convlens.reports.plots import draw_reliability
-from convlens.run import Run
+from convlens.runs.run import Run
 
 QUICK: dict[str, Any] = {"epochs": 6, "device": "cpu", "threads": 1, "precision": "fp32"}
 

@@ -24,7 +24,7 @@ from convlens.export.load import load_onnx
 from convlens.inference.bundle import Bundle
 from convlens.inference.classifier import Classifier
 from convlens.inference.store import shipped_models
-from convlens.run import Run
+from convlens.runs.run import Run
 from convlens.web.render import read_part
 
 

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from convlens.data.loading import load_dataset
     from convlens.errors import ConvlensError
     from convlens.estimator import ConvClassifier
-    from convlens.experiment import train
     from convlens.inference.classifier import Classifier
     from convlens.inference.predictor import Prediction
     from convlens.models import create_model
-    from convlens.run import Run
-    from convlens.series import train_series
+    from convlens.runs.experiment import train
+    from convlens.runs.group import train_series
+    from convlens.runs.run import Run
     from convlens.training.loop import fit
     from convlens.training.recipe import Recipe
     from convlens.training.recipes import get_recipe
@@ -44,15 +44,15 @@ _HOMES = {
     "Dataset": "convlens.data.dataset",
     "Prediction": "convlens.inference.predictor",
     "Recipe": "convlens.training.recipe",
-    "Run": "convlens.run",
+    "Run": "convlens.runs.run",
     "Split": "convlens.data.dataset",
     "create_model": "convlens.models",
     "fit": "convlens.training.loop",
     "from_arrays": "convlens.data.arrays",
     "get_recipe": "convlens.training.recipes",
     "load_dataset": "convlens.data.arrays",
-    "train": "convlens.experiment",
-    "train_series": "convlens.series",
+    "train": "convlens.runs.experiment",
+    "train_series": "convlens.runs.group",
 }
 
 __all__ = [

@@ -18,8 +18,8 @@ from convlens.system.text import first_few
 
 if TYPE_CHECKING:
     from convlens.audit.audit import Findings
-    from convlens.experiment import Experiment
     from convlens.inference.predictor import Prediction
+    from convlens.runs.experiment import Experiment
     from convlens.sweep.study import Sweep
     from convlens.training.state import EpochRecord
 

@@ -39,7 +39,7 @@ def explain(
       convlens explain runs/photos-1 holiday/*.jpg --out holiday-explained
     """
     with importing():
-        from convlens.explaining import MOST, explain_pictures
+        from convlens.runs.explain import MOST, explain_pictures
 
     heed_interrupts()
     place = None if unit is None else read_unit(unit)
@@ -84,7 +84,7 @@ def timelapse(
       convlens timelapse runs/mnist-1 --image scan.png --gif learning.gif
     """
     with importing():
-        from convlens.explaining import show_training
+        from convlens.runs.timelapse import show_training
 
     heed_interrupts()
     check_new_file(out, "--out", "html")

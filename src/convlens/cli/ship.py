@@ -108,7 +108,7 @@ def write_int8(model: str, path: Path, data: str | None) -> None:
     from convlens.export.onnx import require_exporter, write_onnx
     from convlens.export.quantize import build_int8
     from convlens.inference.store import find_bundle
-    from convlens.run import load_tested
+    from convlens.runs.evaluate import load_tested
 
     heed_interrupts()
     require_exporter()
@@ -133,8 +133,8 @@ def tell_patience() -> None:
 
 def find_samples(model: str, data: str | None) -> list[Any]:
     """Return (class, image) of a test image of each class, if the data of a run are still there, or of ``data``."""
-    from convlens.run import load_tested
     from convlens.run_dir import RunFolder
+    from convlens.runs.evaluate import load_tested
 
     heed_interrupts()
     if data is None and not RunFolder(Path(model)).test.is_file():

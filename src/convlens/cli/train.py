@@ -21,9 +21,9 @@ from convlens.system.text import quoted
 from convlens.training.recipe import FIELD_TYPES, Recipe, flag, plain_type
 
 if TYPE_CHECKING:
-    from convlens.experiment import Experiment
-    from convlens.run import Run
-    from convlens.series import Series
+    from convlens.runs.experiment import Experiment
+    from convlens.runs.group import Series
+    from convlens.runs.run import Run
 
 
 def with_recipe_flags(verb: Callable[..., None]) -> Callable[..., None]:
@@ -137,8 +137,8 @@ def train(
         raise SystemExit(launch(sys.argv[1:], processes))  # its processes have said what there is to say
     with importing():
         from convlens.distributed.process_group import join
-        from convlens.experiment import Experiment
-        from convlens.series import Series
+        from convlens.runs.experiment import Experiment
+        from convlens.runs.group import Series
 
     heed_interrupts()
     chosen: Any = recipe

@@ -41,7 +41,7 @@ def evaluate(
     """
     with importing():
         from convlens.evaluation.metrics import worst_classes
-        from convlens.run import corrupt_run, evaluate_run
+        from convlens.runs.evaluate import corrupt_run, evaluate_run
 
     heed_interrupts()
     if corruptions:
@@ -97,7 +97,7 @@ def mistakes(
       convlens mistakes runs/mnist-1 --true 4 --predicted 9 --to fours
     """
     with importing():
-        from convlens.mistakes import write_mistakes
+        from convlens.runs.mistakes import write_mistakes
 
     heed_interrupts()
     folder, wrong, unsure = write_mistakes(run, to, data=data, doubtful=doubtful, true=true, predicted=predicted)
@@ -115,7 +115,7 @@ def compare(
       convlens compare runs/mnist-1 runs/mnist-2
     """
     with importing():
-        from convlens.run import compare_runs
+        from convlens.runs.compare import compare_runs
 
     results = compare_runs(runs)
     if format is Format.text:

@@ -17,8 +17,9 @@ from optuna.trial import FrozenTrial, TrialState
 from convlens.errors import ConvlensError, Interrupted, UsageError
 from convlens.evaluation.significance import PairedSeeds
 from convlens.reports import sweep as sweep_report
-from convlens.run import Run, read_answers
-from convlens.series import SUMMARY, Series
+from convlens.runs.compare import read_answers
+from convlens.runs.group import SUMMARY, Series
+from convlens.runs.run import Run
 from convlens.sweep.space import Choice
 from convlens.sweep.study import MACHINE, PLAN, Sweep
 from convlens.sweep.work import BEAT, GRACE, cut_short, is_gone, process_name, settle

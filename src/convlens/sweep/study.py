@@ -21,8 +21,8 @@ from convlens.data.loading import data_name, load_dataset, refuse_inside_data, r
 from convlens.data.preprocess import Preprocess
 from convlens.distributed.process_group import require_alone
 from convlens.errors import UsageError
-from convlens.record import command_line
 from convlens.run_dir import RunFolder
+from convlens.runs.artifacts import command_line
 from convlens.sweep.check import Check
 from convlens.sweep.space import PRESETS, Space, parse_space, read_space, space_texts
 from convlens.sweep.storage import absolute_storage, open_storage

@@ -13,8 +13,8 @@ import torch
 from convlens.data.preprocess import Preprocess
 from convlens.distributed.process_group import job_began
 from convlens.errors import ConvlensError, UsageError
-from convlens.record import command_line
 from convlens.run_dir import RunFolder
+from convlens.runs.artifacts import command_line
 from convlens.system.device import choose_device, describe_machine, use_threads
 from convlens.system.files import read_json
 from convlens.system.hardware import available_cores

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convlens.begun import list_changes
 from convlens.data.cross_validation import deal_out, merge, take_fold
 from convlens.data.dataset import Dataset
 from convlens.data.loading import data_name, load_dataset, refuse_inside_data
 from convlens.distributed.process_group import require_alone
 from convlens.errors import UsageError
 from convlens.evaluation.metrics import wilson_interval
-from convlens.experiment import Experiment
-from convlens.record import command_line
-from convlens.run import Run
 from convlens.run_dir import SERIES, RunFolder
+from convlens.runs.artifacts import command_line
+from convlens.runs.experiment import Experiment
+from convlens.runs.resume import list_changes
+from convlens.runs.run import Run
 from convlens.system.files import read_json, read_names, write_json
 from convlens.system.random import callers_state_kept
 from convlens.training.pretrained import image_form, start_from_weights

@@ -10,8 +10,9 @@ from PIL import Image
 from convlens.data.loading import refuse_inside_data
 from convlens.errors import UnknownName, UsageError
 from convlens.reports.image_grid import answers_sheet, to_picture
-from convlens.run import Run, load_tested
 from convlens.run_dir import new_folder
+from convlens.runs.evaluate import load_tested
+from convlens.runs.run import Run
 from convlens.system.files import write_csv
 from convlens.system.progress import track
 from convlens.system.text import cut, unique

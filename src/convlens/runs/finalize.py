@@ -20,10 +20,10 @@ from convlens.evaluation.uncertainty import Trust
 from convlens.explain.activations import first_convolution
 from convlens.inference.bundle import Bundle
 from convlens.inference.classifier import Classifier
-from convlens.record import summarise_test, without_path, without_paths, write_predictions
 from convlens.reports import image_grid, plots
 from convlens.reports.run import write_report
 from convlens.run_dir import RunFolder
+from convlens.runs.artifacts import summarise_test, without_path, without_paths, write_predictions
 from convlens.system.files import write_csv, write_json
 from convlens.training.build import make_augment
 from convlens.training.recipe import Recipe

@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from convlens.begun import device_of, find_begun, list_changes, read_plan
 from convlens.data.dataset import Dataset
 from convlens.data.loader import require_balance
 from convlens.data.loading import data_name, load_dataset, load_recorded, refuse_inside_data, require_size
 from convlens.data.preprocess import Preprocess
 from convlens.distributed.process_group import Ranks, job, join
 from convlens.errors import UsageError
-from convlens.finish import conclude
 from convlens.models import count_parameters
-from convlens.record import command_line, describe_data, write_metrics, write_split
-from convlens.run import Run
 from convlens.run_dir import RunFolder
+from convlens.runs.artifacts import command_line, describe_data, write_metrics, write_split
+from convlens.runs.finalize import conclude
+from convlens.runs.resume import device_of, find_begun, list_changes, read_plan
+from convlens.runs.run import Run
 from convlens.system.device import choose_device, describe_machine, use_threads
 from convlens.system.files import read_names, write_json, write_names
 from convlens.system.hardware import available_cores

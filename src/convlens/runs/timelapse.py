@@ -1,0 +1,62 @@
+"""TODO"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from convlens.data.images import open_image
+from convlens.data.loading import refuse_inside_data
+from convlens.explain.timelapse import ASKED, look_back
+from convlens.inference.classifier import Classifier
+from convlens.runs.evaluate import load_tested
+from convlens.runs.explain import recorded_source
+from convlens.runs.run import Run
+from convlens.system.device import use_threads
+
+
+def show_training(
+    source: str | Path,
+    picture: str | None = None,
+    out: str | Path | None = None,
+    *,
+    gif: str | Path | None = None,
+    data: str | None = None,
+    raw: bool = False,
+) -> tuple[Path, int]:
+    """Write a page with a slider over the snapshots of a run: filters, feature maps, verdict, confusion matrix.
+
+    To ``out``, or ``timelapse.html`` in the run's folder; with ``gif`` an animated picture too. It follows ``picture``,
+    a file, or else the first image held out. The snapshots are asked about images held out for validation, or, where
+    there were none, training images. Returns the file and how many snapshots there were. Raises UsageError if the run
+    kept none or its data have changed.
+    """
+    from convlens.reports.timelapse import write_animation, write_timelapse  # matplotlib takes half a second
+
+    run = Run(source)
+    page = Path(out) if out is not None else run.path / "timelapse.html"
+    use_threads()
+    for place, flag in ((page, "--out"), (gif, "--gif")):
+        if place is not None:
+            refuse_inside_data(place, data or recorded_source(source), flag)
+    bundle, dataset = load_tested(run.path, data)
+    recipe = run.config["recipe"]
+    held_out = dataset.with_validation(recipe["validation"], recipe["seed"]).validation
+    asked = dataset.train if held_out is None else held_out
+    classifier = Classifier(bundle)
+    if picture is None:
+        pixels, name = asked.images[0].numpy(), f"an image of “{dataset.classes[int(asked.labels[0])]}”"
+    else:
+        pixels, name = classifier.preprocess.adapt(open_image(picture), raw=raw), Path(picture).name
+    moments = look_back(classifier, run.folder, pixels, asked)
+    about = {
+        "name": run.path.resolve().name,
+        "data": dataset.name,
+        "net": bundle.model["name"],
+        "classes": list(dataset.classes),
+        "picture": name,
+        "images": f"{min(ASKED, len(asked)):,} {'training' if held_out is None else 'validation'} images",
+    }
+    write_timelapse(page, moments, pixels, about)
+    if gif is not None:
+        write_animation(Path(gif), moments, pixels, about)
+    return page, len(moments)
