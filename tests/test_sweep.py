@@ -28,8 +28,8 @@ from convlens.cli.sweep import confirm_best
 from convlens.data.loading import load_dataset
 from convlens.errors import ConvlensError, Interrupted, UsageError
 from convlens.evaluation.significance import PairedSeeds
-from convlens.sweep import outcome, study, work
-from convlens.sweep.outcome import pick_best, recipe_file, trial_rows, write_outcome
+from convlens.sweep import results, study, worker
+from convlens.sweep.results import pick_best, recipe_file, trial_rows, write_outcome
 from convlens.sweep.space import Choice, Range, parse_space, read_space, space_texts
 from convlens.sweep.storage import absolute_storage
 from convlens.sweep.study import Sweep
@@ -66,7 +66,7 @@ def toy() -> str:
 
 
 def run_all(sweep: Sweep) -> list[dict[str, Any]]:
-    work.work(sweep, threads=1)
+    worker.work(sweep, threads=1)
     return trial_rows(sweep)
 
 
@@ -277,7 +277,7 @@ def test_the_same_seed_gives_the_same_trials_however_often_it_is_interrupted(toy
     parts = Sweep.resume(parts.folder, trials=12)
     epochs = iter(range(100))
     with pytest.raises(Interrupted):  # in the middle of a trial
-        work.work(parts, threads=1, should_stop=lambda: next(epochs) > 15)
+        worker.work(parts, threads=1, should_stop=lambda: next(epochs) > 15)
     assert [row["state"] for row in trial_rows(parts)].count("interrupted") == 1
     assert values_of(run_all(Sweep.resume(parts.folder))) == values_of(whole)
     assert len(values_of(whole)) == 12
@@ -291,7 +291,7 @@ def test_the_base_recipe_comes_first(toy: str) -> None:
     assert row["lr"] == sweep.base.lr == 0.02 and row["momentum"] in (0.95, 0.99)
     sweep = Sweep.create(toy, params=["lr=0.01..1"], trials=1, **QUICK)
     run_all(sweep)
-    assert outcome.is_base(sweep)
+    assert results.is_base(sweep)
 
 
 def test_trials_that_lag_behind_are_stopped(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +310,7 @@ def test_trials_that_lag_behind_are_stopped(toy: str, monkeypatch: pytest.Monkey
 def test_no_trial_is_stopped_in_its_last_epoch(
     length: dict[str, int | None], toy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work.Trial, "should_prune", lambda _: asked.append(1) or len(asked) > 2)
+    monkeypatch.setattr(worker.Trial, "should_prune", lambda _: asked.append(1) or len(asked) > 2)
     asked: list[int] = []
     sweep = Sweep.create(toy, params=LR, trials=1, **{**QUICK, **length})
     (row,) = run_all(sweep)
@@ -396,12 +396,12 @@ def test_a_password_is_taken_from_the_environment_only(monkeypatch: pytest.Monke
 def test_a_trial_whose_process_is_gone_is_done_again(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = Sweep.create(toy, params=LR, trials=3, **QUICK)
     asked = sweep.study.ask({"lr": sweep.space["lr"].distribution()})
-    mine = work.process_name()
-    assert mine is not None and not work.is_gone(mine) and not work.is_gone("another 1 2 3 4")
+    mine = worker.process_name()
+    assert mine is not None and not worker.is_gone(mine) and not worker.is_gone("another 1 2 3 4")
     gone = " ".join([*mine.split(" ")[:-1], "1"])  # the same number, started at another time
     asked.set_user_attr("worker", gone if sys.platform == "linux" else mine)
     if sys.platform != "linux":
-        monkeypatch.setattr(work, "GRACE", 0.0)
+        monkeypatch.setattr(worker, "GRACE", 0.0)
     rows = run_all(sweep)
     assert [row["state"] for row in rows] == ["interrupted", "complete", "complete", "complete"]
     assert rows[0]["reason"] == "its process is gone" and rows[1]["lr"] == rows[0]["lr"] == 0.02
@@ -411,27 +411,27 @@ def test_another_machine_is_taken_for_dead_when_it_is_silent_for_long(
     toy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = Sweep.create(toy, params=LR, trials=3, **QUICK)
-    crew, asked = work.Crew(sweep.study), sweep.study.ask({"lr": sweep.space["lr"].distribution()})
+    crew, asked = worker.Crew(sweep.study), sweep.study.ask({"lr": sweep.space["lr"].distribution()})
     asked.set_user_attr("worker", "another-machine 1 2 3 4")
     assert len(crew.running()) == 1
     clock = time.monotonic()
-    monkeypatch.setattr(work.time, "monotonic", lambda: clock + work.GRACE / 2)
+    monkeypatch.setattr(worker.time, "monotonic", lambda: clock + worker.GRACE / 2)
     asked.set_user_attr("alive", 1.0)
     assert len(crew.running()) == 1
-    monkeypatch.setattr(work.time, "monotonic", lambda: clock + 1.4 * work.GRACE)
+    monkeypatch.setattr(worker.time, "monotonic", lambda: clock + 1.4 * worker.GRACE)
     assert len(crew.running()) == 1  # it gave a sign of life in between
-    monkeypatch.setattr(work.time, "monotonic", lambda: clock + 1.6 * work.GRACE)
+    monkeypatch.setattr(worker.time, "monotonic", lambda: clock + 1.6 * worker.GRACE)
     assert crew.running() == [] and crew.done() == []
-    work.run_trial(sweep, asked, 1, lambda: False, lambda: None, False)  # it comes back, too late: nothing happens
+    worker.run_trial(sweep, asked, 1, lambda: False, lambda: None, False)  # it comes back, too late: nothing happens
     assert crew.done() == []
 
 
 def test_a_trial_that_kills_its_processes_is_given_up(toy: str) -> None:
     sweep = Sweep.create(toy, params=LR, trials=2, **QUICK)
-    for deaths in range(work.MOST_DEATHS):
+    for deaths in range(worker.MOST_DEATHS):
         trial = sweep.study.ask({"lr": sweep.space["lr"].distribution()})
         assert trial.user_attrs.get("deaths", 0) == deaths
-        work.put_back(sweep.study, trial, "its process is gone", deaths + 1)
+        worker.put_back(sweep.study, trial, "its process is gone", deaths + 1)
     rows = run_all(sweep)
     assert [row["state"] for row in rows] == ["interrupted", "interrupted", "failed", "complete"]
     assert sweep.study.get_trials()[-1].state is TrialState.COMPLETE
@@ -440,9 +440,9 @@ def test_a_trial_that_kills_its_processes_is_given_up(toy: str) -> None:
 @pytest.mark.slow
 def test_two_processes_share_the_work(toy: str) -> None:
     sweep = Sweep.create(toy, params=LR, trials=6, **{**QUICK, "epochs": 10})
-    command = [sys.executable, "-m", "convlens.sweep.work", str(sweep.folder), "1"]
+    command = [sys.executable, "-m", "convlens.sweep.worker", str(sweep.folder), "1"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as helper:
-        while not work.Crew(sweep.study).running():
+        while not worker.Crew(sweep.study).running():
             assert helper.poll() is None, helper.stderr and helper.stderr.read()
             time.sleep(0.01)
         rows = run_all(sweep)
@@ -458,14 +458,14 @@ def test_the_best_is_confirmed_on_fresh_seeds_and_no_claim_without(toy: str, no_
     sweep = Sweep.create(toy, base, params=["lr=0.01,0.02"], trials=2)
     run_all(sweep)
     write_outcome(sweep)
-    runs = list(outcome.confirm(sweep, 2, lambda: False))
+    runs = list(results.confirm(sweep, 2, lambda: False))
     assert [(which, name) for which, name, _ in runs] == [
         ("base", "seed-1"), ("base", "seed-2"), ("best", "seed-1"), ("best", "seed-2"),
     ]  # fmt: skip
-    said = outcome.compare_confirmed(sweep, 2)
+    said = results.compare_confirmed(sweep, 2)
     assert said["test_accuracy"]["base"] == pytest.approx(np.mean([run.accuracy for w, _, run in runs if w == "base"]))
     assert said["difference"] == pytest.approx(said["test_accuracy"]["best"] - said["test_accuracy"]["base"])
-    assert list(outcome.confirm(sweep, 2, lambda: False)) == []  # it is there already
+    assert list(results.confirm(sweep, 2, lambda: False)) == []  # it is there already
     line, worth_it = confirm_best(sweep, 2, lambda: False)
     assert worth_it == (said["interval"][0] > 0) != ("there is no reason to change" in line)
     assert line.startswith(f"verdict {said['verdict']}") and sweep.study.user_attrs["confirming"] is None
@@ -473,7 +473,7 @@ def test_the_best_is_confirmed_on_fresh_seeds_and_no_claim_without(toy: str, no_
     assert said["verdict"] in html.unescape((sweep.folder / "report.html").read_text())
     for seeds in (1, -1):
         with pytest.raises(UsageError, match=f"^--confirm is {seeds}; it takes 2 seeds or more, or 0 for none$"):
-            outcome.require_seeds(seeds)
+            results.require_seeds(seeds)
 
 
 def test_a_verdict_takes_seeds_and_images_into_account() -> None:
@@ -519,7 +519,7 @@ def test_ctrl_c_writes_what_there_is(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_however_it_ends_nothing_is_lost(kind: signal.Signals, toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "NAMELESS", 1.0)  # it may be killed before its trial has its name
+    monkeypatch.setattr(worker, "NAMELESS", 1.0)  # it may be killed before its trial has its name
     command = [
         sys.executable,
         "-m",
@@ -572,26 +572,26 @@ def test_stopped_while_it_loads_it_says_that_nothing_was_begun(
 
 def test_a_helper_that_dies_is_named_once(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = Sweep.create(toy, params=LR, trials=2, **QUICK)
-    monkeypatch.setattr(work.sys, "executable", "false")
+    monkeypatch.setattr(worker.sys, "executable", "false")
     said: list[str] = []
-    with work.helpers(sweep, 1, 1, said.append) as look:
-        work.work(sweep, threads=1, between=look)
+    with worker.helpers(sweep, 1, 1, said.append) as look:
+        worker.work(sweep, threads=1, between=look)
     assert said == ["a helper process has died (exit code 1); the sweep goes on without it"]
     assert len(trial_rows(sweep)) == 2
 
 
 def test_one_process_confirms_until_it_is_silent_for_long(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = Sweep.create(toy, params=LR, trials=1, **QUICK)
-    claim = outcome.Claim(sweep)
+    claim = results.Claim(sweep)
     assert claim.take() is None and claim.take() is None  # its own
     claim.release()
     now = time.time()
     sweep.study.set_user_attr("confirming", {"process": "another-machine 1 2 3 4", "alive": now})
-    other = outcome.Claim(sweep)
+    other = results.Claim(sweep)
     assert other.take() == "another-machine 1 2 3 4"
-    monkeypatch.setattr(outcome.time, "time", lambda: now + 1.1 * work.GRACE)
+    monkeypatch.setattr(results.time, "time", lambda: now + 1.1 * worker.GRACE)
     assert other.take() is None
-    assert sweep.study.user_attrs["confirming"]["process"] == work.process_name()
+    assert sweep.study.user_attrs["confirming"]["process"] == worker.process_name()
 
 
 def test_torchrun_is_refused(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -718,8 +718,8 @@ def test_what_a_batch_costs_is_measured_without_a_test_image(monkeypatch: pytest
 
 def test_a_net_without_an_option_is_searched_beside_one_with_it(toy: str) -> None:
     sweep = Sweep.create(toy, "digits", params=["model=small,fashion-2conv", "filters=4,8"], trials=1)
-    assert work.settle(sweep, {"model": "small", "filters": 4}).filters == 4
-    assert work.settle(sweep, {"model": "fashion-2conv", "filters": 4}).filters is None
+    assert worker.settle(sweep, {"model": "small", "filters": 4}).filters == 4
+    assert worker.settle(sweep, {"model": "fashion-2conv", "filters": 4}).filters is None
 
 
 def test_tune_takes_another_net(

@@ -83,7 +83,7 @@ def sweep(
     except ImportError:
         raise UsageError("a sweep needs a package more: pip install 'convlens[sweep]'") from None
     with importing():
-        from convlens.sweep.outcome import require_seeds
+        from convlens.sweep.confirm import require_seeds
         from convlens.sweep.study import Sweep
         from convlens.system.hardware import available_cores
         from convlens.training.recipes import read_recipe
@@ -103,8 +103,8 @@ def sweep(
 
 def run_sweep(sweep: Sweep, jobs: int, seeds: int) -> None:
     """Do the trials, write what came of them, and confirm the best; say how to go on if that is interrupted."""
-    from convlens.sweep.outcome import trial_rows, write_outcome
-    from convlens.sweep.work import helpers, share_of_cores, work
+    from convlens.sweep.results import trial_rows, write_outcome
+    from convlens.sweep.worker import helpers, share_of_cores, work
 
     with asked_to_stop() as should_stop:
         for line in describe_sweep(sweep, jobs):
@@ -144,7 +144,7 @@ class Teller:
     """Prints a line for every trial that has ended since it last looked, whoever did it."""
 
     def __init__(self, sweep: Sweep):
-        from convlens.sweep.outcome import count_ended, trial_rows
+        from convlens.sweep.results import count_ended, trial_rows
 
         self._sweep, self._rows, self._count = sweep, trial_rows, count_ended
         before = trial_rows(sweep)
@@ -173,7 +173,8 @@ def confirm_best(sweep: Sweep, seeds: int, should_stop: Callable[[], bool]) -> t
 
     Return it as a line, and whether there is a reason to take the best recipe from now on.
     """
-    from convlens.sweep.outcome import Claim, compare_confirmed, confirm, is_base, write_outcome
+    from convlens.sweep.confirm import Claim, compare_confirmed, confirm, is_base
+    from convlens.sweep.results import write_outcome
 
     if is_base(sweep):
         return "nothing better than the base recipe was found: there is no reason to change it", False

@@ -23,9 +23,9 @@ from convlens.distributed.process_group import require_alone
 from convlens.errors import UsageError
 from convlens.run_dir import RunFolder
 from convlens.runs.artifacts import command_line
-from convlens.sweep.check import Check
 from convlens.sweep.space import PRESETS, Space, parse_space, read_space, space_texts
 from convlens.sweep.storage import absolute_storage, open_storage
+from convlens.sweep.validation import Check
 from convlens.system.device import choose_device
 from convlens.system.files import read_json, write_json
 from convlens.system.text import quoted

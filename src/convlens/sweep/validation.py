@@ -27,7 +27,9 @@ BOUND = (
     ("model", *MODEL_OPTIONS, "small_size", "loss", "label_smoothing", "mixup", "cutmix"),
     ("optimizer", "nesterov", "momentum"),
 )
+
 SWITCHES = ("label_smoothing", "mixup", "cutmix")  # all that matters of them is whether they are 0
+
 KEPT = 8  # nets that are kept in memory
 
 

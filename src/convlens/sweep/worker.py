@@ -1,6 +1,6 @@
 """How the trials of a sweep are done: one after another, by any number of processes that share the study.
 
-Run as a module it is one of those processes: ``python -m convlens.sweep.work FOLDER THREADS``.
+Run as a module it is one of those processes: ``python -m convlens.sweep.worker FOLDER THREADS``.
 """
 
 from __future__ import annotations
@@ -34,9 +34,13 @@ from convlens.training.recipe import Recipe
 from convlens.training.state import EpochRecord
 
 BEAT = 20.0  # seconds between the signs of life of a process that is at a trial
+
 GRACE = 180.0  # seconds without one, and it is taken for dead
+
 NAMELESS = 10.0  # seconds that a process may take from taking a trial to putting its name to it
+
 MOST_DEATHS = 3  # a trial whose process died so often is given up: it may be the cause
+
 POLL = 0.5  # seconds
 
 
@@ -234,7 +238,7 @@ def helpers(sweep: Sweep, count: int, threads: int, warn: Callable[[str], None])
     The block gets a function to call now and then: it warns, once, of each that has died by itself.
     """
     # -P: no module of the folder that we are in
-    command = [sys.executable, "-P", "-m", "convlens.sweep.work", str(sweep.folder), str(threads)]
+    command = [sys.executable, "-P", "-m", "convlens.sweep.worker", str(sweep.folder), str(threads)]
     processes = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(count)]
     dead: set[int] = set()
 

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from convlens.errors import ConvlensError, Interrupted, UsageError
-from convlens.evaluation.significance import PairedSeeds
+from convlens.errors import ConvlensError
 from convlens.reports import sweep as sweep_report
-from convlens.runs.compare import read_answers
-from convlens.runs.group import SUMMARY, Series
-from convlens.runs.run import Run
 from convlens.sweep.space import Choice
 from convlens.sweep.study import MACHINE, PLAN, Sweep
-from convlens.sweep.work import BEAT, GRACE, cut_short, is_gone, process_name, settle
+from convlens.sweep.worker import cut_short
 from convlens.system.files import read_json, write_csv, write_json
 from convlens.training.recipe import LENGTHS, Recipe
 from convlens.training.recipes import RECIPES, get_recipe
 
 BEST = "best.json"
+
 ENOUGH = 10  # trials that were trained to their end, before it is said what matters
+
 STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 
 
@@ -125,108 +119,3 @@ def write_outcome(sweep: Sweep, confirmation: dict[str, Any] | None = None) -> d
     logs = {name: not isinstance(values, Choice) and values.log for name, values in sweep.space.items()}
     sweep_report.write_report(sweep.folder, said, rows, logs)
     return said
-
-
-def confirm(
-    sweep: Sweep, seeds: int, should_stop: Callable[[], bool], show_progress: bool = False
-) -> Iterator[tuple[str, str, Run]]:
-    """Train the best recipe and the base recipe with ``seeds`` fresh seeds each; yield (which, seed, run) as they end.
-
-    The runs lie in ``confirm/`` of the sweep's folder; what is there already is not trained again. Raises Interrupted.
-    """
-    for which, series in confirmation_series(sweep, seeds):
-        for experiment in series.experiments():
-            for _ in experiment.epochs(should_stop=should_stop, show_progress=show_progress):
-                pass
-            if should_stop():
-                raise Interrupted("interrupted")
-            yield which, experiment.folder.path.name, experiment.finish()
-        if not (series.folder / SUMMARY).exists():
-            series.finish()
-
-
-def confirmation_series(sweep: Sweep, seeds: int) -> Iterator[tuple[str, Series]]:
-    """Yield ("base", its series) and ("best", its series), begun or to go on; what is finished is left out."""
-    for which, (folder, params) in confirmation_folders(sweep, seeds).items():
-        if (folder / SUMMARY).exists():
-            continue
-        if (folder / "series.json").exists():
-            yield which, Series.resume(folder, accept_changes=True)
-            continue
-        recipe = settle(sweep, params, sweep.base.threads)
-        options = {"allow_unreadable": sweep.plan["allow_unreadable"], "seed": sweep.base.seed + 1}
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        yield which, Series.create(sweep.plan["data"], recipe, seeds=seeds, out=folder, **options)
-
-
-def confirmation_folders(sweep: Sweep, seeds: int) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Return where the base recipe and the best one are trained again, and what distinguishes the best."""
-    best = pick_best(sweep)
-    assert best is not None
-    place = sweep.folder / "confirm"
-    return {
-        "base": (place / f"base-{seeds}-seeds", {}),
-        "best": (place / f"trial-{best.number + 1}-{seeds}-seeds", best.params),
-    }
-
-
-def compare_confirmed(sweep: Sweep, seeds: int) -> dict[str, Any]:
-    """Return what the confirmation says: mean accuracies, the difference, its interval, the verdict as a sentence."""
-    right, means = {}, {}
-    for which, (folder, _) in confirmation_folders(sweep, seeds).items():
-        runs = [Run(path) for path in sorted(folder.glob("seed-*"), key=lambda path: int(path.name[5:]))]
-        answers = [read_answers(run) for run in runs]
-        right[which] = np.array([[answer[image] for image in sorted(answers[0])] for answer in answers])
-        means[which] = float(right[which].mean())
-    paired = PairedSeeds(right["base"], right["best"])
-    name = "the base recipe" if sweep.base.name == "custom" else sweep.base.name
-    return {
-        "seeds": seeds,
-        "test_accuracy": means,
-        "difference": paired.difference,
-        "interval": list(paired.interval),
-        "verdict": paired.verdict(name, "the best one found"),
-    }
-
-
-class Claim:
-    """That one process confirms, and the others of the study need not; it is kept with the study.
-
-    Two may look at the same moment and both take it. That costs time, no more: in folders of their own each does the
-    work, and in the same folder the series, which one process at a time can train in, turns the second away.
-    """
-
-    def __init__(self, sweep: Sweep):
-        self._study, self._mine, self._beat = sweep.study, process_name(), 0.0
-
-    def take(self) -> str | None:
-        """Return the name of another process that confirms already, else None: it is this one's to do."""
-        claim = self._study.user_attrs.get("confirming") or {}
-        other = claim.get("process")
-        if other and other != self._mine and not is_gone(other) and time.time() - claim["alive"] < GRACE:
-            return str(other)
-        self.renew()
-        return None
-
-    def renew(self) -> None:
-        """Give a sign of life, unless the last was a moment ago."""
-        if time.monotonic() - self._beat > BEAT or not self._beat:
-            self._beat = time.monotonic()
-            # the time of day, for who looks in looks only once; clocks that differ by minutes cost time, no more
-            self._study.set_user_attr("confirming", {"process": self._mine, "alive": time.time()})
-
-    def release(self) -> None:
-        """Give it up: it is done, or was interrupted."""
-        self._study.set_user_attr("confirming", None)
-
-
-def is_base(sweep: Sweep) -> bool:
-    """Say whether nothing better than the base recipe was found."""
-    best = pick_best(sweep)
-    return best is not None and settle(sweep, best.params) == settle(sweep, {})
-
-
-def require_seeds(seeds: int) -> None:
-    """Raise UsageError for a number of fresh seeds that shows no spread."""
-    if seeds == 1 or seeds < 0:
-        raise UsageError(f"--confirm is {seeds}; it takes 2 seeds or more, or 0 for none")
