@@ -15,8 +15,9 @@ from nbclient import NotebookClient
 
 import convlens
 from convlens.errors import UnknownName
-from convlens.exercises import EXERCISES
-from convlens.lesson import check, draw_scene, show_solution, terminal
+from convlens.lessons import check, show_solution, terminal
+from convlens.lessons.exercises import EXERCISES
+from convlens.lessons.scenes import draw_scene
 
 FOLDER = Path(__file__).parents[1] / "docs" / "lessons"
 LESSONS = sorted(FOLDER.glob("*.ipynb"))
