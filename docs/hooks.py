@@ -12,7 +12,7 @@ import typer
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
-from convlens.cli.app import app
+from convlens.cli.main import app
 from convlens.models import MODELS, model_options
 from convlens.training.recipe import FIELD_TYPES, Recipe
 from convlens.training.recipes import RECIPES, get_recipe

@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import convlens
-from convlens import cli
+from convlens.cli import main
 from convlens.run_dir import RunFolder
 from convlens.training.recipe import Recipe, flag
 
@@ -39,7 +39,7 @@ class Shell:
         self._monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         self._capsys.readouterr()
         with pytest.raises(SystemExit) as leaving:
-            cli.main()
+            main.main()
         out, err = self._capsys.readouterr()
         return int(leaving.value.code or 0), out, err
 
@@ -422,7 +422,7 @@ def test_the_flags_of_train_are_the_recipe_and_these(shell: Shell) -> None:
         "processes",
     }
     fields = {item.name for item in dataclasses.fields(Recipe)} - {"name"}
-    assert set(inspect.signature(cli.train.train).parameters) == own | fields
+    assert set(inspect.signature(main.train.train).parameters) == own | fields
     assert {flag(name) for name in fields} == set(FROZEN_RECIPE_FLAGS.split())
 
 
@@ -431,7 +431,7 @@ def test_the_flags_of_sweep_and_tune_are_the_recipe_and_these() -> None:
 
     fields = {item.name for item in dataclasses.fields(Recipe)} - {"name"}
     searching = "data param preset trials jobs recipe config storage confirm out resume allow_unreadable"
-    for verb, own in ((cli.sweep.sweep, searching), (cli.tune.tune, "data recipe to allow_unreadable")):
+    for verb, own in ((main.sweep.sweep, searching), (main.lr_find.tune, "data recipe to allow_unreadable")):
         assert set(inspect.signature(verb).parameters) == set(own.split()) | fields
 
 
@@ -459,7 +459,7 @@ FROZEN_RECIPE_FLAGS = """
 )
 def test_what_takes_long_to_import_waits_until_it_is_needed(words: list[str], heavy: list[str]) -> None:
     script = (
-        f"import sys\nsys.argv = ['convlens', *{words!r}]\nfrom convlens.cli import main\n"
+        f"import sys\nsys.argv = ['convlens', *{words!r}]\nfrom convlens.cli.main import main\n"
         f"try: main()\nexcept SystemExit: pass\nprint([m for m in {heavy!r} if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -469,7 +469,7 @@ def test_what_takes_long_to_import_waits_until_it_is_needed(words: list[str], he
 
 def test_the_program_leaves_at_once_with_its_exit_code_and_all_that_it_has_said() -> None:
     script = (
-        "import atexit, os, sys\nfrom convlens.cli import run\n"
+        "import atexit, os, sys\nfrom convlens.cli.main import run\n"
         "class Left:\n    def __del__(self): print('taken apart')\nleft = Left()\n"
         "atexit.register(print, 'goodbye')\nsys.argv[0] = 'convlens'\nrun()"
     )
@@ -701,7 +701,7 @@ def test_what_nobody_foresaw_is_one_line_too(shell: Shell, monkeypatch: pytest.M
     shell.fails("train", "a" * 300, code=1, says="File name too long")
     Path("bad.json").write_text('{"recipe": 3}')
     shell.fails("train", "digits", "--config", "bad.json", code=2, says='bad.json: "recipe" is neither')
-    monkeypatch.setattr(cli.use, "expand", lambda _: 1 / 0)
+    monkeypatch.setattr(main.predict, "expand", lambda _: 1 / 0)
     shell.fails("predict", "mnist", "x.png", code=1, says="unexpected ZeroDivisionError: division by zero")
     _, _, err = shell("predict", "mnist", "x.png", "--debug")
     assert "Traceback" in err

@@ -20,7 +20,7 @@ from browser import browse, in_browser
 
 import convlens
 from convlens import models
-from convlens.cli import app
+from convlens.cli.main import app
 from convlens.explain.explanation import Explanation
 
 ROOT = Path(__file__).parents[1]

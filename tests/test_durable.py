@@ -25,7 +25,7 @@ from test_engine import make_dataset, make_net, make_recipe, same, state_of, tim
 from torch import Tensor, nn
 
 import convlens.training.loop as engine
-from convlens import cli
+from convlens.cli import main
 from convlens.data.image_folder import load_folder
 from convlens.errors import ConvlensError, Diverged, UsageError
 from convlens.run_dir import RunFolder
@@ -437,7 +437,7 @@ def command(*words: object) -> int:
 
     def run() -> None:
         sys.argv = ["convlens", *map(str, words)]
-        cli.main()
+        main.main()
 
     return wait(fork(run))
 
@@ -452,7 +452,7 @@ def test_a_training_without_room_fails_in_a_line(tmp_path: Path) -> None:
     def run() -> None:
         sys.stderr = open(errors, "w", buffering=1)
         sys.argv = ["convlens", "train", "digits", *SHORT, "--epochs", "1", "--out", str(out)]
-        cli.main()
+        main.main()
 
     assert limited(20_000, run) == 1
     said = errors.read_text()
@@ -596,7 +596,7 @@ def check_signals(tmp_path: Path, count: int) -> None:
                 signal.signal(stop, signal.SIG_DFL)
             sys.stderr = open(f"{out}.err", "w", buffering=1)
             sys.argv = ["convlens", "train", "digits", *options, "--out", str(out)]
-            cli.main()
+            main.main()
 
         child = fork(run)
         time.sleep(luck.uniform(0.02, 1.0))

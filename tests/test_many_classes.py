@@ -13,7 +13,7 @@ from test_onnx import run
 
 import convlens
 from convlens.audit.audit import Findings
-from convlens.console import describe_findings
+from convlens.cli.output import describe_findings
 from convlens.evaluation import metrics
 from convlens.evaluation.calibration import fit_temperature, judge_calibration
 from convlens.evaluation.metrics import Scores

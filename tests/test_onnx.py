@@ -18,7 +18,7 @@ from onnx.external_data_helper import set_external_data
 from PIL import Image
 from test_bundle import make_bundle
 
-from convlens import cli
+from convlens.cli import main
 from convlens.data.dataset import Dataset, Split
 from convlens.data.images import PictureStyle
 from convlens.errors import ConvlensError, UsageError
@@ -220,7 +220,7 @@ def run(*arguments: object) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["convlens", *map(str, arguments)])
         with pytest.raises(SystemExit) as leaving:
-            cli.main()
+            main.main()
     return int(leaving.value.code or 0)
 
 

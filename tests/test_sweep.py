@@ -28,7 +28,7 @@ from convlens.cli.sweep import confirm_best
 from convlens.data.loading import load_dataset
 from convlens.errors import ConvlensError, Interrupted, UsageError
 from convlens.evaluation.significance import PairedSeeds
-from convlens.sweep import results, study, worker
+from convlens.sweep import confirm, study, worker
 from convlens.sweep.results import pick_best, recipe_file, trial_rows, write_outcome
 from convlens.sweep.space import Choice, Range, parse_space, read_space, space_texts
 from convlens.sweep.storage import absolute_storage
@@ -291,7 +291,7 @@ def test_the_base_recipe_comes_first(toy: str) -> None:
     assert row["lr"] == sweep.base.lr == 0.02 and row["momentum"] in (0.95, 0.99)
     sweep = Sweep.create(toy, params=["lr=0.01..1"], trials=1, **QUICK)
     run_all(sweep)
-    assert results.is_base(sweep)
+    assert confirm.is_base(sweep)
 
 
 def test_trials_that_lag_behind_are_stopped(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,14 +458,14 @@ def test_the_best_is_confirmed_on_fresh_seeds_and_no_claim_without(toy: str, no_
     sweep = Sweep.create(toy, base, params=["lr=0.01,0.02"], trials=2)
     run_all(sweep)
     write_outcome(sweep)
-    runs = list(results.confirm(sweep, 2, lambda: False))
+    runs = list(confirm.confirm(sweep, 2, lambda: False))
     assert [(which, name) for which, name, _ in runs] == [
         ("base", "seed-1"), ("base", "seed-2"), ("best", "seed-1"), ("best", "seed-2"),
     ]  # fmt: skip
-    said = results.compare_confirmed(sweep, 2)
+    said = confirm.compare_confirmed(sweep, 2)
     assert said["test_accuracy"]["base"] == pytest.approx(np.mean([run.accuracy for w, _, run in runs if w == "base"]))
     assert said["difference"] == pytest.approx(said["test_accuracy"]["best"] - said["test_accuracy"]["base"])
-    assert list(results.confirm(sweep, 2, lambda: False)) == []  # it is there already
+    assert list(confirm.confirm(sweep, 2, lambda: False)) == []  # it is there already
     line, worth_it = confirm_best(sweep, 2, lambda: False)
     assert worth_it == (said["interval"][0] > 0) != ("there is no reason to change" in line)
     assert line.startswith(f"verdict {said['verdict']}") and sweep.study.user_attrs["confirming"] is None
@@ -473,7 +473,7 @@ def test_the_best_is_confirmed_on_fresh_seeds_and_no_claim_without(toy: str, no_
     assert said["verdict"] in html.unescape((sweep.folder / "report.html").read_text())
     for seeds in (1, -1):
         with pytest.raises(UsageError, match=f"^--confirm is {seeds}; it takes 2 seeds or more, or 0 for none$"):
-            results.require_seeds(seeds)
+            confirm.require_seeds(seeds)
 
 
 def test_a_verdict_takes_seeds_and_images_into_account() -> None:
@@ -496,7 +496,7 @@ def test_a_verdict_takes_seeds_and_images_into_account() -> None:
 def test_ctrl_c_writes_what_there_is(
     toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from convlens import cli
+    from convlens.cli import main
     from convlens.cli.sweep import Teller
 
     def tell(self: Teller) -> None:
@@ -506,7 +506,7 @@ def test_ctrl_c_writes_what_there_is(
     monkeypatch.setattr(Teller, "tell", tell)
     monkeypatch.setattr(sys, "argv", ["convlens", "sweep", toy, *FLAGS, "--param", LR[0], "--trials", "4"])
     with pytest.raises(SystemExit) as leaving:
-        cli.main()
+        main.main()
     last = "convlens: interrupted; nothing is lost. Go on with: convlens sweep --resume runs/toy-sweep-1"
     assert leaving.value.code == 130
     assert capsys.readouterr().err.splitlines() == ["stopping after this step ...", last]
@@ -556,7 +556,7 @@ def test_however_it_ends_nothing_is_lost(kind: signal.Signals, toy: str, monkeyp
 def test_stopped_while_it_loads_it_says_that_nothing_was_begun(
     toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from convlens import cli
+    from convlens.cli import main
 
     def leave(code: int) -> None:
         raise SystemExit(code)
@@ -565,7 +565,7 @@ def test_stopped_while_it_loads_it_says_that_nothing_was_begun(
     monkeypatch.setattr(study, "load_dataset", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(sys, "argv", ["convlens", "sweep", toy, "--param", LR[0]])
     with pytest.raises(SystemExit) as leaving:
-        cli.main()
+        main.main()
     assert leaving.value.code == 130 and capsys.readouterr().err == "convlens: interrupted; nothing was begun\n"
     assert not Path("runs").exists()
 
@@ -582,14 +582,14 @@ def test_a_helper_that_dies_is_named_once(toy: str, monkeypatch: pytest.MonkeyPa
 
 def test_one_process_confirms_until_it_is_silent_for_long(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = Sweep.create(toy, params=LR, trials=1, **QUICK)
-    claim = results.Claim(sweep)
+    claim = confirm.Claim(sweep)
     assert claim.take() is None and claim.take() is None  # its own
     claim.release()
     now = time.time()
     sweep.study.set_user_attr("confirming", {"process": "another-machine 1 2 3 4", "alive": now})
-    other = results.Claim(sweep)
+    other = confirm.Claim(sweep)
     assert other.take() == "another-machine 1 2 3 4"
-    monkeypatch.setattr(results.time, "time", lambda: now + 1.1 * worker.GRACE)
+    monkeypatch.setattr(confirm.time, "time", lambda: now + 1.1 * worker.GRACE)
     assert other.take() is None
     assert sweep.study.user_attrs["confirming"]["process"] == worker.process_name()
 
@@ -604,14 +604,14 @@ def test_torchrun_is_refused(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_the_command_line(
     toy: str, no_plots: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from convlens import cli
+    from convlens.cli import main
 
     monkeypatch.setenv("COLUMNS", "60")
 
     def call(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["convlens", *map(str, words)])
         with pytest.raises(SystemExit) as leaving:
-            cli.main()
+            main.main()
         return int(leaving.value.code or 0), *capsys.readouterr()
 
     code, out, err = call("sweep", toy, *FLAGS, "--param", "lr=0.01..0.5", "--trials", 3, "--confirm", 0)
@@ -726,12 +726,12 @@ def test_tune_takes_another_net(
     no_plots: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Although the recipe's width is no option of it."""
-    from convlens import cli
+    from convlens.cli import main
 
     words = ["tune", "digits", "--model", "fashion-2conv", "--batch-size", "64", "--seed", "1"]
     monkeypatch.setattr(sys, "argv", ["convlens", *words])
     with pytest.raises(SystemExit) as leaving:
-        cli.main()
+        main.main()
     said = capsys.readouterr().out.splitlines()[-1]
     assert not leaving.value.code and "--model fashion-2conv" in said and "--filters" not in said
 
@@ -739,12 +739,12 @@ def test_tune_takes_another_net(
 def test_tune_prints_a_command_that_runs(
     no_plots: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from convlens import cli
+    from convlens.cli import main
 
     monkeypatch.setattr(lr_finder, "PROBE_SECONDS", 0.01)
     monkeypatch.setattr(sys, "argv", ["convlens", "tune", "digits", "--filters", "4", "--no-nesterov", "--seed", "2"])
     with pytest.raises(SystemExit) as leaving:
-        cli.main()
+        main.main()
     out = capsys.readouterr().out
     assert not leaving.value.code and Path("digits-lr.png").stat().st_size > 5000
     assert re.search(r"^batches of +16: about +\d", out, re.MULTILINE)
@@ -754,11 +754,11 @@ def test_tune_prints_a_command_that_runs(
     assert words[:2] == ["train", "digits"] and "--no-nesterov" in words and "--lr" in words and "--batch-size" in words
     monkeypatch.setattr(sys, "argv", ["convlens", "tune", "digits", "--to", "nowhere/x.png"])
     with pytest.raises(SystemExit) as leaving:
-        cli.main()
+        main.main()
     said = "--to nowhere/x.png: there is no folder nowhere; make it, or choose another place"
     assert leaving.value.code == 2 and capsys.readouterr().err == f"convlens: {said}\n"
     assert not Path("nowhere").exists()
     monkeypatch.setattr(sys, "argv", ["convlens", *words, "--epochs", "1"])
     with pytest.raises(SystemExit) as leaving:
-        cli.main()
+        main.main()
     assert not leaving.value.code

@@ -50,7 +50,7 @@ _HOMES = {
     "fit": "convlens.training.loop",
     "from_arrays": "convlens.data.arrays",
     "get_recipe": "convlens.training.recipes",
-    "load_dataset": "convlens.data.arrays",
+    "load_dataset": "convlens.data.loading",
     "train": "convlens.runs.experiment",
     "train_series": "convlens.runs.group",
 }

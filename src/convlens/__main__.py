@@ -1,6 +1,6 @@
 """``python -m convlens`` is the ``convlens`` command."""
 
-from convlens.cli import run
+from convlens.cli.main import run
 
 if __name__ == "__main__":
     run()

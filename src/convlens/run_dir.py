@@ -1,4 +1,4 @@
-"""TODO"""
+"""The layout of a run on disk: the names of its files, its creation, its lock."""
 
 from __future__ import annotations
 

@@ -9,8 +9,10 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.app import AllowUnreadable, Data, Exclude, check_new_file, data_app, heed_interrupts, importing
-from convlens.console import describe_findings, first_line, print_table
+from convlens.cli.app import data_app, importing
+from convlens.cli.options import AllowUnreadable, Data, Exclude, check_new_file
+from convlens.cli.output import describe_findings, first_line, print_table
+from convlens.cli.signals import heed_interrupts
 from convlens.system.text import quoted
 
 MAX_LINES = 30  # of a table of classes; of more classes the smallest are printed

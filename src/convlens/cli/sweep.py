@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convlens.cli.app import DATA_HELP, AllowUnreadable, app, asked_to_stop, importing, leave_with
+from convlens.cli.app import app, importing
+from convlens.cli.options import DATA_HELP, AllowUnreadable
+from convlens.cli.output import describe_params, describe_sweep, describe_trial, print_trials, rank_trial, say
+from convlens.cli.signals import asked_to_stop, leave_with
 from convlens.cli.train import with_recipe_flags
-from convlens.console import describe_params, describe_sweep, describe_trial, print_trials, rank_trial, say
 from convlens.errors import ConvlensError, Interrupted, UsageError
 from convlens.system.text import quoted
 

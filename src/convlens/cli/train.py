@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from convlens.cli.app import STARTED, AllowUnreadable, Exclude, app, asked_to_stop, heed_interrupts, importing
-from convlens.console import describe_experiment, describe_record, describe_series, describe_test, say
+from convlens.cli.app import STARTED, app, importing
+from convlens.cli.options import AllowUnreadable, Exclude
+from convlens.cli.output import describe_experiment, describe_record, describe_series, describe_test, say
+from convlens.cli.signals import asked_to_stop, heed_interrupts
 from convlens.errors import Interrupted, UsageError
 from convlens.system.hardware import OWN_JOB
 from convlens.system.text import quoted

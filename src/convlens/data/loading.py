@@ -1,4 +1,4 @@
-"""TODO"""
+"""Load a data set by name, path or object: the one entry for every source."""
 
 from __future__ import annotations
 

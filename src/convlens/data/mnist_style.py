@@ -1,4 +1,4 @@
-"""TODO"""
+"""Make an image of ink on paper look like MNIST: background removal, cropping, centering by mass."""
 
 from __future__ import annotations
 

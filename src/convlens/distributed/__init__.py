@@ -1,1 +1,1 @@
-"""TODO"""
+"""Training in several processes: the process group, its launcher, BatchNorm across ranks."""

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Batched inference over a split: logits, features, test-time augmentation."""
 
 from __future__ import annotations
 

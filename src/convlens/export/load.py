@@ -1,4 +1,4 @@
-"""TODO"""
+"""Load a model for ONNX Runtime, exporting its graph first where it has none."""
 
 from __future__ import annotations
 

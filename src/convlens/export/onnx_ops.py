@@ -1,4 +1,4 @@
-"""TODO"""
+"""The parts of the exported ONNX graph around the model: preprocessing and outputs."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Shipping: the bundle of a trained net, and the Classifier that uses it."""
+"""Use a trained model: bundles, classifiers in PyTorch and in ONNX Runtime."""

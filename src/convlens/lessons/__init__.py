@@ -7,9 +7,6 @@ import subprocess
 import sys
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageDraw
-
 from convlens.errors import UnknownName
 from convlens.lessons.exercises import EXERCISES, Exercise
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Draw the pictures of lesson 5."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from convlens.system.files import write_text
 
 def write_page(file: Path, title: str, body: str, *, narrow: bool = False) -> None:
     """Write a page that needs no network: its title, as text, above ``body``, as HTML."""
-    css = resources.files("convlens.reporting").joinpath("report.css").read_text(encoding="utf-8")
+    css = resources.files("convlens.reports").joinpath("style.css").read_text(encoding="utf-8")
     name = escape(title)
     write_text(
         file,

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Everything about a run on disk: train, resume, evaluate, compare, explain."""

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Compare two runs on the same test images."""
 
 from __future__ import annotations
 

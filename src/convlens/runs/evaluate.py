@@ -1,4 +1,4 @@
-"""TODO"""
+"""Evaluate a finished run again, on its own test data, other data or corrupted images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a net sees, as files: in pictures, and along its training."""
+"""Write the page that explains a model's predictions."""
 
 from __future__ import annotations
 

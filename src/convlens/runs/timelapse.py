@@ -1,4 +1,4 @@
-"""TODO"""
+"""Write the timelapse page of a run that kept snapshots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The JSON schemas of the HTTP API."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Confirm the best trial of a sweep against its base on fresh seeds."""
 
 from __future__ import annotations
 

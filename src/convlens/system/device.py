@@ -1,4 +1,4 @@
-"""TODO"""
+"""Devices and CPU threads: what a run computes on, and how it is described."""
 
 from __future__ import annotations
 

@@ -15,6 +15,11 @@ from typing import Any
 
 from convlens.errors import ConvlensError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 def cache_folder() -> Path:
     """Return the folder for downloads and decoded folders: ``CONVLENS_CACHE``, or the user's cache."""

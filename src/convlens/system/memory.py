@@ -1,4 +1,4 @@
-"""TODO"""
+"""How freed memory is kept for the next step (glibc), and given back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Seeds that are functions of (seed, epoch, step), and the state of random generators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Short helpers for text in messages and file names."""
 
 from __future__ import annotations
 

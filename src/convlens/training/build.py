@@ -1,4 +1,4 @@
-"""From a recipe and its data to a fresh net."""
+"""Build what a step needs from a recipe: model, loss, optimizer, augmentation, clipping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Callbacks of the training loop: live status, snapshots, TensorBoard."""
 
 from __future__ import annotations
 

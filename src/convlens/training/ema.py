@@ -1,4 +1,4 @@
-"""TODO"""
+"""Exponential moving average of the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progressive resizing: smaller images in the first part of a training, which cost less (J. Howard, DAWNBench 2018)."""
+"""Learning rate, image size and length of a training, as functions of the step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The state of a training between steps, and the record of an epoch."""
 
 from __future__ import annotations
 

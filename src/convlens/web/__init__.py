@@ -1,1 +1,1 @@
-"""TODO"""
+"""HTML, CSS and JavaScript of every page, and their renderer."""

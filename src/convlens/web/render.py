@@ -1,4 +1,4 @@
-"""TODO"""
+"""Read and fill the page templates in ``static/``."""
 
 from __future__ import annotations
 
@@ -14,4 +14,4 @@ def fill_page(name: str, parts: Mapping[str, str]) -> str:
 
 def read_part(name: str) -> str:
     """Return a file of the page."""
-    return resources.files("convlens.shipping").joinpath("page", name).read_text(encoding="utf-8")
+    return resources.files("convlens.web").joinpath("static", name).read_text(encoding="utf-8")

@@ -1,17 +1,13 @@
-"""``convlens models`` and ``convlens recipes``: what there is to choose from."""
+"""``convlens models``."""
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import json
-import sys
 from typing import Annotated, Any
 
 import typer
 
 from convlens.cli.app import app
-from convlens.console import first_line, print_table
+from convlens.cli.output import first_line, print_table
 
 
 @app.command()
@@ -76,23 +72,3 @@ def models(
     print_table(rows)
     total = sum(layer.parameters for layer in layers)
     print(f"{total:,} parameters, {sum(layer.flops for layer in layers) / 1e6:.1f} MFLOPs forward an image")
-
-
-@app.command()
-def recipes(
-    name: Annotated[str | None, typer.Argument(help="Show every setting of this recipe.")] = None,
-) -> None:
-    """List the recipes, or show one as JSON.
-
-    Examples:
-      convlens recipes
-
-      convlens recipes mnist-4conv
-    """
-    from convlens.training.recipes import RECIPES, get_recipe
-
-    if name is not None:
-        print(inspect.getdoc(RECIPES[name]), file=sys.stderr)
-        print(json.dumps(dataclasses.asdict(get_recipe(name)), indent=2))
-        return
-    print_table([(recipe, first_line(RECIPES[recipe])) for recipe in RECIPES.names()], head=False)

@@ -1,4 +1,4 @@
-"""``convlens export`` and ``verify``: a trained net for other programs."""
+"""``convlens export``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from convlens.cli.app import app, check_new_file, heed_interrupts, leave_on_interrupt
+from convlens.cli.app import app
+from convlens.cli.options import check_new_file
+from convlens.cli.signals import heed_interrupts, leave_on_interrupt
 from convlens.errors import ConvlensError, UsageError
 
 MOST = 20  # sample pictures on a page
@@ -150,19 +152,3 @@ def find_samples(model: str, data: str | None) -> list[Any]:
     rows = [labels.index(label) for label in sorted(set(labels))[:MOST]]
     print(f"samples {len(rows)} test images, one of a class; --no-samples leaves them out")
     return [(dataset.classes[labels[row]], dataset.test.images[row].numpy()) for row in rows]
-
-
-@app.command()
-def verify(
-    file: Annotated[Path, typer.Argument(help="A file that `convlens export` wrote.")],
-) -> None:
-    """Prove once more, on this machine, that an exported file answers as the net did: exit code 1 if it does not.
-
-    Examples:
-      convlens verify mnist-1.onnx
-    """
-    from convlens.inference.onnx_runtime import OnnxPredictor
-
-    predictor = OnnxPredictor.load(file)
-    whose = "this file gave when it was made" if predictor.in_8_bits else "the net gives in PyTorch"
-    print(f"proved  no probability is off by more than {predictor.verify():.1g} from what {whose}")

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convlens.cli.app import AllowUnreadable, Data, app, check_new_file, heed_interrupts, importing
+from convlens.cli.app import app, importing
+from convlens.cli.options import AllowUnreadable, Data, check_new_file
+from convlens.cli.output import say
+from convlens.cli.signals import heed_interrupts
 from convlens.cli.train import with_recipe_flags
-from convlens.console import say
 from convlens.errors import UsageError
 from convlens.system.text import quoted
 from convlens.training.recipe import flag

@@ -1,0 +1,45 @@
+"""``convlens compare``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from convlens.cli.app import app, importing
+from convlens.cli.output import Format, print_csv
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Run folders; each is set beside the first.")],
+    format: Annotated[Format, typer.Option(help="How to print.")] = Format.text,
+) -> None:
+    """Say which of several runs is better, and whether that is more than chance: each beside the first.
+
+    Examples:
+      convlens compare runs/mnist-1 runs/mnist-2
+    """
+    with importing():
+        from convlens.runs.compare import compare_runs
+
+    results = compare_runs(runs)
+    if format is Format.text:
+        for first, other, paired in results:
+            print(paired.verdict(first, other))
+            print(
+                f"        {paired.only_a:,} images only {first} has right, {paired.only_b:,} only {other}; "
+                f"exact McNemar test p = {paired.p_value:.2g}"
+            )
+        return
+    keys = ("n", "only_a", "only_b", "difference", "p_value")
+    rows = [
+        {"a": a, "b": b, **{key: getattr(paired, key) for key in keys}, "interval": list(paired.interval)}
+        for a, b, paired in results
+    ]
+    if format is Format.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        head = ("a", "b", *keys, "interval_low", "interval_high")
+        print_csv([head, *((row["a"], row["b"], *(row[key] for key in keys), *row["interval"]) for row in rows)])

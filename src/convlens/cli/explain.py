@@ -1,0 +1,65 @@
+"""``convlens explain``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convlens.cli.app import app, importing
+from convlens.cli.predict import expand
+from convlens.cli.signals import heed_interrupts
+from convlens.errors import UsageError
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a model by name.")],
+    images: Annotated[
+        list[str], typer.Argument(help="Files, folders, globs, 50 pictures at most; - reads a list of files.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="New folder, instead of explained/MODEL-N.")] = None,
+    label: Annotated[str | None, typer.Option(help="Class to look for, instead of the predicted one.")] = None,
+    unit: Annotated[
+        str | None,
+        typer.Option(help="STAGE:CHANNEL,ROW,COLUMN, counted from 0: a unit to look at, not the loudest."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Where the training images are, if the run does not say.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Only resize; do not look for ink on paper.")] = False,
+) -> None:
+    """Show why a net says what it says: where it looks, what each stage makes of it, what it was reminded of.
+
+    Examples:
+      convlens explain runs/mnist-1 scan.png
+
+      convlens explain mnist scan.png --label 1 --unit conv2:5,1,1
+
+      convlens explain runs/photos-1 holiday/*.jpg --out holiday-explained
+    """
+    with importing():
+        from convlens.runs.explain import MOST, explain_pictures
+
+    heed_interrupts()
+    place = None if unit is None else read_unit(unit)
+    files = expand(images)
+    if len(files) > MOST:
+        print(f"convlens: {len(files)} pictures; the first {MOST} are explained, which fill a page", file=sys.stderr)
+        files = files[:MOST]
+    folder, explanations, missing = explain_pictures(model, files, out, data=data, raw=raw, label=label, unit=place)
+    for file, explanation in zip(files, explanations, strict=True):
+        print(f"{file}: {explanation.prediction}")
+    if missing:
+        print(f"convlens: no training images to compare with: {missing}", file=sys.stderr)
+    print(f"wrote   {folder / 'index.html'}")
+
+
+def read_unit(text: str) -> tuple[str, int, int, int]:
+    """Return the parts of STAGE:CHANNEL,ROW,COLUMN."""
+    try:
+        stage, place = text.rsplit(":", 1)
+        channel, row, column = (int(part) for part in place.split(","))
+    except ValueError:
+        raise UsageError(f"--unit {text!r} is not STAGE:CHANNEL,ROW,COLUMN, such as conv1:5,3,3") from None
+    return stage, channel, row, column
