@@ -208,6 +208,8 @@ def test_the_server_refuses_what_is_too_large_for_it_and_answers_others() -> Non
 
 
 # the largest that are read
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
 LARGEST: dict[str, Callable[[], bytes]] = {
     "PNG gray": lambda: png(7000, 7000),
     "PNG gray, 762 x 65,535": lambda: png(762, 65_535),
@@ -221,11 +223,13 @@ LARGEST: dict[str, Callable[[], bytes]] = {
     "BMP": lambda: encode(Image.new("RGB", (7000, 7000)), "BMP"),
     "TIFF RGB": lambda: encode(Image.new("RGB", (7000, 7000)), "TIFF"),
     "TIFF RGB, LZW": lambda: encode(Image.new("RGB", (7000, 7000)), "TIFF", compression="tiff_lzw"),
+    "TIFF RGB, turned": lambda: encode(Image.new("RGB", (7000, 7000)), "TIFF", tiffinfo={0x0112: 6}),
     "TIFF gray, 16 bits": lambda: encode(Image.fromarray(np.zeros((7000, 7000), np.uint16)), "TIFF"),
     "TIFF gray, floats": lambda: encode(Image.new("F", (7000, 7000)), "TIFF"),
     "PPM": lambda: b"P6 7000 7000 255\n" + bytes(3 * 7000 * 7000),
     "PPM, 16 bits": lambda: b"P6 7000 7000 65535\n" + bytes(6 * 7000 * 7000),
     "JPEG": lambda: encode(Image.new("RGB", (7000, 7000)), "JPEG"),
+    "JPEG, turned": lambda: encode(Image.new("RGB", (7000, 7000)), "JPEG", exif=TURNED),
     "JPEG, progressive": lambda: encode(Image.new("RGB", (7000, 7000)), "JPEG", progressive=True),
     "JPEG CMYK, progressive": lambda: encode(Image.new("CMYK", (7000, 7000)), "JPEG", progressive=True),
     "JPEG, 13,000 x 13,000": lambda: encode(Image.new("RGB", (13_000, 13_000)), "JPEG"),
