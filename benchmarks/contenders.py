@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from convlens.data.augment import Draws, mirror, shift
+from convlens.data.augment import BatchRandom, mirror, shift
 from convlens.data.dataset import Dataset
-from convlens.data.normalize import Normalise
+from convlens.data.normalize import Normalize
 from convlens.data.preprocess import Preprocess
-from convlens.evaluation.inference import Views, compute_logits, make_views
+from convlens.evaluation.inference import TTA, compute_logits, make_tta
 from convlens.evaluation.metrics import Scores
 from convlens.models import create_model
-from convlens.training.build import describe_net, make_loss, make_net
+from convlens.training.build import make_loss, make_model, model_config
 from convlens.training.loop import fit
 from convlens.training.optimizers import Muon
 from convlens.training.recipe import Recipe
@@ -50,14 +50,14 @@ def convlens(dataset: Dataset, recipe: Recipe) -> Course:
     """A recipe of convlens, watched at the end of every epoch, and at last with augmentation if it has any."""
     torch.manual_seed(recipe.seed)
     preprocess = Preprocess.measure(dataset.train.images, dataset.style)
-    net = make_net(describe_net(recipe, dataset), dataset, preprocess)
+    net = make_model(model_config(recipe, dataset), dataset, preprocess)
     for record in fit(net, dataset, recipe.override(watch_test=True), preprocess=preprocess):
         yield record.seconds, record.test_acc or 0.0
     if recipe.test_views:
-        yield record.seconds, test_accuracy(net, dataset, preprocess.normaliser(), make_views(recipe.flip))
+        yield record.seconds, test_accuracy(net, dataset, preprocess.normaliser(), make_tta(recipe.flip))
 
 
-def test_accuracy(net: nn.Module, dataset: Dataset, normalise: Normalise, views: Views | None = None) -> float:
+def test_accuracy(net: nn.Module, dataset: Dataset, normalise: Normalize, views: TTA | None = None) -> float:
     """Return the accuracy on the test split, of plain images or with the probabilities of several views averaged."""
     return Scores.of(compute_logits(net, dataset.test.images, normalise, views=views), dataset.test.labels).accuracy
 
@@ -184,7 +184,7 @@ def speedrun(dataset: Dataset, device: torch.device, seed: int = 0, epochs: int 
     for epoch in range(epochs):
         flipped = mirror(images, first ^ bool(epoch % 2))
         seen = shift(
-            flipped, Draws(torch.Generator(device).manual_seed(100 * seed + epoch), len(flipped), slice(None)), 2
+            flipped, BatchRandom(torch.Generator(device).manual_seed(100 * seed + epoch), len(flipped), slice(None)), 2
         )
         for rows in torch.randperm(len(images), device=device).split(batch)[:per_epoch]:
             with torch.autocast(device.type, torch.bfloat16):
@@ -203,7 +203,7 @@ def speedrun(dataset: Dataset, device: torch.device, seed: int = 0, epochs: int 
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    plain, averaged = (test_accuracy(net, dataset, normalise, views) for views in (None, make_views(True)))
+    plain, averaged = (test_accuracy(net, dataset, normalise, views) for views in (None, make_tta(True)))
     return seconds, plain, averaged
 
 

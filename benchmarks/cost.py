@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sections import put
 
-from convlens.models import create_model, summarise
+from convlens.models import create_model, summarize
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
 
@@ -48,7 +48,7 @@ def ours(name: str, shape: tuple[int, int, int], **options: int) -> Net:
     """Return the cost of one of our nets, from its layers."""
     channels, height, width = shape
     net = create_model(name, channels=channels, height=height, width=width, classes=10, **options)
-    flops = 3 * sum(layer.flops for layer in summarise(net, *shape))
+    flops = 3 * sum(layer.flops for layer in summarize(net, *shape))
     label = " ".join([name, *(f"{key} {value}" for key, value in options.items())])
     return Net(label, flops, sum(p.numel() for p in net.parameters()), channels * height * width)
 

@@ -23,10 +23,10 @@ from convlens.data.augment import mirror
 from convlens.data.dataset import Dataset
 from convlens.data.loading import load_dataset
 from convlens.data.preprocess import Preprocess
-from convlens.models import create_model, summarise
+from convlens.models import create_model, summarize
 from convlens.runs.run import Run
-from convlens.system.device import use_threads
-from convlens.system.memory import keep_memory
+from convlens.system.device import set_num_threads
+from convlens.system.memory import retain_freed_memory
 from convlens.training.build import make_loss, make_optimizer
 from convlens.training.loop import fit
 from convlens.training.precision import autocast
@@ -59,14 +59,14 @@ NETS = [  # net, options, image (C, H, W), batch
 
 def arithmetic() -> tuple[list[Record], str]:
     """Images/s and GFLOP/s of training, per net, beside the peak of a matrix product measured in the same run."""
-    keep_memory()  # as fit() does
+    retain_freed_memory()  # as fit() does
     records, rows = [], []
     for name, options, shape, batch in NETS:
         for precision in ("bf16", "fp32"):
             top = peak(precision)
             channels, height, width = shape
             net = create_model(name, channels=channels, height=height, width=width, classes=10, **options)
-            flops = 3 * sum(layer.flops for layer in summarise(net, *shape))
+            flops = 3 * sum(layer.flops for layer in summarize(net, *shape))
             step = make_step(net, Recipe(epochs=1, precision=precision), shape, batch)
             seconds = [timed(step) for _ in range(12)][2:]  # warmed up
             pace = batch / statistics.median(seconds)
@@ -201,7 +201,7 @@ GROWTH = [  # images, side, classes
 
 def grown(images: int, side: int, classes: int) -> None:
     """Train one epoch of the folder recipe on random images, and print its seconds and this process's peak memory."""
-    use_threads()
+    set_num_threads()
     g = np.random.default_rng(0)
     x = g.integers(0, 256, (images, side, side), dtype=np.uint8)
     y = np.arange(images) % classes

@@ -20,13 +20,13 @@ from sections import Record, load_named, percent, spread, table, timed
 
 from convlens.data.loading import load_dataset
 from convlens.explain.cam import class_activation_map
-from convlens.export.html import make_page
+from convlens.export.html import render_playground
 from convlens.export.load import load_onnx
 from convlens.export.quantize import build_int8
 from convlens.inference.classifier import Classifier
-from convlens.inference.onnx_runtime import OnnxPredictor, seal
-from convlens.inference.store import find_bundle
-from convlens.web.render import read_part
+from convlens.inference.onnx_runtime import OnnxPredictor, embed_digest
+from convlens.inference.store import resolve_bundle
+from convlens.web.render import read_static
 
 SHIPPED = ("digits", "mnist", "fashion-mnist", "cifar10")
 
@@ -82,9 +82,9 @@ def twin() -> tuple[list[Record], str]:
     for name, images in shipped_tests():
         predictor = load_onnx(name)
         expected, known = predictor.run(images)
-        page = make_page(predictor)
+        page = render_playground(predictor)
         model, weights = (page.split(f'id="{part}">')[1].split("</script>")[0] for part in ("model", "weights"))
-        parts = {"engine": read_part("engine.js"), "model": model, "weights": weights, "n": len(images)}
+        parts = {"engine": read_static("engine.js"), "model": model, "weights": weights, "n": len(images)}
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "page.html"
             file.write_text(IN_BROWSER % {**parts, "images": base64.b64encode(images.tobytes()).decode()})
@@ -108,8 +108,8 @@ def int8() -> tuple[list[Record], str]:
     records, rows = [], []
     for name in SHIPPED:
         dataset = load_named(name)
-        model, exact, cost = build_int8(find_bundle(name), dataset)
-        contents = [seal(m.SerializeToString()) for m in (exact, model)]
+        model, exact, cost = build_int8(resolve_bundle(name), dataset)
+        contents = [embed_digest(m.SerializeToString()) for m in (exact, model)]
         engines = [OnnxPredictor(content, name) for content in contents]
         images = np.resize(dataset.test.images.numpy(), (2000, *dataset.shape))
         seconds: list[list[float]] = [[], []]

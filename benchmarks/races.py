@@ -20,7 +20,7 @@ from sections import Record, answer, load_named, percent, spread, table
 
 import convlens
 from convlens.data.dataset import Dataset
-from convlens.system.device import choose_device, use_threads
+from convlens.system.device import select_device, set_num_threads
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import get_recipe
 
@@ -85,7 +85,7 @@ def settled(recipe: str) -> Recipe:
 
 def enter(name: str, who: str) -> None:
     """Train one entrant in this process, and print its record."""
-    use_threads()
+    set_num_threads()
     data = load_named(name)
     course = list(entrants(name)[who](data))
     record: Record = {"data": data.name, "who": who, "targets": RACES[name].targets, "course": course}
@@ -177,7 +177,7 @@ def gpu() -> tuple[list[Record], str]:
 def cold_and_warm(who: str, times: int = 6) -> None:
     """Train a contender several times in this process, with a seed each, and print what came of it."""
     data = load_named(ON_GPU[who])
-    train = partial(speedrun_of, data, choose_device()) if who == SPEEDRUN else partial(test_of, who, data)
+    train = partial(speedrun_of, data, select_device()) if who == SPEEDRUN else partial(test_of, who, data)
     print(json.dumps([train(seed) for seed in range(times)]))
 
 

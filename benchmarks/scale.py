@@ -21,8 +21,8 @@ from sections import Record, answer, net_label, print_cost, table, timed
 import convlens
 from convlens.data.arrays import from_arrays
 from convlens.data.dataset import Dataset, Split
-from convlens.data.images import PictureStyle
-from convlens.data.shards import pack
+from convlens.data.images import InputStyle
+from convlens.data.shards import write_shards
 
 PAIRS = 3
 NETS = [  # net, options of the recipe, image (C, H, W), batch, steps
@@ -91,7 +91,7 @@ def shards() -> tuple[list[Record], str]:
             place = Path(folder)
             np.savez(place / "noise.npz", x_train=x, y_train=y, x_test=x[:200], y_test=y[:200])
             dataset = from_arrays(x, y, x[:200], y[:200])
-            pack(dataset.with_validation(0.02, 0), place / "shards")
+            write_shards(dataset.with_validation(0.02, 0), place / "shards")
             paces: dict[str, list[float]] = {"memory": [], "shards": []}
             for _ in range(PAIRS):
                 for kind, source in (("memory", place / "noise.npz"), ("shards", place / "shards")):
@@ -109,7 +109,7 @@ def make_noise_shards(images: int, folder: Path) -> None:
     train, held_out = from_arrays(x, y, few, labels).train, from_arrays(few, labels, few, labels).train
     classes = tuple(map(str, range(10)))
     assert isinstance(train, Split)
-    pack(Dataset("noise", None, classes, train, held_out, held_out, PictureStyle(), "noise"), folder)
+    write_shards(Dataset("noise", None, classes, train, held_out, held_out, InputStyle(), "noise"), folder)
 
 
 def stream(folder: str) -> None:

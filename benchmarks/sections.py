@@ -19,7 +19,7 @@ from typing import Any
 
 from convlens.data.dataset import Dataset
 from convlens.data.loading import load_dataset
-from convlens.system.device import choose_device, describe_machine, use_threads
+from convlens.system.device import select_device, set_num_threads, system_info
 
 RECORDS = Path(__file__).parent / "records"
 VERSIONS = ("convlens", "numpy", "onnxruntime", "pillow", "scikit-learn")  # PyTorch's is the machine's
@@ -110,7 +110,7 @@ def run_sections(sections: dict[str, Section], names: list[str], page: Path) -> 
     (name,) = names
     if name != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all else is of the processor
-    use_threads()
+    set_num_threads()
     print(f"{name} ...", flush=True)
     try:
         records, rows = sections[name]()
@@ -119,7 +119,7 @@ def run_sections(sections: dict[str, Section], names: list[str], page: Path) -> 
             error.add_note(error.stderr if isinstance(error.stderr, str) else error.stderr.decode())
         raise
     about = {
-        "machine": describe_machine(choose_device()),
+        "machine": system_info(select_device()),
         "versions": {package: version(package) for package in VERSIONS},
         "date": time.strftime("%Y-%m-%d"),
         "records": records,

@@ -27,7 +27,7 @@ from sections import Record, peak_mib, run_sections, table
 from torch import Tensor
 
 import convlens
-from convlens.audit.audit import Findings, examine
+from convlens.audit.audit import AuditReport, audit
 from convlens.audit.duplicates import move
 from convlens.data.dataset import Dataset, Split
 from convlens.data.loading import load_dataset
@@ -141,7 +141,7 @@ def together(groups: Iterable[list[str]]) -> dict[str, int]:
     return {image: number for number, group in enumerate(groups) for image in group}
 
 
-def judge(findings: Findings, copies: dict[str, list[tuple[str, str]]], wrong: set[str]) -> list[str]:
+def judge(findings: AuditReport, copies: dict[str, list[tuple[str, str]]], wrong: set[str]) -> list[str]:
     """Return what was found of what was planted, as cells."""
     groups = together([*findings.copies, *findings.near_copies])
     exact = together(findings.copies)
@@ -181,7 +181,7 @@ def doctor() -> tuple[list[Record], str]:
                 wrong = {names[image] for image in wrong}
             for what, examined in (("planted", planted), ("untouched", data)):
                 start = time.perf_counter()
-                findings = examine(examined)
+                findings = audit(examined)
                 seconds = time.perf_counter() - start
                 cells = judge(findings, copies, wrong) if what == "planted" else [""] * 6
                 found = (

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from convlens.data import loader
-from convlens.data.augment import Draws
+from convlens.data.augment import BatchRandom
 from convlens.data.dataset import Dataset, Split
-from convlens.data.images import PictureStyle
-from convlens.data.normalize import Normalise
+from convlens.data.images import InputStyle
+from convlens.data.normalize import Normalize
 from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
-from convlens.system.random import callers_state_kept
+from convlens.system.random import preserve_rng_state
 from convlens.training import finite, loop
-from convlens.training.build import describe_net, make_augment, make_net
+from convlens.training.build import make_augment, make_model, model_config
 from convlens.training.loop import fit
-from convlens.training.metrics import Tally
+from convlens.training.metrics import RunningMetrics
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import RECIPES
 
@@ -37,7 +37,7 @@ def made_up(channels: int, side: int) -> Dataset:
     g = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (40, channels, side, side), dtype=torch.uint8, generator=g)
     split = Split(images, torch.arange(40) % 4, [str(number) for number in range(40)])
-    return Dataset("made up", None, ("a", "b", "c", "d"), split, split, None, PictureStyle(), "")
+    return Dataset("made up", None, ("a", "b", "c", "d"), split, split, None, InputStyle(), "")
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def manual_seed(self, _: int) -> Generator:
             return self
 
-    def draw(draws: Draws) -> Tensor:
+    def draw(draws: BatchRandom) -> Tensor:
         return torch.rand(draws.count, device=META)[draws.rows]
 
     class Torch:
@@ -65,8 +65,8 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return Generator() if device == META else torch.Generator(device)
 
     monkeypatch.setattr(loader, "torch", Torch())
-    monkeypatch.setattr(Draws, "uniform", lambda draws, low=0.0, high=1.0: draw(draws) * (high - low) + low)
-    monkeypatch.setattr(Draws, "integers", lambda draws, end: (draw(draws) * end).long())
+    monkeypatch.setattr(BatchRandom, "uniform", lambda draws, low=0.0, high=1.0: draw(draws) * (high - low) + low)
+    monkeypatch.setattr(BatchRandom, "integers", lambda draws, end: (draw(draws) * end).long())
     monkeypatch.setattr(loop, "choose_device", lambda _: META)
     monkeypatch.setattr(loop, "choose_precision", lambda *_: "fp32")
     monkeypatch.setattr(loop, "autocast", lambda *_: torch.autocast("cpu", enabled=False))
@@ -79,14 +79,14 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         same_device(values)
         return False
 
-    def read(tally: Tally) -> tuple[float, int]:
+    def read(tally: RunningMetrics) -> tuple[float, int]:
         looks.append("sums")
         tally.add_up()
         return 1.0, 1
 
-    monkeypatch.setattr(finite, "look_through", look_through)
+    monkeypatch.setattr(finite, "has_nonfinite", look_through)
     monkeypatch.setattr(loop, "require_numbers", lambda values, *_: look_through(list(values.values())))
-    monkeypatch.setattr(Tally, "read", read)
+    monkeypatch.setattr(RunningMetrics, "read", read)
     return looks
 
 
@@ -109,7 +109,7 @@ def test_no_step_waits_or_mixes_devices(name: str, options: dict[str, Any], look
     settings = {"iterations": 25, "batch_size": 8, "validation": 0.0, "watch_test": False, **options}
     recipe: Recipe = RECIPES[name]().override(**settings)
     preprocess = Preprocess.measure(dataset.train.images, dataset.style)
-    net = make_net(describe_net(recipe, dataset), dataset, preprocess)
+    net = make_model(model_config(recipe, dataset), dataset, preprocess)
     records = list(fit(net, dataset, recipe, preprocess=preprocess))
     assert len(records) == 5
     assert {weight.device for weight in net.parameters()} == {META}
@@ -128,7 +128,7 @@ def test_random_numbers_of_all_gpus_are_kept(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with callers_state_kept():
+    with preserve_rng_state():
         pass
     assert kept == [0, 1]
 
@@ -143,10 +143,10 @@ def test_images_that_do_not_fit_into_the_device_are_said() -> None:
     with pytest.raises(
         UsageError, match="^the 40 training images do not fit into the memory of the cpu device; put them"
     ):
-        loader.Batches(
+        loader.BatchLoader(
             train,
             8,
-            Normalise((0.5,), (0.5,)),
+            Normalize((0.5,), (0.5,)),
             seed=0,
             device=torch.device("cpu"),
             augment=make_augment(Recipe(epochs=1), 4),

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from convlens.data import augment
-from convlens.data.augment import Draws
+from convlens.data.augment import BatchRandom
 from convlens.data.dataset import Split
-from convlens.data.loader import Batches
-from convlens.data.normalize import Normalise
-from convlens.distributed.process_group import Ranks
+from convlens.data.loader import BatchLoader
+from convlens.data.normalize import Normalize
+from convlens.distributed.process_group import World
 
 quick = settings(max_examples=50, deadline=None, database=None, derandomize=True)
 CPU = torch.device("cpu")
@@ -23,21 +23,21 @@ def generator(seed: int = 0) -> Generator:
     return Generator().manual_seed(seed)
 
 
-def draws(x: Tensor, seed: int = 0) -> Draws:
-    return Draws.seeded(seed, len(x))
+def draws(x: Tensor, seed: int = 0) -> BatchRandom:
+    return BatchRandom.seeded(seed, len(x))
 
 
 def batch(n: int = 8, c: int = 3, h: int = 12, w: int = 10) -> Tensor:
     return torch.randn(n, c, h, w, generator=generator(99))
 
 
-IMAGES: dict[str, Callable[[Tensor, Draws], Tensor]] = {
+IMAGES: dict[str, Callable[[Tensor, BatchRandom], Tensor]] = {
     "shift": lambda x, d: augment.shift(x, d, 3),
     "mirror": lambda x, d: augment.mirror(x, d.uniform() < 0.5),
     "affine": lambda x, d: augment.affine(x, d, 20, 0.2),
-    "centre_crop_resize": lambda x, d: augment.centre_crop_resize(x, d, 0.5, 0.7),
+    "centre_crop_resize": lambda x, d: augment.center_crop_resize(x, d, 0.5, 0.7),
     "cutout": lambda x, d: augment.cutout(x, d, 5),
-    "colour_jitter": lambda x, d: augment.colour_jitter(x, d, 0.4),
+    "colour_jitter": lambda x, d: augment.color_jitter(x, d, 0.4),
 }
 MIXERS = {"mixup": augment.mixup, "cutmix": augment.cutmix}
 
@@ -69,7 +69,7 @@ def test_another_seed_gives_other_images(name: str) -> None:
 @pytest.mark.parametrize("part", [slice(0, 4), slice(4, 10), slice(10, 13)])
 def test_a_part_of_a_batch_is_changed_as_in_the_whole(name: str, part: slice) -> None:
     x, labels = batch(13), torch.arange(13) % 4
-    here = Draws(generator(7), 13, part)
+    here = BatchRandom(generator(7), 13, part)
     if name in IMAGES:
         assert torch.allclose(IMAGES[name](x[part], here), IMAGES[name](x, draws(x, 7))[part], atol=1e-6)
         return
@@ -120,14 +120,14 @@ def test_mixing_is_a_function_of_the_seed_and_keeps_its_input(name: str, soft: b
     [
         (lambda x, d: augment.shift(x, d, 0), True),
         (lambda x, d: augment.cutout(x, d, 0), True),
-        (lambda x, d: augment.centre_crop_resize(x, d, 0.0, 0.5), True),
-        (lambda x, d: augment.centre_crop_resize(x, d, 1.0, 1.0), False),
+        (lambda x, d: augment.center_crop_resize(x, d, 0.0, 0.5), True),
+        (lambda x, d: augment.center_crop_resize(x, d, 1.0, 1.0), False),
         (lambda x, d: augment.affine(x, d, 0, 0), False),
-        (lambda x, d: augment.colour_jitter(x, d, 0), False),
+        (lambda x, d: augment.color_jitter(x, d, 0), False),
     ],
     ids=["shift", "cutout", "crop-never", "crop-all", "affine", "jitter"],
 )
-def test_zero_strength_is_the_identity(change: Callable[[Tensor, Draws], Tensor], exact: bool) -> None:
+def test_zero_strength_is_the_identity(change: Callable[[Tensor, BatchRandom], Tensor], exact: bool) -> None:
     x = batch()
     changed = change(x, draws(x))
     assert torch.equal(changed, x) if exact else torch.allclose(changed, x, atol=1e-4)
@@ -183,7 +183,7 @@ def test_each_image_is_mirrored_in_every_second_epoch() -> None:
     images[:, 0, 0, 0] = 255  # a mark at the left
     images[:, 0, 1, 1] = torch.arange(n, dtype=torch.uint8)
     split = Split(images, torch.arange(n), tuple(map(str, range(n))))
-    loader = Batches(split, 50, Normalise((0.0,), (1.0,)), seed=3, device=CPU, augment=plain, flip=True)
+    loader = BatchLoader(split, 50, Normalize((0.0,), (1.0,)), seed=3, device=CPU, augment=plain, flip=True)
     seen = []
     for epoch in range(4):
         mirrored = torch.zeros(n, dtype=torch.bool)
@@ -226,15 +226,15 @@ def test_affine_zooms_by_at_most_its_scale() -> None:
 def test_affine_and_crop_keep_a_flat_image_flat() -> None:
     x = torch.full((4, 3, 8, 8), 1.5)
     assert torch.allclose(augment.affine(x, draws(x), 45, 0.5), x, atol=1e-5)
-    assert torch.allclose(augment.centre_crop_resize(x, draws(x), 1.0, 0.5), x, atol=1e-5)
+    assert torch.allclose(augment.center_crop_resize(x, draws(x), 1.0, 0.5), x, atol=1e-5)
 
 
 def test_centre_crop_resize_shows_the_centre() -> None:
     x = torch.zeros(20, 1, 8, 8)
     x[:, :, 2:6, 2:6] = 1
-    changed = augment.centre_crop_resize(x, draws(x), 1.0, 0.4)
+    changed = augment.center_crop_resize(x, draws(x), 1.0, 0.4)
     assert torch.allclose(changed, torch.ones_like(x))
-    some = augment.centre_crop_resize(x, draws(x), 0.5, 0.4)
+    some = augment.center_crop_resize(x, draws(x), 0.5, 0.4)
     cropped = some.flatten(1).mean(dim=1) > 0.99
     assert 0 < int(cropped.sum()) < 20
     assert torch.allclose(some[~cropped], x[~cropped], atol=1e-5)
@@ -270,14 +270,14 @@ def test_cutout_area_in_the_middle_is_its_size_squared() -> None:
 
 def test_colour_jitter_of_grey_images_has_no_colour() -> None:
     x = batch(c=1).expand(-1, 3, -1, -1).contiguous()
-    changed = augment.colour_jitter(x, draws(x), 0.5)
+    changed = augment.color_jitter(x, draws(x), 0.5)
     assert torch.allclose(changed[:, 0], changed[:, 1], atol=1e-5)
     assert torch.allclose(changed[:, 0], changed[:, 2], atol=1e-5)
 
 
 def test_colour_jitter_stays_within_its_strength() -> None:
     x = batch(64)
-    changed = augment.colour_jitter(x, draws(x), 0.3)
+    changed = augment.color_jitter(x, draws(x), 0.3)
     moved = changed.mean(dim=(1, 2, 3)) - x.mean(dim=(1, 2, 3))
     assert moved.abs().max() <= 0.3 + 1e-5
     assert moved.abs().max() > 0.2
@@ -352,11 +352,11 @@ def numbered(n: int = 23) -> Split:
     return Split(images, torch.arange(n) % 5, [str(i) for i in range(n)])
 
 
-def plain(x: Tensor, y: Tensor, d: Draws) -> tuple[Tensor, Tensor]:
+def plain(x: Tensor, y: Tensor, d: BatchRandom) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def noisy(x: Tensor, y: Tensor, d: Draws) -> tuple[Tensor, Tensor]:
+def noisy(x: Tensor, y: Tensor, d: BatchRandom) -> tuple[Tensor, Tensor]:
     return augment.mixup(augment.shift(x, d, 1), y, d, 1.0, 5)
 
 
@@ -365,13 +365,13 @@ def batches(
     seed: int = 0,
     n: int = 23,
     size: int = 5,
-    ranks: Ranks | None = None,
-) -> Batches:
-    unit = Normalise((0.0,) * 3, (1 / 255,) * 3)  # keeps the values 0..255
-    return Batches(numbered(n), size, unit, seed=seed, device=CPU, augment=augmenting, ranks=ranks)
+    ranks: World | None = None,
+) -> BatchLoader:
+    unit = Normalize((0.0,) * 3, (1 / 255,) * 3)  # keeps the values 0..255
+    return BatchLoader(numbered(n), size, unit, seed=seed, device=CPU, augment=augmenting, ranks=ranks)
 
 
-def order_of(loader: Batches, epoch: int) -> list[int]:
+def order_of(loader: BatchLoader, epoch: int) -> list[int]:
     return [round(float(v)) for i in range(len(loader)) for v in loader(epoch, i)[0][:, 0, 0, 0]]
 
 
@@ -410,7 +410,7 @@ def test_a_batch_is_a_function_of_epoch_and_index_in_any_order() -> None:
 def test_augmentation_differs_from_batch_to_batch_and_epoch_to_epoch() -> None:
     drawn: list[float] = []
 
-    def draw(x: Tensor, y: Tensor, d: Draws) -> tuple[Tensor, Tensor]:
+    def draw(x: Tensor, y: Tensor, d: BatchRandom) -> tuple[Tensor, Tensor]:
         drawn.append(float(d.uniform()[0]))
         return x, y
 
@@ -434,7 +434,7 @@ def test_a_batch_seeds_the_global_generator_for_dropout() -> None:
 @quick
 @given(st.integers(1, 60), st.integers(1, 7))
 def test_the_parts_of_the_ranks_are_the_batch(n: int, ranks: int) -> None:
-    parts = [Ranks(rank, ranks).part(n) for rank in range(ranks)]
+    parts = [World(rank, ranks).part(n) for rank in range(ranks)]
     if n < 2 * ranks:  # too few to share
         assert parts == [slice(0, n)] * ranks
         return
@@ -445,7 +445,7 @@ def test_the_parts_of_the_ranks_are_the_batch(n: int, ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_get_their_part_of_the_same_batches(ranks: int) -> None:
     whole = batches(noisy, n=40, size=13)
-    shared = [batches(noisy, n=40, size=13, ranks=Ranks(rank, ranks)) for rank in range(ranks)]
+    shared = [batches(noisy, n=40, size=13, ranks=World(rank, ranks)) for rank in range(ranks)]
     for epoch in range(2):
         for index in range(len(whole)):
             images, labels = whole(epoch, index)
@@ -458,13 +458,13 @@ def test_batches_are_normalised_channels_last_and_the_split_is_not_touched() -> 
     split = numbered()
     before = split.images.clone()
 
-    def harsh(x: Tensor, y: Tensor, d: Draws) -> tuple[Tensor, Tensor]:
+    def harsh(x: Tensor, y: Tensor, d: BatchRandom) -> tuple[Tensor, Tensor]:
         return x.zero_(), y.zero_()
 
-    Batches(split, 5, Normalise((0.5,) * 3, (0.5,) * 3), seed=0, device=CPU, augment=harsh)(0, 0)
+    BatchLoader(split, 5, Normalize((0.5,) * 3, (0.5,) * 3), seed=0, device=CPU, augment=harsh)(0, 0)
     assert torch.equal(split.images, before)
     assert torch.equal(split.labels, torch.arange(23) % 5)
-    loader = Batches(split, 5, Normalise((0.5,) * 3, (0.5,) * 3), seed=0, device=CPU, augment=plain)
+    loader = BatchLoader(split, 5, Normalize((0.5,) * 3, (0.5,) * 3), seed=0, device=CPU, augment=plain)
     images, labels = loader(0, 0)
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)

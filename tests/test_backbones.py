@@ -20,7 +20,7 @@ pytest.importorskip("timm", reason="timm is not installed")
 import timm
 
 import convlens
-from convlens.errors import ConvlensError, UnknownName, UsageError
+from convlens.errors import ConvlensError, UnknownNameError, UsageError
 from convlens.export.onnx import build_onnx, write_onnx
 from convlens.models import ConvNet, check_model, create_model
 from convlens.runs.experiment import Experiment
@@ -112,7 +112,7 @@ def test_a_frozen_stage_gives_what_it_gave(name: str) -> None:
 
 
 def test_unknown_names_get_the_nearest() -> None:
-    with pytest.raises(UnknownName, match="^unknown net of timm 'resnet1O'; did you mean 'resnet"):
+    with pytest.raises(UnknownNameError, match="^unknown net of timm 'resnet1O'; did you mean 'resnet"):
         build("resnet1O")
     assert build("resnet18.a1_in1k").stages().keys() == build("resnet18").stages().keys()
 

@@ -16,8 +16,15 @@ from convlens.errors import UsageError
 from convlens.runs.experiment import Experiment
 from convlens.training import loop, time_budget
 from convlens.training.recipe import Recipe
-from convlens.training.recipes import LADDERS, RECIPES, get_recipe
-from convlens.training.time_budget import Pace, candidates, fit_into, measure_pace, measure_rate, parse_budget
+from convlens.training.recipes import BUDGET_RECIPES, RECIPES, get_recipe
+from convlens.training.time_budget import (
+    Throughput,
+    budget_candidates,
+    choose_for_budget,
+    measure_rate,
+    measure_throughput,
+    parse_budget,
+)
 
 
 @pytest.fixture
@@ -40,19 +47,21 @@ def test_what_is_no_time(text: str) -> None:
 
 
 def test_the_ladders_are_of_recipes() -> None:
-    for names in LADDERS.values():
+    for names in BUDGET_RECIPES.values():
         assert [RECIPES[name]().name for name in names] == list(names)
-    assert [recipe.name for recipe in candidates("mnist", None)] == list(LADDERS["mnist"])
-    assert [recipe.name for recipe in candidates("some/folder", None)] == ["folder"]
+    assert [recipe.name for recipe in budget_candidates("mnist", None)] == list(BUDGET_RECIPES["mnist"])
+    assert [recipe.name for recipe in budget_candidates("some/folder", None)] == ["folder"]
     asked = Recipe(epochs=3)
-    assert candidates("mnist", asked) == [asked]
+    assert budget_candidates("mnist", asked) == [asked]
 
 
 def paces(monkeypatch: pytest.MonkeyPatch, *paces: float) -> None:
     """Let the recipes, the quickest first, train so many images a second."""
     left = list(paces)
     monkeypatch.setattr(time_budget.time, "perf_counter", lambda: NOW)  # the arithmetic is tested, not the machine
-    monkeypatch.setattr(time_budget, "measure_pace", lambda *_: Pace(left.pop(0), 359.0))  # the test takes a second
+    monkeypatch.setattr(
+        time_budget, "measure_throughput", lambda *_: Throughput(left.pop(0), 359.0)
+    )  # the test takes a second
 
 
 NOW = 100.0  # what the clock says, all the time
@@ -67,7 +76,7 @@ LONGEST = Recipe(name="longest", epochs=100, batch_size=64, validation=0.0)
 )
 def test_the_richest_that_fits(seconds: float, name: str, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     paces(monkeypatch, 1408, 1408, 1408)
-    recipe = fit_into(seconds, NOW, digits, [SHORT, LONG, LONGEST])
+    recipe = choose_for_budget(seconds, NOW, digits, [SHORT, LONG, LONGEST])
     assert recipe.name == name
     # the report and the 359 test images go off
     assert recipe.seconds == pytest.approx(seconds - time_budget.FINISH_SECONDS - 1)
@@ -76,7 +85,7 @@ def test_the_richest_that_fits(seconds: float, name: str, digits: Dataset, monke
 
 def test_what_has_been_spent_and_test_views_go_off(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     paces(monkeypatch, 1408)
-    recipe = fit_into(20, NOW - 4, digits, [SHORT.override(flip=True, test_views=True)])
+    recipe = choose_for_budget(20, NOW - 4, digits, [SHORT.override(flip=True, test_views=True)])
     assert recipe.seconds == pytest.approx(20 - 4 - time_budget.FINISH_SECONDS - 7)
 
 
@@ -85,21 +94,21 @@ def test_steps_on_smaller_images_are_counted_by_their_pixels(digits: Dataset, mo
     for small_size, name in ((4, "long"), (0, "short")):
         paces(monkeypatch, 1408, 1408)
         longer = LONG.override(small_size=small_size, small_share=0.5)
-        assert fit_into(7, NOW, digits, [SHORT, longer]).name == name
+        assert choose_for_budget(7, NOW, digits, [SHORT, longer]).name == name
 
 
 def test_a_budget_that_is_too_short(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     paces(monkeypatch, 1408)
     with pytest.raises(UsageError, match="^--budget 2.5s is too short: loading, testing and the report take 2 s here$"):
-        fit_into(2.5, NOW, digits, [SHORT])
+        choose_for_budget(2.5, NOW, digits, [SHORT])
 
 
 def test_images_are_tested_once_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = get_recipe("fashion-94")
     assert asked.test_views
     for recipe in (None, asked):
-        assert not any(choice.test_views for choice in candidates("fashion-mnist", recipe))
-    monkeypatch.setattr(time_budget, "measure_pace", lambda *_: Pace(1e6, 1e6))
+        assert not any(choice.test_views for choice in budget_candidates("fashion-mnist", recipe))
+    monkeypatch.setattr(time_budget, "measure_throughput", lambda *_: Throughput(1e6, 1e6))
     for given in ({}, {"test_views": True}):
         experiment = Experiment.create("digits", asked, budget=60, small_size=0, out=f"views{len(given)}", **given)
         assert experiment.recipe.test_views is bool(given)
@@ -108,7 +117,7 @@ def test_images_are_tested_once_unless_asked(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_pace_is_measured_and_nothing_random_is_touched(digits: Dataset) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    pace = measure_pace(digits, RECIPES["digits"]())
+    pace = measure_throughput(digits, RECIPES["digits"]())
     assert pace.training > 0 and pace.testing > 0
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -149,7 +158,7 @@ def test_the_pace_is_that_of_the_recipes_own_batches(
 
     monkeypatch.setattr(time_budget, "make_net", make_net)
     few = replace(digits, train=digits.train.take(torch.arange(images)))
-    measure_pace(few, Recipe(model="small", filters=4, epochs=1, batch_size=batch_size, parts=parts))
+    measure_throughput(few, Recipe(model="small", filters=4, epochs=1, batch_size=batch_size, parts=parts))
     assert sizes - {1} == {batch}  # the arithmetic is chosen with single images
 
 
@@ -164,14 +173,14 @@ def test_a_run_in_seconds_ends_then(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_in_seconds_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    from convlens.errors import Interrupted
+    from convlens.errors import TrainingInterruptedError
     from convlens.runs.experiment import Experiment
 
     options = {"seconds": 3.0, "threads": 1, "device": "cpu", "precision": "fp32"}
     experiment = Experiment.create("digits", out="cut", **options)
     stop: list[bool] = []
     should_stop: Callable[[], bool] = lambda: bool(stop)  # noqa: E731
-    with pytest.raises(Interrupted, match=r"^stopped at step \d+$"):  # of how many, nobody can know
+    with pytest.raises(TrainingInterruptedError, match=r"^stopped at step \d+$"):  # of how many, nobody can know
         for _ in experiment.epochs(should_stop=should_stop):
             stop.append(True)
     resumed = Experiment.resume("cut")

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 
 from convlens.data.builtin import DATASETS
-from convlens.data.images import BadImage, PictureStyle
+from convlens.data.images import InputStyle, InvalidImageError
 from convlens.data.preprocess import Preprocess
-from convlens.errors import ConvlensError, UnknownName, UsageError
+from convlens.errors import ConvlensError, UnknownNameError, UsageError
 from convlens.inference import store
 from convlens.inference.bundle import Bundle, load_bundle
 from convlens.inference.classifier import Classifier
 from convlens.inference.predictor import Prediction
-from convlens.inference.store import find_bundle, shipped_models
+from convlens.inference.store import bundled_models, resolve_bundle
 from convlens.models import MODELS, create_model, register
 
 TRAINED: dict[str, Any] = {
@@ -50,7 +50,7 @@ def make_bundle(channels: int = 3, side: int = 8, model: str = "small", **option
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean = torch.rand_like(module.running_mean) * 0.01
             module.running_var = torch.rand_like(module.running_mean) * 0.1 + 0.01
-    preprocess = Preprocess(channels, side, side, (0.4,) * channels, (0.2,) * channels, PictureStyle())
+    preprocess = Preprocess(channels, side, side, (0.4,) * channels, (0.2,) * channels, InputStyle())
     return Bundle(net, {"name": model, "arguments": arguments}, ("cat", "dog", "owl"), preprocess, TRAINED)
 
 
@@ -218,24 +218,24 @@ def test_a_model_that_has_to_be_registered_first(tmp_path: Path) -> None:
 
 
 def test_find_bundle(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_bundle(saved) == find_bundle(str(saved)) == saved
+    assert resolve_bundle(saved) == resolve_bundle(str(saved)) == saved
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="is not finished: go on with: convlens train --resume"):
-        find_bundle(run)
+        resolve_bundle(run)
     saved.rename(run / "model")
-    assert find_bundle(run) == run / "model"
+    assert resolve_bundle(run) == run / "model"
     other = tmp_path / "other"
     other.mkdir()
     with pytest.raises(UsageError, match=f"^{other} is neither a run folder nor a model bundle$"):
-        find_bundle(other)
-    monkeypatch.setattr(store, "shipped_models", lambda: {"mnist": run / "model", "cifar10": run})
-    assert find_bundle("mnist") == run / "model"
-    with pytest.raises(UnknownName, match=r"^unknown run folder or model 'mnits'; did you mean 'mnist'\?$"):
-        find_bundle("mnits")
-    with pytest.raises(UnknownName, match="choose from: cifar10, mnist$"):
-        find_bundle("zzzzzz")
+        resolve_bundle(other)
+    monkeypatch.setattr(store, "bundled_models", lambda: {"mnist": run / "model", "cifar10": run})
+    assert resolve_bundle("mnist") == run / "model"
+    with pytest.raises(UnknownNameError, match=r"^unknown run folder or model 'mnits'; did you mean 'mnist'\?$"):
+        resolve_bundle("mnits")
+    with pytest.raises(UnknownNameError, match="choose from: cifar10, mnist$"):
+        resolve_bundle("zzzzzz")
 
 
 def test_a_bundle_that_has_lost_its_weights_is_no_unfinished_run(saved: Path) -> None:
@@ -245,8 +245,8 @@ def test_a_bundle_that_has_lost_its_weights_is_no_unfinished_run(saved: Path) ->
 
 
 def test_every_shipped_model_loads() -> None:
-    for name, folder in shipped_models().items():
-        assert find_bundle(name) == folder
+    for name, folder in bundled_models().items():
+        assert resolve_bundle(name) == folder
         bundle = load_bundle(folder)
         assert len(bundle.classes) == bundle.model["arguments"]["classes"]
         source = bundle.trained["data"]["source"]
@@ -323,7 +323,7 @@ def test_probabilities_are_those_of_the_net(classifier: Classifier, picture: Ima
 
 def test_raw_leaves_the_ink_alone() -> None:
     bundle = make_bundle(channels=1, filters=4)
-    ink = replace(bundle, preprocess=replace(bundle.preprocess, style=PictureStyle(ink_box=6)))
+    ink = replace(bundle, preprocess=replace(bundle.preprocess, style=InputStyle(ink_box=6)))
     classifier = Classifier(ink)
     paper = Image.new("L", (40, 40), 255)
     paper.paste(0, (20, 20, 24, 34))
@@ -339,18 +339,18 @@ def test_an_empty_list(classifier: Classifier) -> None:
 
 
 def test_what_is_no_picture(classifier: Classifier, tmp_path: Path) -> None:
-    with pytest.raises(BadImage, match="nothing.png: there is no such file$"):
+    with pytest.raises(InvalidImageError, match="nothing.png: there is no such file$"):
         classifier.predict(tmp_path / "nothing.png")
-    with pytest.raises(BadImage, match="^the image is not an image"):
+    with pytest.raises(InvalidImageError, match="^the image is not an image"):
         classifier.predict(b"hello")
-    with pytest.raises(BadImage, match="^a dict is not a picture: give a path, a PIL image or an array$"):
+    with pytest.raises(InvalidImageError, match="^a dict is not a picture: give a path, a PIL image or an array$"):
         classifier.predict({})  # type: ignore[call-overload]
     buffer = io.BytesIO()
     Image.new("RGB", (50, 50), "blue").save(buffer, "PNG")
-    with pytest.raises(BadImage, match="cannot be decoded"):
+    with pytest.raises(InvalidImageError, match="cannot be decoded"):
         classifier.predict(buffer.getvalue()[:-40])
     for array in (np.zeros((2, 3, 4, 5), dtype=np.uint8), np.full((4, 4), 300), np.full((4, 4), np.nan)):
-        with pytest.raises(BadImage):
+        with pytest.raises(InvalidImageError):
             classifier.predict(array)
 
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from convlens.evaluation.calibration import (
     brier_score,
-    calibration_error,
+    calibration_report,
+    expected_calibration_error,
     fit_temperature,
-    judge_calibration,
     reliability,
 )
-from convlens.evaluation.conformal import LEVELS, prediction_sets
-from convlens.evaluation.uncertainty import fit_coverage, surprise
+from convlens.evaluation.conformal import COVERAGE_LEVELS, prediction_sets
+from convlens.evaluation.uncertainty import conformal_thresholds, nonconformity
 
 
 def draw(n: int, sharpness: float, seed: int, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,25 +64,25 @@ def test_calibration_error_by_hand() -> None:
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
     bins = reliability(p, labels)
     assert sum(b["n"] for b in bins) == 6
-    assert calibration_error(bins) == pytest.approx((4 * 0.15 + 2 * 0.6) / 6, abs=1e-6)
+    assert expected_calibration_error(bins) == pytest.approx((4 * 0.15 + 2 * 0.6) / 6, abs=1e-6)
     assert brier_score(p, labels) == pytest.approx((3 * 0.02 + 1.62 + 2 * 0.72) / 6, abs=1e-6)
 
 
 def test_the_right_probabilities_are_calibrated_and_sharp_ones_are_not() -> None:
     logits, labels = draw(50_000, 3.0, 1)
-    figures = judge_calibration(logits, labels, 3.0)
+    figures = calibration_report(logits, labels, 3.0)
     assert figures["after"]["calibration_error"] < 0.01 < 0.1 < figures["before"]["calibration_error"]
     assert figures["after"]["brier_score"] < figures["before"]["brier_score"]
 
 
 def sets_of(logits: torch.Tensor, bounds: list[float], coverage: float) -> torch.Tensor:
-    return torch.from_numpy(prediction_sets(surprise(logits).numpy(), bounds, coverage))
+    return torch.from_numpy(prediction_sets(nonconformity(logits).numpy(), bounds, coverage))
 
 
 @pytest.mark.parametrize("coverage", [0.5, 0.8, 0.9, 0.95, 0.99])
 def test_sets_cover_what_they_promise(coverage: float) -> None:
     logits, labels = draw(40_000, 2.0, 2)
-    bounds = fit_coverage(logits[:20_000], labels[:20_000])
+    bounds = conformal_thresholds(logits[:20_000], labels[:20_000])
     sets = sets_of(logits[20_000:], bounds, coverage)
     measured = sets.gather(1, labels[20_000:, None]).float().mean().item()
     assert abs(measured - coverage) < 0.01
@@ -92,16 +92,16 @@ def test_coverage_holds_on_average_over_small_validation_sets() -> None:
     covered = []
     for seed in range(300):
         logits, labels = draw(150, 2.0, seed)
-        bounds = fit_coverage(logits[:50], labels[:50])
+        bounds = conformal_thresholds(logits[:50], labels[:50])
         covered.append(sets_of(logits[50:], bounds, 0.9).gather(1, labels[50:, None]).float().mean().item())
     assert 0.895 <= np.mean(covered) <= 0.93  # between 0.9 and 0.9 + 1 / 51, but for chance
 
 
 def test_more_coverage_never_takes_a_class_away() -> None:
     logits, labels = draw(400, 2.0, 3)
-    bounds = fit_coverage(logits, labels)
-    before = sets_of(logits, bounds, LEVELS[0])
-    for level in LEVELS[1:]:
+    bounds = conformal_thresholds(logits, labels)
+    before = sets_of(logits, bounds, COVERAGE_LEVELS[0])
+    for level in COVERAGE_LEVELS[1:]:
         sets = sets_of(logits, bounds, level)
         assert bool((sets | ~before).all())
         before = sets
@@ -109,5 +109,5 @@ def test_more_coverage_never_takes_a_class_away() -> None:
 
 def test_too_few_images_give_every_class() -> None:
     logits, labels = draw(10, 2.0, 4)
-    bounds = fit_coverage(logits, labels)
+    bounds = conformal_thresholds(logits, labels)
     assert bounds[-1] == math.inf and bool(sets_of(logits, bounds, 0.99).all())

@@ -17,7 +17,7 @@ from convlens.data.arrays import from_arrays
 from convlens.data.builtin import DATASETS
 from convlens.data.dataset import Dataset, Split, check_classes
 from convlens.data.loading import load_dataset
-from convlens.errors import ConvlensError, UnknownName, UsageError
+from convlens.errors import ConvlensError, UnknownNameError, UsageError
 
 quick = settings(max_examples=50, deadline=None, database=None, derandomize=True)
 
@@ -76,7 +76,7 @@ def test_the_names_in_their_order() -> None:
     ("name", "near"), [("mnits", "mnist"), ("fashion_mnist", "fashion-mnist"), ("CIFAR10", ""), ("cifar-10", "cifar10")]
 )
 def test_an_unknown_name_offers_the_nearest(name: str, near: str) -> None:
-    with pytest.raises(UnknownName) as caught:
+    with pytest.raises(UnknownNameError) as caught:
         load_dataset(name)
     hint = f"did you mean {near!r}?" if near else "choose from: cifar10, digits, fashion-mnist, mnist"
     assert str(caught.value) == f"unknown data set or folder {name!r}; {hint}"

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 
 import convlens
 from convlens.cli import main
-from convlens.run_dir import RunFolder
+from convlens.run_dir import RunDir
 from convlens.training.recipe import Recipe, flag
 
 QUICK = ["--epochs", "1", "--device", "cpu", "--threads", "1", "--precision", "fp32"]
@@ -85,7 +85,7 @@ def test_train_prints_the_run_and_writes_every_file(shell: Shell) -> None:
     assert "data    digits: 1,295 train, 143 validation, 359 test images 1x8x8, 10 classes" in out
     assert "test    accuracy " in out
     assert "report  runs/digits-1/report.html" in out
-    run = RunFolder("runs/digits-1")
+    run = RunDir("runs/digits-1")
     for path in (run.config, run.metrics, run.checkpoint, run.model, run.test, run.predictions, run.report, run.split):
         assert path.exists(), path
     assert {p.name for p in run.plots.iterdir()} == {
@@ -245,7 +245,7 @@ def test_a_place_that_cannot_be_written(shell: Shell) -> None:
 def test_a_full_disk_leaves_no_checkpoint_that_claims_to_be_one(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     import convlens.system.files
 
-    real = convlens.system.files.sync
+    real = convlens.system.files.fsync
 
     def full(path: Path) -> None:
         if "metrics.csv" in path.name:
@@ -283,9 +283,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     subprocess.run([*command[:-1], "whole"], check=True)
     weights = [Path(run, "model", "model.safetensors").read_bytes() for run in ("interrupted", "whole")]
     assert weights[0] == weights[1]
-    columns = [c for c in RunFolder("whole").read_metrics()[0] if c != "seconds"]
+    columns = [c for c in RunDir("whole").read_metrics()[0] if c != "seconds"]
     first, second = (
-        [[row[c] for c in columns] for row in RunFolder(run).read_metrics()] for run in ("interrupted", "whole")
+        [[row[c] for c in columns] for row in RunDir(run).read_metrics()] for run in ("interrupted", "whole")
     )
     assert first == second
 

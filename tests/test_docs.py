@@ -191,7 +191,7 @@ def test_the_reference_has_every_public_name(site):
         assert name == "__version__" or f'id="convlens.{name}"' in python, name
     for name in models.__all__:
         assert f'id="convlens.models.{name}"' in nets + python or name == "create_model", name
-    assert 'id="convlens.errors.Diverged"' in errors
+    assert 'id="convlens.errors.DivergenceError"' in errors
 
 
 @in_browser

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 import convlens
-from convlens.audit.audit import examine, write_findings, write_list
-from convlens.audit.duplicates import describe_images, find_copies, find_near_copies, move
+from convlens.audit.audit import audit, write_exclude_file, write_report
+from convlens.audit.duplicates import describe_images, find_exact_duplicates, find_near_duplicates, move
 from convlens.data.dataset import Dataset, Split
 from convlens.data.loading import load_dataset
 from convlens.errors import UsageError
 from convlens.runs.experiment import Experiment
-from convlens.system.files import read_names
+from convlens.system.files import read_name_list
 from convlens.training.recipe import Recipe
 
 QUICK: dict[str, Any] = {"epochs": 1, "device": "cpu", "threads": 1, "precision": "fp32"}
@@ -59,8 +59,8 @@ def pairs_of(groups: list[list[int]]) -> set[tuple[int, int]]:
 def test_exact_copies_are_grouped() -> None:
     images = smooth(20, 16, 1, 0)
     images[7], images[15], images[3] = images[2], images[2], images[19]
-    assert find_copies(images) == [[2, 7, 15], [3, 19]]
-    assert find_copies(smooth(20, 16, 1, 0)) == []
+    assert find_exact_duplicates(images) == [[2, 7, 15], [3, 19]]
+    assert find_exact_duplicates(smooth(20, 16, 1, 0)) == []
 
 
 @pytest.mark.parametrize(("side", "channels"), [(28, 1), (32, 3), (64, 3)])
@@ -78,13 +78,13 @@ def test_near_copies_are_found_and_others_are_not(how: str, side: int, channels:
         else:
             copies.append(moved(original, *steps[how]))
     everything = torch.cat([images, torch.stack(copies)])
-    found = find_near_copies(*describe_images(everything, torch.arange(len(everything))))
+    found = find_near_duplicates(*describe_images(everything, torch.arange(len(everything))))
     assert pairs_of(found) == {(10 * row, 300 + row) for row in range(20)}
 
 
 def test_images_of_one_colour_are_no_near_copies() -> None:
     images = torch.arange(0, 250, 10).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 9, 9).contiguous()
-    assert find_near_copies(*describe_images(images, torch.arange(25))) == []
+    assert find_near_duplicates(*describe_images(images, torch.arange(25))) == []
 
 
 def plant() -> Dataset:
@@ -103,7 +103,7 @@ def plant() -> Dataset:
 def test_what_is_planted_in_the_digits_is_found() -> None:
     planted = plant()
     before = planted.fingerprint()
-    findings = examine(planted, Recipe(batch_size=64, lr=0.1, nesterov=True, **{**QUICK, "epochs": 8}))
+    findings = audit(planted, Recipe(batch_size=64, lr=0.1, nesterov=True, **{**QUICK, "epochs": 8}))
     assert planted.fingerprint() == before
     ids = planted.train.ids
     assert findings.one_colour == [f"train/{ids[20]}", f"train/{ids[21]}"]
@@ -122,7 +122,7 @@ def test_what_is_planted_in_the_digits_is_found() -> None:
 
 
 def test_sound_data_get_a_clean_bill() -> None:
-    findings = examine(load_dataset("digits"), labels=False)
+    findings = audit(load_dataset("digits"), labels=False)
     assert (findings.copies, findings.one_colour, findings.small_classes) == ([], [], {})
     assert len(findings.near_copies) <= 10  # 8x8 digits of the same writer
     assert findings.shift < 0.7 and findings.imbalance < 1.2
@@ -136,7 +136,7 @@ def test_small_and_uneven_classes_and_a_shifted_test_split() -> None:
     train = Split(images[:100], labels, [str(i) for i in range(100)])
     test = Split(test_images, torch.arange(100) % 2, [str(i) for i in range(100)])
     digits = load_dataset("digits")
-    findings = examine(Dataset("toy", None, ("a", "b"), train, test, None, digits.style, ""), labels=False)
+    findings = audit(Dataset("toy", None, ("a", "b"), train, test, None, digits.style, ""), labels=False)
     assert findings.small_classes == {"b": 4} and findings.imbalance == 24
     assert findings.shift > 0.9
 
@@ -149,16 +149,16 @@ def test_the_files_and_the_list_that_train_honours(capsys: pytest.CaptureFixture
         x_test=planted.test.images[:, 0].numpy(), y_test=planted.test.labels.numpy(),
     )  # fmt: skip
     dataset = load_dataset("digits.npz")
-    findings = examine(dataset, labels=False)
-    write_findings(findings, dataset, Path("doctor"))
+    findings = audit(dataset, labels=False)
+    write_report(findings, dataset, Path("doctor"))
     assert json.loads(Path("doctor/doctor.json").read_text())["one_colour"] == ["train/20", "train/21"]
     assert (Path("doctor") / "copies.png").stat().st_size > 2000
-    number = write_list(findings, dataset, Path("remove.txt"))
-    names = read_names("remove.txt")
+    number = write_exclude_file(findings, dataset, Path("remove.txt"))
+    names = read_name_list("remove.txt")
     assert len(names) == number and {"train/5", "train/11", "train/20", "train/21"} <= set(names)
     for write in (
-        lambda: write_list(findings, dataset, Path("remove.txt")),
-        lambda: write_findings(findings, dataset, Path("doctor")),
+        lambda: write_exclude_file(findings, dataset, Path("remove.txt")),
+        lambda: write_report(findings, dataset, Path("doctor")),
     ):
         with pytest.raises(UsageError, match="exists already"):
             write()

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 import convlens.training.loop as engine
 from convlens.cli import main
 from convlens.data.image_folder import load_folder
-from convlens.errors import ConvlensError, Diverged, UsageError
-from convlens.run_dir import RunFolder
+from convlens.errors import ConvlensError, DivergenceError, UsageError
+from convlens.run_dir import RunDir
 from convlens.runs.experiment import Experiment
-from convlens.system.device import choose_device
+from convlens.system.device import select_device
 from convlens.system.files import write_json
 from convlens.training.checkpoint import CheckpointStore
-from convlens.training.finite import look_through
+from convlens.training.finite import has_nonfinite
 from convlens.training.recipe import Recipe
 from convlens.training.state import TrainState
 
@@ -471,7 +471,7 @@ def test_a_forbidden_folder_is_said_in_a_line(tmp_path: Path) -> None:
         os.setegid(65534)
         os.seteuid(65534)
         with pytest.raises(ConvlensError, match="Permission denied"):
-            RunFolder.create(closed / "run", "digits")
+            RunDir.create(closed / "run", "digits")
         with pytest.raises(ConvlensError, match="Permission denied; nothing was changed"):
             write_json(closed / "x.json", {})
 
@@ -528,7 +528,7 @@ def test_a_run_of_a_machine_with_a_gpu_goes_on_without_one(tmp_path: Path, monke
     resumed = Experiment.resume(tmp_path / "run", accept_changes=True)
     config = json.loads(experiment.folder.config.read_text())
     for recipe in (resumed.recipe, Recipe.from_json(config["recipe"])):
-        assert recipe.device == choose_device().type
+        assert recipe.device == select_device().type
         assert recipe.precision in ("fp32", "bf16")  # settled, for all that is to come
     assert config["resumed"][0].startswith("device (mps, now ")
     assert len(list(resumed.epochs())) == 4
@@ -540,7 +540,7 @@ def test_one_folder_is_trained_in_by_one_process(tmp_path: Path) -> None:
     flag = tmp_path / "claimed"
 
     def hold() -> None:
-        with RunFolder(out).claimed():
+        with RunDir(out).claimed():
             flag.touch()
             time.sleep(60)
 
@@ -557,7 +557,7 @@ def test_one_folder_is_trained_in_by_one_process(tmp_path: Path) -> None:
 
 def test_runs_started_at_once_get_folders_of_their_own(tmp_path: Path) -> None:
     def make() -> None:
-        folder = RunFolder.create(None, "digits", parent=tmp_path / "runs")
+        folder = RunDir.create(None, "digits", parent=tmp_path / "runs")
         (folder.path / "mine").open("x").close()  # fails if it was there already
 
     children = [fork(lambda: [make() for _ in range(5)]) for _ in range(8)]
@@ -689,7 +689,7 @@ class Poisoned(nn.Module):
 )
 def test_what_is_no_number_ends_the_training_at_that_step(where: str, says: str, step: int, tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
-    with pytest.raises(Diverged, match=f"^{says}") as caught:
+    with pytest.raises(DivergenceError, match=f"^{says}") as caught:
         train(Poisoned(where, step), make_dataset(), make_recipe(save_every=2), store=store)
     assert caught.value.exit_code == 3
     assert f"(at step {step})" in str(caught.value)
@@ -703,11 +703,11 @@ def test_what_is_no_number_ends_the_training_at_that_step(where: str, says: str,
 def test_one_wrong_number_is_found_wherever_it_is(wrong: float, place: int) -> None:
     filters = torch.zeros(8, 5, 5, 5).to(memory_format=torch.channels_last)
     for values in ([torch.zeros(1001)], [filters], [torch.zeros(3, dtype=torch.float64), torch.zeros(())]):
-        assert not look_through(values)
+        assert not has_nonfinite(values)
         flat = values[-1].flatten()
         flat[min(place, len(flat) - 1)] = wrong
         values[-1].copy_(flat.view_as(values[-1]))
-        assert look_through(values)
+        assert has_nonfinite(values)
 
 
 def test_numbers_that_are_looked_through_keep_every_bit() -> None:
@@ -715,7 +715,7 @@ def test_numbers_that_are_looked_through_keep_every_bit() -> None:
     filters = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
     values = [extremes, filters, torch.empty(0), torch.tensor(2.5)]
     before = [value.clone() for value in values]
-    assert not look_through(values)
+    assert not has_nonfinite(values)
     for value, old in zip(values, before, strict=True):
         assert value.stride() == old.stride() and torch.equal(value.view(torch.int32), old.view(torch.int32))
 

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 
 import convlens.training.loop as engine
-from convlens.data.dataset import Dataset, Numbers, Split
-from convlens.data.images import PictureStyle
-from convlens.data.loader import Batches
+from convlens.data.dataset import Dataset, IndexIds, Split
+from convlens.data.images import InputStyle
+from convlens.data.loader import BatchLoader
 from convlens.data.preprocess import Preprocess
 from convlens.data.resize import shrink
-from convlens.distributed.process_group import Ranks
-from convlens.errors import ConvlensError, Diverged, Interrupted, UsageError
+from convlens.distributed.process_group import World
+from convlens.errors import ConvlensError, DivergenceError, TrainingInterruptedError, UsageError
 from convlens.evaluation.metrics import Scores, evaluate
 from convlens.models import ConvNet, create_model
 from convlens.training import build, grad_accum
-from convlens.training.callbacks import Watcher
+from convlens.training.callbacks import Callback
 from convlens.training.checkpoint import CheckpointStore
 from convlens.training.loop import fit
-from convlens.training.metrics import Progress, Tally
+from convlens.training.metrics import Progress, RunningMetrics
 from convlens.training.precision import choose_precision
 from convlens.training.recipe import Recipe
 from convlens.training.state import EpochRecord, TrainState
@@ -46,7 +46,7 @@ def make_split(count: int, seed: int) -> Split:
 
 def make_dataset(train: int = 36, validation: int = 12, test: int = 8) -> Dataset:
     held_out = make_split(validation, 1) if validation else None
-    return Dataset("toy", None, tuple("abcd"), make_split(train, 0), make_split(test, 2), held_out, PictureStyle(), "")
+    return Dataset("toy", None, tuple("abcd"), make_split(train, 0), make_split(test, 2), held_out, InputStyle(), "")
 
 
 def make_recipe(**changes: Any) -> Recipe:
@@ -194,7 +194,7 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own() -> None:
     normalise = Preprocess.measure(dataset.train.images, dataset.style).normaliser()
 
     def orders(seed: int) -> list[list[int]]:
-        batches = Batches(marked, 8, normalise, seed=seed, device=CPU, augment=keep)
+        batches = BatchLoader(marked, 8, normalise, seed=seed, device=CPU, augment=keep)
         assert len(batches) == 5
         return [[row for i in range(5) for row in batches(epoch, i)[1].tolist()] for epoch in range(3)]
 
@@ -204,7 +204,7 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own() -> None:
     assert orders(0) == first
     assert orders(1) != first
     # a batch is a function of (seed, epoch, step): asked for out of turn it is the same
-    batches = Batches(marked, 8, normalise, seed=0, device=CPU, augment=keep)
+    batches = BatchLoader(marked, 8, normalise, seed=0, device=CPU, augment=keep)
     assert batches(2, 4)[1].tolist() == first[2][32:]
     assert batches(0, 1)[1].tolist() == first[0][8:16]
 
@@ -265,7 +265,7 @@ def test_sums_do_not_depend_on_when_somebody_asks() -> None:
     states = []
     for asked in ((), (0, 1, 2, 3), (1, 2)):
         state = TrainState(parts=1, loss_sum=0.1, correct=4, seen=9)
-        tally = Tally(state, CPU, Ranks())
+        tally = RunningMetrics(state, CPU, World())
         for index, batch in enumerate(batches):
             tally.add(*batch)
             if index in asked:
@@ -330,7 +330,7 @@ def test_stopping_anywhere_and_going_on_changes_no_bit(case: str, tmp_path: Path
     for stop in (0, 1, 2, 5, 6, 9):
         clock.steps = 0
         told: list[EpochRecord] = []
-        with pytest.raises(Interrupted, match=f"^stopped at step {stop} of "):
+        with pytest.raises(TrainingInterruptedError, match=f"^stopped at step {stop} of "):
             for record in fit(make(), dataset, recipe, store=store, should_stop=clock.stop_at(stop)):
                 told.append(record)
         assert [record.epoch for record in told] == list(range(1, stop // 5 + 1))
@@ -356,7 +356,7 @@ def test_stopping_at_every_step_in_turn(tmp_path: Path, clock: Clock) -> None:
     expected = train(whole, dataset, recipe)
     for stop in range(10):
         clock.steps = 0
-        with pytest.raises(Interrupted, match=f"^stopped at step {stop} of 10$") as caught:
+        with pytest.raises(TrainingInterruptedError, match=f"^stopped at step {stop} of 10$") as caught:
             train(make_net(), dataset, recipe, store=store, should_stop=clock.stop_at(stop))
         assert caught.value.exit_code == 130
     net = make_net()
@@ -366,7 +366,7 @@ def test_stopping_at_every_step_in_turn(tmp_path: Path, clock: Clock) -> None:
 
 
 def test_stopping_without_a_store(clock: Clock) -> None:
-    with pytest.raises(Interrupted, match="^stopped at step 7 of 15$"):
+    with pytest.raises(TrainingInterruptedError, match="^stopped at step 7 of 15$"):
         train(make_net(), make_dataset(), make_recipe(), should_stop=clock.stop_at(7))
 
 
@@ -490,12 +490,12 @@ def test_averaged_weights_are_what_is_measured_and_kept(tmp_path: Path, monkeypa
 
 
 def test_average_by_hand() -> None:
-    from convlens.training.ema import WeightAverage
+    from convlens.training.ema import EMA
 
     net = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         net.weight.fill_(1.0)
-        average = WeightAverage(net, 0.9)
+        average = EMA(net, 0.9)
         net.weight.fill_(2.0)
         average.update(0)  # early on the decay is (1 + 0) / (10 + 0)
         assert average.weights["weight"].item() == pytest.approx(0.1 * 1 + 0.9 * 2)
@@ -510,7 +510,7 @@ def test_average_by_hand() -> None:
 
 
 def test_a_loss_that_is_no_number_ends_the_training_with_advice() -> None:
-    with pytest.raises(Diverged) as caught:
+    with pytest.raises(DivergenceError) as caught:
         train(make_dropout_net(), make_dataset(), make_recipe(lr=1e15, schedule="constant"))
     assert caught.value.exit_code == 3
     message = str(caught.value)
@@ -526,7 +526,7 @@ def test_a_net_that_the_very_last_step_ruins_is_not_passed_off_as_trained(
     # the loss of a step is that of the weights before it: of one step alone it is always a number; with the decay
     # the weights become infinite, without it they stay numbers and what the net says does not
     recipe = make_recipe(iterations=1, lr=1e38, momentum=0.0, weight_decay=weight_decay, schedule="constant")
-    with pytest.raises(Diverged, match="try a lower --lr"):
+    with pytest.raises(DivergenceError, match="try a lower --lr"):
         train(make_net(), make_dataset(validation=validation), recipe, store=CheckpointStore(tmp_path))
 
 
@@ -667,7 +667,7 @@ class Timed(nn.Module):
         return self.net(x)  # type: ignore[no-any-return]
 
 
-class Told(Watcher):
+class Told(Callback):
     """Writes down how many seconds are said to be left."""
 
     def __init__(self) -> None:
@@ -692,7 +692,7 @@ def test_the_time_that_is_left_knows_that_whole_images_take_longer(
 
     # the same where it is stopped in the middle of the second epoch and taken up again, on a machine of half the pace
     net, store = Timed(), CheckpointStore(tmp_path)
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterruptedError):
         list(fit(net, make_dataset(), recipe, store=store, should_stop=lambda: net.clock > 5 * SMALL + WHOLE))
     net, told = Timed(), Told()
     monkeypatch.setattr(engine.time, "perf_counter", lambda: 2 * net.clock)
@@ -757,10 +757,10 @@ def test_a_fresh_net_sees_images_of_every_class(monkeypatch: pytest.MonkeyPatch)
     seen: list[Tensor] = []
     monkeypatch.setattr(ConvNet, "initialise", lambda net, x: seen.append(x))
     images = torch.arange(250, dtype=torch.uint8).repeat_interleave(20)[:, None, None, None].expand(-1, 1, 100, 100)
-    train = Split(images, torch.arange(5000) % 2, Numbers(5000))
-    dataset = Dataset("toy", None, ("a", "b"), train, train, None, PictureStyle(), "")
-    preprocess = Preprocess(1, 100, 100, (0.0,), (1 / 255,), PictureStyle())
-    build.make_net(build.describe_net(make_recipe(model="small"), dataset), dataset, preprocess)
+    train = Split(images, torch.arange(5000) % 2, IndexIds(5000))
+    dataset = Dataset("toy", None, ("a", "b"), train, train, None, InputStyle(), "")
+    preprocess = Preprocess(1, 100, 100, (0.0,), (1 / 255,), InputStyle())
+    build.make_model(build.model_config(make_recipe(model="small"), dataset), dataset, preprocess)
     assert len(seen[0]) == 100
     assert seen[0][0].unique().tolist() == [0] and seen[0][-1].unique().tolist() == [249]
     assert len(seen[0][:, 0, 0, 0].unique()) == 100

@@ -19,14 +19,14 @@ from PIL import Image
 
 import convlens
 from convlens.data.loading import load_dataset
-from convlens.errors import ConvlensError, Interrupted, UnknownName, UsageError
+from convlens.errors import ConvlensError, TrainingInterruptedError, UnknownNameError, UsageError
 from convlens.evaluation.metrics import dense_confusion
 from convlens.inference.classifier import Classifier
-from convlens.reports.image_grid import INK, QUIET
+from convlens.reports.image_grid import MUTED, TEXT
 from convlens.reports.plots import GRID
 from convlens.reports.run import PLOTS
-from convlens.run_dir import RunFolder
-from convlens.runs.artifacts import command_line
+from convlens.run_dir import RunDir
+from convlens.runs.artifacts import current_command
 from convlens.runs.evaluate import evaluate_run
 from convlens.runs.experiment import Experiment, train
 from convlens.runs.run import Run
@@ -65,7 +65,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def stop(experiment: Experiment, steps: int) -> None:
     """Train for so many looks at the flag, then interrupt."""
     left = iter(range(steps))
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterruptedError):
         for _ in experiment.epochs(should_stop=lambda: next(left, None) is None):
             pass
 
@@ -214,7 +214,7 @@ def test_run_reads_its_folder(run: Run) -> None:
 def test_a_run_hands_out_its_plots_for_a_notebook(run: Run) -> None:
     with Image.open(run.path / "plots" / "curves.png") as drawn:
         assert np.array_equal(run.picture("curves"), drawn)
-    with pytest.raises(UnknownName, match="^unknown plot 'curve'; did you mean 'curves'"):
+    with pytest.raises(UnknownNameError, match="^unknown plot 'curve'; did you mean 'curves'"):
         run.picture("curve")
 
 
@@ -255,7 +255,7 @@ def test_report_needs_no_network_and_holds_every_plot(run: Run) -> None:
 
 def test_report_is_dark_in_the_dark(run: Run) -> None:
     svg = "".join(re.findall(r"<svg.*?</svg>", run.report.read_text(encoding="utf-8"), flags=re.DOTALL))
-    for colour in (INK, QUIET, GRID):
+    for colour in (TEXT, MUTED, GRID):
         assert colour not in svg
     assert svg.count("var(--ink)") > 20 and "var(--quiet)" in svg and "var(--line)" in svg
 
@@ -307,7 +307,7 @@ def test_names_from_outside_are_escaped_in_the_report(tmp_path: Path) -> None:
 )
 def test_command_line(argv: list[str], command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", argv)
-    assert command_line() == command
+    assert current_command() == command
 
 
 # where a run goes
@@ -416,7 +416,7 @@ def test_objects_in_memory_cannot_be_resumed(tmp_path: Path) -> None:
 
 
 def test_a_damaged_config_is_named(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
+    folder = RunDir(tmp_path / "run")
     folder.path.mkdir()
     folder.config.write_text("{}")
     with pytest.raises(ConvlensError, match=f"^{folder.config} is damaged"):

@@ -17,8 +17,8 @@ from torch import nn
 
 import convlens
 from convlens.data.dataset import Dataset
-from convlens.errors import UnknownName, UsageError
-from convlens.explain.activations import feature_maps, loudest_unit, receptive_field
+from convlens.errors import UnknownNameError, UsageError
+from convlens.explain.activations import feature_maps, most_active_unit, receptive_field
 from convlens.explain.cam import class_activation_map
 from convlens.explain.explanation import TrainingImages, explain
 from convlens.explain.occlusion import occlusion_map
@@ -26,7 +26,7 @@ from convlens.inference.bundle import load_bundle
 from convlens.inference.classifier import Classifier
 from convlens.models import MODELS
 from convlens.models.base import ConvNet
-from convlens.runs.explain import explain_pictures
+from convlens.runs.explain import explain_images
 from convlens.runs.run import Run
 
 
@@ -240,9 +240,9 @@ def test_a_training_image_is_most_like_itself() -> None:
 def test_what_there_is_not_is_named() -> None:
     classifier = Classifier(make_bundle(3, 8))
     pixels = np.zeros((3, 8, 8), np.uint8)
-    with pytest.raises(UnknownName, match="^unknown class 'cow'; did you mean 'owl'?"):
+    with pytest.raises(UnknownNameError, match="^unknown class 'cow'; did you mean 'owl'?"):
         explain(classifier, pixels, label="cow")
-    with pytest.raises(UnknownName, match="^unknown stage 'conv9'; did you mean 'conv"):
+    with pytest.raises(UnknownNameError, match="^unknown stage 'conv9'; did you mean 'conv"):
         explain(classifier, pixels, unit=("conv9", 0, 0, 0))
     told = r"^stage conv1 has no unit 0,9,0: it has 64 maps of \d rows and \d columns, counted from 0$"
     with pytest.raises(UsageError, match=told):
@@ -262,7 +262,7 @@ def test_looking_changes_nothing() -> None:
 def test_the_loudest_unit() -> None:
     maps = torch.zeros(3, 4, 5)
     maps[2, 1, 3] = 1
-    assert loudest_unit(maps) == (2, 1, 3)
+    assert most_active_unit(maps) == (2, 1, 3)
 
 
 # the command
@@ -342,8 +342,8 @@ def test_what_fills_a_page_is_explained(
     photos: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UsageError, match="^51 pictures are too many for a page; explain 50 at a time$"):
-        explain_pictures(str(photos.path), ["one.png"] * 51)
-    monkeypatch.setattr("convlens.runs.explain.MOST", 2)
+        explain_images(str(photos.path), ["one.png"] * 51)
+    monkeypatch.setattr("convlens.runs.explain.MAX_IMAGES", 2)
     dark = tmp_path / "photos" / "dark"
     assert run("explain", photos.path, *(dark / f"{number}.png" for number in range(3))) == 0
     out, err = capsys.readouterr()

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convlens.data import builtin
-from convlens.data.builtin import IdxSource, read_cifar10_archive, whereabouts
+from convlens.data.builtin import IdxSource, locate, read_cifar10_archive
 from convlens.data.download import find_file, find_or_download, read_verified, search_path, unpack_members
 from convlens.data.formats import CIFAR_RECORD
 from convlens.data.loading import load_dataset
 from convlens.errors import ConvlensError
-from convlens.system.files import cache_folder
+from convlens.system.files import cache_dir
 
 quick = settings(max_examples=50, deadline=None, database=None, derandomize=True)
 
@@ -120,10 +120,10 @@ def test_the_search_path(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_cache_is_the_users_unless_chosen(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cache_folder() == cache
+    assert cache_dir() == cache
     monkeypatch.delenv("CONVLENS_CACHE")
     monkeypatch.setattr("platformdirs.user_cache_path", lambda name: Path("/users/cache") / name)
-    assert cache_folder() == Path("/users/cache/convlens")
+    assert cache_dir() == Path("/users/cache/convlens")
 
 
 def test_the_first_place_of_the_search_path_wins(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,14 +177,14 @@ def test_mnist_by_name_takes_the_files_that_are_there(cache: Path, monkeypatch: 
     assert (len(dataset.train), len(dataset.test), dataset.shape) == (6, 4, (1, 28, 28))
     assert (dataset.style.ink_box, dataset.style.centre_by_mass) == (20, True)
     assert dataset.note == "the published train and test splits"
-    assert whereabouts("mnist") == "data/MNIST/raw"
+    assert locate("mnist") == "data/MNIST/raw"
 
 
 def test_whereabouts_of_what_is_not_here(cache: Path) -> None:
-    assert whereabouts("digits") == "embedded"
-    assert whereabouts("mnist") == whereabouts("fashion-mnist") == whereabouts("cifar10") == "to be downloaded"
+    assert locate("digits") == "embedded"
+    assert locate("mnist") == locate("fashion-mnist") == locate("cifar10") == "to be downloaded"
     put(Path("data/cifar10/cifar-10-binary.tar.gz"), b"x")
-    assert whereabouts("cifar10") == "data/cifar10"
+    assert locate("cifar10") == "data/cifar10"
 
 
 # what was found is proven

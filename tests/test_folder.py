@@ -391,7 +391,7 @@ def test_the_pixels_stay_with_their_names_when_files_are_skipped(root: Path) -> 
 def test_a_picture_of_too_many_pixels_is_unreadable(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(root, "a", "b")
     paint(root / "a" / "bomb.png", size=(40, 40))
-    monkeypatch.setattr(images, "LARGEST", 1000)
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     dataset = load_folder(root, allow_unreadable=True)
     assert dataset.unreadable == ("a/bomb.png has too many pixels (over 1,000)",)
 
@@ -622,7 +622,7 @@ def test_large_splits_stay_on_disk(
     expected = load_folder(root, image_size=10, allow_unreadable=True).with_validation(0.4, 0)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("convlens.data.cache.memory_size", lambda: 4 * 299)  # less than one image is a quarter of it
-    monkeypatch.setattr("convlens.data.cache.GATHERED", 700)  # two images at a time
+    monkeypatch.setattr("convlens.data.cache.GATHER_BYTES", 700)  # two images at a time
     dataset = load_folder(root, image_size=10, allow_unreadable=True).with_validation(0.4, 0)
     assert dataset.fingerprint() == expected.fingerprint()
     assert "GB of images stay on disk" in capsys.readouterr().err
@@ -718,7 +718,7 @@ def test_many_files_are_read_by_processes_and_come_out_the_same(
     paint(root / "a" / "photo.jpg", size=(31, 17))
     alone = load_folder(root, allow_unreadable=True)
     shutil.rmtree(cache)
-    monkeypatch.setattr(decoding, "MANY", 1)
+    monkeypatch.setattr(decoding, "MIN_FILES_FOR_WORKERS", 1)
     monkeypatch.setattr(decoding, "CHUNK", 7)  # so that the order of chunks counts
     together = load_folder(root, allow_unreadable=True)
     assert together.fingerprint() == alone.fingerprint()
@@ -730,15 +730,15 @@ def test_many_files_are_read_by_processes_and_come_out_the_same(
 
 def test_a_helper_that_is_killed_is_told_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(root, "a", "b")
-    monkeypatch.setattr(decoding, "MANY", 1)
+    monkeypatch.setattr(decoding, "MIN_FILES_FOR_WORKERS", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(decoding.Helper, "ask", lambda self, *question: (self.kill(), ask(self, *question))[1])
+        patch.setattr(decoding.DecodeWorker, "ask", lambda self, *question: (self.kill(), ask(self, *question))[1])
         with pytest.raises(ConvlensError, match="^a process that reads images was killed, perhaps for want of memory"):
             load_folder(root)
     assert len(load_folder(root).train) == 8
 
 
-ask = decoding.Helper.ask
+ask = decoding.DecodeWorker.ask
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="it looks for processes where Linux lists them")

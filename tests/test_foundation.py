@@ -18,13 +18,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convlens.errors import ConvlensError, Diverged, Interrupted, UnknownName, UsageError
-from convlens.run_dir import RunFolder
+from convlens.errors import ConvlensError, DivergenceError, TrainingInterruptedError, UnknownNameError, UsageError
+from convlens.run_dir import RunDir
 from convlens.system import files
-from convlens.system.device import choose_device, describe_machine, use_threads
-from convlens.system.files import read_json, replacing, write_csv, write_json, write_text
+from convlens.system.device import select_device, set_num_threads, system_info
+from convlens.system.files import atomic_write, read_json, write_csv, write_json, write_text
 from convlens.system.hardware import available_cores
-from convlens.system.progress import Meter, track
+from convlens.system.progress import ProgressBar, track
 from convlens.system.random import derive_seed
 from convlens.system.registry import Registry
 
@@ -54,7 +54,8 @@ def test_a_message_is_one_line_of_bearable_length() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "code"), [(ConvlensError, 1), (UsageError, 2), (UnknownName, 2), (Diverged, 3), (Interrupted, 130)]
+    ("kind", "code"),
+    [(ConvlensError, 1), (UsageError, 2), (UnknownNameError, 2), (DivergenceError, 3), (TrainingInterruptedError, 130)],
 )
 def test_every_error_has_its_exit_code(kind: type[ConvlensError], code: int) -> None:
     assert kind.exit_code == code
@@ -62,11 +63,11 @@ def test_every_error_has_its_exit_code(kind: type[ConvlensError], code: int) -> 
 
 
 def test_an_unknown_name_offers_the_nearest() -> None:
-    assert str(UnknownName("model", "tinny", ["wide", "tiny"])) == "unknown model 'tinny'; did you mean 'tiny'?"
+    assert str(UnknownNameError("model", "tinny", ["wide", "tiny"])) == "unknown model 'tinny'; did you mean 'tiny'?"
 
 
 def test_an_unknown_name_far_from_all_lists_the_choices_in_order() -> None:
-    error = UnknownName("model", "zzzzzz", iter(["wide", "tiny"]))
+    error = UnknownNameError("model", "zzzzzz", iter(["wide", "tiny"]))
     assert str(error) == "unknown model 'zzzzzz'; choose from: tiny, wide"
 
 
@@ -92,7 +93,7 @@ def test_a_registry_refuses_a_name_that_is_taken() -> None:
 def test_a_registry_offers_a_near_name() -> None:
     registry: Registry[int] = Registry("thing")
     registry.register("alpha")(1)
-    with pytest.raises(UnknownName, match="unknown thing 'alpa'; did you mean 'alpha'"):
+    with pytest.raises(UnknownNameError, match="unknown thing 'alpa'; did you mean 'alpha'"):
         registry["alpa"]
 
 
@@ -122,7 +123,7 @@ def test_derive_seed_tells_neighbours_apart() -> None:
 
 def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(UsageError, match=r"^unknown device 'tpu'; choose from: auto, cpu, cuda, mps$"):
-        choose_device("tpu")
+        select_device("tpu")
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, cuda: int, mps: int) -> None:
@@ -135,36 +136,36 @@ def pretend(monkeypatch: pytest.MonkeyPatch, cuda: int, mps: int) -> None:
 @pytest.mark.parametrize(("cuda", "mps", "chosen"), [(0, 0, "cpu"), (0, 1, "mps"), (1, 0, "cuda"), (4, 1, "cuda")])
 def test_auto_takes_the_best_device(cuda: int, mps: int, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, cuda, mps)
-    assert choose_device().type == chosen
-    assert choose_device("cpu").type == "cpu"
+    assert select_device().type == chosen
+    assert select_device("cpu").type == "cpu"
 
 
 def test_processes_compute_on_cuda_where_there_is_a_device_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     pretend(monkeypatch, 2, 0)
-    assert choose_device().type == "cuda"
+    assert select_device().type == "cuda"
     pretend(monkeypatch, 1, 0)
-    assert choose_device().type == "cpu"
+    assert select_device().type == "cpu"
     with pytest.raises(UsageError, match="^this machine has no cuda device for each of 2 processes; use --device auto"):
-        choose_device("cuda")
+        select_device("cuda")
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps"])
 def test_a_device_that_is_not_there_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, 0, 0)
     with pytest.raises(UsageError, match=f"^this machine has no {name} device; use --device auto or --device cpu$"):
-        choose_device(name)
+        select_device(name)
 
 
 def test_use_threads_sets_what_it_returns() -> None:
-    assert use_threads(2) == 2 == torch.get_num_threads()
-    assert use_threads(1) == 1 == torch.get_num_threads()
+    assert set_num_threads(2) == 2 == torch.get_num_threads()
+    assert set_num_threads(1) == 1 == torch.get_num_threads()
 
 
 def test_use_threads_0_takes_the_cores_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5, 7}, raising=False)
     assert available_cores() == 3
-    assert use_threads() == 3
+    assert set_num_threads() == 3
 
 
 KEPT = """
@@ -231,12 +232,12 @@ def test_use_threads_refuses_more_than_there_are(count: int) -> None:
     with pytest.raises(
         UsageError, match=rf"^--threads is {count}; this machine lets convlens use 1 to \d+ \(0: all\)$"
     ):
-        use_threads(count)
+        set_num_threads(count)
     assert torch.get_num_threads() == before
 
 
 def test_the_machine_is_described_in_plain_values() -> None:
-    machine = describe_machine(torch.device("cpu"))
+    machine = system_info(torch.device("cpu"))
     assert list(machine) == ["device", "device_name", "cores", "threads", "processes", "system", "python", "torch"]
     assert machine["device"] == "cpu"
     assert machine["torch"] == torch.__version__
@@ -248,7 +249,7 @@ def test_the_machine_is_described_in_plain_values() -> None:
 
 def test_replacing_writes_and_leaves_nothing_else(folder: Path) -> None:
     path = folder / "new" / "folder" / "file.txt"
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("content")
         assert temporary.parent == path.parent
         assert temporary.suffix == ".txt"
@@ -261,7 +262,7 @@ def test_replacing_writes_and_leaves_nothing_else(folder: Path) -> None:
 def test_replacing_leaves_the_old_file_on_failure(failure: BaseException, folder: Path) -> None:
     path = folder / "file.txt"
     path.write_text("old")
-    with pytest.raises(type(failure)) as caught, replacing(path) as temporary:
+    with pytest.raises(type(failure)) as caught, atomic_write(path) as temporary:
         temporary.write_text("half of the n")
         raise failure
     assert caught.value is failure
@@ -272,7 +273,7 @@ def test_replacing_leaves_the_old_file_on_failure(failure: BaseException, folder
 def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_file(folder: Path) -> None:
     path = folder / "file.txt"
     path.write_text("old")
-    with pytest.raises(ConvlensError) as caught, replacing(path):
+    with pytest.raises(ConvlensError) as caught, atomic_write(path):
         raise OSError(28, "No space left on device")
     assert str(caught.value) == f"cannot write {path}: No space left on device; nothing was changed"
     assert path.read_text() == "old"
@@ -399,15 +400,15 @@ def test_read_json_of_a_folder(folder: Path) -> None:
 
 
 def test_runs_are_numbered_from_1(folder: Path) -> None:
-    made = [RunFolder.create(None, "mnist", folder / "runs") for _ in range(3)]
+    made = [RunDir.create(None, "mnist", folder / "runs") for _ in range(3)]
     assert [run.path.name for run in made] == ["mnist-1", "mnist-2", "mnist-3"]
-    assert RunFolder.create(None, "digits", folder / "runs").path == folder / "runs" / "digits-1"
+    assert RunDir.create(None, "digits", folder / "runs").path == folder / "runs" / "digits-1"
     assert all(run.path.is_dir() for run in made)
 
 
 def test_the_default_place_is_runs_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    assert RunFolder.create(None, "mnist").path == Path("runs/mnist-1")
+    assert RunDir.create(None, "mnist").path == Path("runs/mnist-1")
     assert (folder / "runs" / "mnist-1").is_dir()
 
 
@@ -415,12 +416,12 @@ def test_the_first_free_number_is_taken_and_a_file_counts_as_taken(folder: Path)
     (folder / "a-1").mkdir()
     (folder / "a-2").write_text("a file")
     (folder / "a-4").mkdir()
-    assert RunFolder.create(None, "a", folder).path.name == "a-3"
+    assert RunDir.create(None, "a", folder).path.name == "a-3"
     assert (folder / "a-2").read_text() == "a file"
 
 
 def test_a_chosen_out_is_made_with_its_parents(folder: Path) -> None:
-    run = RunFolder.create(folder / "deep" / "er", "ignored")
+    run = RunDir.create(folder / "deep" / "er", "ignored")
     assert run.path == folder / "deep" / "er"
     assert run.path.is_dir()
 
@@ -433,7 +434,7 @@ def test_an_existing_out_is_refused(what: str, folder: Path) -> None:
     else:
         out.write_text("mine")
     with pytest.raises(UsageError) as caught:
-        RunFolder.create(out, "mnist")
+        RunDir.create(out, "mnist")
     assert str(caught.value) == f"{out} exists already; choose another --out"
     assert leftovers(folder) == ["out"]
 
@@ -447,7 +448,7 @@ def test_a_read_only_parent_is_named(out: bool, folder: Path, monkeypatch: pytes
     path = folder / ("x" if out else "a-1")
     hint = "" if out else "; choose a writable place with --out"
     with pytest.raises(ConvlensError) as caught:
-        RunFolder.create(path if out else None, "a", folder)
+        RunDir.create(path if out else None, "a", folder)
     assert str(caught.value) == f"cannot make the run folder {path}: Permission denied{hint}"
 
 
@@ -455,7 +456,7 @@ def test_a_read_only_parent_is_named(out: bool, folder: Path, monkeypatch: pytes
 def test_a_parent_that_is_a_file_is_named(out: bool, folder: Path) -> None:
     (folder / "file").write_text("")
     with pytest.raises(ConvlensError, match="^cannot make the run folder "):
-        RunFolder.create(folder / "file" / "x" if out else None, "a", folder / "file")
+        RunDir.create(folder / "file" / "x" if out else None, "a", folder / "file")
 
 
 def test_a_parent_that_is_a_link_to_nowhere_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,22 +472,22 @@ def test_a_parent_that_is_a_link_to_nowhere_ends(folder: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Path, "mkdir", counting)
     with pytest.raises(ConvlensError, match="^cannot make the run folder "):
-        RunFolder.create(None, "mnist", folder / "runs")
+        RunDir.create(None, "mnist", folder / "runs")
 
 
 def test_open_says_what_is_not_a_run(folder: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        RunFolder.open(folder / "no")
+        RunDir.open(folder / "no")
     assert str(caught.value) == f"there is no run folder {folder / 'no'}; `convlens train` makes one"
     with pytest.raises(UsageError) as caught:
-        RunFolder.open(folder)
+        RunDir.open(folder)
     assert str(caught.value) == f"{folder} is not a run folder: it has no config.json"
 
 
 def test_open_and_read_a_run(folder: Path) -> None:
     write_json(folder / "config.json", {"seed": 3})
     write_csv(folder / "metrics.csv", ["epoch", "loss", "test_loss"], [[1, 0.5, None], [2, 0.25, 1e-3]])
-    run = RunFolder.open(str(folder))
+    run = RunDir.open(str(folder))
     assert run.read_config() == {"seed": 3}
     assert run.read_metrics() == [
         {"epoch": 1.0, "loss": 0.5, "test_loss": None},
@@ -495,7 +496,7 @@ def test_open_and_read_a_run(folder: Path) -> None:
 
 
 def test_the_names_in_a_run_folder() -> None:
-    run = RunFolder("r")
+    run = RunDir("r")
     names = {"config.json", "metrics.csv", "checkpoint", "model", "test.json", "predictions.csv", "split.csv"}
     names.add("confusion_matrix.csv")
     names |= {
@@ -531,7 +532,7 @@ def test_off_a_terminal_a_plain_line_comes_every_ten_seconds(
 ) -> None:
     clock = Clock()
     monkeypatch.setattr("convlens.system.progress.time.monotonic", clock)
-    with Meter("reading", 40) as meter:
+    with ProgressBar("reading", 40) as meter:
         for _ in range(40):
             clock.now += 1
             meter.update(1)
@@ -550,7 +551,7 @@ def test_a_meter_that_is_not_shown_only_counts(
 ) -> None:
     clock = Clock()
     monkeypatch.setattr("convlens.system.progress.time.monotonic", clock)
-    with Meter("reading", 2, shown=False) as meter:
+    with ProgressBar("reading", 2, shown=False) as meter:
         clock.now = 1e6
         meter.update(2)
     assert meter.done == 2
@@ -565,7 +566,7 @@ def test_on_a_terminal_a_bar_is_drawn_and_taken_away(monkeypatch: pytest.MonkeyP
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    with Meter("reading", 2, patience=0) as meter:
+    with ProgressBar("reading", 2, patience=0) as meter:
         meter.update(1, "half")
         assert meter._bar is not None
         meter.update(1)
@@ -587,8 +588,8 @@ def test_a_disk_that_becomes_read_only_in_between_is_told_of(tmp_path: Path, mon
 
 def test_lists_of_names_hold_any_name_and_any_reason(tmp_path: Path) -> None:
     reasons = {"a\nb\t.png": "copy of two\nlines\\.png", "c.png": ""}
-    files.write_names(tmp_path / "list.txt", reasons)
-    assert files.read_names(tmp_path / "list.txt") == list(reasons)
+    files.write_name_list(tmp_path / "list.txt", reasons)
+    assert files.read_name_list(tmp_path / "list.txt") == list(reasons)
 
 
 def test_what_takes_long_to_import_waits_until_it_is_needed() -> None:

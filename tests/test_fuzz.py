@@ -29,14 +29,14 @@ from hypothesis import strategies as st
 from convlens.data.arrays import load_npz
 from convlens.data.download import read_verified, unpack_members
 from convlens.data.formats import CIFAR_RECORD, parse_cifar10, parse_idx
-from convlens.data.images import PictureStyle
+from convlens.data.images import InputStyle
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError
 from convlens.inference.bundle import Bundle, load_bundle
 from convlens.models import create_model
-from convlens.system.files import read_json, read_names
-from convlens.system.memory import return_memory
-from convlens.training.checkpoint import CheckpointStore, read_checkpoint, seal
+from convlens.system.files import read_json, read_name_list
+from convlens.system.memory import release_memory
+from convlens.training.checkpoint import CheckpointStore, digest, read_checkpoint
 from convlens.training.recipe import Recipe
 from convlens.training.state import TrainState
 
@@ -82,7 +82,7 @@ def file_targets(folder: Path) -> dict[str, tuple[list[bytes], Target]]:
     """Return the parsers by name: seeds, and what is done with an input. Files lie in ``folder``."""
     torch.manual_seed(0)
     arguments = {"channels": 1, "height": 8, "width": 8, "classes": 2, "filters": 2}
-    preprocess = Preprocess(1, 8, 8, (0.4,), (0.2,), PictureStyle())
+    preprocess = Preprocess(1, 8, 8, (0.4,), (0.2,), InputStyle())
     net = create_model("small", **arguments)
     counts = {"train": 8, "test": 2}
     trained = {
@@ -115,7 +115,7 @@ def file_targets(folder: Path) -> dict[str, tuple[list[bytes], Target]]:
 
     def with_checkpoint(content: bytes) -> object:
         values = json.loads(written)
-        values["sha256"] = seal(hashlib.sha256(content).hexdigest(), values["state"])
+        values["sha256"] = digest(hashlib.sha256(content).hexdigest(), values["state"])
         manifest.with_name("step-00000002.safetensors").write_bytes(content)
         manifest.with_name("step-00000002.json").write_text(json.dumps(values))
         return read_checkpoint(manifest.with_name("step-00000002.json"))
@@ -150,7 +150,7 @@ def file_targets(folder: Path) -> dict[str, tuple[list[bytes], Target]]:
         "checkpoint": ([stored], with_checkpoint),
         "json": ([config, recipe, b"[1, 2]"], as_file("f.json", read_json)),
         "recipe": ([recipe], as_file("r.json", lambda path: Recipe.from_json(read_json(path)))),
-        "names": ([b"train/a.png\twhy\nb\\\\n.png\n"], as_file("f.txt", read_names)),
+        "names": ([b"train/a.png\twhy\nb\\\\n.png\n"], as_file("f.txt", read_name_list)),
     }
 
 
@@ -166,7 +166,7 @@ NAMES = ["idx", "cifar", "gzip", "tar", "npz", "weights", "bundle", "manifest", 
 @pytest.fixture(scope="module", autouse=True)
 def nothing_is_kept() -> None:
     """Give back the memory that a training in this process has kept: what comes out of it would not be seen."""
-    return_memory()
+    release_memory()
 
 
 @pytest.fixture(scope="module")

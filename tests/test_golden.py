@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import convlens.training.loop as engine
 from convlens.data.dataset import Dataset, Split
-from convlens.data.images import PictureStyle
+from convlens.data.images import InputStyle
 from convlens.data.preprocess import Preprocess
-from convlens.errors import Interrupted
-from convlens.training.build import describe_net, make_net
+from convlens.errors import TrainingInterruptedError
+from convlens.training.build import make_model, model_config
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import RECIPES, get_recipe
 
@@ -68,7 +68,7 @@ def ten_losses(recipe: Recipe, data: tuple[int, int, int], monkeypatch: pytest.M
     channels, side, count = data
     train, test = make_split(count, channels, side, 0), make_split(2 * CLASSES, channels, side, 1)
     names = tuple("abcd")
-    dataset = Dataset("toy", None, names, train, test, None, PictureStyle(), "")
+    dataset = Dataset("toy", None, names, train, test, None, InputStyle(), "")
     losses: list[float] = []
     make_loss = engine.make_loss
 
@@ -85,8 +85,8 @@ def ten_losses(recipe: Recipe, data: tuple[int, int, int], monkeypatch: pytest.M
     monkeypatch.setattr(engine, "make_loss", make_recording_loss)
     recipe = recipe.override(iterations=OF_STEPS, device="cpu", threads=1, precision="fp32", seed=0)
     torch.manual_seed(0)
-    net = make_net(describe_net(recipe, dataset), dataset, Preprocess.measure(train.images, dataset.style))
-    with pytest.raises(Interrupted):
+    net = make_model(model_config(recipe, dataset), dataset, Preprocess.measure(train.images, dataset.style))
+    with pytest.raises(TrainingInterruptedError):
         list(engine.fit(net, dataset, recipe, should_stop=lambda: len(losses) >= STEPS))
     return losses[:STEPS]
 

@@ -37,7 +37,7 @@ from convlens.inference.bundle import load_bundle
 from convlens.models import ConvNet, register
 from convlens.runs.experiment import Experiment
 from convlens.system.files import read_json
-from convlens.training.checkpoint import CheckpointStore, seal
+from convlens.training.checkpoint import CheckpointStore, digest
 from convlens.training.state import TrainState
 
 CANARY = "canary"
@@ -328,7 +328,7 @@ def test_a_hostile_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
     (folder / "step-00000001.safetensors").write_bytes(WEIGHTS[name])
     manifest = folder / "step-00000001.json"
     values = json.loads(manifest.read_text())
-    values["sha256"] = seal(hashlib.sha256(WEIGHTS[name]).hexdigest(), values["state"])
+    values["sha256"] = digest(hashlib.sha256(WEIGHTS[name]).hexdigest(), values["state"])
     manifest.write_text(json.dumps(values))
     if name.startswith("other "):  # whole, and of another net: the training says so
         with pytest.raises(ConvlensError, match="does not fit this version of convlens"):
@@ -549,7 +549,7 @@ def check_bad_files(folder: Path, count: int) -> dict[str, int]:
 
     from test_durable import fork, wait
 
-    from convlens.data.images import BadImage, open_image, to_mode
+    from convlens.data.images import InvalidImageError, open_image, to_mode
 
     tally = folder / "tally.json"
 
@@ -566,7 +566,7 @@ def check_bad_files(folder: Path, count: int) -> dict[str, int]:
             try:
                 to_mode(open_image(path), 3)
                 read += 1
-            except BadImage as error:
+            except InvalidImageError as error:
                 assert str(error).startswith(str(path)) and "\n" not in str(error), str(error)
                 refused += 1
             slowest = max(slowest, time.perf_counter() - started)

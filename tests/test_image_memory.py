@@ -18,7 +18,7 @@ from PIL import Image
 from test_server import running
 
 from convlens.data import images
-from convlens.data.images import BadImage, PictureStyle, open_image, to_mode
+from convlens.data.images import InputStyle, InvalidImageError, open_image, to_mode
 from convlens.data.mnist_style import estimate_paper, fit_ink
 from convlens.data.preprocess import Preprocess
 from convlens.explain.occlusion import Occlusion, occlusion_map
@@ -90,7 +90,7 @@ def test_an_image_of_an_absurd_shape_is_refused_in_a_line(shape: str, tmp_path: 
 @pytest.mark.parametrize("size", [(1, 10_001), (10_001, 1), (6, 65_000)])
 def test_an_image_that_is_too_narrow_is_refused(size: tuple[int, int]) -> None:
     content = encode(Image.new("L", size), "PNG")
-    with pytest.raises(BadImage) as caught:
+    with pytest.raises(InvalidImageError) as caught:
         open_image(content, "x.png")
     width, height = (f"{side:,}" for side in size)
     limit = "over 10,000 times as long as wide"
@@ -101,22 +101,24 @@ def test_an_image_that_is_too_narrow_is_refused(size: tuple[int, int]) -> None:
 def test_a_panorama_a_long_screenshot_and_a_receipt_are_read(size: tuple[int, int]) -> None:
     image = open_image(png(*size))
     assert image.size == size
-    for style in (PictureStyle(), PictureStyle(20, True)):
+    for style in (InputStyle(), InputStyle(20, True)):
         assert Preprocess(1, 28, 28, (0.5,), (0.5,), style).adapt(image).shape == (1, 28, 28)
 
 
 def test_a_jpeg_over_the_limit_that_must_be_held_whole_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "LARGEST", 1000)
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     image = Image.new("RGB", (80, 64))
     assert open_image(encode(image, "JPEG")).size == (10, 8)
-    with pytest.raises(BadImage, match=r"has too many pixels \(over 1,000\)$"):
+    with pytest.raises(InvalidImageError, match=r"has too many pixels \(over 1,000\)$"):
         open_image(encode(image, "JPEG", progressive=True))
     assert open_image(encode(image.resize((40, 32)), "JPEG", progressive=True)).size == (5, 4)
 
 
 @pytest.mark.parametrize("head", [b"P3 %d %d 255", b"P6 %d %d 65535", b"P6 %d %d 200"])
 def test_a_ppm_that_takes_minutes_is_refused(head: bytes) -> None:
-    with pytest.raises(BadImage, match=r"^the image has too many pixels for a PPM of text or of other than 256 levels"):
+    with pytest.raises(
+        InvalidImageError, match=r"^the image has too many pixels for a PPM of text or of other than 256 levels"
+    ):
         open_image(head % (1001, 1000) + b"\n" + b"0 " * 3_003_000)
     assert open_image(head % (10, 9) + b"\n" + b"0 " * 270).size == (10, 9)
 
@@ -156,7 +158,7 @@ def test_colours_are_changed_in_bands_to_the_same_pixels(monkeypatch: pytest.Mon
 def test_a_very_large_page_of_ink_is_searched_at_half_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     page = Image.new("L", (400, 300), 255)
     page.paste(10, (100, 80, 120, 220))
-    style = PictureStyle(20, True)
+    style = InputStyle(20, True)
     whole = np.asarray(fit_ink(page, 28, 28, style), dtype=int)
     monkeypatch.setattr(images, "MAX_INK_PIXELS", 60_000)
     assert np.abs(np.asarray(fit_ink(page, 28, 28, style)) - whole).max() <= 2

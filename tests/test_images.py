@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from convlens.data.image_folder import load_folder
-from convlens.data.images import PictureStyle, fit_photo, image_pixels, open_image, to_mode
+from convlens.data.images import InputStyle, fit_photo, image_pixels, open_image, to_mode
 from convlens.data.preprocess import Preprocess
 
 GOLDEN = Path(__file__).parent / "golden" / "images"
@@ -150,7 +150,7 @@ def test_it_is_the_same_in_training_in_testing_and_in_predicting(channels: int, 
     dataset = load_folder(root, image_size=SIDE, channels=channels)
     cached = load_folder(root, image_size=SIDE, channels=channels)
     preprocess = Preprocess.measure(dataset.train.images, dataset.style)
-    assert preprocess.style == PictureStyle()
+    assert preprocess.style == InputStyle()
     assert len(dataset.train) == len(dataset.test) == 2 * len(CASES)
     for loaded in (dataset, cached):
         for split in (loaded.train, loaded.test):

@@ -14,7 +14,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
 import convlens
-from convlens.errors import UnknownName
+from convlens.errors import UnknownNameError
 from convlens.lessons import check, show_solution, terminal
 from convlens.lessons.exercises import EXERCISES
 from convlens.lessons.scenes import draw_scene
@@ -143,7 +143,7 @@ def test_a_scene_is_the_same_for_the_same_numbers():
 
 
 def test_an_exercise_that_there_is_not():
-    with pytest.raises(UnknownName, match="exercise"):
+    with pytest.raises(UnknownNameError, match="exercise"):
         check("9.9", 1)
 
 

@@ -25,19 +25,19 @@ import convlens
 from convlens.data.dataset import Split
 from convlens.errors import UsageError
 from convlens.models import create_model
-from convlens.run_dir import RunFolder
+from convlens.run_dir import RunDir
 from convlens.runs.experiment import Experiment
 from convlens.runs.run import Run
-from convlens.serving.dashboard import describe_run, start_watching
-from convlens.system.files import write_loosely
-from convlens.training.callbacks import LiveRecord
+from convlens.serving.dashboard import describe_run, start_dashboard
+from convlens.system.files import write_json_best_effort
+from convlens.training.callbacks import LiveStatus
 from convlens.training.metrics import Progress
 
 FAST: dict[str, Any] = {"batch_size": 50, "device": "cpu", "threads": 1}
 
 
 @pytest.fixture
-def half(tmp_path: Path) -> RunFolder:
+def half(tmp_path: Path) -> RunDir:
     """Train two of three epochs."""
     experiment = Experiment.create("digits", out=tmp_path / "half", epochs=3, **FAST)
     epochs = experiment.epochs()
@@ -49,7 +49,7 @@ def half(tmp_path: Path) -> RunFolder:
 
 @contextlib.contextmanager
 def watching(*paths: Path) -> Iterator[str]:
-    server, address = start_watching(paths)
+    server, address = start_dashboard(paths)
     try:
         yield address
     finally:
@@ -70,7 +70,7 @@ def ask(address: str, path: str, host: str | None = None, method: str = "GET") -
 # what a training says of itself
 
 
-def test_progress_and_mistakes(half: RunFolder) -> None:
+def test_progress_and_mistakes(half: RunDir) -> None:
     progress = json.loads(half.progress.read_text())
     assert set(progress) == {"step", "total", "epoch", "loss", "accuracy", "images_per_second", "left"}
     assert 0 < progress["step"] <= progress["total"] and progress["images_per_second"] > 0 and progress["left"] >= 0
@@ -87,7 +87,7 @@ def test_progress_and_mistakes(half: RunFolder) -> None:
     assert shares == sorted(shares, reverse=True)
 
 
-def test_it_takes_little_time(half: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_takes_little_time(half: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("convlens.runs.artifacts.time.monotonic", lambda: now[0])
     looked = []
@@ -99,7 +99,7 @@ def test_it_takes_little_time(half: RunFolder, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("convlens.runs.artifacts.compute_logits", slow)
     experiment = Experiment.resume(half.path)
-    live = LiveRecord(half, experiment.dataset, experiment.preprocess.normaliser(), experiment.recipe)
+    live = LiveStatus(half, experiment.dataset, experiment.preprocess.normaliser(), experiment.recipe)
     for epoch in range(1, 401):  # of a second each
         live.look(epoch, experiment.net)
         now[0] += 1
@@ -109,13 +109,13 @@ def test_it_takes_little_time(half: RunFolder, monkeypatch: pytest.MonkeyPatch) 
     assert len(looked) == 5 and json.loads(half.mistakes.read_text())["epoch"] == 400
 
 
-def test_what_is_wrong_is_asked_of_all_classes(half: RunFolder) -> None:
+def test_what_is_wrong_is_asked_of_all_classes(half: RunDir) -> None:
     experiment = Experiment.resume(half.path)
     split = experiment.dataset.validation
     assert split is not None
     labels, rows = split.labels.sort()
     by_class = replace(experiment.dataset, validation=Split(split.images[rows], labels, split.ids))
-    live = LiveRecord(half, by_class, experiment.preprocess.normaliser(), experiment.recipe)
+    live = LiveStatus(half, by_class, experiment.preprocess.normaliser(), experiment.recipe)
     live.ASKED = 50
     net = create_model("small", channels=1, height=8, width=8, classes=10, filters=4)
     live.look(1, net)
@@ -125,7 +125,7 @@ def test_what_is_wrong_is_asked_of_all_classes(half: RunFolder) -> None:
 
 def test_mistakes_are_those_of_the_net_that_is_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, torch.Tensor]] = []
-    monkeypatch.setattr(LiveRecord, "look", lambda self, epoch, net: seen.append((epoch, weight_of(net))))
+    monkeypatch.setattr(LiveStatus, "look", lambda self, epoch, net: seen.append((epoch, weight_of(net))))
     experiment = Experiment.create("digits", out=tmp_path / "run", epochs=2, ema=0.9, **FAST)
     raw = [weight_of(experiment.net) for _ in experiment.epochs()]
     assert [epoch for epoch, _ in seen] == [1, 2]
@@ -145,7 +145,7 @@ def weight_of(net: torch.nn.Module) -> torch.Tensor:
     return next(net.parameters()).detach().clone()
 
 
-def test_what_cannot_be_written_is_left_away(half: RunFolder) -> None:
+def test_what_cannot_be_written_is_left_away(half: RunDir) -> None:
     for file in half.progress.parent.iterdir():
         file.unlink()
     half.progress.parent.rmdir()
@@ -154,7 +154,7 @@ def test_what_cannot_be_written_is_left_away(half: RunFolder) -> None:
     assert [record.epoch for record in experiment.epochs()] == [1, 2, 3]
 
 
-def test_a_run_at_any_moment(half: RunFolder, tmp_path: Path) -> None:
+def test_a_run_at_any_moment(half: RunDir, tmp_path: Path) -> None:
     told = describe_run(half)
     assert (told["recipe"], len(told["metrics"]), "test" in told) == ("digits", 2, False)
     assert 0 <= told["progress"]["silent"] < 60
@@ -162,7 +162,7 @@ def test_a_run_at_any_moment(half: RunFolder, tmp_path: Path) -> None:
     for file in (half.progress, half.metrics):
         os.utime(file, (old, old))
     assert 3000 <= describe_run(half)["progress"]["silent"] < 3100
-    assert describe_run(RunFolder(tmp_path / "gone")) == {"name": "gone", "metrics": []}
+    assert describe_run(RunDir(tmp_path / "gone")) == {"name": "gone", "metrics": []}
     half.metrics.write_text("epoch,sec")
     half.progress.write_text('{"step": 3')
     assert describe_run(half)["name"] == "half"
@@ -171,7 +171,7 @@ def test_a_run_at_any_moment(half: RunFolder, tmp_path: Path) -> None:
 # the server
 
 
-def test_routes(half: RunFolder) -> None:
+def test_routes(half: RunDir) -> None:
     with watching(half.path) as address:
         status, headers, page = ask(address, "/")
         assert status == 200 and headers["content-type"] == "text/html; charset=utf-8" and b"runs.json" in page
@@ -189,9 +189,9 @@ def test_routes(half: RunFolder) -> None:
         assert ask(address, "/runs.json", method="POST")[0] == 501
 
 
-def test_figures_that_are_no_numbers_are_not_told(half: RunFolder) -> None:
+def test_figures_that_are_no_numbers_are_not_told(half: RunDir) -> None:
     before = half.progress.read_bytes()
-    write_loosely(half.progress, {"loss": float("nan")})
+    write_json_best_effort(half.progress, {"loss": float("nan")})
     assert half.progress.read_bytes() == before
 
 
@@ -208,7 +208,7 @@ def test_a_series_is_its_runs(tmp_path: Path) -> None:
         assert [one["name"] for one in told] == ["seed-0", "seed-1", "one"]
 
 
-def test_what_cannot_be_watched(half: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_watched(half: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("watch", tmp_path / "nothing") == 2
     assert capsys.readouterr().err.startswith(f"convlens: there is no run folder {tmp_path / 'nothing'}; ")
     with socket.socket() as taken:
@@ -216,13 +216,13 @@ def test_what_cannot_be_watched(half: RunFolder, tmp_path: Path, capsys: pytest.
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UsageError, match=f"^cannot listen on 127.0.0.1:{port}: .*; choose another --port$"):
-            start_watching([half.path], port)
+            start_dashboard([half.path], port)
 
 
 # the commands
 
 
-def test_watch_runs_until_it_is_stopped(half: RunFolder) -> None:
+def test_watch_runs_until_it_is_stopped(half: RunDir) -> None:
     command = [sys.executable, "-m", "convlens", "watch", str(half.path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout
@@ -256,11 +256,11 @@ def test_train_live(tmp_path: Path) -> None:
 
 
 @in_browser
-def test_the_page_follows_a_training(half: RunFolder, tmp_path: Path) -> None:
+def test_the_page_follows_a_training(half: RunDir, tmp_path: Path) -> None:
     done = convlens.train("digits", out=tmp_path / "done", epochs=2, **FAST)
     assert isinstance(done, Run)
     wrong = len(json.loads(half.mistakes.read_text())["mistakes"])
-    server, address = start_watching([half.path, done.path])
+    server, address = start_dashboard([half.path, done.path])
     with browse(tmp_path) as tab:
         tab.open(address)
         tab.wait("document.querySelectorAll('.run').length === 2")
@@ -293,7 +293,7 @@ def test_the_page_follows_a_training(half: RunFolder, tmp_path: Path) -> None:
 
 
 def test_names_cannot_become_code() -> None:
-    from convlens.serving.dashboard import make_live_page
+    from convlens.serving.dashboard import make_dashboard_page
 
-    page = make_live_page()
+    page = make_dashboard_page()
     assert "innerHTML" not in page and not re.search(r"\[[A-Z]{3,}\]", page)

@@ -12,13 +12,13 @@ import torch
 from test_onnx import run
 
 import convlens
-from convlens.audit.audit import Findings
+from convlens.audit.audit import AuditReport
 from convlens.cli.output import describe_findings
 from convlens.evaluation import metrics
-from convlens.evaluation.calibration import fit_temperature, judge_calibration
+from convlens.evaluation.calibration import calibration_report, fit_temperature
 from convlens.evaluation.metrics import Scores
-from convlens.evaluation.ood import FeatureSpace
-from convlens.evaluation.uncertainty import fit_coverage
+from convlens.evaluation.ood import MahalanobisModel
+from convlens.evaluation.uncertainty import conformal_thresholds
 from convlens.inference.classifier import Classifier
 from convlens.reports.plots import draw_confusion
 from convlens.runs.run import Run
@@ -64,7 +64,7 @@ def test_the_verbs_say_little_of_many_classes(trained: Run, capsys: pytest.Captu
     assert run("data", "info", trained.path.parent / "many.npz") == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) < 20 and "the 10 of 3,000 classes with the fewest training images:" in out
-    findings = Findings("many", 9, small_classes={f"class {k}": 3 for k in range(300)})
+    findings = AuditReport("many", 9, small_classes={f"class {k}": 3 for k in range(300)})
     (_, told) = describe_findings(findings)
     assert told.startswith("300 classes have too few training images to learn from: 'class 0' has 3; ")
     assert told.endswith("and 295 more")
@@ -86,9 +86,9 @@ def test_work_in_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def measure() -> tuple[object, ...]:
         temperature = fit_temperature(logits, labels)
-        space = FeatureSpace.fit(features, labels, 20)
+        space = MahalanobisModel.fit(features, labels, 20)
         numbers = [temperature, Scores.of(logits, labels).loss, *space.distances(features).tolist()]
-        return np.array(numbers), fit_coverage(logits, labels), judge_calibration(logits, labels, temperature)
+        return np.array(numbers), conformal_thresholds(logits, labels), calibration_report(logits, labels, temperature)
 
     whole = measure()
     monkeypatch.setattr(metrics, "MAX_VALUES", 20 * 70)

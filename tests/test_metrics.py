@@ -11,20 +11,20 @@ from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor, nn
 
 from convlens.data.dataset import Split
-from convlens.data.normalize import Normalise
-from convlens.evaluation.inference import compute_logits, make_views
+from convlens.data.normalize import Normalize
+from convlens.evaluation.inference import compute_logits, make_tta
 from convlens.evaluation.metrics import (
     Scores,
+    classification_report,
     confusion_matrix,
     dense_confusion,
     evaluate,
-    judge,
     wilson_interval,
     worst_classes,
 )
 from convlens.models import create_model
 
-PLAIN = Normalise((0.0,), (1.0,))  # pixels / 255
+PLAIN = Normalize((0.0,), (1.0,))  # pixels / 255
 
 
 # the interval
@@ -99,7 +99,7 @@ def test_judge_against_a_matrix_made_by_hand() -> None:
     # is owl         1    1    2
     matrix = [[3, 1, 0], [0, 2, 0], [1, 1, 2]]
     pairs = [(i, j) for i in range(3) for j in range(3) for _ in range(matrix[i][j])]
-    test = judge(*answers(pairs, 3), ("cat", "dog", "owl"))
+    test = classification_report(*answers(pairs, 3), ("cat", "dog", "owl"))
     assert dense_confusion(test["confusion_matrix"], ("cat", "dog", "owl")).tolist() == matrix
     assert ["dog", "cat", 0] not in test["confusion_matrix"] and ["owl", "owl", 2] in test["confusion_matrix"]
     assert (test["n"], test["correct"], test["accuracy"]) == (10, 7, 0.7)
@@ -115,7 +115,7 @@ def test_judge_against_a_matrix_made_by_hand() -> None:
 
 
 def test_judge_of_classes_that_never_occur() -> None:
-    test = judge(*answers([(0, 0), (0, 2)], 4), ("a", "b", "c", "d"))
+    test = classification_report(*answers([(0, 0), (0, 2)], 4), ("a", "b", "c", "d"))
     assert test["confusion_matrix"] == [["a", "a", 1], ["a", "c", 1]]
     assert dense_confusion(test["confusion_matrix"], "abcd").tolist() == [[1, 0, 1, 0], [0] * 4, [0] * 4, [0] * 4]
     assert list(worst_classes(test, 2)) == ["a"], "only a class that was tested can be the worst"
@@ -134,7 +134,7 @@ def plain(value: Any) -> bool:
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=40))
 def test_judge_holds_plain_values_that_agree(pairs: list[tuple[int, int]]) -> None:
-    test = judge(*answers(pairs, 3), ("a", "b", "c"))
+    test = classification_report(*answers(pairs, 3), ("a", "b", "c"))
     assert plain(test)
     matrix = dense_confusion(test["confusion_matrix"], ("a", "b", "c")).tolist()
     assert matrix == confusion_matrix(*map(torch.tensor, zip(*pairs, strict=True)), 3).tolist()
@@ -233,7 +233,7 @@ def test_evaluate() -> None:
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_views_are_shifts_and_mirror_images_whose_weights_are_one(mirrored: bool) -> None:
     x = torch.arange(30.0).reshape(1, 1, 5, 6)
-    views = make_views(mirrored)(x)
+    views = make_tta(mirrored)(x)
     assert sum(weight for weight, _ in views) == pytest.approx(1)
     assert len(views) == (6 if mirrored else 3)
     step = 2 if mirrored else 1
@@ -247,7 +247,7 @@ def test_views_are_shifts_and_mirror_images_whose_weights_are_one(mirrored: bool
 def test_logits_with_views_are_the_weighted_mean() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(25, 2))
     images = torch.randint(0, 256, (7, 1, 5, 5), dtype=torch.uint8)
-    normalise = Normalise((0.0,), (1.0,))
-    views = make_views(True)
+    normalise = Normalize((0.0,), (1.0,))
+    views = make_tta(True)
     expected = sum(weight * net(x) for weight, x in views(normalise(images)))
     assert torch.allclose(compute_logits(net, images, normalise, batch_size=3, views=views), expected, atol=1e-5)

@@ -14,13 +14,13 @@ from PIL import Image
 
 import convlens
 from convlens.data.dataset import Split
-from convlens.data.images import PictureStyle
-from convlens.data.loader import Batches
+from convlens.data.images import InputStyle
+from convlens.data.loader import BatchLoader
 from convlens.data.loading import load_dataset
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from convlens.runs.evaluate import corrupt_run, evaluate_run
+from convlens.runs.evaluate import evaluate_corruptions, evaluate_run
 from convlens.runs.mistakes import file_name, write_mistakes
 from convlens.runs.run import Run, load_training_images
 from convlens.system.text import unique
@@ -143,7 +143,7 @@ def test_corruptions_of_images_of_one_pixel() -> None:
 
 
 def test_a_net_is_worse_on_spoiled_images(run: Run) -> None:
-    clean, figures = corrupt_run(run.path)
+    clean, figures = evaluate_corruptions(run.path)
     assert clean == pytest.approx(run.accuracy)  # which is rounded
     assert list(figures) == list(CORRUPTIONS) and all(len(values) == 5 for values in figures.values())
     assert figures["noise"][4] < run.accuracy
@@ -154,10 +154,10 @@ def test_a_balanced_epoch_shows_every_class_as_often() -> None:
     labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
     images = torch.arange(1000).view(-1, 1, 1, 1).remainder(250).to(torch.uint8)
     split = Split(images, labels, [str(i) for i in range(1000)])
-    normalise = Preprocess.measure(images, PictureStyle()).normaliser()
+    normalise = Preprocess.measure(images, InputStyle()).normaliser()
 
     def shown(epoch: int, *, balance: bool) -> torch.Tensor:
-        batches = Batches(
+        batches = BatchLoader(
             split, 100, normalise, seed=0, device=torch.device("cpu"), augment=lambda x, y, _: (x, y), balance=balance
         )
         return torch.cat([batches(epoch, index)[1] for index in range(len(batches))])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convlens.errors import ConvlensError, UnknownName, UsageError
+from convlens.errors import ConvlensError, UnknownNameError, UsageError
 from convlens.models import (
     MODELS,
     ConvNet,
@@ -16,7 +16,7 @@ from convlens.models import (
     create_model,
     model_options,
     register,
-    summarise,
+    summarize,
 )
 
 ANY_SIZE = [(1, 28, 28), (3, 32, 32), (3, 64, 48)]  # of a net that is not listed
@@ -40,7 +40,7 @@ def build(name: str, channels: int, side: int, classes: int = 10, **options: Any
 def layers_of(name: str, channels: int, side: int, **options: Any) -> list[tuple[str, tuple[int, ...]]]:
     """Return (kind, output shape) of every layer in the order in which an image passes them."""
     net = build(name, channels, side, **options)
-    return [(row.kind, row.output_shape) for row in summarise(net, channels, side, side)]
+    return [(row.kind, row.output_shape) for row in summarize(net, channels, side, side)]
 
 
 @pytest.mark.parametrize(("name", "size"), CASES, ids=lambda value: str(value).replace(" ", ""))
@@ -67,7 +67,7 @@ def test_width_is_an_option_of_the_strong_nets(name: str, filters: int) -> None:
 def test_parameter_counts_of_the_classics(name: str, channels: int, side: int, parameters: int) -> None:
     net = build(name, channels, side)
     assert count_parameters(net) == parameters
-    assert sum(row.parameters for row in summarise(net, channels, side, side)) == parameters
+    assert sum(row.parameters for row in summarize(net, channels, side, side)) == parameters
 
 
 def test_size_of_folder_cnn_follows_the_images() -> None:
@@ -212,7 +212,7 @@ def test_stages_are_named_in_order() -> None:
 
 
 def test_flops_by_hand() -> None:
-    rows = summarise(build("mnist-4conv", 1, 28), 1, 28, 28)
+    rows = summarize(build("mnist-4conv", 1, 28), 1, 28, 28)
     flops = {row.name: row.flops for row in rows}
     # 24x24 outputs of 64 filters, each 32x3x3 multiply-adds of two operations
     assert flops["body.conv2.0"] == 24 * 24 * 64 * (32 * 3 * 3) * 2
@@ -221,7 +221,7 @@ def test_flops_by_hand() -> None:
 
 
 def test_receptive_fields_of_mnist_4conv() -> None:
-    rows = summarise(build("mnist-4conv", 1, 28), 1, 28, 28)
+    rows = summarize(build("mnist-4conv", 1, 28), 1, 28, 28)
     fields = [row.receptive_field for row in rows if row.kind in ("Conv2d", "MaxPool2d")]
     # conv 3, conv 5, pool 6, then steps of two pixels: conv 10, conv 14, pool 16
     assert fields == [3, 5, 6, 10, 14, 16]
@@ -230,13 +230,13 @@ def test_receptive_fields_of_mnist_4conv() -> None:
 
 def test_receptive_field_of_a_dilated_convolution() -> None:
     net = nn.Sequential(nn.Conv2d(1, 1, 3, dilation=2), nn.Conv2d(1, 1, 3))
-    assert [row.receptive_field for row in summarise(net, 1, 28, 28)] == [5, 7]
+    assert [row.receptive_field for row in summarize(net, 1, 28, 28)] == [5, 7]
 
 
 def test_summary_leaves_the_net_as_it_was() -> None:
     net = build("small", 1, 28).train()
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    summarise(net, 1, 28, 28)
+    summarize(net, 1, 28, 28)
     assert net.training
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert not any(module._forward_hooks for module in net.modules())
@@ -246,9 +246,9 @@ def test_summary_leaves_the_net_as_it_was() -> None:
 
 
 def test_unknown_model_offers_the_nearest() -> None:
-    with pytest.raises(UnknownName, match=r"^unknown model 'mnist-4cnv'; did you mean 'mnist-4conv'\?$"):
+    with pytest.raises(UnknownNameError, match=r"^unknown model 'mnist-4cnv'; did you mean 'mnist-4conv'\?$"):
         build("mnist-4cnv", 1, 28)
-    with pytest.raises(UnknownName, match="choose from: cifar-lenet, "):
+    with pytest.raises(UnknownNameError, match="choose from: cifar-lenet, "):
         build("qqqqqqqq", 1, 28)
 
 
@@ -453,7 +453,7 @@ def test_check_model_takes_frozen_weights(entered: Callable[[Any], str]) -> None
 
 
 def test_check_model_of_an_unknown_name() -> None:
-    with pytest.raises(UnknownName, match="unknown model 'smal'; did you mean 'small'"):
+    with pytest.raises(UnknownNameError, match="unknown model 'smal'; did you mean 'small'"):
         check_model("smal")
 
 
@@ -502,7 +502,7 @@ def test_shortcuts_of_residual_carry_what_came_in() -> None:
         nn.init.zeros_(block.branch[-1].weight)  # BatchNorm's factor: nothing is added
         assert torch.equal(block(x), x if same else block.shortcut(x).relu())
     assert net.body.group2[0](x).shape == (2, 8, 5, 5)
-    assert [(row.kind, row.output_shape) for row in summarise(net, 1, 28, 28) if row.kind == "Conv2d"] == [
+    assert [(row.kind, row.output_shape) for row in summarize(net, 1, 28, 28) if row.kind == "Conv2d"] == [
         ("Conv2d", shape)
         for shape in ((4, 28, 28),) * 3 + ((8, 14, 14),) * 5 + ((16, 7, 7),) * 5  # two of them 1x1, of the shortcuts
     ]
@@ -517,5 +517,5 @@ def test_most_nets_take_nothing_from_the_images() -> None:
 
 def test_layers_of_tiny() -> None:
     net = create_model("tiny", channels=1, height=28, width=28, classes=10)
-    shapes = [(layer.kind, layer.output_shape) for layer in summarise(net, 1, 28, 28) if layer.kind == "Conv2d"]
+    shapes = [(layer.kind, layer.output_shape) for layer in summarize(net, 1, 28, 28) if layer.kind == "Conv2d"]
     assert [shape for _, shape in shapes] == [(16, 12, 12), (32, 6, 6), (64, 3, 3)]

@@ -20,17 +20,17 @@ from test_bundle import make_bundle
 
 from convlens.cli import main
 from convlens.data.dataset import Dataset, Split
-from convlens.data.images import PictureStyle
+from convlens.data.images import InputStyle
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.inference import compute_outputs
-from convlens.evaluation.uncertainty import Trust
+from convlens.evaluation.uncertainty import UncertaintyModel
 from convlens.export import onnx as onnx_export
 from convlens.export.onnx import add_graph, build_onnx, write_onnx
 from convlens.export.quantize import build_int8
 from convlens.inference.bundle import Bundle, load_bundle
 from convlens.inference.classifier import Classifier
-from convlens.inference.onnx_runtime import OnnxPredictor, load_predictor, seal
-from convlens.inference.store import shipped_models
+from convlens.inference.onnx_runtime import OnnxPredictor, embed_digest, load_predictor
+from convlens.inference.store import bundled_models
 from convlens.models import MODELS
 
 SHAPES = {"cifar-lenet": (3, 32), "fashion-2conv": (1, 28), "mnist-4conv": (1, 28), "folder-cnn": (3, 32)}
@@ -46,7 +46,7 @@ def with_trust(bundle: Bundle) -> Bundle:
     shape = bundle.preprocess
     images = torch.from_numpy(some_images(shape.channels, shape.height, 60, seed=1))
     split = Split(images, torch.arange(60) % 3, [str(i) for i in range(60)])
-    trust = Trust.fit(bundle.net, split, split, 3, shape.normaliser())
+    trust = UncertaintyModel.fit(bundle.net, split, split, 3, shape.normaliser())
     # a deep net of random weights is as good as certain of everything, and then any answers are alike
     temperature = max(compute_outputs(bundle.net, images, shape.normaliser())[0].std().item(), 1.7)
     trained = {**bundle.trained, "test": {**bundle.trained["test"], "known": 0.95, "calibration_error": [0.1, 0.01]}}
@@ -101,9 +101,9 @@ def test_every_net_answers_alike(name: str, tmp_path: Path) -> None:
     assert set(MODELS.names()) >= {name}
 
 
-@pytest.mark.parametrize("name", sorted(shipped_models()))
+@pytest.mark.parametrize("name", sorted(bundled_models()))
 def test_the_shipped_nets_do(name: str) -> None:
-    predictor, classifier = OnnxPredictor.of_bundle(shipped_models()[name]), Classifier.load(name)
+    predictor, classifier = OnnxPredictor.of_bundle(bundled_models()[name]), Classifier.load(name)
     assert predictor.verify() < 1e-5
     shape = predictor.preprocess
     assert (shape, predictor.classes) == (classifier.preprocess, classifier.classes)
@@ -120,7 +120,7 @@ def test_without_validation_images_there_is_no_known(tmp_path: Path) -> None:
     make_bundle(filters=4).save(tmp_path)
     model = build_onnx(tmp_path)
     assert [output.name for output in model.graph.output] == ["probabilities", "label"]
-    predictor = OnnxPredictor(seal(model.SerializeToString()), "it")
+    predictor = OnnxPredictor(embed_digest(model.SerializeToString()), "it")
     assert predictor.run(some_images(3, 8, 2))[1] is None and predictor.bounds is None
     with pytest.raises(UsageError, match="this model has no prediction sets"):
         predictor.predict(Image.new("L", (8, 8)), coverage=0.9)
@@ -287,7 +287,7 @@ def test_verify_fails_on_drift(model: Any, tmp_path: Path, capsys: pytest.Captur
     about = json.loads(changed.metadata_props[0].value)
     about["golden"]["probabilities"][3][0] += 0.001
     changed.metadata_props[0].value = json.dumps(about, separators=(",", ":"))
-    (tmp_path / "x.onnx").write_bytes(seal(changed.SerializeToString()))
+    (tmp_path / "x.onnx").write_bytes(embed_digest(changed.SerializeToString()))
     assert run("verify", tmp_path / "x.onnx") == 1
     assert f"{tmp_path / 'x.onnx'} answers otherwise than when it was made" in capsys.readouterr().err
 
@@ -315,7 +315,7 @@ def test_a_model_that_does_not_fit_itself_is_refused(key: str, model: Any) -> No
     about[key] = about[key][:-1]
     changed.metadata_props[0].value = json.dumps(about, separators=(",", ":"))
     with pytest.raises(ConvlensError, match="^it cannot be loaded: what it says of itself does not fit its net$"):
-        OnnxPredictor(seal(changed.SerializeToString()), "it")
+        OnnxPredictor(embed_digest(changed.SerializeToString()), "it")
 
 
 def test_what_is_no_model_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], file: Path) -> None:
@@ -354,7 +354,7 @@ def outside(model: Any, location: str) -> bytes:
 def sealed(model: Any) -> bytes:
     """Return a serialised model with a right seal, if it has a place for one."""
     content: bytes = model.SerializeToString()
-    return seal(content) if b'"seal":"' in content else content
+    return embed_digest(content) if b'"seal":"' in content else content
 
 
 HOSTILE = {
@@ -411,10 +411,10 @@ def test_a_graph_in_a_bundle_takes_no_other_files(folder: Path, model: Any, tmp_
 def test_made_up_images_are_of_every_kind() -> None:
     for channels in (1, 3):
         bundle = make_bundle(channels, 20, filters=4)
-        images = onnx_export.golden_images(replace(bundle.preprocess, style=PictureStyle()))
+        images = onnx_export.reference_images(replace(bundle.preprocess, style=InputStyle()))
         assert images.shape == (8, 20, 20, channels) and images.dtype == np.uint8
         assert [len(np.unique(image)) > 3 for image in images] == [False, False, *[True] * 6]
-        assert np.array_equal(images, onnx_export.golden_images(bundle.preprocess))
+        assert np.array_equal(images, onnx_export.reference_images(bundle.preprocess))
 
 
 # in 8 bits
@@ -428,10 +428,10 @@ def test_in_8_bits_every_net_answers_much_the_same(name: str, tmp_path: Path) ->
     images = torch.randint(0, 256, (120, channels, side, side), dtype=torch.uint8, generator=g)
     split = Split(images, torch.arange(120) % 3, [str(i) for i in range(120)])
     classes = load_bundle(tmp_path / "net").classes
-    dataset = Dataset("noise", None, classes, split, split, None, PictureStyle(), "")
+    dataset = Dataset("noise", None, classes, split, split, None, InputStyle(), "")
     model, exact, cost = build_int8(tmp_path / "net", dataset)
     assert cost.n == 120 and cost.same > 0.8
-    plain, small = (OnnxPredictor(seal(m.SerializeToString()), "x") for m in (exact, model))
+    plain, small = (OnnxPredictor(embed_digest(m.SerializeToString()), "x") for m in (exact, model))
     # an untrained net's logits are wild, and a label that hangs by a thread changes
     assert np.abs(plain.run(images.numpy())[0] - small.run(images.numpy())[0]).mean() < 0.05
     filters = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 4 and tensor.dims[3] > 1]
@@ -466,8 +466,8 @@ def test_in_8_bits_without_the_data(tmp_path: Path, folder: Path, capsys: pytest
 
 
 def test_a_file_of_an_older_convlens_is_refused(model: Any, tmp_path: Path) -> None:
-    about = onnx_export.about_of(model)
+    about = onnx_export.read_metadata(model)
     older = onnx.ModelProto.FromString(model.SerializeToString())
-    onnx_export.write_about(older, {**about, "format": 1})
+    onnx_export.write_metadata(older, {**about, "format": 1})
     with pytest.raises(ConvlensError, match="^x was made by an older convlens: export it again$"):
-        OnnxPredictor(seal(older.SerializeToString()), "x")
+        OnnxPredictor(embed_digest(older.SerializeToString()), "x")

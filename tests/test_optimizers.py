@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from convlens.models import create_model
 from convlens.training.build import make_optimizer
-from convlens.training.optimizers import SGD, Muon, Optimizer, orthogonalise
+from convlens.training.optimizers import SGD, Muon, Optimizer, zeropower_via_newtonschulz
 from convlens.training.recipe import Recipe
 
 TWINS: dict[str, tuple[dict[str, Any], type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -102,7 +102,7 @@ def test_a_weight_without_a_gradient_is_taken_as_one_with_gradient_zero() -> Non
 def test_orthogonalise_brings_the_singular_values_near_one(rows: int, columns: int, seed: int) -> None:
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     u, values, vt = torch.linalg.svd(matrix, full_matrices=False)
-    result = orthogonalise(matrix)
+    result = zeropower_via_newtonschulz(matrix)
     assert result.shape == matrix.shape and result.dtype == matrix.dtype
     turned = u.T @ result @ vt.T  # diagonal, as far as bf16 goes
     large = values > 0.15 * values.norm()
@@ -117,8 +117,8 @@ def test_orthogonalise_is_three_steps_of_the_quintic(rows: int, columns: int, se
     values = values / values.norm()
     for _ in range(3):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-    assert torch.allclose(orthogonalise(matrix), u @ values.diag() @ vt, atol=1e-5)
-    assert torch.allclose(orthogonalise(matrix.float()).double(), u @ values.diag() @ vt, atol=1e-4)
+    assert torch.allclose(zeropower_via_newtonschulz(matrix), u @ values.diag() @ vt, atol=1e-5)
+    assert torch.allclose(zeropower_via_newtonschulz(matrix.float()).double(), u @ values.diag() @ vt, atol=1e-4)
 
 
 def test_muon_keeps_the_norm_of_filters_and_goes_against_the_gradient() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convlens.evaluation.significance import Paired
+from convlens.evaluation.significance import McNemarResult
 
 
 def test_it_agrees_with_scipy_on_the_exact_test() -> None:
@@ -15,13 +15,13 @@ def test_it_agrees_with_scipy_on_the_exact_test() -> None:
 
     for only_a, only_b in [(0, 0), (0, 1), (3, 9), (40, 12), (500, 430)]:
         expected = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-        assert Paired(1000, only_a, only_b).p_value == pytest.approx(expected, rel=1e-9)
+        assert McNemarResult(1000, only_a, only_b).p_value == pytest.approx(expected, rel=1e-9)
 
 
 @given(st.integers(0, 300), st.integers(0, 300), st.integers(0, 5000))
 def test_turning_it_round_turns_the_figures_round(only_a: int, only_b: int, same: int) -> None:
     n = max(only_a + only_b + same, 1)
-    one, other = Paired(n, only_a, only_b), Paired(n, only_b, only_a)
+    one, other = McNemarResult(n, only_a, only_b), McNemarResult(n, only_b, only_a)
     assert one.difference == -other.difference and one.p_value == other.p_value
     assert one.interval == pytest.approx((-other.interval[1], -other.interval[0]))
     assert -1 <= one.interval[0] <= one.interval[1] <= 1
@@ -33,21 +33,25 @@ def test_the_interval_covers_what_it_says() -> None:
     rng = np.random.default_rng(0)
     only_a, only_b, truth, n, covered = 0.015, 0.025, 0.01, 2000, 0
     for cells in rng.multinomial(n, [only_a, only_b, 1 - only_a - only_b], size=4000):
-        low, high = Paired(n, int(cells[0]), int(cells[1])).interval
+        low, high = McNemarResult(n, int(cells[0]), int(cells[1])).interval
         covered += low <= truth <= high
     assert 0.94 <= covered / 4000 <= 0.965
 
 
 def test_the_sentence() -> None:
-    assert Paired(10_000, 20, 51).verdict("A", "B") == ("B is better than A: +0.31 points, 95% interval +0.14 to +0.48")
-    assert Paired(10_000, 51, 20).verdict("A", "B") == ("A is better than B: +0.31 points, 95% interval +0.14 to +0.48")
-    told = Paired(1_000, 7, 5).verdict("A", "B")
+    assert McNemarResult(10_000, 20, 51).verdict("A", "B") == (
+        "B is better than A: +0.31 points, 95% interval +0.14 to +0.48"
+    )
+    assert McNemarResult(10_000, 51, 20).verdict("A", "B") == (
+        "A is better than B: +0.31 points, 95% interval +0.14 to +0.48"
+    )
+    told = McNemarResult(1_000, 7, 5).verdict("A", "B")
     assert told.startswith("no difference between A and B that these 1,000 images show: -0.20 points")
-    assert Paired(1_000, 3, 11).verdict("A", "B").startswith("B may be better than A: +0.80 points")
-    told = Paired(1_000, 5, 7).verdict("A", "B")
+    assert McNemarResult(1_000, 3, 11).verdict("A", "B").startswith("B may be better than A: +0.80 points")
+    told = McNemarResult(1_000, 5, 7).verdict("A", "B")
     assert told.startswith("no difference between A and B that these 1,000 images show: +0.20 points, 95% interval -0.")
 
 
 def test_one_image() -> None:
-    only = Paired(1, 0, 1)
+    only = McNemarResult(1, 0, 1)
     assert only.p_value == 1.0 and only.difference == 1.0 and math.isfinite(only.interval[0])

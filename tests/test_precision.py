@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from convlens.models import create_model
-from convlens.system.files import cache_folder
+from convlens.system.files import cache_dir
 from convlens.training import precision
 from convlens.training.precision import choose_precision, find_convolutions
 from convlens.training.recipe import Recipe
@@ -65,17 +65,17 @@ def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("damage", ["", "[]", '{"format"', "null"])
 def test_a_damaged_cache_is_tried_again(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = answers(monkeypatch, FAST)
-    cache_folder().mkdir(parents=True)
-    (cache_folder() / "precision.json").write_text(damage, encoding="utf-8")
+    cache_dir().mkdir(parents=True)
+    (cache_dir() / "precision.json").write_text(damage, encoding="utf-8")
     assert choose_precision(AUTO, CPU, make_net(), SHAPE) == "bf16"
     assert len(tried) == 4
-    assert len(json.loads((cache_folder() / "precision.json").read_text(encoding="utf-8"))) == 4
+    assert len(json.loads((cache_dir() / "precision.json").read_text(encoding="utf-8"))) == 4
 
 
 def test_a_damaged_entry_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = answers(monkeypatch, FAST)
     choose_precision(AUTO, CPU, make_net(), SHAPE)
-    file = cache_folder() / "precision.json"
+    file = cache_dir() / "precision.json"
     kept = json.loads(file.read_text(encoding="utf-8"))
     kept[next(iter(kept))] = {"fp32": "soon", "right": True}
     file.write_text(json.dumps(kept), encoding="utf-8")
@@ -85,8 +85,8 @@ def test_a_damaged_entry_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_cache_that_cannot_be_written_is_no_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, FAST)
-    cache_folder().parent.mkdir(parents=True, exist_ok=True)
-    cache_folder().write_text("a file where the folder should be", encoding="utf-8")
+    cache_dir().parent.mkdir(parents=True, exist_ok=True)
+    cache_dir().write_text("a file where the folder should be", encoding="utf-8")
     assert choose_precision(AUTO, CPU, make_net(), SHAPE) == "bf16"
 
 

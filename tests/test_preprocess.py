@@ -22,8 +22,8 @@ from test_fuzz import memory
 
 from convlens.data import images
 from convlens.data.images import (
-    BadImage,
-    PictureStyle,
+    InputStyle,
+    InvalidImageError,
     array_to_image,
     fit_photo,
     image_pixels,
@@ -32,12 +32,12 @@ from convlens.data.images import (
     to_mode,
 )
 from convlens.data.mnist_style import fit_ink
-from convlens.data.normalize import Normalise
+from convlens.data.normalize import Normalize
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError
 
 quick = settings(max_examples=50, deadline=None, database=None, derandomize=True)
-MNIST_STYLE = PictureStyle(ink_box=20, centre_by_mass=True)
+MNIST_STYLE = InputStyle(ink_box=20, centre_by_mass=True)
 
 
 def encode(image: Image.Image, kind: str, **how: Any) -> bytes:
@@ -96,14 +96,14 @@ def test_of_an_animation_the_first_frame_is_taken() -> None:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(BadImage) as caught:
+    with pytest.raises(InvalidImageError) as caught:
         open_image(tmp_path / "no.png")
     assert str(caught.value) == f"{tmp_path / 'no.png'}: there is no such file"
     assert caught.value.exit_code == 1
 
 
 def test_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(BadImage) as caught:
+    with pytest.raises(InvalidImageError) as caught:
         open_image(str(tmp_path))
     assert str(caught.value) == f"{tmp_path} is a folder, not an image"
 
@@ -119,10 +119,10 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage
 def test_what_is_no_image(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     path.write_bytes(content)
-    with pytest.raises(BadImage) as caught:
+    with pytest.raises(InvalidImageError) as caught:
         open_image(path)
     assert str(caught.value) == f"{path} is not an image (JPEG, PNG, GIF, WebP, BMP, TIFF or PPM)"
-    with pytest.raises(BadImage, match="^the image is not an image"):
+    with pytest.raises(InvalidImageError, match="^the image is not an image"):
         open_image(content)
 
 
@@ -133,7 +133,7 @@ def test_an_eps_never_reaches_ghostscript(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", run)
     path = tmp_path / "x.jpg"
     path.write_bytes(EPS)
-    with pytest.raises(BadImage, match=r"x\.jpg is not an image"):
+    with pytest.raises(InvalidImageError, match=r"x\.jpg is not an image"):
         open_image(path)
 
 
@@ -142,7 +142,7 @@ def test_a_truncated_image(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "cut"
     content = encode(noise(), kind)
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(BadImage) as caught:
+    with pytest.raises(InvalidImageError) as caught:
         open_image(path)
     assert str(caught.value).startswith(f"{path} ")
     if kind == "JPEG":
@@ -160,7 +160,7 @@ def test_damaged_bytes_are_an_image_or_an_error_for_people(kind: str, where: flo
     try:
         image = open_image(content[:at] + damage + content[at + len(damage) :])
         assert to_mode(image, 3).mode == "RGB"
-    except BadImage as error:
+    except InvalidImageError as error:
         assert str(error).startswith("the image ")
 
 
@@ -169,7 +169,7 @@ def test_damaged_bytes_are_an_image_or_an_error_for_people(kind: str, where: flo
 def test_arbitrary_bytes_are_refused_for_people(content: bytes) -> None:
     try:
         open_image(content)
-    except BadImage as error:
+    except InvalidImageError as error:
         assert str(error).startswith("the image ")
 
 
@@ -185,15 +185,15 @@ def png_header(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("side", [7100, 15_000, 60_000], ids=["large", "larger", "far-too-large"])
 def test_a_decompression_bomb(side: int) -> None:
-    with pytest.raises(BadImage) as caught:
+    with pytest.raises(InvalidImageError) as caught:
         open_image(png_header(side, side))
     assert str(caught.value) == "the image has too many pixels (over 50,000,000)"
 
 
 def test_an_image_just_below_the_limit_opens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "LARGEST", 100)
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
     assert open_image(encode(Image.new("L", (10, 10)), "PNG")).size == (10, 10)
-    with pytest.raises(BadImage, match=r"too many pixels \(over 100\)"):
+    with pytest.raises(InvalidImageError, match=r"too many pixels \(over 100\)"):
         open_image(encode(Image.new("L", (11, 10)), "PNG"))
 
 
@@ -201,7 +201,7 @@ def test_a_jpeg_of_endless_scans_is_refused() -> None:
     content = encode(noise(64, 64), "JPEG", progressive=True)
     last = content.rindex(b"\xff\xda")
     repeated = content[:-2] + content[last:-2] * 200 + content[-2:]
-    with pytest.raises(BadImage, match=r"^the image has 2\d\d scans, too many for a JPEG \(over 100\)$"):
+    with pytest.raises(InvalidImageError, match=r"^the image has 2\d\d scans, too many for a JPEG \(over 100\)$"):
         open_image(repeated)
     assert open_image(content).size == (64, 64)
 
@@ -220,16 +220,16 @@ def test_the_largest_pictures_need_bounded_memory(kind: str) -> None:
 
 
 def test_a_jpeg_over_the_limit_is_decoded_at_an_eighth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "LARGEST", 1000)
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     assert open_image(encode(Image.new("RGB", (80, 64), (9, 200, 9)), "JPEG")).size == (10, 8)
-    with pytest.raises(BadImage, match="too many pixels"):
+    with pytest.raises(InvalidImageError, match="too many pixels"):
         open_image(encode(Image.new("RGB", (800, 640)), "JPEG"))
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(BadImage, match="pipe.png is a pipe or a device, not a file$"):
+    with pytest.raises(InvalidImageError, match="pipe.png is a pipe or a device, not a file$"):
         open_image(tmp_path / "pipe.png")
 
 
@@ -292,7 +292,7 @@ def test_arrays_become_pictures(shape: tuple[int, ...], mode: str, size: tuple[i
 
 @pytest.mark.parametrize("shape", [(), (5,), (4, 5, 2), (2, 4, 5), (1, 3, 4, 5), (0, 5), (5, 0, 3)])
 def test_arrays_that_are_no_pictures(shape: tuple[int, ...]) -> None:
-    with pytest.raises(BadImage, match="^an array of shape "):
+    with pytest.raises(InvalidImageError, match="^an array of shape "):
         array_to_image(np.zeros(shape, np.uint8))
 
 
@@ -309,7 +309,7 @@ def test_to_bytes_gives_the_same_pixels_for_every_type(array: np.ndarray, kind: 
 def test_to_bytes_of_any_values_is_pixels_or_an_error_for_people(array: np.ndarray) -> None:
     try:
         pixels = to_bytes(array)
-    except BadImage as error:
+    except InvalidImageError as error:
         assert "pixel values run from " in str(error)
         top = 1 if array.dtype.kind == "f" else 255
         assert not ((array >= 0) & (array <= top)).all()
@@ -437,7 +437,7 @@ def page(size: tuple[int, int] = (200, 150), paper: int = 255, ink: int = 0) -> 
     return pixels
 
 
-def ink_of(pixels: np.ndarray, style: PictureStyle = MNIST_STYLE, side: int = 28) -> np.ndarray:
+def ink_of(pixels: np.ndarray, style: InputStyle = MNIST_STYLE, side: int = 28) -> np.ndarray:
     return np.asarray(fit_ink(Image.fromarray(pixels), side, side, style))
 
 
@@ -485,7 +485,7 @@ def test_any_block_of_ink_fits_its_box(h: int, w: int, top: int, left: int, dark
     pixels = np.zeros((200, 190), np.uint8)
     pixels[top : top + h, left : left + w] = 255
     pixels[top, left] = 128  # not quite a rectangle
-    result = ink_of(pixels if dark else 255 - pixels, PictureStyle(20, by_mass))
+    result = ink_of(pixels if dark else 255 - pixels, InputStyle(20, by_mass))
     above, below, before, after = box_of(result)
     assert max(below - above, after - before) == 20
     assert result.max() == 255
@@ -501,14 +501,14 @@ def test_where_the_digit_stands_does_not_matter() -> None:
 
 
 def test_centred_by_the_bounding_box() -> None:
-    top, bottom, left, right = box_of(ink_of(page(), PictureStyle(ink_box=20)))
+    top, bottom, left, right = box_of(ink_of(page(), InputStyle(ink_box=20)))
     assert (top, bottom) == (4, 24)
     assert abs((left + right) / 2 - 14) <= 0.5
 
 
 def test_a_box_of_the_whole_image() -> None:
-    assert box_of(ink_of(page(), PictureStyle(ink_box=28)))[:2] == (0, 28)
-    assert box_of(ink_of(page(), PictureStyle(ink_box=8), side=8))[:2] == (0, 8)
+    assert box_of(ink_of(page(), InputStyle(ink_box=28)))[:2] == (0, 28)
+    assert box_of(ink_of(page(), InputStyle(ink_box=8), side=8))[:2] == (0, 8)
 
 
 @pytest.mark.parametrize("value", [0, 5, 127, 128, 200, 255])
@@ -564,7 +564,7 @@ def test_measure_is_mean_and_std_of_the_pixels(array: np.ndarray) -> None:
 
 def test_normalise_makes_mean_0_and_std_1() -> None:
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (50, 3, 6, 7), dtype=np.uint8))
-    preprocess = Preprocess.measure(images, PictureStyle())
+    preprocess = Preprocess.measure(images, InputStyle())
     x = preprocess.normaliser()(images)
     assert (x.dtype, x.shape) == (torch.float32, images.shape)
     assert torch.allclose(x.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-5)
@@ -573,7 +573,7 @@ def test_normalise_makes_mean_0_and_std_1() -> None:
 
 def test_normalise_is_the_formula_and_has_no_state() -> None:
     mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 1.0)
-    normalise = Normalise(mean, std)
+    normalise = Normalize(mean, std)
     pixels = torch.arange(24, dtype=torch.uint8).mul(10).view(1, 3, 2, 4)
     expected = (pixels.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     assert torch.allclose(normalise(pixels).double(), expected, atol=1e-6)
@@ -584,7 +584,7 @@ def test_normalise_is_the_formula_and_has_no_state() -> None:
 
 def test_a_constant_channel_is_normalised_without_infinity() -> None:
     images = torch.full((2, 1, 3, 3), 255, dtype=torch.uint8)
-    preprocess = Preprocess.measure(images, PictureStyle())
+    preprocess = Preprocess.measure(images, InputStyle())
     assert preprocess.std == (1e-3,)
     assert preprocess.normaliser()(images).abs().max() < 1e-3
 
@@ -600,7 +600,7 @@ def test_a_constant_channel_is_normalised_without_infinity() -> None:
     st.booleans(),
 )
 def test_json_round_trip(c: int, h: int, w: int, mean: float, std: float, box: int, by_mass: bool) -> None:
-    preprocess = Preprocess(c, h, w, (mean,) * c, (std,) * c, PictureStyle(min(box, h, w), by_mass))
+    preprocess = Preprocess(c, h, w, (mean,) * c, (std,) * c, InputStyle(min(box, h, w), by_mass))
     assert Preprocess.from_json(json.loads(json.dumps(preprocess.to_json()))) == preprocess
 
 
@@ -626,8 +626,8 @@ def test_json_of_something_else(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("style", [PictureStyle(), MNIST_STYLE])
-def test_adapt_takes_any_mode_and_size(mode: str, style: PictureStyle) -> None:
+@pytest.mark.parametrize("style", [InputStyle(), MNIST_STYLE])
+def test_adapt_takes_any_mode_and_size(mode: str, style: InputStyle) -> None:
     channels = 1 if style.ink_box else 3
     preprocess = Preprocess(channels, 28, 28, (0.5,) * channels, (0.5,) * channels, style)
     for size in ((28, 28), (7, 50)):
@@ -649,12 +649,12 @@ def test_adapt_looks_for_ink_unless_raw() -> None:
 
 def test_a_training_image_is_adapted_to_itself() -> None:
     array = np.random.default_rng(0).integers(0, 256, (3, 9, 9), dtype=np.uint8)
-    preprocess = Preprocess(3, 9, 9, (0.5,) * 3, (0.5,) * 3, PictureStyle())
+    preprocess = Preprocess(3, 9, 9, (0.5,) * 3, (0.5,) * 3, InputStyle())
     assert np.array_equal(preprocess.adapt(array_to_image(array)), array)
 
 
 def test_a_bad_image_is_a_convlens_error() -> None:
-    assert issubclass(BadImage, ConvlensError)
+    assert issubclass(InvalidImageError, ConvlensError)
 
 
 @pytest.mark.parametrize("digit", [1, 4, 8])
@@ -665,7 +665,7 @@ def test_uneven_light_and_a_small_digit_on_a_whole_sheet_are_seen(digit: int) ->
     light = np.linspace(1.0, 0.5, 1200, dtype=np.float32)[None, :]
     noise = np.random.default_rng(0).normal(0, 4, (1600, 1200))
     photo = Image.fromarray((np.asarray(page) * light + noise).clip(0, 255).astype(np.uint8))
-    seen = np.asarray(fit_ink(photo, 28, 28, PictureStyle(ink_box=20, centre_by_mass=True)))
+    seen = np.asarray(fit_ink(photo, 28, 28, InputStyle(ink_box=20, centre_by_mass=True)))
     rows, columns = np.flatnonzero(seen.max(axis=1) > 60), np.flatnonzero(seen.max(axis=0) > 60)
     assert rows[-1] - rows[0] + 1 in (19, 20)
     assert columns[-1] - columns[0] + 1 <= 20

@@ -150,7 +150,7 @@ def test_several_processes_without_torchrun_are_told_what_is_missing(monkeypatch
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(UsageError, match="MASTER_ADDR and MASTER_PORT are not set: start them with torchrun"):
-        process_group.join.__wrapped__()
+        process_group.init_world.__wrapped__()
 
 
 @pytest.mark.slow
@@ -238,7 +238,7 @@ def test_those_who_meet_again_agree_on_a_new_word() -> None:
     store, words = torch.distributed.HashStore(), set()
     for _ in range(3):  # in one store, where the questions and answers of the dead are left
         with ThreadPoolExecutor(3) as pool:
-            said = list(pool.map(lambda rank: process_group.meet(store, rank, 3), [1, 2, 0]))
+            said = list(pool.map(lambda rank: process_group.rendezvous(store, rank, 3), [1, 2, 0]))
         assert len(set(said)) == 1
         words.update(said)
     assert len(words) == 3

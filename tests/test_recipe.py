@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from convlens.data.builtin import DATASETS
-from convlens.errors import UnknownName, UsageError
+from convlens.errors import UnknownNameError, UsageError
 from convlens.models import create_model, model_options
 from convlens.training.build import make_clip, make_loss
 from convlens.training.recipe import FIELD_TYPES, Recipe
@@ -106,13 +106,13 @@ def test_a_recipe_is_frozen() -> None:
 
 def test_unknown_keys_have_the_nearest_name() -> None:
     recipe = Recipe(epochs=1)
-    with pytest.raises(UnknownName, match=r"^unknown recipe option 'learning_rat'; "):
+    with pytest.raises(UnknownNameError, match=r"^unknown recipe option 'learning_rat'; "):
         recipe.override(learning_rat=0.1)
-    with pytest.raises(UnknownName, match=r"^unknown recipe option 'batchsize'; did you mean 'batch_size'\?$"):
+    with pytest.raises(UnknownNameError, match=r"^unknown recipe option 'batchsize'; did you mean 'batch_size'\?$"):
         recipe.override(batchsize=3)
-    with pytest.raises(UnknownName, match="'momentun'; did you mean 'momentum'"):
+    with pytest.raises(UnknownNameError, match="'momentun'; did you mean 'momentum'"):
         Recipe.from_json({"epochs": 1, "momentun": 0.9})
-    with pytest.raises(UnknownName, match=r"^unknown recipe 'mnist4conv'; did you mean 'mnist-4conv'\?$"):
+    with pytest.raises(UnknownNameError, match=r"^unknown recipe 'mnist4conv'; did you mean 'mnist-4conv'\?$"):
         get_recipe("mnist4conv")
 
 
@@ -172,11 +172,11 @@ def test_a_seed_that_torch_cannot_take_is_refused() -> None:
 
 
 def test_choices() -> None:
-    with pytest.raises(UnknownName, match="^unknown value of --schedule 'cosin'; did you mean 'cosine'"):
+    with pytest.raises(UnknownNameError, match="^unknown value of --schedule 'cosin'; did you mean 'cosine'"):
         Recipe(epochs=1, schedule="cosin")
-    with pytest.raises(UnknownName, match="^unknown value of --optimizer 'lion'; "):
+    with pytest.raises(UnknownNameError, match="^unknown value of --optimizer 'lion'; "):
         Recipe(epochs=1, optimizer="lion")
-    with pytest.raises(UnknownName, match="^unknown value of --precision 'int8'; choose from: auto, bf16, fp32$"):
+    with pytest.raises(UnknownNameError, match="^unknown value of --precision 'int8'; choose from: auto, bf16, fp32$"):
         Recipe(epochs=1, precision="int8")
 
 

@@ -20,7 +20,7 @@ from convlens.data.loading import load_dataset
 from convlens.errors import UsageError
 from convlens.runs.compare import compare_runs
 from convlens.runs.evaluate import evaluate_run
-from convlens.runs.group import Series
+from convlens.runs.group import RunGroup
 from convlens.runs.run import Run
 
 QUICK: dict[str, Any] = {"epochs": 1, "device": "cpu", "threads": 1, "precision": "fp32"}
@@ -41,7 +41,7 @@ def test_from_python_and_the_callers_random_numbers_stay() -> None:
             use("runs/digits-seeds-1")  # type: ignore[operator]
 
 
-def train_all(series: Series) -> dict[str, Any]:
+def train_all(series: RunGroup) -> dict[str, Any]:
     """Train what a series lacks."""
     for experiment in series.experiments():
         for _ in experiment.epochs():
@@ -51,7 +51,7 @@ def train_all(series: Series) -> dict[str, Any]:
 
 
 def test_seeds_differ_and_each_is_the_run_that_its_seed_makes_alone() -> None:
-    summary = train_all(Series.create("digits", seeds=3, out="series", seed=5, **QUICK))
+    summary = train_all(RunGroup.create("digits", seeds=3, out="series", seed=5, **QUICK))
     runs = [Run(f"series/seed-{seed}") for seed in (5, 6, 7)]
     assert len({(run.path / "model" / "model.safetensors").read_bytes() for run in runs}) == 3
     alone = convlens.train("digits", seed=6, **QUICK)
@@ -77,7 +77,7 @@ def test_folds_test_every_image_once() -> None:
 
 
 def test_a_cross_validation_uses_the_recipe_of_its_data_and_adds_up() -> None:
-    summary = train_all(Series.create("digits", folds=2, out="folds", **QUICK))
+    summary = train_all(RunGroup.create("digits", folds=2, out="folds", **QUICK))
     runs = [Run("folds/fold-1"), Run("folds/fold-2")]
     assert {run.config["recipe"]["name"] for run in runs} == {"digits"}
     assert summary["together"]["n"] == 1797
@@ -87,7 +87,7 @@ def test_a_cross_validation_uses_the_recipe_of_its_data_and_adds_up() -> None:
 
 
 def test_a_fold_is_evaluated_on_itself_and_on_nothing_that_it_was_trained_on() -> None:
-    train_all(Series.create("digits", folds=2, out="folds", **QUICK))
+    train_all(RunGroup.create("digits", folds=2, out="folds", **QUICK))
     run = Run("folds/fold-2")
     assert evaluate_run(run.path)["accuracy"] == run.accuracy
     with pytest.raises(UsageError, match="^folds/fold-2 was trained on the test images of digits: it is one fold"):
@@ -102,21 +102,21 @@ def test_a_series_never_writes_into_the_data(tmp_path: Path, monkeypatch: pytest
             Image.fromarray(pixels).save(tmp_path / "photos" / label / f"{number}.png")
     monkeypatch.chdir(tmp_path / "photos")
     with pytest.raises(UsageError, match="would be written into the data"):
-        Series.create(".", seeds=2, **QUICK)
+        RunGroup.create(".", seeds=2, **QUICK)
     assert not (tmp_path / "photos" / "runs").exists()
 
 
 def test_changed_data_cannot_be_gone_on_with(tmp_path: Path) -> None:
     x = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
     np.savez("toy.npz", x=x, y=np.arange(40) % 2)
-    Series.create("toy.npz", seeds=2, out="series", **QUICK)
+    RunGroup.create("toy.npz", seeds=2, out="series", **QUICK)
     np.savez("toy.npz", x=255 - x, y=np.arange(40) % 2)
     with pytest.raises(UsageError, match="^the data of series have changed since it was started; train anew$"):
-        Series.resume("series")
+        RunGroup.resume("series")
 
 
 def test_a_run_that_had_hardly_begun_is_begun_anew() -> None:
-    series = Series.create("digits", seeds=2, out="series", **QUICK)
+    series = RunGroup.create("digits", seeds=2, out="series", **QUICK)
     Path("series/seed-1").mkdir()  # killed before its config.json was there
     assert train_all(series)["n"] == 2
 
@@ -124,16 +124,16 @@ def test_a_run_that_had_hardly_begun_is_begun_anew() -> None:
 @pytest.mark.parametrize("kind", ["seeds", "folds"])
 def test_an_interrupted_series_goes_on(kind: str) -> None:
     options: dict[str, Any] = {kind: 2, **QUICK, "epochs": 2}
-    whole = train_all(Series.create("digits", out="whole", **options))
-    parts = Series.create("digits", out="parts", **options)
+    whole = train_all(RunGroup.create("digits", out="whole", **options))
+    parts = RunGroup.create("digits", out="parts", **options)
     experiment = next(parts.experiments())
     stopped: list[bool] = []
     with pytest.raises(convlens.ConvlensError, match="^stopped at step"):
         for _ in experiment.epochs(should_stop=lambda: bool(stopped)):
             stopped.append(True)
-    assert train_all(Series.resume("parts")) == whole
+    assert train_all(RunGroup.resume("parts")) == whole
     with pytest.raises(UsageError, match="^the series parts is finished; nothing to resume$"):
-        Series.resume("parts")
+        RunGroup.resume("parts")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_an_interrupted_series_goes_on(kind: str) -> None:
 )
 def test_a_wrong_series_leaves_no_folder(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Series.create("digits", **options)
+        RunGroup.create("digits", **options)
     assert not list(Path().glob("runs/*"))
 
 
@@ -179,13 +179,13 @@ def test_images_are_left_out_of_every_run(kind: str) -> None:
     digits = load_dataset("digits")
     names = [f"train/{digits.train.ids[0]}", f"train/{digits.train.ids[5]}", f"test/{digits.test.ids[3]}"]
     Path("remove.txt").write_text("\tone colour\n".join(names))
-    series = Series.create("digits", out="series", exclude="remove.txt", **{kind: 2}, **QUICK)  # type: ignore[arg-type]
+    series = RunGroup.create("digits", out="series", exclude="remove.txt", **{kind: 2}, **QUICK)  # type: ignore[arg-type]
     with contextlib.closing(series.experiments()) as experiments:  # interrupted after the first
         first = next(experiments)
         list(first.epochs())
         first.finish()
     Path("remove.txt").unlink()
-    train_all(Series.resume("series"))
+    train_all(RunGroup.resume("series"))
     for name in series.plan["runs"]:
         run = Run(f"series/{name}")
         assert sum(run.config["data"]["counts"].values()) == 1797 - 3
@@ -196,7 +196,7 @@ def test_images_are_left_out_of_every_run(kind: str) -> None:
 
 
 def test_a_series_goes_on_elsewhere_only_if_that_is_accepted() -> None:
-    series = Series.create("digits", seeds=2, out="series", **QUICK)
+    series = RunGroup.create("digits", seeds=2, out="series", **QUICK)
     with contextlib.closing(series.experiments()) as experiments:
         first = next(experiments)
         list(first.epochs())
@@ -205,8 +205,8 @@ def test_a_series_goes_on_elsewhere_only_if_that_is_accepted() -> None:
     config["machine"]["torch"] = "2.0.0"
     first.folder.config.write_text(json.dumps(config))
     with pytest.raises(UsageError, match=r"^series was started with another version of PyTorch \(2.0.0, now "):
-        Series.resume("series")
-    assert train_all(Series.resume("series", accept_changes=True))["n"] == 2
+        RunGroup.resume("series")
+    assert train_all(RunGroup.resume("series", accept_changes=True))["n"] == 2
 
 
 def test_what_is_left_out_adds_up() -> None:

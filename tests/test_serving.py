@@ -21,9 +21,9 @@ from starlette.testclient import TestClient
 
 from convlens.explain.occlusion import occlusion_map
 from convlens.export.load import load_onnx
-from convlens.export.onnx import golden_images
+from convlens.export.onnx import reference_images
 from convlens.inference.onnx_runtime import OnnxPredictor
-from convlens.inference.store import shipped_models
+from convlens.inference.store import bundled_models
 from convlens.serving import batching, routes
 from convlens.serving.middleware import Gate, Limits
 from convlens.serving.routes import make_app
@@ -40,7 +40,7 @@ def encode(pixels: np.ndarray[Any, Any]) -> bytes:
 
 def golden(predictor: OnnxPredictor) -> list[bytes]:
     """Return the golden images of a net as PNG files."""
-    return [encode(image) for image in golden_images(predictor.preprocess)]
+    return [encode(image) for image in reference_images(predictor.preprocess)]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def metric(client: TestClient, name: str) -> float:
 # answers
 
 
-@pytest.mark.parametrize("name", sorted(shipped_models()))
+@pytest.mark.parametrize("name", sorted(bundled_models()))
 def test_the_answers_are_those_of_predict(name: str) -> None:
     predictor = load_onnx(name)
     client = client_of(make_app({name: predictor}))
@@ -127,7 +127,7 @@ def test_what_cannot_be_explained(client: TestClient, picture: bytes, monkeypatc
     for request, status, told in cases:
         response = client.post("/explain", **request)
         assert (response.status_code, response.json()["detail"][: len(told)]) == (status, told), request
-    monkeypatch.setattr(batching, "MOST_BYTES", 1000)
+    monkeypatch.setattr(batching, "MAX_INPUT_BYTES", 1000)
     told = client.post("/explain", content=picture, headers=PNG).json()["detail"]
     assert told == "this model takes images that are too large to be explained here"
 
@@ -154,10 +154,10 @@ def test_raw_and_more_than_one_model(digits: OnnxPredictor) -> None:
 def test_requests_that_wait_together_go_through_the_net_together(
     digits: OnnxPredictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[batching.Worker] = []
+    made: list[batching.BatchWorker] = []
 
-    def make(*arguments: Any) -> batching.Worker:
-        made.append(batching.Worker(*arguments))
+    def make(*arguments: Any) -> batching.BatchWorker:
+        made.append(batching.BatchWorker(*arguments))
         return made[-1]
 
     monkeypatch.setattr(routes, "Worker", make)
@@ -225,7 +225,7 @@ def test_bad_requests_get_a_line(client: TestClient, picture: bytes, digits: Onn
         b"nonsense",
     ):
         assert client.post("/predict", content=body, headers=boundary).status_code == 422
-    many = [("images", ("a.png", picture))] * (batching.MOST_IMAGES + 1)
+    many = [("images", ("a.png", picture))] * (batching.MAX_IMAGES + 1)
     assert client.post("/predict", files=many).json()["detail"] == "a request may have at most 1,000 images"
     begun = b'--x\r\nContent-Disposition: form-data; name="a"; filename="a"\r\n\r\n' + picture
     for kind in ("multipart/form-data; boundary=x", "Multipart/Form-Data; boundary=x"):
@@ -246,13 +246,13 @@ def test_pictures_that_are_small_files_and_large_pictures(
 ) -> None:
     page = io.BytesIO()
     Image.new("1", (2000, 2000)).save(page, "PNG")
-    monkeypatch.setattr(batching, "MOST_PIXELS", 9_000_000)
+    monkeypatch.setattr(batching, "MAX_PIXELS", 9_000_000)
     form = [("images", ("a.png", page.getvalue()))]
     assert client.post("/predict", files=2 * form).status_code == 200
     told = client.post("/predict", files=3 * form)
     detail = "the images of a request may have at most 9,000,000 pixels together"
     assert (told.status_code, told.json()["detail"]) == (422, detail)
-    monkeypatch.setattr(batching, "MOST_BYTES", 640)
+    monkeypatch.setattr(batching, "MAX_INPUT_BYTES", 640)
     tiny = [("images", ("a.png", to_png(Image.new("L", (1, 1)))))]
     assert client.post("/predict", files=10 * tiny).status_code == 200
     told = client.post("/predict", files=11 * tiny)

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 import convlens
 from convlens.data.cross_validation import merge
 from convlens.data.dataset import Dataset
-from convlens.data.loader import Batches
+from convlens.data.loader import BatchLoader
 from convlens.data.loading import data_name
 from convlens.data.preprocess import Preprocess
-from convlens.data.shard_storage import Place
-from convlens.data.shards import Shard, ShardImages, ShardOrder, load_shards, pack
+from convlens.data.shard_storage import ShardStorage
+from convlens.data.shards import Shard, ShardImages, ShardOrder, load_shards, write_shards
 from convlens.errors import ConvlensError, UsageError
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def digits() -> Dataset:
 @pytest.fixture(scope="module")
 def shards(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packed") / "shards"
-    pack(digits, folder, 40)
+    write_shards(digits, folder, 40)
     return folder
 
 
@@ -87,7 +87,7 @@ def test_images_for_another_device_leave_these_where_they_are(shards: Path) -> N
 
 
 def test_the_shards_are_the_same_bytes_again(digits: Dataset, shards: Path, tmp_path: Path) -> None:
-    pack(digits, tmp_path / "again", 40)
+    write_shards(digits, tmp_path / "again", 40)
     first, again = (sorted(folder.iterdir()) for folder in (shards, tmp_path / "again"))
     assert [(file.name, file.read_bytes()) for file in first] == [(file.name, file.read_bytes()) for file in again]
 
@@ -109,7 +109,7 @@ numpy.savez(sys.argv[1], images=numpy.stack([image for image, _ in samples]), la
 @settings(max_examples=30, deadline=None, database=None, derandomize=True)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(0, 2**40), st.integers(1, 17))
 def test_an_epoch_shows_every_image_once_in_an_order_of_its_own(sizes: list[int], seed: int, batch: int) -> None:
-    images = ShardImages(Place("nowhere"), [Shard(str(i), n, "") for i, n in enumerate(sizes)], (1, 2, 2))
+    images = ShardImages(ShardStorage("nowhere"), [Shard(str(i), n, "") for i, n in enumerate(sizes)], (1, 2, 2))
     images.load = lambda numbers: []  # type: ignore[method-assign]  # nothing is read
     whole = ShardOrder(images, seed)[0 : len(images)]
     assert sorted(whole.tolist()) == list(range(len(images)))
@@ -129,7 +129,7 @@ def test_few_shards_are_in_memory_and_each_is_read_once(shards: Path, monkeypatc
     images._loaded.clear()  # type: ignore[attr-defined]
     get = images._read  # type: ignore[attr-defined]
     monkeypatch.setattr(images, "_read", lambda number: read.append(number) or get(number))
-    batches = Batches(dataset.train, 64, normalise, seed=0, device=CPU, augment=lambda x, y, draws: (x, y))
+    batches = BatchLoader(dataset.train, 64, normalise, seed=0, device=CPU, augment=lambda x, y, draws: (x, y))
     seen = []
     for index in range(len(batches)):
         seen.append(batches(0, index)[1])
@@ -143,7 +143,7 @@ def test_training_from_shards_stops_anywhere_and_goes_on_in_the_same_bits(shards
     whole = convlens.train(str(shards), out=tmp_path / "whole", **options)
     stopped = convlens.runs.experiment.Experiment.create(str(shards), out=tmp_path / "stopped", **options)
     asked = iter(range(1000))
-    with pytest.raises(convlens.errors.Interrupted):
+    with pytest.raises(convlens.errors.TrainingInterruptedError):
         list(stopped.epochs(should_stop=lambda: next(asked) >= 29))
     again = convlens.runs.experiment.Experiment.resume(tmp_path / "stopped")
     list(again.epochs())
@@ -188,7 +188,7 @@ def test_a_missing_shard_is_named(shards: Path, tmp_path: Path, address: str) ->
     with pytest.raises(ConvlensError, match=r"train-000000.tar cannot be read: No such file"):
         images[0]
     with pytest.raises(ConvlensError, match=r"http://127.0.0.1:\d+/nothing.tar cannot be had: 404"):
-        Place(address).read("nothing.tar", None, 100)
+        ShardStorage(address).read("nothing.tar", None, 100)
     with pytest.raises(ConvlensError, match=r"http://127.0.0.1:1/index.json cannot be had"):
         convlens.load_dataset("http://127.0.0.1:1")
 
@@ -218,7 +218,7 @@ def test_a_download_that_breaks_off_is_tried_again() -> None:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        place = Place(f"http://127.0.0.1:{server.server_address[1]}")
+        place = ShardStorage(f"http://127.0.0.1:{server.server_address[1]}")
         assert place.read("x.tar", None, 100) == b"0123456789"
         assert len(asked) == 3
         with pytest.raises(ConvlensError, match=r"x.tar cannot be had: it came only in part|IncompleteRead"):
@@ -271,7 +271,7 @@ def test_what_shards_cannot_do_is_said(shards: Path) -> None:
 def test_shards_of_a_known_data_set_take_its_recipe(shards: Path, tmp_path: Path) -> None:
     assert data_name(str(shards)) == "digits"
     arrays = convlens.from_arrays(*(t.numpy() for t in (torch.zeros(9, 8, 8, dtype=torch.uint8), torch.arange(9) % 3)))
-    pack(arrays.with_validation(0.3, 0), tmp_path / "arrays")
+    write_shards(arrays.with_validation(0.3, 0), tmp_path / "arrays")
     assert data_name(tmp_path / "arrays") == "None"
     with pytest.raises(UsageError, match="is one of several shards; give their folder"):
         convlens.load_dataset(shards / "index.json")

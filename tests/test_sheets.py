@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convlens.reports.image_grid import WIDTH, Sheet, answers_sheet, filters_sheet
+from convlens.reports.image_grid import WIDTH, ImageGrid, kernel_grid, prediction_grid
 from convlens.reports.plots import draw_confusion
 
 RNG = np.random.default_rng(0)
@@ -24,8 +24,8 @@ def find_pictures(sheet: Image.Image, columns: int, top: int) -> list[Image.Imag
 
 @pytest.mark.parametrize("columns", [3, 4])
 def test_every_picture_is_where_it_belongs(tmp_path: Path, columns: int) -> None:
-    Sheet("Six", PICTURES, [str(n) for n in range(6)], columns).save(tmp_path / "sheet.png")
-    Sheet("Six", PICTURES, (), columns).save(tmp_path / "bare.png")
+    ImageGrid("Six", PICTURES, [str(n) for n in range(6)], columns).save(tmp_path / "sheet.png")
+    ImageGrid("Six", PICTURES, (), columns).save(tmp_path / "bare.png")
     with Image.open(tmp_path / "sheet.png") as sheet, Image.open(tmp_path / "bare.png") as bare:
         assert sheet.width == bare.width == WIDTH and sheet.mode == "RGB"
         rows = -(-6 // columns)
@@ -41,7 +41,7 @@ def test_every_picture_is_where_it_belongs(tmp_path: Path, columns: int) -> None
 
 
 def test_a_picture_keeps_its_form(tmp_path: Path) -> None:
-    Sheet("", [np.full((4, 8), 90, np.uint8), np.full((8, 4), 90, np.uint8)], (), columns=2).save(
+    ImageGrid("", [np.full((4, 8), 90, np.uint8), np.full((8, 4), 90, np.uint8)], (), columns=2).save(
         tmp_path / "sheet.png"
     )
     with Image.open(tmp_path / "sheet.png") as sheet:
@@ -52,13 +52,13 @@ def test_a_picture_keeps_its_form(tmp_path: Path) -> None:
 
 
 def test_the_html_has_the_same_pixels_and_no_markup_of_others() -> None:
-    page = Sheet("<b>", PICTURES[:2], ["a & b\n<script>", "c"], columns=3).to_html()
+    page = ImageGrid("<b>", PICTURES[:2], ["a & b\n<script>", "c"], columns=3).to_html()
     assert "<h3>&lt;b&gt;</h3>" in page and "<script>" not in page
     assert "<figcaption>a &amp; b<br>&lt;script&gt;</figcaption>" in page
     shown = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r'base64,([^"]+)"', page)]
     assert all(np.array_equal(np.asarray(one), other) for one, other in zip(shown, PICTURES[:2], strict=True))
     assert page.count("class=coarse") == 2
-    large = Sheet("", [np.zeros((200, 400), np.uint8)], (), columns=10).to_html()
+    large = ImageGrid("", [np.zeros((200, 400), np.uint8)], (), columns=10).to_html()
     assert "coarse" not in large
     (data,) = re.findall(r'base64,([^"]+)"', large)
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (121, 61)  # as large as on the sheet
@@ -66,14 +66,14 @@ def test_the_html_has_the_same_pixels_and_no_markup_of_others() -> None:
 
 @pytest.mark.parametrize("name", ["a\rb", "a\x1cb", "\u2029", "\udc80", "\0", "$x$", "<script>", "שלום"])
 def test_a_class_may_have_any_name(tmp_path: Path, name: str) -> None:
-    Sheet(name, PICTURES[:1], [name], columns=3).save(tmp_path / "sheet.png")
-    assert "figcaption" in Sheet(name, PICTURES[:1], [name], columns=3).to_html()
+    ImageGrid(name, PICTURES[:1], [name], columns=3).save(tmp_path / "sheet.png")
+    assert "figcaption" in ImageGrid(name, PICTURES[:1], [name], columns=3).to_html()
     svg = draw_confusion(tmp_path / "confusion.png", [(name, name, 1), ("other", "other", 1)], [name, "other"])
     assert svg.startswith("<svg") and svg.encode() and "<script" not in svg
 
 
 def test_an_empty_sheet_has_its_heading(tmp_path: Path) -> None:
-    Sheet("No mistake on the test split", [], [], columns=6).save(tmp_path / "sheet.png")
+    ImageGrid("No mistake on the test split", [], [], columns=6).save(tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert (np.asarray(sheet)[:60] < 128).any()
 
@@ -81,14 +81,14 @@ def test_an_empty_sheet_has_its_heading(tmp_path: Path) -> None:
 def test_what_was_said_stands_above() -> None:
     import torch
 
-    sheet = answers_sheet(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), [("a long name of a class", 0.987, "cat")], "")
+    sheet = prediction_grid(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), [("a long name of a class", 0.987, "cat")], "")
     assert sheet.captions == ["says a long nam…\n99% sure\nis cat"]
 
 
 def test_many_filters_are_not_all_shown() -> None:
     kernels = RNG.normal(size=(70, 3, 3, 3)).astype(np.float32)
-    sheet = filters_sheet(kernels)
+    sheet = kernel_grid(kernels)
     assert (sheet.heading, len(sheet.pictures)) == ("The 70 filters of the first convolution (64 shown)", 64)
-    grey = filters_sheet(np.array([[[[1.0, -1.0], [0.0, 0.5]]]], dtype=np.float32)).pictures[0]
+    grey = kernel_grid(np.array([[[[1.0, -1.0], [0.0, 0.5]]]], dtype=np.float32)).pictures[0]
     (red, blue), (white, _) = grey.astype(int)
     assert red[0] > red[2] + 50 and blue[2] > blue[0] + 50 and white.min() > 240

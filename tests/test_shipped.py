@@ -8,19 +8,19 @@ from safetensors import safe_open
 
 from convlens.inference.bundle import load_bundle
 from convlens.inference.classifier import Classifier
-from convlens.inference.store import shipped_models
+from convlens.inference.store import bundled_models
 from convlens.runs.evaluate import evaluate_run
 
 NAMES = ["cifar10", "digits", "fashion-mnist", "mnist"]
 
 
 def test_there_are_four() -> None:
-    assert list(shipped_models()) == NAMES
+    assert list(bundled_models()) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_small_and_says_what_it_is(name: str) -> None:
-    folder = shipped_models()[name]
+    folder = bundled_models()[name]
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 2_000_000
     files = ["README.md", "config.json", "graph.onnx", "model.safetensors", "trust.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == files

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import convlens
-from convlens.distributed.sync_batchnorm import BatchNormTogether
+from convlens.distributed.sync_batchnorm import SyncBatchNorm
 from convlens.errors import ConvlensError, UsageError
 from convlens.models import MODELS, ConvNet, create_model
 from convlens.runs.experiment import Experiment
 from convlens.runs.run import Run
 from convlens.training.loop import fit
-from convlens.training.pretrained import Start, adopt_weights
+from convlens.training.pretrained import PretrainedWeights, load_matching_weights
 from convlens.training.recipe import Recipe
 
 QUICK: dict[str, Any] = {"threads": 1, "device": "cpu", "precision": "fp32"}
@@ -209,12 +209,12 @@ def test_what_is_frozen_must_have_been_trained() -> None:
     net = create_model("small", channels=3, height=8, width=8, classes=4, filters=4)
     assert isinstance(net, ConvNet)
     weights = {key: value + 1 for key, value in tensors_of(net).items() if "stem.0" not in key}
-    start = Start("--pretrained", "some.safetensors", weights)
+    start = PretrainedWeights("--pretrained", "some.safetensors", weights)
     with pytest.raises(
         UsageError, match="^--frozen 2: 1 of the tensors .* some.safetensors, such as body.stem.0.weight$"
     ):
-        adopt_weights(net, start, frozen=2)
-    adopt_weights(net, start)
+        load_matching_weights(net, start, frozen=2)
+    load_matching_weights(net, start)
     assert torch.equal(net.state_dict()["body.conv1.0.weight"], weights["body.conv1.0.weight"])
 
 
@@ -224,7 +224,7 @@ def test_a_batchnorm_of_its_own_kind_is_not_measured_together() -> None:
             return super().forward(x).relu()
 
     with pytest.raises(UsageError, match="^--sync-batchnorm cannot measure WithReLU"):
-        BatchNormTogether(nn.Sequential(WithReLU(3)))
+        SyncBatchNorm(nn.Sequential(WithReLU(3)))
 
 
 # the extra

@@ -26,8 +26,8 @@ from optuna.trial import TrialState
 import convlens
 from convlens.cli.sweep import confirm_best
 from convlens.data.loading import load_dataset
-from convlens.errors import ConvlensError, Interrupted, UsageError
-from convlens.evaluation.significance import PairedSeeds
+from convlens.errors import ConvlensError, TrainingInterruptedError, UsageError
+from convlens.evaluation.significance import SeedComparison
 from convlens.sweep import confirm, study, worker
 from convlens.sweep.results import pick_best, recipe_file, trial_rows, write_outcome
 from convlens.sweep.space import Choice, Range, parse_space, read_space, space_texts
@@ -66,7 +66,7 @@ def toy() -> str:
 
 
 def run_all(sweep: Sweep) -> list[dict[str, Any]]:
-    worker.work(sweep, threads=1)
+    worker.run_worker(sweep, threads=1)
     return trial_rows(sweep)
 
 
@@ -276,8 +276,8 @@ def test_the_same_seed_gives_the_same_trials_however_often_it_is_interrupted(toy
     run_all(parts)
     parts = Sweep.resume(parts.folder, trials=12)
     epochs = iter(range(100))
-    with pytest.raises(Interrupted):  # in the middle of a trial
-        worker.work(parts, threads=1, should_stop=lambda: next(epochs) > 15)
+    with pytest.raises(TrainingInterruptedError):  # in the middle of a trial
+        worker.run_worker(parts, threads=1, should_stop=lambda: next(epochs) > 15)
     assert [row["state"] for row in trial_rows(parts)].count("interrupted") == 1
     assert values_of(run_all(Sweep.resume(parts.folder))) == values_of(whole)
     assert len(values_of(whole)) == 12
@@ -411,7 +411,7 @@ def test_another_machine_is_taken_for_dead_when_it_is_silent_for_long(
     toy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = Sweep.create(toy, params=LR, trials=3, **QUICK)
-    crew, asked = worker.Crew(sweep.study), sweep.study.ask({"lr": sweep.space["lr"].distribution()})
+    crew, asked = worker.TrialTracker(sweep.study), sweep.study.ask({"lr": sweep.space["lr"].distribution()})
     asked.set_user_attr("worker", "another-machine 1 2 3 4")
     assert len(crew.running()) == 1
     clock = time.monotonic()
@@ -428,10 +428,10 @@ def test_another_machine_is_taken_for_dead_when_it_is_silent_for_long(
 
 def test_a_trial_that_kills_its_processes_is_given_up(toy: str) -> None:
     sweep = Sweep.create(toy, params=LR, trials=2, **QUICK)
-    for deaths in range(worker.MOST_DEATHS):
+    for deaths in range(worker.MAX_RETRIES):
         trial = sweep.study.ask({"lr": sweep.space["lr"].distribution()})
         assert trial.user_attrs.get("deaths", 0) == deaths
-        worker.put_back(sweep.study, trial, "its process is gone", deaths + 1)
+        worker.requeue(sweep.study, trial, "its process is gone", deaths + 1)
     rows = run_all(sweep)
     assert [row["state"] for row in rows] == ["interrupted", "interrupted", "failed", "complete"]
     assert sweep.study.get_trials()[-1].state is TrialState.COMPLETE
@@ -442,7 +442,7 @@ def test_two_processes_share_the_work(toy: str) -> None:
     sweep = Sweep.create(toy, params=LR, trials=6, **{**QUICK, "epochs": 10})
     command = [sys.executable, "-m", "convlens.sweep.worker", str(sweep.folder), "1"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as helper:
-        while not worker.Crew(sweep.study).running():
+        while not worker.TrialTracker(sweep.study).running():
             assert helper.poll() is None, helper.stderr and helper.stderr.read()
             time.sleep(0.01)
         rows = run_all(sweep)
@@ -479,31 +479,31 @@ def test_the_best_is_confirmed_on_fresh_seeds_and_no_claim_without(toy: str, no_
 def test_a_verdict_takes_seeds_and_images_into_account() -> None:
     random = np.random.default_rng(0)
     worse, better = random.random((3, 2000)) < 0.90, random.random((3, 2000)) < 0.99
-    pair = PairedSeeds(worse, better)
+    pair = SeedComparison(worse, better)
     low, high = pair.interval
     assert 0 < low < pair.difference < high
     assert pair.verdict("a", "b").startswith("b is better than a: +")
-    assert PairedSeeds(better, worse).verdict("b", "a") == pair.verdict("a", "b")
-    alike = PairedSeeds(worse, random.random((3, 2000)) < 0.90).verdict("a", "b")
+    assert SeedComparison(better, worse).verdict("b", "a") == pair.verdict("a", "b")
+    alike = SeedComparison(worse, random.random((3, 2000)) < 0.90).verdict("a", "b")
     assert alike.startswith("may be chance: b against a ") and "3 fresh seeds each, 2,000 test images" in alike
     # one seed that fails makes the mean uncertain, however many images agree
     lucky = better.copy()
     lucky[0] = worse[0]
     lucky[1] = worse[1]
-    assert PairedSeeds(worse, lucky).verdict("a", "b").startswith("may be chance")
+    assert SeedComparison(worse, lucky).verdict("a", "b").startswith("may be chance")
 
 
 def test_ctrl_c_writes_what_there_is(
     toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from convlens.cli import main
-    from convlens.cli.sweep import Teller
+    from convlens.cli.sweep import TrialReporter
 
-    def tell(self: Teller) -> None:
+    def tell(self: TrialReporter) -> None:
         if len(self._rows(self._sweep)) == 2:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Teller, "tell", tell)
+    monkeypatch.setattr(TrialReporter, "tell", tell)
     monkeypatch.setattr(sys, "argv", ["convlens", "sweep", toy, *FLAGS, "--param", LR[0], "--trials", "4"])
     with pytest.raises(SystemExit) as leaving:
         main.main()
@@ -519,7 +519,7 @@ def test_ctrl_c_writes_what_there_is(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_however_it_ends_nothing_is_lost(kind: signal.Signals, toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "NAMELESS", 1.0)  # it may be killed before its trial has its name
+    monkeypatch.setattr(worker, "REGISTRATION_GRACE_SECONDS", 1.0)  # it may be killed before its trial has its name
     command = [
         sys.executable,
         "-m",
@@ -575,19 +575,19 @@ def test_a_helper_that_dies_is_named_once(toy: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(worker.sys, "executable", "false")
     said: list[str] = []
     with worker.helpers(sweep, 1, 1, said.append) as look:
-        worker.work(sweep, threads=1, between=look)
+        worker.run_worker(sweep, threads=1, between=look)
     assert said == ["a helper process has died (exit code 1); the sweep goes on without it"]
     assert len(trial_rows(sweep)) == 2
 
 
 def test_one_process_confirms_until_it_is_silent_for_long(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = Sweep.create(toy, params=LR, trials=1, **QUICK)
-    claim = confirm.Claim(sweep)
+    claim = confirm.Lease(sweep)
     assert claim.take() is None and claim.take() is None  # its own
     claim.release()
     now = time.time()
     sweep.study.set_user_attr("confirming", {"process": "another-machine 1 2 3 4", "alive": now})
-    other = confirm.Claim(sweep)
+    other = confirm.Lease(sweep)
     assert other.take() == "another-machine 1 2 3 4"
     monkeypatch.setattr(confirm.time, "time", lambda: now + 1.1 * worker.GRACE)
     assert other.take() is None
@@ -595,7 +595,7 @@ def test_one_process_confirms_until_it_is_silent_for_long(toy: str, monkeypatch:
 
 
 def test_torchrun_is_refused(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convlens.distributed.process_group.join", lambda: SimpleNamespace(size=2))
+    monkeypatch.setattr("convlens.distributed.process_group.init_world", lambda: SimpleNamespace(size=2))
     with pytest.raises(UsageError, match="^a sweep cannot be shared by several processes: start it without torchrun$"):
         Sweep.create(toy, params=LR, **QUICK)
     assert not Path("runs").exists()
@@ -718,8 +718,8 @@ def test_what_a_batch_costs_is_measured_without_a_test_image(monkeypatch: pytest
 
 def test_a_net_without_an_option_is_searched_beside_one_with_it(toy: str) -> None:
     sweep = Sweep.create(toy, "digits", params=["model=small,fashion-2conv", "filters=4,8"], trials=1)
-    assert worker.settle(sweep, {"model": "small", "filters": 4}).filters == 4
-    assert worker.settle(sweep, {"model": "fashion-2conv", "filters": 4}).filters is None
+    assert worker.resolve(sweep, {"model": "small", "filters": 4}).filters == 4
+    assert worker.resolve(sweep, {"model": "fashion-2conv", "filters": 4}).filters is None
 
 
 def test_tune_takes_another_net(

@@ -14,12 +14,12 @@ from test_onnx import run
 import convlens
 from convlens.data.loader import count_batches
 from convlens.explain.snapshots import list_snapshots, load_snapshot
-from convlens.explain.timelapse import look_back
+from convlens.explain.timelapse import replay
 from convlens.models import create_model
 from convlens.reports.timelapse import draw_moment, tell_epoch
 from convlens.runs.experiment import Experiment
 from convlens.runs.run import Run
-from convlens.training.loop import is_milestone
+from convlens.training.loop import is_snapshot_step
 
 FAST = {"epochs": 3, "batch_size": 100, "device": "cpu", "threads": 1}
 
@@ -31,7 +31,7 @@ def remembered(tmp_path: Path) -> Run:
 
 
 def test_what_is_kept() -> None:
-    kept = [step for step in range(1, 41) if is_milestone(step, 12, 40)]
+    kept = [step for step in range(1, 41) if is_snapshot_step(step, 12, 40)]
     assert kept == [1, 2, 4, 8, 12, 24, 36, 40]
 
 
@@ -68,7 +68,7 @@ def test_moments(remembered: Run) -> None:
     held_out = dataset.with_validation(remembered.config["recipe"]["validation"], 0).validation
     assert held_out is not None
     pixels = held_out.images[0].numpy()
-    moments = look_back(remembered.classifier, remembered.folder, pixels, held_out)
+    moments = replay(remembered.classifier, remembered.folder, pixels, held_out)
     assert [round(m.epoch, 3) for m in moments][-3:] == [1, 2, 3] and moments[0].epoch == 0
     assert moments[0].accuracy < 0.5 < moments[-1].accuracy
     assert moments[-1].accuracy == pytest.approx(remembered.metrics[-1]["val_acc"], abs=1e-6)
@@ -140,7 +140,7 @@ def test_epochs_are_told_in_few_digits() -> None:
 
 def test_a_class_may_have_any_name(remembered: Run) -> None:
     picture = convlens.load_dataset("digits").test.images[0].numpy()
-    moment = look_back(remembered.classifier, remembered.folder, picture, convlens.load_dataset("digits").test)[-1]
+    moment = replay(remembered.classifier, remembered.folder, picture, convlens.load_dataset("digits").test)[-1]
     about = {"images": "images", "picture": "one", "classes": [r"$\x$", "a_b", "\udcff", *"3456789"]}
     assert draw_moment(moment, picture, about, 1.0, np.arange(10)).size == (864, 360)
 

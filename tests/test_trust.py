@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 import convlens
 from convlens.data.loading import load_dataset
 from convlens.errors import ConvlensError, UsageError
-from convlens.evaluation.conformal import LEVELS
+from convlens.evaluation.conformal import COVERAGE_LEVELS
 from convlens.evaluation.metrics import wilson_interval
-from convlens.evaluation.ood import FeatureSpace, auroc, false_positive_rate, fit_threshold
-from convlens.evaluation.uncertainty import Trust
+from convlens.evaluation.ood import MahalanobisModel, auroc, false_positive_rate, fit_threshold
+from convlens.evaluation.uncertainty import UncertaintyModel
 from convlens.inference.bundle import load_bundle
 from convlens.inference.classifier import Classifier
 from convlens.reports.plots import draw_reliability
@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_distances_are_mahalanobis() -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(5000, 3, generator=g) * torch.tensor([1.0, 10.0, 0.1])
-    space = FeatureSpace.fit(x, torch.zeros(5000, dtype=torch.int64), 1)
+    space = MahalanobisModel.fit(x, torch.zeros(5000, dtype=torch.int64), 1)
     # one standard deviation away along each axis
     away = space.means[0] + torch.diag(torch.tensor([1.0, 10.0, 0.1]))
     variance = torch.tensor([1.0, 100.0, 0.01])
@@ -57,7 +57,7 @@ def test_scores_of_knowns_and_unknowns() -> None:
 
 
 def test_a_feature_that_never_varies_does_no_harm() -> None:
-    space = FeatureSpace.fit(torch.zeros(10, 4), torch.arange(10) % 2, 2)
+    space = MahalanobisModel.fit(torch.zeros(10, 4), torch.arange(10) % 2, 2)
     assert bool(space.distances(torch.ones(3, 4)).isfinite().all())
 
 
@@ -168,8 +168,8 @@ def test_bounds_that_are_not_finite_survive_json(run: Run) -> None:
     own = run.classifier.trust
     assert own is not None
     endless = dataclasses.replace(own, bounds=(*own.bounds[:-1], float("inf")))
-    again = Trust.from_json(json.loads(json.dumps(endless.to_json())), endless.tensors())
-    assert again.bounds == endless.bounds and len(again.bounds) == len(LEVELS)
+    again = UncertaintyModel.from_json(json.loads(json.dumps(endless.to_json())), endless.tensors())
+    assert again.bounds == endless.bounds and len(again.bounds) == len(COVERAGE_LEVELS)
 
 
 @pytest.mark.data

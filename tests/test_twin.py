@@ -16,16 +16,16 @@ from test_bundle import make_bundle
 from test_onnx import NETS, SHAPES, run, with_trust
 
 import convlens
-from convlens.data.images import PictureStyle
+from convlens.data.images import InputStyle
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError
-from convlens.export.html import make_page, pack
+from convlens.export.html import pack, render_playground
 from convlens.export.load import load_onnx
 from convlens.inference.bundle import Bundle
 from convlens.inference.classifier import Classifier
-from convlens.inference.store import shipped_models
+from convlens.inference.store import bundled_models
 from convlens.runs.run import Run
-from convlens.web.render import read_part
+from convlens.web.render import read_static
 
 
 def save_page(page: str, folder: Path) -> str:
@@ -50,7 +50,7 @@ def made(name: str, **options: Any) -> Bundle:
 
 def page_of(bundle: Bundle, folder: Path) -> str:
     bundle.save(folder / "net")
-    return make_page(load_onnx(folder / "net"))
+    return render_playground(load_onnx(folder / "net"))
 
 
 @pytest.mark.parametrize(("name", "count"), [("fashion-2conv", 4), ("residual", 11)])
@@ -74,9 +74,9 @@ def test_every_net_answers_alike(name: str, tmp_path: Path) -> None:
 
 
 @in_browser
-@pytest.mark.parametrize("name", sorted(shipped_models()))
+@pytest.mark.parametrize("name", sorted(bundled_models()))
 def test_the_shipped_nets_do(name: str, tmp_path: Path) -> None:
-    page = make_page(load_onnx(name))
+    page = render_playground(load_onnx(name))
     assert len(page.encode()) < 1_500_000
     drift, good = proof_of(page, tmp_path)
     assert drift < 3e-4 and good
@@ -118,10 +118,10 @@ def pictures() -> dict[str, Image.Image]:
 @in_browser
 def test_pictures_are_adapted_as_in_python(tmp_path: Path) -> None:
     styles = {
-        "photo": Preprocess(3, 28, 28, (0.5,) * 3, (0.5,) * 3, PictureStyle()),
-        "wide grey photo": Preprocess(1, 12, 30, (0.5,), (0.5,), PictureStyle()),
-        "ink by mass": Preprocess(1, 28, 28, (0.5,), (0.5,), PictureStyle(20, True)),
-        "ink by box": Preprocess(1, 28, 28, (0.5,), (0.5,), PictureStyle(28, False)),
+        "photo": Preprocess(3, 28, 28, (0.5,) * 3, (0.5,) * 3, InputStyle()),
+        "wide grey photo": Preprocess(1, 12, 30, (0.5,), (0.5,), InputStyle()),
+        "ink by mass": Preprocess(1, 28, 28, (0.5,), (0.5,), InputStyle(20, True)),
+        "ink by box": Preprocess(1, 28, 28, (0.5,), (0.5,), InputStyle(28, False)),
     }
     cases = [(style, name) for style in styles for name in pictures()]
     given = []
@@ -129,7 +129,7 @@ def test_pictures_are_adapted_as_in_python(tmp_path: Path) -> None:
         image = pictures()[name].convert("RGBA")
         data = {"width": image.width, "height": image.height, "data": list(image.tobytes())}
         given.append({"image": data, "shape": styles[style].to_json()})
-    page = f"""<script>{read_part("picture.js")}
+    page = f"""<script>{read_static("picture.js")}
 const given = {json.dumps(given)};
 </script>"""
     with browse(tmp_path) as tab:
@@ -144,7 +144,7 @@ const given = {json.dumps(given)};
 
 @in_browser
 def test_what_is_on_the_page(tmp_path: Path) -> None:
-    page = make_page(load_onnx("mnist"), [("7", np.zeros((1, 28, 28), np.uint8))])
+    page = render_playground(load_onnx("mnist"), [("7", np.zeros((1, 28, 28), np.uint8))])
     with browse(tmp_path) as tab:
         tab.open(save_page(page, tmp_path))
         assert answer(tab) == "7. It is sure."  # it begins with a seven
@@ -176,7 +176,7 @@ def test_what_hands_do(tmp_path: Path) -> None:
     file = seven(tmp_path)
     camera = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
     with browse(tmp_path, 1200, 900, *camera) as tab:
-        tab.open(save_page(make_page(load_onnx("mnist")), tmp_path))
+        tab.open(save_page(render_playground(load_onnx("mnist")), tmp_path))
         blank = "I do not know this."
         assert answer(tab) == "7. It is sure."
         x, y, width, height = tab.run(
@@ -241,7 +241,7 @@ def test_what_hands_do(tmp_path: Path) -> None:
 @in_browser
 def test_without_a_camera_it_says_so(tmp_path: Path) -> None:
     with browse(tmp_path) as tab:
-        tab.open(save_page(make_page(load_onnx("mnist")), tmp_path))
+        tab.open(save_page(render_playground(load_onnx("mnist")), tmp_path))
         tab.run("at('camera').click()")
         tab.wait("at('hint').textContent === 'The camera cannot be used here.'")
 

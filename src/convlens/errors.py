@@ -29,10 +29,10 @@ class UsageError(ConvlensError):
     exit_code = 2
 
 
-class UnknownName(UsageError):
+class UnknownNameError(UsageError):
     """A name that is not registered; the message offers the nearest one. Exit code 2.
 
-    >>> str(UnknownName("model", "smal", ["small", "tiny"]))
+    >>> str(UnknownNameError("model", "smal", ["small", "tiny"]))
     "unknown model 'smal'; did you mean 'small'?"
     """
 
@@ -43,19 +43,19 @@ class UnknownName(UsageError):
         super().__init__(f"unknown {kind} {name!r}; {hint}")
 
 
-class Diverged(ConvlensError):
+class DivergenceError(ConvlensError):
     """Training came to a loss, a gradient or a statistic that is not a number. Exit code 3."""
 
     exit_code = 3
 
 
-class Interrupted(ConvlensError):
+class TrainingInterruptedError(ConvlensError):
     """Ctrl-C: the training was saved and stopped. Exit code 130, as shells expect."""
 
     exit_code = 130
 
 
-class PeerGone(ConvlensError):
+class WorkerLostError(ConvlensError):
     """Another process of the same training has died, and has said why. Exit code 75: try again (sysexits)."""
 
     exit_code = 75

@@ -11,11 +11,11 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from convlens.data.dataset import Dataset, Numbers, Split
-from convlens.data.images import PictureStyle
+from convlens.data.dataset import Dataset, IndexIds, Split
+from convlens.data.images import InputStyle
 from convlens.data.preprocess import Preprocess
 from convlens.evaluation.inference import compute_logits
-from convlens.training.build import describe_net, make_net
+from convlens.training.build import make_model, model_config
 from convlens.training.loop import fit
 from convlens.training.recipe import Recipe
 
@@ -87,7 +87,7 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         values = np.asarray(X, dtype=np.float64)
         self.low_, self.high_ = float(values.min()), float(values.max())
         images = self._to_pixels(values)
-        self.preprocess_ = Preprocess.measure(images, PictureStyle())
+        self.preprocess_ = Preprocess.measure(images, InputStyle())
         recipe = Recipe(
             model=self.model,
             filters=self.filters,
@@ -104,7 +104,7 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             device="cpu",
             precision="fp32",
         )
-        train = Split(images, torch.from_numpy(numbers.astype(np.int64)), Numbers(len(images)))
+        train = Split(images, torch.from_numpy(numbers.astype(np.int64)), IndexIds(len(images)))
         dataset = Dataset(
             name="arrays",
             source=None,
@@ -112,12 +112,12 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             train=train,
             test=train.take(torch.arange(0)),  # scikit-learn does the testing
             validation=None,
-            style=PictureStyle(),
+            style=InputStyle(),
             note="",
         )
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
             torch.manual_seed(recipe.seed)
-            net = make_net(describe_net(recipe, dataset), dataset, self.preprocess_)
+            net = make_model(model_config(recipe, dataset), dataset, self.preprocess_)
             for _ in fit(net, dataset, recipe, preprocess=self.preprocess_):
                 pass
         self.net_ = net

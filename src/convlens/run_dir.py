@@ -21,7 +21,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
-class RunFolder:
+class RunDir:
     """One run's folder: ``runs/mnist-1`` and the names of what lies in it."""
 
     def __init__(self, path: str | Path):
@@ -43,7 +43,7 @@ class RunFolder:
         self.report = self.path / "report.html"
 
     @classmethod
-    def create(cls, out: str | Path | None, data_name: str, parent: str | Path = "runs") -> RunFolder:
+    def create(cls, out: str | Path | None, data_name: str, parent: str | Path = "runs") -> RunDir:
         """Make a new folder: ``out``, or the next free ``runs/<data>-<n>``; an existing one is never reused."""
         if out is not None:
             cls.refuse_existing(out)
@@ -80,7 +80,7 @@ class RunFolder:
     def refuse_existing(out: str | Path) -> None:
         """Raise UsageError if there is something called ``out`` already."""
         if os.path.lexists(out):
-            is_run = (Path(out) / "config.json").is_file() or RunFolder.is_series(out)
+            is_run = (Path(out) / "config.json").is_file() or RunDir.is_series(out)
             more = f", or continue it with --resume {quoted(out)}" if is_run else ""
             raise UsageError(f"{out} exists already; choose another --out{more}")
 
@@ -92,11 +92,11 @@ class RunFolder:
     @staticmethod
     def refuse_series(path: str | Path) -> None:
         """Raise UsageError if ``path`` is a series of runs, where one run is asked for."""
-        if RunFolder.is_series(path):
+        if RunDir.is_series(path):
             raise UsageError(f"{path} is a series of runs: name one of them, a folder in it")
 
     @classmethod
-    def open(cls, path: str | Path) -> RunFolder:
+    def open(cls, path: str | Path) -> RunDir:
         """Open an existing run; UsageError if ``path`` is not one."""
         run = cls(path)
         if not run.path.is_dir():
@@ -139,7 +139,7 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def atomic_dir(folder: Path) -> Iterator[Path]:
     """Give a folder to fill, which becomes ``folder`` when the block ends well: it appears whole or not at all."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -10,35 +10,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convlens.audit.duplicates import describe_images, find_copies, find_near_copies
-from convlens.data.cross_validation import deal_out, merge
+from convlens.audit.duplicates import describe_images, find_exact_duplicates, find_near_duplicates
+from convlens.data.cross_validation import assign_folds, merge
 from convlens.data.dataset import Dataset, Split
 from convlens.data.loading import refuse_inside_data
 from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
 from convlens.evaluation.inference import compute_logits
-from convlens.reports.image_grid import images_sheet
-from convlens.run_dir import new_folder
-from convlens.system.device import choose_device, use_threads
-from convlens.system.files import write_json, write_names
-from convlens.system.random import callers_state_kept, derive_seed, seed_global
-from convlens.training.build import describe_net, make_net
+from convlens.reports.image_grid import image_grid
+from convlens.run_dir import atomic_dir
+from convlens.system.device import select_device, set_num_threads
+from convlens.system.files import write_json, write_name_list
+from convlens.system.random import derive_seed, preserve_rng_state, seed_everything
+from convlens.training.build import make_model, model_config
 from convlens.training.loop import fit
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import default_recipe, get_recipe
 
 FOLDS = 3
 
-LEAD = 0.7  # the paper asks for a probability, not a lead, of the whole: 76% of wrong labels planted in MNIST, not 97%
+LABEL_ISSUE_MARGIN = (
+    0.7  # the paper asks for a probability, not a lead, of the whole: 76% of wrong labels planted in MNIST, not 97%
+)
 
-FEW = 10  # a class with fewer training images than this is too small
+MIN_CLASS_SIZE = 10  # a class with fewer training images than this is too small
 
 # quicker recipes than the default ones: labels are judged by an ensemble of folds, not by the last tenth of a point
-EXAMINERS = {"mnist": ("mnist-995", 4), "fashion-mnist": ("fashion-92", 4), "cifar10": ("cifar10-small", 5)}
+AUDIT_RECIPES = {"mnist": ("mnist-995", 4), "fashion-mnist": ("fashion-92", 4), "cifar10": ("cifar10-small", 5)}
 
 
 @dataclass(frozen=True)
-class Suspect:
+class LabelIssue:
     """An image whose label is likely wrong."""
 
     image: str  # split/id
@@ -48,7 +50,7 @@ class Suspect:
 
 
 @dataclass
-class Findings:
+class AuditReport:
     """What the doctor found. Images are named ``split/id``; a folder's by their path."""
 
     data: str
@@ -60,7 +62,7 @@ class Findings:
     copies: list[list[str]] = field(default_factory=list)  # groups that are equal pixel by pixel
     near_copies: list[list[str]] = field(default_factory=list)  # groups that are nearly equal
     leaks: int = 0  # groups of either kind that lie in more than one split
-    suspects: list[Suspect] = field(default_factory=list)  # the likeliest first
+    suspects: list[LabelIssue] = field(default_factory=list)  # the likeliest first
     not_judged: str = ""  # why labels were not judged, if they were not
     shift: float = 0.5  # AUROC of telling train from test; 0.5: they cannot be told apart
 
@@ -85,37 +87,39 @@ class Findings:
         return {image: why for image, why in reasons.items() if not image.startswith("test/")}
 
 
-def examine(dataset: Dataset, recipe: Recipe | None = None, *, labels: bool = True) -> Findings:
+def audit(dataset: Dataset, recipe: Recipe | None = None, *, labels: bool = True) -> AuditReport:
     """Look at every image of ``dataset``, and at its labels unless that is switched off; nothing is changed.
 
     Labels are judged by nets of ``recipe`` (by default a quick one for the data) that were trained without the image.
     """
     everything, splits = merge(dataset)
     names = [name_image(split, image) for split, image in zip(splits, everything.ids, strict=True)]
-    findings = Findings(dataset.name, len(everything), list(dataset.unreadable))
+    findings = AuditReport(dataset.name, len(everything), list(dataset.unreadable))
     flat = everything.images.flatten(1)
     plain = (flat.amax(dim=1) == flat.amin(dim=1)).nonzero().squeeze(1)
     findings.one_colour = [names[row] for row in plain.tolist()]
     counts = torch.bincount(dataset.train.labels, minlength=len(dataset.classes)).tolist()
     findings.imbalance = max(counts) / max(min(counts), 1)
-    findings.small_classes = {label: count for label, count in zip(dataset.classes, counts, strict=True) if count < FEW}
+    findings.small_classes = {
+        label: count for label, count in zip(dataset.classes, counts, strict=True) if count < MIN_CLASS_SIZE
+    }
 
-    copies = find_copies(everything.images)
+    copies = find_exact_duplicates(everything.images)
     # of exact copies one stands for all, a test image if there is one
     stands = {row: next((r for r in group if splits[r] == "test"), group[0]) for group in copies for row in group}
     unique = torch.tensor([row for row in range(len(everything)) if stands.get(row, row) == row])
     descriptors, tints = describe_images(everything.images, unique)
-    near = [[int(unique[i]) for i in group] for group in find_near_copies(descriptors, tints)]
+    near = [[int(unique[i]) for i in group] for group in find_near_duplicates(descriptors, tints)]
     for groups, found in ((copies, findings.copies), (near, findings.near_copies)):
         for group in groups:
             found.append([names[row] for row in group])
             findings.leaks += len({splits[row] for row in group}) > 1
-    findings.shift = tell_apart(descriptors, [splits[int(row)] == "test" for row in unique])
+    findings.shift = train_test_drift_auroc(descriptors, [splits[int(row)] == "test" for row in unique])
     rarest = int(torch.bincount(everything.labels, minlength=len(dataset.classes)).min())
     if rarest < FOLDS:
         findings.not_judged = f"a class has {rarest} images, and labels are judged in {FOLDS} folds"
     elif labels:
-        findings.suspects = find_wrong_labels(dataset, everything, names, recipe)
+        findings.suspects = find_label_issues(dataset, everything, names, recipe)
     return findings
 
 
@@ -124,7 +128,7 @@ def name_image(split: str, image: str) -> str:
     return image if image.startswith(f"{split}/") else f"{split}/{image}"
 
 
-def tell_apart(descriptors: Tensor, is_test: list[bool], most: int = 2000) -> float:
+def train_test_drift_auroc(descriptors: Tensor, is_test: list[bool], most: int = 2000) -> float:
     """Return how well test images can be told from others by descriptors (N, H, W): AUROC, 0.5 (not at all) to 1.
 
     A logistic regression, judged on images that it was not fitted on.
@@ -148,55 +152,55 @@ def tell_apart(descriptors: Tensor, is_test: list[bool], most: int = 2000) -> fl
     return max(float(roc_auc_score(y, scores)), 0.5)
 
 
-def examiner(dataset: Dataset) -> Recipe:
+def default_audit_recipe(dataset: Dataset) -> Recipe:
     """Return the recipe of the nets that judge labels."""
     known = dataset.source or dataset.name
-    if known in EXAMINERS:
-        name, epochs = EXAMINERS[known]
+    if known in AUDIT_RECIPES:
+        name, epochs = AUDIT_RECIPES[known]
         return get_recipe(name).override(epochs=epochs)
     return default_recipe(known)
 
 
-def find_wrong_labels(
+def find_label_issues(
     dataset: Dataset, everything: Split, names: list[str], recipe: Recipe | None = None
-) -> list[Suspect]:
+) -> list[LabelIssue]:
     """Return the images whose labels are likely wrong, the likeliest first: confident learning.
 
     After Northcutt, Jiang, Chuang 2021: an image is suspected if nets that were trained without it put another class so
     far before its own: by ``LEAD`` of what they give, on average, to images that are labelled as that class.
     """
-    own, top, likely = predict_unseen(dataset, everything, (recipe or examiner(dataset)))
+    own, top, likely = out_of_fold_logits(dataset, everything, (recipe or default_audit_recipe(dataset)))
     labels = everything.labels
     usual = torch.bincount(labels, own.double()) / torch.bincount(labels)  # (K,)
     doubt = top - own
-    rows = ((likely != labels) & (doubt >= LEAD * usual[likely])).nonzero().squeeze(1)
+    rows = ((likely != labels) & (doubt >= LABEL_ISSUE_MARGIN * usual[likely])).nonzero().squeeze(1)
     rows = rows[doubt[rows].argsort(descending=True)]
     classes = dataset.classes
     return [
-        Suspect(names[row], classes[int(labels[row])], classes[int(likely[row])], round(float(doubt[row]), 4))
+        LabelIssue(names[row], classes[int(labels[row])], classes[int(likely[row])], round(float(doubt[row]), 4))
         for row in rows.tolist()
     ]
 
 
-def predict_unseen(dataset: Dataset, everything: Split, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
+def out_of_fold_logits(dataset: Dataset, everything: Split, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
     """Return the probability of the image's label, the highest one and its class, (N,) each.
 
     Each image is judged by a model that was trained without its fold.
     """
     recipe = recipe.override(validation=0.0, select="last", patience=0, watch_test=False)
-    fold = deal_out(everything.labels, dataset.classes, FOLDS)
-    device = choose_device(recipe.device)
+    fold = assign_folds(everything.labels, dataset.classes, FOLDS)
+    device = select_device(recipe.device)
     own, top = torch.zeros(2, len(everything))
     likely = torch.zeros(len(everything), dtype=torch.int64)
-    with callers_state_kept():
-        use_threads(recipe.threads)
+    with preserve_rng_state():
+        set_num_threads(recipe.threads)
         for number in range(FOLDS):
             unseen = (fold == number).nonzero().squeeze(1)
             train = everything.take((fold != number).nonzero().squeeze(1))
             part = dataclasses.replace(dataset, train=train, test=train.take(torch.arange(0)), validation=None)
             preprocess = Preprocess.measure(train.images, dataset.style)
-            seed_global(derive_seed(recipe.seed, number), device)
-            net = make_net(describe_net(recipe, part), part, preprocess)
+            seed_everything(derive_seed(recipe.seed, number), device)
+            net = make_model(model_config(recipe, part), part, preprocess)
             for _ in fit(net, part, recipe, preprocess=preprocess, show_progress=True):
                 pass
             logits = compute_logits(net, everything.images[unseen], preprocess.normaliser())
@@ -206,31 +210,31 @@ def predict_unseen(dataset: Dataset, everything: Split, recipe: Recipe) -> tuple
     return own, top, likely
 
 
-def check_new(path: Path, data: Any, flag: str) -> None:
+def require_new_outputs(path: Path, data: Any, flag: str) -> None:
     """Raise UsageError if ``path``, given with ``flag``, exists already or lies in the folder of the data."""
     if path.exists():
         raise UsageError(f"{path} exists already; choose another name for {flag}")
     refuse_inside_data(path, data, flag)
 
 
-def write_findings(findings: Findings, dataset: Dataset, to: Path) -> None:
+def write_report(findings: AuditReport, dataset: Dataset, to: Path) -> None:
     """Write ``doctor.json`` and contact sheets of suspects and copies into a new folder; UsageError if it exists."""
-    check_new(to, dataset, "--to")
+    require_new_outputs(to, dataset, "--to")
     everything, splits = merge(dataset)
     row = {name_image(split, image): i for i, (split, image) in enumerate(zip(splits, everything.ids, strict=True))}
-    with new_folder(to) as new:
+    with atomic_dir(to) as new:
         if findings.suspects:
             suspects = findings.suspects[:100]
             images = everything.images[[row[suspect.image] for suspect in suspects]]
             captions = [f"{suspect.label}? {suspect.likely}\n{short(suspect.image)}" for suspect in suspects]
-            images_sheet(images, captions, "Likely wrong labels: label? what it looks like").save(new / "labels.png")
+            image_grid(images, captions, "Likely wrong labels: label? what it looks like").save(new / "labels.png")
         groups = [*findings.copies, *findings.near_copies]
         if groups:
             groups.sort(key=lambda group: -len({splits[row[name]] for name in group}))  # leaks first
             shown = [(number, name) for number, group in enumerate(groups[:40], start=1) for name in group[:4]]
             images = everything.images[[row[name] for _, name in shown]]
             captions = [f"{number}\n{short(name)}" for number, name in shown]
-            images_sheet(images, captions, "Copies, by the number of their group; leaks first").save(new / "copies.png")
+            image_grid(images, captions, "Copies, by the number of their group; leaks first").save(new / "copies.png")
         write_json(new / "doctor.json", findings.to_json())
 
 
@@ -239,9 +243,9 @@ def short(name: str) -> str:
     return name if len(name) <= 12 else "…" + name[-11:]
 
 
-def write_list(findings: Findings, dataset: Dataset, file: Path) -> int:
+def write_exclude_file(findings: AuditReport, dataset: Dataset, file: Path) -> int:
     """Write what had better not be trained on, a name and a reason a line; return how many. UsageError if it exists."""
-    check_new(file, dataset, "--list")
+    require_new_outputs(file, dataset, "--list")
     reasons = findings.to_remove()
-    write_names(file, reasons)
+    write_name_list(file, reasons)
     return len(reasons)

@@ -15,7 +15,7 @@ SIDE = 64  # larger images are compared at this size
 
 DIMENSIONS = 128
 
-ALIKE = 0.985  # correlation of two images that counts as a copy
+MIN_SIMILARITY = 0.985  # correlation of two images that counts as a copy
 
 SAME_TINT = 16  # levels by which the mean of a channel may differ, brightness apart
 
@@ -25,7 +25,7 @@ MOVES = ((0, 0), (0, 1), (1, -1), (1, 0), (1, 1))
 BLOCK = 2048
 
 
-def find_copies(images: Tensor) -> list[list[int]]:
+def find_exact_duplicates(images: Tensor) -> list[list[int]]:
     """Return groups of rows of uint8 images (N, C, H, W) that are equal pixel by pixel, in order."""
     groups: dict[bytes, list[int]] = {}
     for row, image in enumerate(images.numpy()):
@@ -57,7 +57,7 @@ def centre(x: Tensor) -> Tensor:
     return x / norms[:, None, None]
 
 
-def find_near_copies(x: Tensor, tints: Tensor) -> list[list[int]]:
+def find_near_duplicates(x: Tensor, tints: Tensor) -> list[list[int]]:
     """Return groups of rows of shapes (N, H, W) and tints (N, C) that are nearly the same picture.
 
     Two are if they correlate by 0.985 where they overlap, as they are or one pixel apart, and have the same tint. All
@@ -92,13 +92,13 @@ def find_near_copies(x: Tensor, tints: Tensor) -> list[list[int]]:
             # unmoved, a pair is found from its first image; the overlaps of moved ones are not the same both ways
             for other in range(start if (dy, dx) == (0, 0) else 0, n, 8 * BLOCK):
                 likeness = moved @ base[other : other + 8 * BLOCK].T
-                a, b = (likeness > ALIKE - 1 / min(height, width)).nonzero(as_tuple=True)
+                a, b = (likeness > MIN_SIMILARITY - 1 / min(height, width)).nonzero(as_tuple=True)
                 a, b = a + start, b + other
                 keep = a < b if (dy, dx) == (0, 0) else a != b
                 a, b = a[keep], b[keep]
                 for first in range(0, len(a), BLOCK):
                     some_a, some_b = a[first : first + BLOCK], b[first : first + BLOCK]
-                    alike = overlap_likeness(x[some_a], x[some_b], dy, dx) >= ALIKE
+                    alike = overlap_likeness(x[some_a], x[some_b], dy, dx) >= MIN_SIMILARITY
                     alike &= ((tints[some_a] - tints[some_b]).abs() <= SAME_TINT).all(dim=1)
                     pairs.append(torch.stack([some_a[alike], some_b[alike]]))
     found = torch.cat(pairs, dim=1).numpy() if pairs else np.empty((2, 0), dtype=np.int64)

@@ -32,7 +32,7 @@ ParseError: Any = typer.BadParameter.__mro__[1]
 
 
 @contextlib.contextmanager
-def importing() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Inside the block nobody looks for garbage: PyTorch's half a million objects stay, and looking takes 0.2 s."""
     gc.disable()
     try:

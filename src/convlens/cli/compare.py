@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.app import app, importing
+from convlens.cli.app import app, gc_paused
 from convlens.cli.output import Format, print_csv
 
 
@@ -21,7 +21,7 @@ def compare(
     Examples:
       convlens compare runs/mnist-1 runs/mnist-2
     """
-    with importing():
+    with gc_paused():
         from convlens.runs.compare import compare_runs
 
     results = compare_runs(runs)

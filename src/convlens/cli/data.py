@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.app import data_app, importing
+from convlens.cli.app import data_app, gc_paused
 from convlens.cli.options import AllowUnreadable, Data, Exclude, check_new_file
 from convlens.cli.output import describe_findings, first_line, print_table
-from convlens.cli.signals import heed_interrupts
+from convlens.cli.signals import restore_sigint
 from convlens.system.text import quoted
 
 MAX_LINES = 30  # of a table of classes; of more classes the smallest are printed
@@ -22,11 +22,11 @@ SMALLEST = 10
 @data_app.command("list")
 def data_list() -> None:
     """List the data sets that are known by name, and where they were found."""
-    from convlens.data.builtin import DATASETS, whereabouts
+    from convlens.data.builtin import DATASETS, locate
     from convlens.data.download import search_path
 
     rows = [("data set", "what", "where")]
-    rows += [(name, first_line(DATASETS[name]), whereabouts(name)) for name in DATASETS.names()]
+    rows += [(name, first_line(DATASETS[name]), locate(name)) for name in DATASETS.names()]
     print_table(rows)
     print(f"looked in: {', '.join(map(str, search_path()))}")
 
@@ -45,15 +45,15 @@ def data_info(
 
       convlens data info photos/ --to photos.png
     """
-    with importing():
+    with gc_paused():
         import torch
 
         from convlens.data.image_folder import image_sizes
         from convlens.data.loading import load_dataset, refuse_inside_data
-        from convlens.data.shards import is_packed
-        from convlens.reports.image_grid import images_sheet, pick_samples
+        from convlens.data.shards import is_sharded
+        from convlens.reports.image_grid import image_grid, pick_samples
 
-    heed_interrupts()
+    restore_sigint()
     check_new_file(to, "--to", "png")
     dataset = load_dataset(data, image_size=image_size, allow_unreadable=allow_unreadable)
     channels, height, width = dataset.shape
@@ -75,7 +75,7 @@ def data_info(
     print_table(rows)
     for file in dataset.unreadable:
         print(f"unreadable: {file}")
-    if Path(data).is_dir() and not is_packed(data) and dataset.source == str(Path(data).resolve()):
+    if Path(data).is_dir() and not is_sharded(data) and dataset.source == str(Path(data).resolve()):
         sizes = ["{} x {}".format(*size) for size in image_sizes(data)]
         print(
             f"files are {sizes[0]} to {sizes[-1]} pixels (width x height), half of them over {sizes[len(sizes) // 2]}"
@@ -85,7 +85,7 @@ def data_info(
     train = dataset.train
     chosen = pick_samples(train.labels, len(dataset.classes))
     captions = [dataset.classes[label] for label in train.labels[chosen].tolist()]
-    images_sheet(train.images[chosen], captions, f"{dataset.name}: training images").save(target)
+    image_grid(train.images[chosen], captions, f"{dataset.name}: training images").save(target)
     print(f"samples {target}")
 
 
@@ -112,19 +112,19 @@ def data_pack(
 
       convlens train https://example.org/shards
     """
-    with importing():
+    with gc_paused():
         from convlens.data.loading import load_dataset, refuse_inside_data
-        from convlens.data.shards import pack
-        from convlens.run_dir import RunFolder
-        from convlens.system.files import read_names
+        from convlens.data.shards import write_shards
+        from convlens.run_dir import RunDir
+        from convlens.system.files import read_name_list
 
-    heed_interrupts()
-    RunFolder.refuse_existing(out)
+    restore_sigint()
+    RunDir.refuse_existing(out)
     refuse_inside_data(out, data)
     dataset = load_dataset(data, image_size=image_size, allow_unreadable=allow_unreadable)
     if exclude is not None:
-        dataset = dataset.without(read_names(exclude))
-    index = pack(dataset.with_validation(validation, 0), out, shard_images)
+        dataset = dataset.without(read_name_list(exclude))
+    index = write_shards(dataset.with_validation(validation, 0), out, shard_images)
     rows = [("split", "images", "shards")]
     for name, split in index["splits"].items():
         rows.append((name, f"{sum(s['images'] for s in split['shards']):,}", f"{len(split['shards']):,}"))
@@ -150,27 +150,27 @@ def data_doctor(
 
       convlens train mnist --exclude remove.txt
     """
-    with importing():
-        from convlens.audit.audit import check_new, examine, write_findings, write_list
+    with gc_paused():
+        from convlens.audit.audit import audit, require_new_outputs, write_exclude_file, write_report
         from convlens.data.loading import load_dataset
-        from convlens.system.device import use_threads
+        from convlens.system.device import set_num_threads
 
-    heed_interrupts()
+    restore_sigint()
     for name, path in (("--to", to), ("--list", list_file)):
         if path is not None:
-            check_new(path, data, name)
-    use_threads()
+            require_new_outputs(path, data, name)
+    set_num_threads()
     dataset = load_dataset(data, image_size=image_size, allow_unreadable=True)
-    findings = examine(dataset, labels=labels)
+    findings = audit(dataset, labels=labels)
     if as_json:
         print(json.dumps(findings.to_json(), indent=2, ensure_ascii=False))
     else:
         for line in describe_findings(findings):
             print(line)
     if to is not None:
-        write_findings(findings, dataset, to)
+        write_report(findings, dataset, to)
     if list_file is not None:
-        number = write_list(findings, dataset, list_file)
+        number = write_exclude_file(findings, dataset, list_file)
         told = f"nothing to leave out: {list_file} is empty"
         unreadable = " --allow-unreadable" if dataset.unreadable else ""
         if number:

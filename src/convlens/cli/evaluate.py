@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.app import app, importing
+from convlens.cli.app import app, gc_paused
 from convlens.cli.options import check_new_file
 from convlens.cli.output import Format, describe_test, print_corruptions, print_csv, print_table
-from convlens.cli.signals import heed_interrupts
+from convlens.cli.signals import restore_sigint
 from convlens.errors import UsageError
 
 MAX_LINES = 30  # of a table of classes; of more classes the worst are printed
@@ -42,16 +42,16 @@ def evaluate(
 
       convlens evaluate mnist --corruptions --plot mnist-corrupted.png
     """
-    with importing():
+    with gc_paused():
         from convlens.evaluation.metrics import worst_classes
-        from convlens.runs.evaluate import corrupt_run, evaluate_run
+        from convlens.runs.evaluate import evaluate_corruptions, evaluate_run
 
-    heed_interrupts()
+    restore_sigint()
     if corruptions:
         if test_views:
             raise UsageError("--corruptions and --test-views do not go together")
         check_new_file(plot, "--plot", "png")
-        clean, figures = corrupt_run(run, data)
+        clean, figures = evaluate_corruptions(run, data)
         print_corruptions(run, clean, figures, format)
         if plot is not None:
             from convlens.reports.plots import draw_corruptions

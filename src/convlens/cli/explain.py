@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.app import app, importing
+from convlens.cli.app import app, gc_paused
 from convlens.cli.predict import expand
-from convlens.cli.signals import heed_interrupts
+from convlens.cli.signals import restore_sigint
 from convlens.errors import UsageError
 
 
@@ -38,16 +38,18 @@ def explain(
 
       convlens explain runs/photos-1 holiday/*.jpg --out holiday-explained
     """
-    with importing():
-        from convlens.runs.explain import MOST, explain_pictures
+    with gc_paused():
+        from convlens.runs.explain import MAX_IMAGES, explain_images
 
-    heed_interrupts()
+    restore_sigint()
     place = None if unit is None else read_unit(unit)
     files = expand(images)
-    if len(files) > MOST:
-        print(f"convlens: {len(files)} pictures; the first {MOST} are explained, which fill a page", file=sys.stderr)
-        files = files[:MOST]
-    folder, explanations, missing = explain_pictures(model, files, out, data=data, raw=raw, label=label, unit=place)
+    if len(files) > MAX_IMAGES:
+        print(
+            f"convlens: {len(files)} pictures; the first {MAX_IMAGES} are explained, which fill a page", file=sys.stderr
+        )
+        files = files[:MAX_IMAGES]
+    folder, explanations, missing = explain_images(model, files, out, data=data, raw=raw, label=label, unit=place)
     for file, explanation in zip(files, explanations, strict=True):
         print(f"{file}: {explanation.prediction}")
     if missing:

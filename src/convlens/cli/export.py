@@ -11,7 +11,7 @@ import typer
 
 from convlens.cli.app import app
 from convlens.cli.options import check_new_file
-from convlens.cli.signals import heed_interrupts, leave_on_interrupt
+from convlens.cli.signals import exit_on_sigint, restore_sigint
 from convlens.errors import ConvlensError, UsageError
 
 MOST = 20  # sample pictures on a page
@@ -76,28 +76,28 @@ def export(
 
 def write_page(model: str, path: Path, data: str | None, *, samples: bool) -> None:
     """Write the page of a net."""
-    from convlens.export.html import make_page
+    from convlens.export.html import render_playground
     from convlens.export.load import load_onnx
     from convlens.system.files import write_text
 
     shown = find_samples(model, data) if samples else []
-    leave_on_interrupt()  # the exporter would take it for a fault of the net
-    page = make_page(load_onnx(model), shown)
-    heed_interrupts()
+    exit_on_sigint()  # the exporter would take it for a fault of the net
+    page = render_playground(load_onnx(model), shown)
+    restore_sigint()
     write_text(path, page)
 
 
 def write_onnx_file(model: str, path: Path) -> None:
     """Write the ONNX file of a net, and add the graph to its run, so that `convlens predict` finds it there."""
     from convlens.export.onnx import add_graph, build_onnx, write_onnx
-    from convlens.inference.store import find_bundle, shipped_models
+    from convlens.inference.store import bundled_models, resolve_bundle
 
-    folder = find_bundle(model)
-    tell_patience()
+    folder = resolve_bundle(model)
+    print_export_notice()
     built = build_onnx(folder)
-    heed_interrupts()  # the exporter would have taken it for a fault of the net
+    restore_sigint()  # the exporter would have taken it for a fault of the net
     drift = write_onnx(built, path)
-    if model not in shipped_models():
+    if model not in bundled_models():
         try:
             add_graph(built, folder)
         except ConvlensError as error:  # the run may not be ours to write to
@@ -109,25 +109,25 @@ def write_int8(model: str, path: Path, data: str | None) -> None:
     """Write the ONNX file of a net in 8 bits, and say what they cost; the run itself keeps its exact graph."""
     from convlens.export.onnx import require_exporter, write_onnx
     from convlens.export.quantize import build_int8
-    from convlens.inference.store import find_bundle
-    from convlens.runs.evaluate import load_tested
+    from convlens.inference.store import resolve_bundle
+    from convlens.runs.evaluate import load_evaluation_data
 
-    heed_interrupts()
+    restore_sigint()
     require_exporter()
-    folder = find_bundle(model)
+    folder = resolve_bundle(model)
     try:
-        _, dataset = load_tested(model, data, other=True)
+        _, dataset = load_evaluation_data(model, data, other=True)
     except ConvlensError as error:
         raise UsageError(f"--int8 needs the images that the net was trained on: {error}") from None
-    tell_patience()
-    leave_on_interrupt()
+    print_export_notice()
+    exit_on_sigint()
     built, _, cost = build_int8(folder, dataset)
-    heed_interrupts()
+    restore_sigint()
     write_onnx(built, path)
     print(f"8 bits  {cost}")
 
 
-def tell_patience() -> None:
+def print_export_notice() -> None:
     """Say on a terminal what takes so long: PyTorch's exporter tells nobody how far it is."""
     if sys.stderr.isatty():
         print("PyTorch traces the net: 5 to 10 seconds ...", file=sys.stderr)
@@ -135,14 +135,14 @@ def tell_patience() -> None:
 
 def find_samples(model: str, data: str | None) -> list[Any]:
     """Return (class, image) of a test image of each class, if the data of a run are still there, or of ``data``."""
-    from convlens.run_dir import RunFolder
-    from convlens.runs.evaluate import load_tested
+    from convlens.run_dir import RunDir
+    from convlens.runs.evaluate import load_evaluation_data
 
-    heed_interrupts()
-    if data is None and not RunFolder(Path(model)).test.is_file():
+    restore_sigint()
+    if data is None and not RunDir(Path(model)).test.is_file():
         return []  # a model that came from elsewhere
     try:
-        _, dataset = load_tested(model, data, other=True)
+        _, dataset = load_evaluation_data(model, data, other=True)
     except ConvlensError as error:
         if data is not None:
             raise

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convlens.cli.app import app, importing
+from convlens.cli.app import app, gc_paused
 from convlens.cli.options import AllowUnreadable, Data, check_new_file
-from convlens.cli.output import say
-from convlens.cli.signals import heed_interrupts
+from convlens.cli.output import echo
+from convlens.cli.signals import restore_sigint
 from convlens.cli.train import with_recipe_flags
 from convlens.errors import UsageError
 from convlens.system.text import quoted
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @app.command()
 @with_recipe_flags
-def tune(
+def lr_find(
     data: Data,
     recipe: Annotated[str | None, typer.Option(help="Recipe by name; by default that of the data.")] = None,
     to: Annotated[Path | None, typer.Option(help="File for the picture, instead of DATA-lr.png.")] = None,
@@ -50,46 +50,46 @@ def tune(
         raise UsageError("--lr is what is looked for; leave it out")
     from convlens.cli.data import free_name
 
-    with importing():
+    with gc_paused():
         from convlens.data.loading import data_name, load_dataset, refuse_inside_data
         from convlens.reports.plots import draw_range_test
-        from convlens.system.device import use_threads
-        from convlens.training.build import without_unfit
+        from convlens.system.device import set_num_threads
+        from convlens.training.build import drop_unsupported_options
         from convlens.training.lr_finder import find_lr, pick_batch, probe_batches, with_lr
-        from convlens.training.pretrained import require_fresh
+        from convlens.training.pretrained import reject_pretrained
         from convlens.training.recipes import default_recipe, get_recipe
 
     own = get_recipe(recipe) if recipe else default_recipe(data_name(data))
-    heed_interrupts()
-    base = without_unfit(own.override(**overrides), overrides)
-    require_fresh(base, "tune")
-    use_threads(base.threads)
+    restore_sigint()
+    base = drop_unsupported_options(own.override(**overrides), overrides)
+    reject_pretrained(base, "tune")
+    set_num_threads(base.threads)
     dataset = load_dataset(data, image_size=base.image_size, allow_unreadable=allow_unreadable)
     target = to or free_name(f"{dataset.name}-lr")
     refuse_inside_data(target, dataset, "--to")
-    say(f"data    {dataset.name}: {len(dataset.train):,} training images; recipe {base.name}")
+    echo(f"data    {dataset.name}: {len(dataset.train):,} training images; recipe {base.name}")
     if "batch_size" not in overrides:
-        paces, limit = probe_batches(dataset, base, lambda pace: say(describe_pace(pace)))
+        paces, limit = probe_batches(dataset, base, lambda pace: echo(describe_pace(pace)))
         size = pick_batch(paces)
         if size < paces[-1].batch_size:
             limit = f"larger ones, up to {paces[-1].batch_size}, are hardly faster here (about 5% at most)"
-        say(f"batch   {size}: {limit}")
+        echo(f"batch   {size}: {limit}")
         base = base.override(batch_size=size)
     found = find_lr(dataset, base)
     rates = with_lr(base, found.suggestion)
     marks = [("suggested", rates["lr"]), ("steepest descent", found.steepest), ("lowest loss", found.lowest)]
     draw_range_test(target, found.rates, found.losses, [*marks, ("the recipe's own", own.lr)][: 3 + (own.lr > 0)])
-    say(f"lr      {rates['lr']:g}: between where the loss fell most steeply, {found.steepest:.2g}, and where it was "
+    echo(f"lr      {rates['lr']:g}: between where the loss fell most steeply, {found.steepest:.2g}, and where it was "
         f"lowest, {found.lowest:.2g}")  # fmt: skip
-    say(f"        the recipe's own is {own.lr:g}, for batches of {own.batch_size}: a sweep compares them")
-    say(f"picture {target}")
+    echo(f"        the recipe's own is {own.lr:g}, for batches of {own.batch_size}: a sweep compares them")
+    echo(f"picture {target}")
     chosen = {**overrides, "batch_size": base.batch_size, **rates}
     words = [f"{flag(k)} {v:g}" if isinstance(v, float) else f"{flag(k)} {quoted(str(v))}" for k, v in chosen.items()
              if not isinstance(v, bool)]  # fmt: skip
     words += [flag(k) if v else f"--no-{flag(k)[2:]}" for k, v in chosen.items() if isinstance(v, bool)]
     words += ["--allow-unreadable"] * allow_unreadable
     named = f" --recipe {recipe}" if recipe else ""
-    say(f"train with: convlens train {quoted(data)}{named} {' '.join(words)}")
+    echo(f"train with: convlens train {quoted(data)}{named} {' '.join(words)}")
 
 
 def describe_pace(pace: Pace) -> str:

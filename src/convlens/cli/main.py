@@ -19,16 +19,16 @@ from convlens.cli import train, sweep, lr_find, evaluate, mistakes, compare, pre
 from convlens.cli import explain, timelapse, watch, export, verify, serve, models, recipes, data  # noqa: F401  # isort: skip
 
 from convlens.cli.app import ParseError, app
-from convlens.cli.signals import leave_on_interrupt
-from convlens.errors import ConvlensError, Diverged, Interrupted, PeerGone
+from convlens.cli.signals import exit_on_sigint
+from convlens.errors import ConvlensError, DivergenceError, TrainingInterruptedError, WorkerLostError
 from convlens.system.hardware import OWN_LAUNCHER
 
-GRACE = 2.0  # seconds that the process which has failed has to leave first, with its own exit code
+PEER_GRACE_SECONDS = 2.0  # seconds that the process which has failed has to leave first, with its own exit code
 
-SHARED = (Diverged, Interrupted, PeerGone)  # what ends all processes of a training alike
+SHARED = (DivergenceError, TrainingInterruptedError, WorkerLostError)  # what ends all processes of a training alike
 
 
-def fail(error: BaseException, message: str, code: int, *, debug: bool) -> NoReturn:
+def exit_with_error(error: BaseException, message: str, code: int, *, debug: bool) -> NoReturn:
     """Print one line on standard error and leave with ``code``; with ``debug`` the traceback too."""
     if debug:
         import traceback
@@ -71,7 +71,7 @@ def main() -> None:
     ):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
-    leave_on_interrupt()
+    exit_on_sigint()
     try:
         code = app(arguments, standalone_mode=False)
         if code == 130:  # what typer makes of a KeyboardInterrupt
@@ -79,23 +79,25 @@ def main() -> None:
         sys.stdout.flush()
         raise SystemExit(code if isinstance(code, int) else 0)
     except ConvlensError as error:
-        if isinstance(error, PeerGone):
-            time.sleep(GRACE)
+        if isinstance(error, WorkerLostError):
+            time.sleep(PEER_GRACE_SECONDS)
         first, told = os.environ.get("RANK", "0") == "0", OWN_LAUNCHER in os.environ
-        if isinstance(error, SHARED) and (not first or (told and isinstance(error, PeerGone))):  # another says it
+        if isinstance(error, SHARED) and (
+            not first or (told and isinstance(error, WorkerLostError))
+        ):  # another says it
             raise SystemExit(error.exit_code) from None
-        fail(error, str(error), error.exit_code, debug=debug)
+        exit_with_error(error, str(error), error.exit_code, debug=debug)
     except ParseError as error:
         if not error.format_message():  # no verb at all: the help has been shown
             raise SystemExit(2) from None
-        fail(error, error.format_message(), 2, debug=debug)
+        exit_with_error(error, error.format_message(), 2, debug=debug)
     except (KeyboardInterrupt, typer.Abort) as error:
-        fail(error, "interrupted", 130, debug=debug)
+        exit_with_error(error, "interrupted", 130, debug=debug)
     except BrokenPipeError:  # whoever reads the output, such as `head`, has enough; what is left goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None  # as click does
     except (OSError, MemoryError) as error:
-        fail(error, str(error) or "out of memory", 1, debug=debug)
+        exit_with_error(error, str(error) or "out of memory", 1, debug=debug)
     except Exception as error:
         what = str(error).split("\n", 1)[0]
-        fail(error, f"unexpected {type(error).__name__}: {what} (--debug shows where)", 1, debug=debug)
+        exit_with_error(error, f"unexpected {type(error).__name__}: {what} (--debug shows where)", 1, debug=debug)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.app import app, importing
-from convlens.cli.signals import heed_interrupts
+from convlens.cli.app import app, gc_paused
+from convlens.cli.signals import restore_sigint
 
 
 @app.command()
@@ -27,9 +27,9 @@ def mistakes(
 
       convlens mistakes runs/mnist-1 --true 4 --predicted 9 --to fours
     """
-    with importing():
+    with gc_paused():
         from convlens.runs.mistakes import write_mistakes
 
-    heed_interrupts()
+    restore_sigint()
     folder, wrong, unsure = write_mistakes(run, to, data=data, doubtful=doubtful, true=true, predicted=predicted)
     print(f"{wrong:,} wrong and {unsure:,} doubtful images in {folder}")

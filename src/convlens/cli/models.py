@@ -26,8 +26,8 @@ def models(
 
       convlens models small --size 64 --channels 3
     """
-    from convlens.inference.store import shipped_models
-    from convlens.models import MODELS, create_model, summarise
+    from convlens.inference.store import bundled_models
+    from convlens.models import MODELS, create_model, summarize
 
     if name is None:
         print("nets")
@@ -38,19 +38,19 @@ def models(
         from convlens.system.files import read_json
 
         trained_rows: list[Any] = []
-        for model, path in shipped_models().items():
+        for model, path in bundled_models().items():
             trained = read_json(path / "config.json")["trained"]
             trained_rows.append((model, f"{trained['test']['accuracy']:.2%} on {trained['data']['name']}'s test split"))
         print_table(trained_rows, head=False)
         return
-    if name not in MODELS and name in shipped_models():
-        card = (shipped_models()[name] / "README.md").read_text(encoding="utf-8")
+    if name not in MODELS and name in bundled_models():
+        card = (bundled_models()[name] / "README.md").read_text(encoding="utf-8")
         print(card.split("---\n\n", 1)[1])  # without what is for machines
         return
     usual = getattr(MODELS[name], "usual_shape", (1, 28, 28))
     channels, side = channels or usual[0], size or usual[1]
     net = create_model(name, channels=channels, height=side, width=side, classes=classes)
-    layers = summarise(net, channels, side, side)
+    layers = summarize(net, channels, side, side)
     rows = [("layer", "kind", "output", "parameters", "MFLOPs", "sees")]
     for layer in layers:
         shape = "x".join(map(str, layer.output_shape))

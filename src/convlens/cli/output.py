@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from convlens.system.text import first_few
 
 if TYPE_CHECKING:
-    from convlens.audit.audit import Findings
+    from convlens.audit.audit import AuditReport
     from convlens.inference.predictor import Prediction
     from convlens.runs.experiment import Experiment
     from convlens.sweep.study import Sweep
@@ -35,7 +35,7 @@ class Format(StrEnum):
     csv = "csv"
 
 
-def say(line: str) -> None:
+def echo(line: str) -> None:
     """Print a line at once; a reader who has gone away (``| head``) does not stop a training."""
     try:
         print(line, flush=True)
@@ -60,35 +60,35 @@ def describe_experiment(experiment: Experiment) -> None:
         length = f"{recipe.seconds:,.1f} s of training"
     model, machine = config["model"], config["machine"]
     sizes = torch.bincount(dataset.train.labels, minlength=len(dataset.classes))
-    say(f"data    {dataset.name}: {counts} images {channels}x{height}x{width}, {len(dataset.classes)} classes")
+    echo(f"data    {dataset.name}: {counts} images {channels}x{height}x{width}, {len(dataset.classes)} classes")
     if dataset.source and Path(dataset.source).exists():
-        say(f"        {dataset.note}")
+        echo(f"        {dataset.note}")
     if dataset.unreadable:
         some = first_few(dataset.unreadable, 3, "; ")
-        say(f"        {count(len(dataset.unreadable), 'unreadable file')} skipped: {some}")
+        echo(f"        {count(len(dataset.unreadable), 'unreadable file')} skipped: {some}")
     if sizes.max() > SKEWED * sizes.min() and not recipe.balance:
         most, least = (dataset.classes[int(row)] for row in (sizes.argmax(), sizes.argmin()))
-        say(
+        echo(
             f"        class {most!r} has {int(sizes.max()):,} images and {least!r} {int(sizes.min()):,}: "
             "--balance shows both as often"
         )
-    say(f"net     {model['name']}: {model['parameters']:,} parameters")
+    echo(f"net     {model['name']}: {model['parameters']:,} parameters")
     if "init" in config:
-        say(f"        started from {config['init']['from']}: {config['init']['tensors']} tensors")
-    say(f"recipe  {recipe.name}: {length} of {steps} train batches of {recipe.batch_size}, {tests} test batches")
+        echo(f"        started from {config['init']['from']}: {config['init']['tensors']} tensors")
+    echo(f"recipe  {recipe.name}: {length} of {steps} train batches of {recipe.batch_size}, {tests} test batches")
     threads = count(machine["threads"], "thread")
     if (processes := machine.get("processes", 1)) > 1:
         threads = f"{processes} processes of {threads}"
-    say(f"on      {machine['device_name']}, {threads}, {recipe.precision}")
+    echo(f"on      {machine['device_name']}, {threads}, {recipe.precision}")
     if any(experiment.folder.checkpoint.glob("*.json")):
         told = experiment.folder.metrics.exists() and bool(experiment.folder.read_metrics())
         again = "; the epochs that it has behind it are told again first" if told else ""
-        say(f"        goes on from its last checkpoint{again}")
+        echo(f"        goes on from its last checkpoint{again}")
     elif experiment.folder.metrics.exists():
-        say("        its checkpoints are gone: it begins anew")
+        echo("        its checkpoints are gone: it begins anew")
     for change in config.get("resumed", []):
-        say(f"        since it was started, another {change}: the last digits may differ")
-    say(f"run     {experiment.folder.path}")
+        echo(f"        since it was started, another {change}: the last digits may differ")
+    echo(f"run     {experiment.folder.path}")
 
 
 def count(number: int, thing: str) -> str:
@@ -212,7 +212,7 @@ def print_trials(rows: Sequence[Mapping[str, Any]], fields: Sequence[str], most:
     Console(file=sys.stdout, width=width, highlight=False).print(table)
 
 
-def describe_findings(findings: Findings) -> list[str]:
+def describe_findings(findings: AuditReport) -> list[str]:
     """Return what the doctor found, in words: the first few of each kind."""
 
     def some(names: Sequence[str]) -> str:

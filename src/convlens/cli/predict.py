@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from convlens.cli.app import app, importing
+from convlens.cli.app import app, gc_paused
 from convlens.cli.output import Format, Printer
 from convlens.errors import ConvlensError, UsageError
 
@@ -35,8 +35,8 @@ def predict(
 
       find . -name '*.jpg' | convlens predict runs/photos-1 -
     """
-    with importing():
-        from convlens.data.images import BadImage, open_image
+    with gc_paused():
+        from convlens.data.images import InvalidImageError, open_image
         from convlens.evaluation.conformal import require_coverage
         from convlens.inference.onnx_runtime import load_predictor
 
@@ -49,7 +49,7 @@ def predict(
     for number, file in enumerate(files, start=1):
         try:
             batch.append((file, predictor.preprocess.adapt(open_image(file), raw=raw)))
-        except BadImage as error:
+        except InvalidImageError as error:
             bad += 1
             print(f"convlens: {error}", file=sys.stderr)
         if batch and (len(batch) == 256 or number == len(files)):

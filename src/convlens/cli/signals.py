@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 
-def leave_with(message: str) -> Callable[..., NoReturn]:
+def sigint_handler(message: str) -> Callable[..., NoReturn]:
     """Return what to do at Ctrl-C while nothing is at stake, such as an import that must not be cut in two: leave."""
 
     def leave(*_: object) -> NoReturn:
@@ -21,20 +21,20 @@ def leave_with(message: str) -> Callable[..., NoReturn]:
     return leave
 
 
-def leave_on_interrupt() -> None:
+def exit_on_sigint() -> None:
     """Let Ctrl-C end all at once, as long as nothing is at stake."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, leave_with("interrupted"))
+        signal.signal(signal.SIGINT, sigint_handler("interrupted"))
 
 
-def heed_interrupts() -> None:
+def restore_sigint() -> None:
     """Let Ctrl-C end in KeyboardInterrupt from here on: PyTorch is imported, and what is half done is cleared away."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager
-def asked_to_stop(*, alone: bool = True, told: bool = True) -> Iterator[Callable[[], bool]]:
+def graceful_stop(*, alone: bool = True, told: bool = True) -> Iterator[Callable[[], bool]]:
     """Give a function that says whether Ctrl-C was pressed, or a polite kill came; a second time stops at once.
 
     Not so with ``alone=False``: torchrun asks each of its processes again. ``told`` says that it was heard.

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convlens.cli.app import app, importing
+from convlens.cli.app import app, gc_paused
 from convlens.cli.options import DATA_HELP, AllowUnreadable
-from convlens.cli.output import describe_params, describe_sweep, describe_trial, print_trials, rank_trial, say
-from convlens.cli.signals import asked_to_stop, leave_with
+from convlens.cli.output import describe_params, describe_sweep, describe_trial, echo, print_trials, rank_trial
+from convlens.cli.signals import graceful_stop, sigint_handler
 from convlens.cli.train import with_recipe_flags
-from convlens.errors import ConvlensError, Interrupted, UsageError
+from convlens.errors import ConvlensError, TrainingInterruptedError, UsageError
 from convlens.system.text import quoted
 
 if TYPE_CHECKING:
@@ -79,12 +79,12 @@ def sweep(
         raise UsageError("--resume goes on with the sweep's own plan; it takes --trials, --jobs and --confirm only")
     if recipe is not None and config is not None:
         raise UsageError("give --recipe or --config, not both")
-    signal.signal(signal.SIGINT, leave_with("interrupted; nothing was begun"))
+    signal.signal(signal.SIGINT, sigint_handler("interrupted; nothing was begun"))
     try:
         import optuna  # noqa: F401
     except ImportError:
         raise UsageError("a sweep needs a package more: pip install 'convlens[sweep]'") from None
-    with importing():
+    with gc_paused():
         from convlens.sweep.confirm import require_seeds
         from convlens.sweep.study import Sweep
         from convlens.system.hardware import available_cores
@@ -106,13 +106,13 @@ def sweep(
 def run_sweep(sweep: Sweep, jobs: int, seeds: int) -> None:
     """Do the trials, write what came of them, and confirm the best; say how to go on if that is interrupted."""
     from convlens.sweep.results import trial_rows, write_outcome
-    from convlens.sweep.worker import helpers, share_of_cores, work
+    from convlens.sweep.worker import helpers, run_worker, share_of_cores
 
-    with asked_to_stop() as should_stop:
+    with graceful_stop() as should_stop:
         for line in describe_sweep(sweep, jobs):
-            say(line)
+            echo(line)
         try:
-            teller, threads = Teller(sweep), share_of_cores(jobs)
+            teller, threads = TrialReporter(sweep), share_of_cores(jobs)
             with helpers(sweep, jobs - 1, threads, warn) as look_after:
                 show = jobs == 1 and sys.stderr.isatty()
 
@@ -120,21 +120,21 @@ def run_sweep(sweep: Sweep, jobs: int, seeds: int) -> None:
                     teller.tell()
                     look_after()
 
-                work(sweep, threads=threads, should_stop=should_stop, between=between, show_progress=show)
+                run_worker(sweep, threads=threads, should_stop=should_stop, between=between, show_progress=show)
             said = write_outcome(sweep)
             print_trials(trial_rows(sweep), list(sweep.space))
-            say(f"best    trial {said['best']['trial']}: val {said['best']['val_acc']:.2%} with "
+            echo(f"best    trial {said['best']['trial']}: val {said['best']['val_acc']:.2%} with "
                 f"{describe_params(said['best']['params'])}")  # fmt: skip
             verdict, worth_it = confirm_best(sweep, seeds, should_stop)
-            say(verdict)
-        except (Interrupted, KeyboardInterrupt):
+            echo(verdict)
+        except (TrainingInterruptedError, KeyboardInterrupt):
             with contextlib.suppress(ConvlensError):  # no trial has come to its end yet
                 write_outcome(sweep)
-            raise Interrupted(f"interrupted; nothing is lost. Go on with: {sweep.command}") from None
-    say(f"report  {sweep.folder / 'report.html'}")
+            raise TrainingInterruptedError(f"interrupted; nothing is lost. Go on with: {sweep.command}") from None
+    echo(f"report  {sweep.folder / 'report.html'}")
     if worth_it:
         data = quoted(sweep.plan["data"] if sweep.plan["data"] is not None else "DATA")
-        say(f"train with: convlens train {data} --config {quoted(sweep.folder / 'best.json')}")
+        echo(f"train with: convlens train {data} --config {quoted(sweep.folder / 'best.json')}")
 
 
 def warn(message: str) -> None:
@@ -142,7 +142,7 @@ def warn(message: str) -> None:
     print(f"convlens: {message}", file=sys.stderr)
 
 
-class Teller:
+class TrialReporter:
     """Prints a line for every trial that has ended since it last looked, whoever did it."""
 
     def __init__(self, sweep: Sweep):
@@ -167,7 +167,7 @@ class Teller:
         for row in rows:
             if row["trial"] not in self._told:
                 self._told.add(row["trial"])
-                say(describe_trial(row, self._sweep.space, f"{so_far}, {left}"))
+                echo(describe_trial(row, self._sweep.space, f"{so_far}, {left}"))
 
 
 def confirm_best(sweep: Sweep, seeds: int, should_stop: Callable[[], bool]) -> tuple[str, bool]:
@@ -175,7 +175,7 @@ def confirm_best(sweep: Sweep, seeds: int, should_stop: Callable[[], bool]) -> t
 
     Return it as a line, and whether there is a reason to take the best recipe from now on.
     """
-    from convlens.sweep.confirm import Claim, compare_confirmed, confirm, is_base
+    from convlens.sweep.confirm import Lease, compare_confirmed, confirm, is_base
     from convlens.sweep.results import write_outcome
 
     if is_base(sweep):
@@ -183,7 +183,7 @@ def confirm_best(sweep: Sweep, seeds: int, should_stop: Callable[[], bool]) -> t
     if not seeds:
         why = "the best of many trials looks better than it is, so nothing is claimed"
         return f"not confirmed (--confirm 0): {why}", True
-    claim = Claim(sweep)
+    claim = Lease(sweep)
     if other := claim.take():
         return f"another process confirms it ({other}); nothing is claimed here", False
 
@@ -193,7 +193,7 @@ def confirm_best(sweep: Sweep, seeds: int, should_stop: Callable[[], bool]) -> t
 
     try:
         for which, name, run in confirm(sweep, seeds, stop_or_renew, show_progress=True):
-            say(f"confirm {which} recipe, {name}: test accuracy {run.accuracy:.2%}")
+            echo(f"confirm {which} recipe, {name}: test accuracy {run.accuracy:.2%}")
     finally:
         claim.release()
     confirmation = compare_confirmed(sweep, seeds)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.app import app, importing
+from convlens.cli.app import app, gc_paused
 from convlens.cli.options import check_new_file
-from convlens.cli.signals import heed_interrupts
+from convlens.cli.signals import restore_sigint
 
 
 @app.command()
@@ -30,13 +30,13 @@ def timelapse(
 
       convlens timelapse runs/mnist-1 --image scan.png --gif learning.gif
     """
-    with importing():
-        from convlens.runs.timelapse import show_training
+    with gc_paused():
+        from convlens.runs.timelapse import write_timelapse_page
 
-    heed_interrupts()
+    restore_sigint()
     check_new_file(out, "--out", "html")
     check_new_file(gif, "--gif", "gif")
-    page, count = show_training(run, image, out, gif=gif, data=data, raw=raw)
+    page, count = write_timelapse_page(run, image, out, gif=gif, data=data, raw=raw)
     print(f"looked back at {count} snapshot{'s' * (count != 1)}")
     for path in (page, gif):
         if path is not None:

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from convlens.cli.app import STARTED, app, importing
+from convlens.cli.app import STARTED, app, gc_paused
 from convlens.cli.options import AllowUnreadable, Exclude
-from convlens.cli.output import describe_experiment, describe_record, describe_series, describe_test, say
-from convlens.cli.signals import asked_to_stop, heed_interrupts
-from convlens.errors import Interrupted, UsageError
+from convlens.cli.output import describe_experiment, describe_record, describe_series, describe_test, echo
+from convlens.cli.signals import graceful_stop, restore_sigint
+from convlens.errors import TrainingInterruptedError, UsageError
 from convlens.system.hardware import OWN_JOB
 from convlens.system.text import quoted
 from convlens.training.recipe import FIELD_TYPES, Recipe, flag, plain_type
 
 if TYPE_CHECKING:
     from convlens.runs.experiment import Experiment
-    from convlens.runs.group import Series
+    from convlens.runs.group import RunGroup
     from convlens.runs.run import Run
 
 
@@ -114,7 +114,7 @@ def train(
 
       convlens train --resume runs/mnist-1
     """
-    from convlens.run_dir import RunFolder
+    from convlens.run_dir import RunDir
 
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if (data is None) == (resume is None):
@@ -137,26 +137,26 @@ def train(
         from convlens.distributed.launcher import launch
 
         raise SystemExit(launch(sys.argv[1:], processes))  # its processes have said what there is to say
-    with importing():
-        from convlens.distributed.process_group import join
+    with gc_paused():
+        from convlens.distributed.process_group import init_world
         from convlens.runs.experiment import Experiment
-        from convlens.runs.group import Series
+        from convlens.runs.group import RunGroup
 
-    heed_interrupts()
+    restore_sigint()
     chosen: Any = recipe
     if config is not None:
         from convlens.training.recipes import read_recipe
 
         chosen = read_recipe(config)
     allowed = {"allow_unreadable": allow_unreadable, "accept_changes": accept_changes}
-    if resume is not None and RunFolder.is_series(resume):
-        run_series(Series.resume(resume, **allowed), live=live)
+    if resume is not None and RunDir.is_series(resume):
+        run_series(RunGroup.resume(resume, **allowed), live=live)
     elif resume is not None:
-        run_experiment(Experiment.resume(resume, finished_too=join().again, **allowed), live=live)
+        run_experiment(Experiment.resume(resume, finished_too=init_world().again, **allowed), live=live)
     else:
         given: dict[str, Any] = {"out": out, "allow_unreadable": allow_unreadable, "exclude": exclude, **overrides}
         if several:
-            run_series(Series.create(data, chosen, seeds=seeds, folds=folds, **given), live=live)
+            run_series(RunGroup.create(data, chosen, seeds=seeds, folds=folds, **given), live=live)
         else:
             experiment = Experiment.create(data, chosen, started=STARTED, init=init, budget=budget, **given)
             run_experiment(experiment, live=live)
@@ -164,33 +164,35 @@ def train(
 
 def show_live(folder: Path) -> None:
     """Show the page of a run or series for as long as this process lives, and say where."""
-    from convlens.serving.dashboard import start_watching
+    from convlens.serving.dashboard import start_dashboard
 
     try:
-        say(f"live    {start_watching([folder])[1]}")
+        echo(f"live    {start_dashboard([folder])[1]}")
     except UsageError as error:  # the page is no reason not to train
         print(f"convlens: no live page: {error}", file=sys.stderr)
 
 
-def leave_live(folder: Path) -> None:
+def print_dashboard_hint(folder: Path) -> None:
     """Say how to look again, for the page ends with this process."""
-    say(f"look again with: convlens watch {quoted(folder)}")
+    echo(f"look again with: convlens watch {quoted(folder)}")
 
 
-def run_series(series: Series, *, live: bool = False) -> None:
+def run_series(series: RunGroup, *, live: bool = False) -> None:
     """Train what a series still lacks, and say how far its runs lie apart."""
-    say(f"series  {series.folder}: {', '.join(series.plan['runs'])}")
+    echo(f"series  {series.folder}: {', '.join(series.plan['runs'])}")
     if live:
         show_live(series.folder)
     try:
         for experiment in series.experiments():
             run_experiment(experiment, part_of=series.folder)
     except KeyboardInterrupt:  # between two runs
-        raise Interrupted(f"interrupted; go on with: convlens train --resume {quoted(series.folder)}") from None
+        raise TrainingInterruptedError(
+            f"interrupted; go on with: convlens train --resume {quoted(series.folder)}"
+        ) from None
     for line in describe_series(series.finish()):
-        say(line)
+        echo(line)
     if live:
-        leave_live(series.folder)
+        print_dashboard_hint(series.folder)
 
 
 def run_experiment(experiment: Experiment, part_of: Path | None = None, *, live: bool = False) -> Run:
@@ -198,7 +200,7 @@ def run_experiment(experiment: Experiment, part_of: Path | None = None, *, live:
 
     That is by the series that it is a part of, if it is.
     """
-    from convlens.distributed.process_group import is_orphan
+    from convlens.distributed.process_group import launcher_died
 
     whole = part_of or experiment.folder.path
     alone, first = experiment.ranks.size == 1, experiment.ranks.first
@@ -207,26 +209,28 @@ def run_experiment(experiment: Experiment, part_of: Path | None = None, *, live:
     describe_experiment(experiment)
     if live and first:
         show_live(experiment.folder.path)
-    with asked_to_stop(alone=alone, told=first) as asked:
+    with graceful_stop(alone=alone, told=first) as asked:
         try:
-            for record in experiment.epochs(should_stop=lambda: asked() or is_orphan(), show_progress=True):
-                say(describe_record(record))
-        except Interrupted as error:
-            raise Interrupted(f"{error}; saved. Go on with: convlens train --resume {quoted(whole)}") from None
+            for record in experiment.epochs(should_stop=lambda: asked() or launcher_died(), show_progress=True):
+                echo(describe_record(record))
+        except TrainingInterruptedError as error:
+            raise TrainingInterruptedError(
+                f"{error}; saved. Go on with: convlens train --resume {quoted(whole)}"
+            ) from None
     untested = f"trained, but not tested; go on with: convlens train --resume {quoted(whole)}"
     if experiment.ranks.agree(asked(), 0.0)[0]:  # in the last step, or behind it
-        raise Interrupted(untested)
+        raise TrainingInterruptedError(untested)
     try:
-        heed_interrupts()
+        restore_sigint()
         run = experiment.finish()
     except KeyboardInterrupt:
-        raise Interrupted(untested) from None
-    say(describe_test(run.test))
+        raise TrainingInterruptedError(untested) from None
+    echo(describe_test(run.test))
     if part_of is not None:
         return run
-    say(f"report  {run.report}")
+    echo(f"report  {run.report}")
     program = "convlens" if shutil.which("convlens") else sys.argv[0]  # make demo uses it without a path to it
-    say(f"predict with: {program} predict {quoted(run.path)} IMAGE")
+    echo(f"predict with: {program} predict {quoted(run.path)} IMAGE")
     if live and first:
-        leave_live(run.path)
+        print_dashboard_hint(run.path)
     return run

@@ -28,11 +28,11 @@ def watch(
     """
     import threading
 
-    from convlens.serving.dashboard import start_watching
+    from convlens.serving.dashboard import start_dashboard
 
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
-    _, address = start_watching(runs, port)
+    _, address = start_dashboard(runs, port)
     print(f"watch   {address} (Ctrl-C ends it)", flush=True)
     ended.wait()

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from convlens.data.dataset import HELD_OUT, SPLIT_SEED, TEST_FRACTION, Dataset, Numbers, Split, check_classes
+from convlens.data.dataset import HELD_OUT, SPLIT_SEED, TEST_FRACTION, Dataset, IndexIds, Split, check_classes
 from convlens.data.decoding import Header
 from convlens.data.image_folder import choose_form
 from convlens.data.images import (
-    BadImage,
-    PictureStyle,
+    InputStyle,
+    InvalidImageError,
     array_to_image,
     fit_photo,
     image_pixels,
@@ -29,9 +29,9 @@ from convlens.data.images import (
 from convlens.errors import ConvlensError, UsageError
 from convlens.system.progress import track
 
-MOST_PACKED = 100  # times that a .npz file may grow when it is unpacked
+MAX_NPZ_BYTES = 100  # times that a .npz file may grow when it is unpacked
 
-MOST_CLASSES = 100_000
+MAX_CLASSES = 100_000
 
 
 def is_map_style(source: Any) -> bool:
@@ -67,7 +67,7 @@ def from_arrays(
     (8, 2, (1, 6, 6))
     """
     train = make_split(x, y, name)
-    labels = classes or Numbers(int(train.labels.max()) + 1)
+    labels = classes or IndexIds(int(train.labels.max()) + 1)
     too_large = f"{name}: a label is larger than the number of classes, {len(labels)}"
     if int(train.labels.max()) >= len(labels):
         raise UsageError(too_large)
@@ -84,7 +84,7 @@ def from_arrays(
             raise UsageError(f"{name}: test images are {sizes}")
     if int(test.labels.max()) >= len(labels):
         raise UsageError(too_large)
-    return Dataset(name, None, tuple(labels), train, test, None, PictureStyle(), note)
+    return Dataset(name, None, tuple(labels), train, test, None, InputStyle(), note)
 
 
 def make_split(x: Any, y: Any, name: str) -> Split:
@@ -107,14 +107,14 @@ def make_split(x: Any, y: Any, name: str) -> Split:
         raise UsageError(f"{name}: labels must be whole numbers from 0, not {y.dtype}")
     if y.min() < 0:
         raise UsageError(f"{name}: labels must be whole numbers from 0, not {y.dtype} from {y.min()}")
-    if y.max() >= MOST_CLASSES:
+    if y.max() >= MAX_CLASSES:
         raise UsageError(f"{name}: labels must be the numbers of classes, from 0; {y.max()} is too large for one")
     try:
         pixels = to_bytes(x)
-    except BadImage as error:
+    except InvalidImageError as error:
         raise UsageError(f"{name}: {error}") from None
     images = torch.from_numpy(np.array(pixels, order="C"))
-    return Split(images, torch.from_numpy(y.astype(np.int64)), Numbers(len(y)))
+    return Split(images, torch.from_numpy(y.astype(np.int64)), IndexIds(len(y)))
 
 
 def load_npz(path: Path) -> Dataset:
@@ -150,8 +150,8 @@ def check_sizes(file: Any, size: int) -> None:
             shape, _, dtype = readers[version](member)
             if math.prod(shape) * dtype.itemsize > entry.file_size:
                 raise ValueError(f"its array {entry.filename} says that it is larger than it is")
-    if promised > MOST_PACKED * size + (64 << 20):
-        raise ValueError(f"unpacked it would be {promised:,} bytes, over {MOST_PACKED} times its size")
+    if promised > MAX_NPZ_BYTES * size + (64 << 20):
+        raise ValueError(f"unpacked it would be {promised:,} bytes, over {MAX_NPZ_BYTES} times its size")
 
 
 def from_map_style(dataset: Any, test: Any = None, *, image_size: int = 0, channels: int = 0) -> Dataset:

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 
 @dataclass(frozen=True)
-class Draws:
+class BatchRandom:
     """Random numbers for the images of a batch, a row each.
 
     Where only a part of the batch is here, they are drawn for all of it: what becomes of an image does not hang on how
@@ -23,7 +23,7 @@ class Draws:
     rows: slice  # which of them are here
 
     @classmethod
-    def seeded(cls, seed: int, count: int) -> Draws:
+    def seeded(cls, seed: int, count: int) -> BatchRandom:
         """Return draws for a whole batch of ``count`` images, on the CPU."""
         return cls(Generator().manual_seed(seed), count, slice(None))
 
@@ -43,7 +43,7 @@ class Draws:
         return torch.where(a + b > 0, a / (a + b), 0.5)
 
 
-def shift(x: Tensor, draws: Draws, pixels: int) -> Tensor:
+def shift(x: Tensor, draws: BatchRandom, pixels: int) -> Tensor:
     """Move every image (N, C, H, W) by up to ``pixels`` whole pixels in each direction; the border is mirrored."""
     n, _, height, width = x.shape
     pad_y, pad_x = min(pixels, height - 1), min(pixels, width - 1)
@@ -60,7 +60,7 @@ def mirror(x: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen[:, None, None, None], x.flip(3), x)
 
 
-def affine(x: Tensor, draws: Draws, degrees: float, scale: float) -> Tensor:
+def affine(x: Tensor, draws: BatchRandom, degrees: float, scale: float) -> Tensor:
     """Turn each image by up to ``degrees`` and zoom it by a factor in 1 -+ ``scale``, about its centre.
 
     Bilinear; what comes in from outside is the border pixel.
@@ -76,7 +76,7 @@ def affine(x: Tensor, draws: Draws, degrees: float, scale: float) -> Tensor:
     return resample(x, matrix)
 
 
-def centre_crop_resize(x: Tensor, draws: Draws, probability: float, fraction: float) -> Tensor:
+def center_crop_resize(x: Tensor, draws: BatchRandom, probability: float, fraction: float) -> Tensor:
     """With ``probability``, cut an image to the centre ``fraction`` of its side and resize that to the full size."""
     chosen = draws.uniform() < probability
     matrix = (torch.eye(2, 3, device=x.device) * fraction).expand(len(x), 2, 3)
@@ -89,13 +89,13 @@ def resample(x: Tensor, matrix: Tensor) -> Tensor:
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def cutout(x: Tensor, draws: Draws, size: int) -> Tensor:
+def cutout(x: Tensor, draws: BatchRandom, size: int) -> Tensor:
     """Set one ``size`` x ``size`` square of each image to 0, the mean of normalised pixels (DeVries, Taylor 2017)."""
     inside = random_box(x, draws, torch.full((len(x),), float(size), device=x.device))
     return x.masked_fill(inside, 0.0)
 
 
-def random_box(x: Tensor, draws: Draws, side: Tensor) -> Tensor:
+def random_box(x: Tensor, draws: BatchRandom, side: Tensor) -> Tensor:
     """Return a mask, bool (N, 1, H, W), of one square of ``side`` (N,) pixels each, centred anywhere."""
     n, _, height, width = x.shape
     centre_y = draws.uniform(0, height)[:, None, None, None]
@@ -106,7 +106,7 @@ def random_box(x: Tensor, draws: Draws, side: Tensor) -> Tensor:
     return ((rows - centre_y).abs() < half) & ((columns - centre_x).abs() < half)
 
 
-def colour_jitter(x: Tensor, draws: Draws, strength: float) -> Tensor:
+def color_jitter(x: Tensor, draws: BatchRandom, strength: float) -> Tensor:
     """Change brightness, contrast and saturation of normalised images by up to ``strength`` (a share) each."""
     brightness, contrast, saturation = (draws.uniform(-strength, strength)[:, None, None, None] for _ in range(3))
     mean = x.mean(dim=(1, 2, 3), keepdim=True)
@@ -120,7 +120,7 @@ def soft_labels(labels: Tensor, classes: int) -> Tensor:
     return F.one_hot(labels, classes).float() if labels.dim() == 1 else labels
 
 
-def swap_neighbours(x: Tensor) -> Tensor:
+def swap_pairs(x: Tensor) -> Tensor:
     """Return the rows of ``x`` with every two neighbours exchanged; an odd last one stays.
 
     A batch is shuffled, so a neighbour is as good a partner as any, and Ranks.part never separates the two.
@@ -129,17 +129,17 @@ def swap_neighbours(x: Tensor) -> Tensor:
     return x[rows.clamp_(max=len(x) - 1)]
 
 
-def mixup(x: Tensor, labels: Tensor, draws: Draws, alpha: float, classes: int) -> tuple[Tensor, Tensor]:
+def mixup(x: Tensor, labels: Tensor, draws: BatchRandom, alpha: float, classes: int) -> tuple[Tensor, Tensor]:
     """Blend each image and label with its neighbour in the batch, weight from Beta(alpha, alpha) (Zhang et al. 2018).
 
     Labels are (N,) or (N, K); returned are images and label probabilities (N, K).
     """
     share = draws.beta(alpha)
     y = soft_labels(labels, classes)
-    return share * x + (1 - share) * swap_neighbours(x), share * y + (1 - share) * swap_neighbours(y)
+    return share * x + (1 - share) * swap_pairs(x), share * y + (1 - share) * swap_pairs(y)
 
 
-def cutmix(x: Tensor, labels: Tensor, draws: Draws, alpha: float, classes: int) -> tuple[Tensor, Tensor]:
+def cutmix(x: Tensor, labels: Tensor, draws: BatchRandom, alpha: float, classes: int) -> tuple[Tensor, Tensor]:
     """Paste a square of its neighbour into each image; labels mix as the pixels do (Yun et al. 2019).
 
     The square's area is Beta(alpha, alpha) of the image; labels are (N,) or (N, K), returned as (N, K).
@@ -149,4 +149,4 @@ def cutmix(x: Tensor, labels: Tensor, draws: Draws, alpha: float, classes: int) 
     inside = random_box(x, draws, side)  # (N, 1, H, W)
     pasted = inside.float().mean(dim=(1, 2, 3)).unsqueeze(1)  # what the border cut off does not count
     y = soft_labels(labels, classes)
-    return torch.where(inside, swap_neighbours(x), x), (1 - pasted) * y + pasted * swap_neighbours(y)
+    return torch.where(inside, swap_pairs(x), x), (1 - pasted) * y + pasted * swap_pairs(y)

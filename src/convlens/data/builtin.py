@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convlens.data.dataset import HELD_OUT, SPLIT_SEED, TEST_FRACTION, Dataset, Numbers, Split
+from convlens.data.dataset import HELD_OUT, SPLIT_SEED, TEST_FRACTION, Dataset, IndexIds, Split
 from convlens.data.download import (
     check_sha256,
     download,
@@ -22,9 +22,9 @@ from convlens.data.download import (
     unpack_members,
 )
 from convlens.data.formats import CIFAR_RECORD, parse_cifar10, parse_idx
-from convlens.data.images import PictureStyle
+from convlens.data.images import InputStyle
 from convlens.errors import ConvlensError
-from convlens.system.files import cache_folder, replacing
+from convlens.system.files import atomic_write, cache_dir
 from convlens.system.registry import Registry
 
 # name -> loader; a loader's docstring is what `convlens data list` shows
@@ -53,7 +53,7 @@ class IdxSource:
             name = f"{prefix}-{kind}-ubyte"
             arrays.append(parse_idx(find_or_download(name, sha256, self.folders, self.mirrors), name))
         images, labels = arrays  # (N, 28, 28), (N,)
-        return Split(images.unsqueeze(1), labels.long(), Numbers(len(labels)))
+        return Split(images.unsqueeze(1), labels.long(), IndexIds(len(labels)))
 
 
 MNIST = IdxSource(
@@ -131,16 +131,16 @@ def load_digits() -> Dataset:
     file = Path(package, "datasets", "data", "digits.csv.gz")
     rows = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.int64))  # (1797, 65)
     images = (rows[:, :-1] * (255 / 16)).round().to(torch.uint8).view(-1, 1, 8, 8)
-    everything = Split(images, rows[:, -1].clone(), Numbers(len(images)))
+    everything = Split(images, rows[:, -1].clone(), IndexIds(len(images)))
     train, test = everything.divide(TEST_FRACTION, SPLIT_SEED)
     note = HELD_OUT
-    return Dataset("digits", "digits", DIGITS, train, test, None, PictureStyle(ink_box=8), note)
+    return Dataset("digits", "digits", DIGITS, train, test, None, InputStyle(ink_box=8), note)
 
 
 @DATASETS.register("mnist")
 def load_mnist() -> Dataset:
     """70,000 handwritten digits, 28x28 grey (LeCun, Cortes, Burges)."""
-    style = PictureStyle(ink_box=20, centre_by_mass=True)
+    style = InputStyle(ink_box=20, centre_by_mass=True)
     train, test = MNIST.load("train"), MNIST.load("test")
     return Dataset("mnist", "mnist", DIGITS, train, test, None, style, PUBLISHED_SPLITS)
 
@@ -149,7 +149,7 @@ def load_mnist() -> Dataset:
 def load_fashion_mnist() -> Dataset:
     """70,000 pictures of clothes, 28x28 grey (Zalando)."""
     train, test = FASHION_MNIST.load("train"), FASHION_MNIST.load("test")
-    style = PictureStyle(ink_box=28)
+    style = InputStyle(ink_box=28)
     return Dataset("fashion-mnist", "fashion-mnist", FASHION_CLASSES, train, test, None, style, PUBLISHED_SPLITS)
 
 
@@ -166,10 +166,10 @@ def load_cifar10() -> Dataset:
 
     def join(parts: list[tuple[Tensor, Tensor]]) -> Split:
         images = torch.cat([images for images, _ in parts])
-        return Split(images, torch.cat([labels for _, labels in parts]), Numbers(len(images)))
+        return Split(images, torch.cat([labels for _, labels in parts]), IndexIds(len(images)))
 
     train, test = join(parsed[:5]), join(parsed[5:])
-    return Dataset("cifar10", "cifar10", CIFAR10_CLASSES, train, test, None, PictureStyle(), PUBLISHED_SPLITS)
+    return Dataset("cifar10", "cifar10", CIFAR10_CLASSES, train, test, None, InputStyle(), PUBLISHED_SPLITS)
 
 
 def read_cifar10_archive() -> dict[str, bytes]:
@@ -186,7 +186,7 @@ def read_cifar10_archive() -> dict[str, bytes]:
     failures = []
     for mirror in CIFAR10_MIRRORS:
         try:
-            with replacing(cache_folder() / "cifar10" / CIFAR10_ARCHIVE) as temporary:
+            with atomic_write(cache_dir() / "cifar10" / CIFAR10_ARCHIVE) as temporary:
                 download(mirror + CIFAR10_ARCHIVE, temporary)
                 return read(temporary)
         except ConvlensError as error:
@@ -194,7 +194,7 @@ def read_cifar10_archive() -> dict[str, bytes]:
     raise ConvlensError(missing(CIFAR10_ARCHIVE, "cifar10", failures))
 
 
-def whereabouts(name: str) -> str:
+def locate(name: str) -> str:
     """Say where the files of a published data set are, for ``convlens data list``."""
     if name == "digits":
         return "embedded"

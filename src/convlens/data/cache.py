@@ -21,10 +21,10 @@ from torch import Tensor
 
 from convlens.data.decoding import Decoded
 from convlens.errors import ConvlensError
-from convlens.system.files import cache_folder, sync
+from convlens.system.files import cache_dir, fsync
 from convlens.system.hardware import memory_size
 
-GATHERED = 64 << 20  # bytes that are copied from disk to disk at a time
+GATHER_BYTES = 64 << 20  # bytes that are copied from disk to disk at a time
 
 
 def read_cache(folder: Path, shape: tuple[int, int, int, int]) -> Decoded | None:
@@ -64,12 +64,12 @@ def write_cache(folder: Path, decoded: Iterable[Decoded], shape: tuple[int, int,
             file.truncate(file.tell() + len(unreadable) * math.prod(shape[1:]))
         (temporary / "unreadable.json").write_text(json.dumps(unreadable), encoding="utf-8")
         for path in (temporary / "images.npy", temporary / "unreadable.json", temporary):
-            sync(path)
+            fsync(path)
         if read_cache(folder, shape) is None:  # else another process was first
             shutil.rmtree(folder, ignore_errors=True)  # it is damaged, if it is there at all
             with contextlib.suppress(OSError):
                 temporary.rename(folder)
-        sync(folder.parent)
+        fsync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -102,7 +102,7 @@ def stays_on_disk(size: int) -> bool:
 def no_room(size: int, error: OSError) -> ConvlensError:
     """Return the error that says that so many bytes of images found no room."""
     return ConvlensError(
-        f"{cache_folder()} has no room for {size / 1e9:.1f} GB of images ({error.strerror or error}), more than a "
+        f"{cache_dir()} has no room for {size / 1e9:.1f} GB of images ({error.strerror or error}), more than a "
         "quarter of the memory; set CONVLENS_CACHE to a larger disk, or take a smaller --image-size"
     )
 
@@ -116,8 +116,8 @@ def gather(images: Tensor, rows: Tensor) -> Tensor:
     shape = (len(rows), *images.shape[1:])
     if not stays_on_disk(math.prod(shape)):
         return images[rows]
-    some = max(GATHERED // math.prod(shape[1:]), 1)
-    place = cache_folder()
+    some = max(GATHER_BYTES // math.prod(shape[1:]), 1)
+    place = cache_dir()
     try:
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=place, prefix=".rows-", delete=False) as file:

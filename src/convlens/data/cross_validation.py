@@ -26,7 +26,7 @@ def merge(dataset: Dataset) -> tuple[Split, list[str]]:
     return everything, [name for name, part in parts.items() for _ in range(len(part))]
 
 
-def deal_out(labels: Tensor, classes: Sequence[str], folds: int) -> Tensor:
+def assign_folds(labels: Tensor, classes: Sequence[str], folds: int) -> Tensor:
     """Return the fold, int64 (N,) from 0, of each label (N,): every class is dealt out evenly, by a fixed seed.
 
     Raises UsageError if a class has fewer images than folds.
@@ -47,7 +47,7 @@ def take_fold(dataset: Dataset, number: int, folds: int) -> Dataset:
     everything, splits = merge(dataset)
     if len(set(everything.ids)) < len(everything):  # published sets number each split from 0
         everything = replace(everything, ids=[f"{s}/{i}" for s, i in zip(splits, everything.ids, strict=True)])
-    inside = deal_out(everything.labels, dataset.classes, folds) == number - 1
+    inside = assign_folds(everything.labels, dataset.classes, folds) == number - 1
     return replace(
         dataset,
         train=everything.take((~inside).nonzero().squeeze(1)),

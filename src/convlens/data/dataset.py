@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from convlens.data.cache import gather
-from convlens.data.images import PictureStyle
+from convlens.data.images import InputStyle
 from convlens.errors import UsageError
 from convlens.system.random import derive_seed
 
@@ -96,7 +96,7 @@ class Dataset:
     train: Split
     test: Split
     validation: Split | None  # None: the recipe carves it from train
-    style: PictureStyle
+    style: InputStyle
     note: str  # how the splits came about, for people
     unreadable: tuple[str, ...] = ()  # files that were skipped
     fold: tuple[int, int] | None = None  # (3, 5): the test split is the third of five folds of all images
@@ -158,7 +158,7 @@ class Dataset:
         return replace(self, train=train, validation=validation) if len(validation) else self
 
 
-class Numbers(Sequence[str]):
+class IndexIds(Sequence[str]):
     """The ids of so many images that have no names: "0", "1", ..."""
 
     def __init__(self, count: int):

@@ -23,7 +23,7 @@ from PIL import Image
 from convlens.data.images import (
     FORMATS,
     QUIET,
-    BadImage,
+    InvalidImageError,
     Pixels,
     fit_photo,
     image_pixels,
@@ -34,9 +34,9 @@ from convlens.data.images import (
 )
 from convlens.errors import ConvlensError
 from convlens.system.hardware import available_cores
-from convlens.system.progress import Meter
+from convlens.system.progress import ProgressBar
 
-MANY = 1000  # files from which on it pays to start helpers
+MIN_FILES_FOR_WORKERS = 1000  # files from which on it pays to start helpers
 
 CHUNK = 250  # files that a helper is given at a time,
 
@@ -57,7 +57,7 @@ class Header(NamedTuple):
 
 def survey_files(root: Path, names: Sequence[str]) -> Iterator[tuple[str, Header | None]]:
     """Yield each file's SHA-256, or why it cannot be read, and its header, or None if it is no image."""
-    for _, found in by_chunks("reading files", survey_chunk, root, names):
+    for _, found in map_chunks("reading files", survey_chunk, root, names):
         yield from ((digest, header and Header(*header)) for digest, header in found)
 
 
@@ -70,7 +70,7 @@ def decode_files(
     ConvlensError if a file is not the one with its SHA-256 among ``digests``, as :func:`survey_files` gave it.
     """
     start = 0
-    for images, found in by_chunks("decoding images", decode_chunk, root, names, channels, side):
+    for images, found in map_chunks("decoding images", decode_chunk, root, names, channels, side):
         for place, (digest, _) in enumerate(found, start):
             if digest != digests[place]:
                 raise ConvlensError(f"{names[place]} changed while {root} was read; try again when nobody writes there")
@@ -84,7 +84,7 @@ def survey_chunk(root: Path, names: Sequence[str]) -> Part:
     for name in names:
         try:
             content = read_file(f"{root}/{name}", name)
-        except BadImage as error:
+        except InvalidImageError as error:
             found.append((str(error), None))
             continue
         header = None
@@ -106,7 +106,7 @@ def decode_chunk(root: Path, names: Sequence[str], channels: int, side: int) -> 
             digest = hashlib.sha256(content).hexdigest()
             images[number] = image_pixels(fit_photo(to_mode(open_image(content, name), channels), side, side))
             number += 1
-        except BadImage as error:
+        except InvalidImageError as error:
             why = str(error)
         found.append((digest or why, why))
     return images[:number], found
@@ -115,27 +115,27 @@ def decode_chunk(root: Path, names: Sequence[str], channels: int, side: int) -> 
 WORK: dict[str, Callable[..., Part]] = {work.__name__: work for work in (survey_chunk, decode_chunk)}
 
 
-def by_chunks(title: str, work: Callable[..., Part], root: Path, names: Sequence[str], *form: int) -> Iterator[Part]:
+def map_chunks(title: str, work: Callable[..., Part], root: Path, names: Sequence[str], *form: int) -> Iterator[Part]:
     """Yield ``work`` of all the files, some at a time, in order; few results wait, for (channels, side) of ``form``."""
-    many = len(names) >= MANY
+    many = len(names) >= MIN_FILES_FOR_WORKERS
     size = 1
     if many:
         size = max(min(CHUNK, CHUNK_BYTES // math.prod((*form, *form[1:]))), 1)
     chunks = [names[start : start + size] for start in range(0, len(names), size)]
     with contextlib.ExitStack() as stack:
-        meter = stack.enter_context(Meter(title, len(names)))
+        meter = stack.enter_context(ProgressBar(title, len(names)))
         results: Iterator[Part] = (work(root, chunk, *form) for chunk in chunks)
         if many:
-            results = stack.enter_context(contextlib.closing(by_helpers(work.__name__, root, chunks, *form)))
+            results = stack.enter_context(contextlib.closing(map_in_workers(work.__name__, root, chunks, *form)))
         for chunk, result in zip(chunks, results, strict=True):
             yield result
             meter.update(len(chunk))
 
 
-def by_helpers(work: str, root: Path, chunks: Sequence[Sequence[str]], *form: int) -> Generator[Part, None, None]:
+def map_in_workers(work: str, root: Path, chunks: Sequence[Sequence[str]], *form: int) -> Generator[Part, None, None]:
     """Yield the work of the chunks, in order, done by as many helpers as there are cores."""
     count = min(available_cores(), len(chunks))
-    idle: SimpleQueue[Helper] = SimpleQueue()
+    idle: SimpleQueue[DecodeWorker] = SimpleQueue()
     waiting: deque[Future[Part]] = deque()
 
     def ask(chunk: Sequence[str]) -> Part:
@@ -145,11 +145,11 @@ def by_helpers(work: str, root: Path, chunks: Sequence[Sequence[str]], *form: in
         finally:
             idle.put(helper)
 
-    helpers: list[Helper] = []
+    helpers: list[DecodeWorker] = []
     pool = ThreadPoolExecutor(count)
     try:
         for _ in range(count):
-            helpers.append(Helper())
+            helpers.append(DecodeWorker())
             idle.put(helpers[-1])
         for chunk in chunks:
             waiting.append(pool.submit(ask, chunk))
@@ -165,7 +165,7 @@ def by_helpers(work: str, root: Path, chunks: Sequence[Sequence[str]], *form: in
             helper.close()
 
 
-class Helper:
+class DecodeWorker:
     """A process that works on chunks of files. It ends when this one does, however that ends."""
 
     def __init__(self) -> None:
@@ -206,7 +206,7 @@ class Helper:
             self._process.communicate()
 
 
-def serve() -> None:
+def worker_main() -> None:
     """Answer questions on standard input, a line each, until there are no more: what a helper does."""
     with contextlib.suppress(BrokenPipeError):
         for line in sys.stdin.buffer:

@@ -14,18 +14,18 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from convlens.errors import ConvlensError
-from convlens.system.files import cache_folder, replacing
-from convlens.system.progress import Meter
+from convlens.system.files import atomic_write, cache_dir
+from convlens.system.progress import ProgressBar
 
-_FROM_HERE = ContextVar("from_here", default=False)
+_OFFLINE = ContextVar("from_here", default=False)
 
-LARGEST = 200_000_000  # bytes; of what is published, CIFAR-10's archive unpacks to the most, 184 million
+MAX_DOWNLOAD_BYTES = 200_000_000  # bytes; of what is published, CIFAR-10's archive unpacks to the most, 184 million
 
 
 def search_path() -> list[Path]:
     """Return the folders in which data sets are looked for, in order."""
     chosen = [Path(p) for p in os.environ.get("CONVLENS_DATA", "").split(os.pathsep) if p]
-    return [*chosen, Path("data"), cache_folder(), Path("/usr/share/datasets")]
+    return [*chosen, Path("data"), cache_dir(), Path("/usr/share/datasets")]
 
 
 def find_file(name: str, folders: Sequence[str]) -> Path | None:
@@ -53,9 +53,9 @@ def read_unpacked(path: Path) -> bytes:
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
     with gzip.open(path) if packed else open(path, "rb") as file:
-        content = file.read(LARGEST + 1)
-    if len(content) > LARGEST:
-        raise OSError(f"it has over {LARGEST:,} bytes")
+        content = file.read(MAX_DOWNLOAD_BYTES + 1)
+    if len(content) > MAX_DOWNLOAD_BYTES:
+        raise OSError(f"it has over {MAX_DOWNLOAD_BYTES:,} bytes")
     return content
 
 
@@ -70,13 +70,13 @@ def check_sha256(name: str, content: bytes, sha256: str) -> None:
 
 
 @contextlib.contextmanager
-def only_from_here() -> Iterator[None]:
+def offline() -> Iterator[None]:
     """Download nothing inside the block: what is not on this machine is missing."""
-    token = _FROM_HERE.set(True)
+    token = _OFFLINE.set(True)
     try:
         yield
     finally:
-        _FROM_HERE.reset(token)
+        _OFFLINE.reset(token)
 
 
 def find_or_download(name: str, sha256: str, folders: Sequence[str], mirrors: Sequence[str]) -> bytes:
@@ -87,13 +87,13 @@ def find_or_download(name: str, sha256: str, folders: Sequence[str], mirrors: Se
     """
     if found := find_file(name, folders):
         return read_verified(found, sha256)
-    if _FROM_HERE.get():
+    if _OFFLINE.get():
         raise ConvlensError(f"{name} is not on this machine")
-    target = cache_folder() / folders[0] / f"{name}.gz"
+    target = cache_dir() / folders[0] / f"{name}.gz"
     failures = []
     for mirror in mirrors:
         try:
-            with replacing(target) as temporary:
+            with atomic_write(target) as temporary:
                 download(f"{mirror}{name}.gz", temporary)
                 return read_verified(temporary, sha256)
         except ConvlensError as error:
@@ -114,7 +114,7 @@ def download(address: str, target: Path) -> None:
     """Download ``address`` to ``target`` with a progress bar; ConvlensError if it fails."""
     import pooch
 
-    with Meter(f"downloading {address.rsplit('/', 1)[-1]}", 1, patience=0.5) as meter:
+    with ProgressBar(f"downloading {address.rsplit('/', 1)[-1]}", 1, patience=0.5) as meter:
         try:
             pooch.HTTPDownloader(progressbar=PoochBar(meter), timeout=30)(address, str(target), None)
         except OSError as error:  # requests' errors are OSErrors; those of a server bring its answer
@@ -126,7 +126,7 @@ def download(address: str, target: Path) -> None:
 class PoochBar:
     """What pooch expects of a progress bar, shown by our meter."""
 
-    def __init__(self, meter: Meter):
+    def __init__(self, meter: ProgressBar):
         self._meter = meter
 
     @property

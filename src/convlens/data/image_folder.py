@@ -16,9 +16,9 @@ from torch import Tensor
 from convlens.data.cache import keep_in_memory, no_room, read_cache, stays_on_disk, write_cache
 from convlens.data.dataset import HELD_OUT, SPLIT_SEED, TEST_FRACTION, Dataset, Split, check_classes
 from convlens.data.decoding import Header, decode_files, survey_files
-from convlens.data.images import PictureStyle
+from convlens.data.images import InputStyle
 from convlens.errors import ConvlensError, UsageError
-from convlens.system.files import cache_folder
+from convlens.system.files import cache_dir
 from convlens.system.text import first_few
 
 SPLIT_NAMES = {
@@ -31,9 +31,9 @@ SPLIT_NAMES = {
     "testing": "test",
 }
 
-LARGEST_OWN_SIZE = 64  # images up to this size keep it; larger photos are reduced to it unless --image-size asks
+MAX_AUTO_SIZE = 64  # images up to this size keep it; larger photos are reduced to it unless --image-size asks
 
-MOST_UNREADABLE = 0.01
+MAX_UNREADABLE_FRACTION = 0.01
 
 CACHE_VERSION = 2  # raise when decoding changes, so that old caches are not used
 
@@ -111,7 +111,7 @@ def load_folder(root: str | Path, *, image_size: int = 0, channels: int = 0, all
     digests, headers = zip(*survey_files(root, names), strict=True)
     key = hashlib.sha256(repr((CACHE_VERSION, entries, digests)).encode()).hexdigest()
     side, planes = choose_form(headers, image_size, channels)
-    folder = cache_folder() / "folders" / key[:32] / f"{side}-{planes}"
+    folder = cache_dir() / "folders" / key[:32] / f"{side}-{planes}"
     shape = (len(entries), planes, side, side)
     found = read_cache(folder, shape)
     if found is None:
@@ -141,15 +141,15 @@ def choose_form(headers: Sequence[Header | None], image_size: int, channels: int
     """Choose (side, channels) that all images are brought to, unless they are asked for, from the files' headers."""
     known = [header for header in headers if header is not None]
     if not known:
-        return image_size or LARGEST_OWN_SIZE, channels or 3
+        return image_size or MAX_AUTO_SIZE, channels or 3
     median = sorted(min(header.width, header.height) for header in known)[len(known) // 2]
     grey = all(header.grey for header in known)
-    return image_size or min(median, LARGEST_OWN_SIZE), channels or (1 if grey else 3)
+    return image_size or min(median, MAX_AUTO_SIZE), channels or (1 if grey else 3)
 
 
 def check_unreadable(root: Path, unreadable: dict[int, str], total: int, allowed: bool) -> None:
     """Raise ConvlensError that names the unreadable files if they are more than 1% and not allowed."""
-    if len(unreadable) > MOST_UNREADABLE * total and not allowed:
+    if len(unreadable) > MAX_UNREADABLE_FRACTION * total and not allowed:
         some = first_few(list(unreadable.values()), 3, "; ")
         raise ConvlensError(
             f"{len(unreadable)} of {total} files in {root} cannot be read, more than 1%: {some}. "
@@ -189,4 +189,4 @@ def make_dataset(
         elif test is None:
             train, test = train.divide(TEST_FRACTION, SPLIT_SEED)
             note = f"no test folder: {HELD_OUT}"
-    return Dataset(root.name, str(root), classes, train, test, validation, PictureStyle(), note, unreadable)
+    return Dataset(root.name, str(root), classes, train, test, validation, InputStyle(), note, unreadable)

@@ -19,7 +19,7 @@ from convlens.errors import ConvlensError
 
 Pixels = NDArray[np.uint8]
 
-LARGEST = 50_000_000  # pixels; Pillow takes 4 bytes for each
+MAX_PIXELS = 50_000_000  # pixels; Pillow takes 4 bytes for each
 
 MAX_SIDE_PIXELS = 65_535  # the longest that a JPEG can have
 
@@ -35,9 +35,9 @@ MAX_INK_PIXELS = 4096 * 4096  # searched for ink, in floats; a page of A4 at 400
 
 MAX_BORDER_SAMPLES = 65_536  # of which the paper is estimated, less than a megabyte: all the border of most images
 
-LARGEST_FILE = 400_000_000  # bytes: so many pixels of four 16-bit numbers, not compressed
+MAX_FILE_BYTES = 400_000_000  # bytes: so many pixels of four 16-bit numbers, not compressed
 
-MOST_SCANS = 100  # of a progressive JPEG, each of which goes over all its pixels; encoders write about ten
+MAX_SCANS = 100  # of a progressive JPEG, each of which goes over all its pixels; encoders write about ten
 
 ORIENTATION = 0x0112  # EXIF's tag
 
@@ -70,12 +70,12 @@ class Quiet:
 QUIET = Quiet()
 
 
-class BadImage(ConvlensError):
+class InvalidImageError(ConvlensError):
     """A file or object that is not an image that can be read."""
 
 
 @dataclass(frozen=True)
-class PictureStyle:
+class InputStyle:
     """What the pictures of a data set look like, beyond their size.
 
     A photo fills its frame. Ink (MNIST, Fashion-MNIST, digits) is light on black, scaled to fit into a square of
@@ -87,7 +87,7 @@ class PictureStyle:
 
 
 def read_file(path: str | Path, name: str = "") -> bytes:
-    """Return what is in an image file; BadImage if it is missing, closed to us, no file, or of over 400 MB.
+    """Return what is in an image file; InvalidImageError if it is missing, closed to us, no file, or of over 400 MB.
 
     ``name`` is what messages call it, if not by its path.
     """
@@ -96,18 +96,20 @@ def read_file(path: str | Path, name: str = "") -> bytes:
         with open(path, "rb", opener=without_waiting) as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
-                raise BadImage(f"{name} is a pipe or a device, not a file")
-            if about.st_size > LARGEST_FILE:
-                raise BadImage(f"{name} has {about.st_size:,} bytes, too many for an image (over {LARGEST_FILE:,})")
+                raise InvalidImageError(f"{name} is a pipe or a device, not a file")
+            if about.st_size > MAX_FILE_BYTES:
+                raise InvalidImageError(
+                    f"{name} has {about.st_size:,} bytes, too many for an image (over {MAX_FILE_BYTES:,})"
+                )
             return file.read()
     except FileNotFoundError:
-        raise BadImage(f"{name}: there is no such file") from None
+        raise InvalidImageError(f"{name}: there is no such file") from None
     except IsADirectoryError:
-        raise BadImage(f"{name} is a folder, not an image") from None
+        raise InvalidImageError(f"{name} is a folder, not an image") from None
     except PermissionError:
-        raise BadImage(f"{name} cannot be read: permission denied") from None
+        raise InvalidImageError(f"{name} cannot be read: permission denied") from None
     except OSError as error:
-        raise BadImage(f"{name} cannot be read: {error.strerror}") from None
+        raise InvalidImageError(f"{name} cannot be read: {error.strerror}") from None
 
 
 def without_waiting(path: str, flags: int) -> int:
@@ -127,14 +129,15 @@ def open_image(source: str | Path | bytes, name: str = "the image", max_pixels: 
         max_pixels: How many pixels the image may have, by default 50 million.
 
     Raises:
-        BadImage: The file is missing, no image or cut short; it has too many pixels, a side of more than 65,535, or is
-            more than 10,000 times as long as wide; or it is a JPEG of more than 100 scans, or a PPM that takes minutes.
+        InvalidImageError: The file is missing, not an image or truncated; it has too many pixels, a side of
+            more than 65,535, or is more than 10,000 times as long as wide; or it is a JPEG of more than 100 scans,
+            or a PPM that takes minutes.
     """
     if not isinstance(source, bytes):
         return open_image(read_file(source), str(source), max_pixels)
-    most = LARGEST if max_pixels is None else max_pixels
-    if source.startswith(b"\xff\xd8") and (scans := source.count(b"\xff\xda")) > MOST_SCANS:
-        raise BadImage(f"{name} has {scans:,} scans, too many for a JPEG (over {MOST_SCANS})")
+    most = MAX_PIXELS if max_pixels is None else max_pixels
+    if source.startswith(b"\xff\xd8") and (scans := source.count(b"\xff\xda")) > MAX_SCANS:
+        raise InvalidImageError(f"{name} has {scans:,} scans, too many for a JPEG (over {MAX_SCANS})")
     try:
         # from memory, for Pillow reads a file in many small pieces; closed, or a TIFF would keep the whole file
         with QUIET, io.BytesIO(source) as file, Image.open(file, formats=FORMATS) as image:
@@ -147,27 +150,29 @@ def open_image(source: str | Path | bytes, name: str = "the image", max_pixels: 
                 raise Image.DecompressionBombError
             if image.format == "PPM" and image.width * image.height > MAX_SLOW_PIXELS and image.tile[0][0] != "raw":
                 limit = f"over {MAX_SLOW_PIXELS:,}"
-                raise BadImage(f"{name} has too many pixels for a PPM of text or of other than 256 levels ({limit})")
+                raise InvalidImageError(
+                    f"{name} has too many pixels for a PPM of text or of other than 256 levels ({limit})"
+                )
             image.load()
             return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
     except UnidentifiedImageError:
-        raise BadImage(f"{name} is not an image (JPEG, PNG, GIF, WebP, BMP, TIFF or PPM)") from None
+        raise InvalidImageError(f"{name} is not an image (JPEG, PNG, GIF, WebP, BMP, TIFF or PPM)") from None
     except Image.DecompressionBombError:
-        raise BadImage(f"{name} has too many pixels (over {most:,})") from None
-    except (BadImage, MemoryError):  # the latter says nothing of the image
+        raise InvalidImageError(f"{name} has too many pixels (over {most:,})") from None
+    except (InvalidImageError, MemoryError):  # the latter says nothing of the image
         raise
     except Exception as error:  # decoders raise many kinds of error (OSError, SyntaxError, struct.error, ...)
-        raise BadImage(f"{name} cannot be decoded: {str(error) or type(error).__name__}") from None
+        raise InvalidImageError(f"{name} cannot be decoded: {str(error) or type(error).__name__}") from None
 
 
 def require_shape(width: int, height: int, name: str) -> None:
-    """Raise BadImage for an image that is too long or too narrow: few bytes can hold it, and it shows nothing."""
+    """Raise InvalidImageError for an image that is too long or too narrow: few bytes can hold it."""
     long, short = max(width, height), min(width, height)
     if long > MAX_SIDE_PIXELS:
-        raise BadImage(f"{name} is too long: {width:,} x {height:,} pixels (over {MAX_SIDE_PIXELS:,} a side)")
+        raise InvalidImageError(f"{name} is too long: {width:,} x {height:,} pixels (over {MAX_SIDE_PIXELS:,} a side)")
     if long > MAX_ASPECT_RATIO * short:
         limit = f"over {MAX_ASPECT_RATIO:,} times as long as wide"
-        raise BadImage(f"{name} is too narrow: {width:,} x {height:,} pixels ({limit})")
+        raise InvalidImageError(f"{name} is too narrow: {width:,} x {height:,} pixels ({limit})")
 
 
 def has_several_scans(image: Image.Image, source: bytes) -> bool:
@@ -187,24 +192,24 @@ def array_to_image(array: NDArray[Any]) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
-        raise BadImage(f"an array of shape {array.shape} is not an image; give (H, W), (H, W, C) or (C, H, W)")
+        raise InvalidImageError(f"an array of shape {array.shape} is not an image; give (H, W), (H, W, C) or (C, H, W)")
     return Image.fromarray(to_bytes(array))
 
 
 def to_bytes(array: NDArray[Any]) -> Pixels:
-    """Return whole numbers 0..255, booleans or floats 0..1 as uint8; BadImage for any other values."""
+    """Return whole numbers 0..255, booleans or floats 0..1 as uint8; InvalidImageError for any other values."""
     if array.size == 0:
-        raise BadImage(f"an array of shape {array.shape} and type {array.dtype} holds no pixels")
+        raise InvalidImageError(f"an array of shape {array.shape} and type {array.dtype} holds no pixels")
     if array.dtype == np.uint8:
         return array
     if array.dtype == bool:
         return array.astype(np.uint8) * np.uint8(255)
     if not np.issubdtype(array.dtype, np.number) or np.iscomplexobj(array):
-        raise BadImage(f"an array of shape {array.shape} and type {array.dtype} holds no pixels")
+        raise InvalidImageError(f"an array of shape {array.shape} and type {array.dtype} holds no pixels")
     low, high = float(array.min()), float(array.max())
     top = 1.0 if np.issubdtype(array.dtype, np.floating) else 255.0
     if not (0 <= low and high <= top):  # a NaN fails too
-        raise BadImage(
+        raise InvalidImageError(
             f"pixel values run from {low:g} to {high:g}; give uint8 (or whole numbers 0 to 255), or floats 0 to 1"
         )
     return np.round(array * (255.0 / top)).astype(np.uint8)

@@ -7,15 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from convlens.data.augment import Draws, mirror
+from convlens.data.augment import BatchRandom, mirror
 from convlens.data.dataset import Split
-from convlens.data.normalize import Normalise
-from convlens.distributed.process_group import Ranks
+from convlens.data.normalize import Normalize
+from convlens.distributed.process_group import World
 from convlens.errors import UsageError
-from convlens.system.random import derive_seed, seed_global
+from convlens.system.random import derive_seed, seed_everything
 
 FLIP = -1  # stands for no epoch: the stream of numbers that says which images are mirrored first
-Augment = Callable[[Tensor, Tensor, Draws], tuple[Tensor, Tensor]]
+Augment = Callable[[Tensor, Tensor, BatchRandom], tuple[Tensor, Tensor]]
 
 
 def count_batches(images: int, batch_size: int) -> int:
@@ -33,7 +33,7 @@ def require_balance(split: Split) -> None:
         raise UsageError("--balance draws images from all over; those in shards are read a few shards at a time")
 
 
-class Batches:
+class BatchLoader:
     """Shuffled, normalised, augmented batches; the images are moved to the device once.
 
     Where several ``ranks`` train together, each gets its part of every batch.
@@ -43,18 +43,18 @@ class Batches:
         self,
         split: Split,
         batch_size: int,
-        normalise: Normalise,
+        normalise: Normalize,
         *,
         seed: int,
         device: torch.device,
         augment: Augment,
         flip: bool = False,
         balance: bool = False,
-        ranks: Ranks | None = None,
+        ranks: World | None = None,
     ):
         if balance:
             require_balance(split)
-        self._ranks = ranks or Ranks()
+        self._ranks = ranks or World()
         self._split = split
         try:
             self._images = split.images.to(device)  # (N, C, H, W) uint8
@@ -98,7 +98,7 @@ class Batches:
             # moved at once, for a step must not wait for it; that of shards is worked out as it is read
             self._epoch, self._order = epoch, order.to(self._labels.device) if isinstance(order, Tensor) else order
         step_seed = derive_seed(self._seed, epoch, index)
-        seed_global(step_seed + self._ranks.rank, self._labels.device)
+        seed_everything(step_seed + self._ranks.rank, self._labels.device)
         count, first = self.size(index), index * self._batch_size
         part = self._ranks.part(count)
         rows = self._order[first : first + count][part]
@@ -106,6 +106,6 @@ class Batches:
         rows = rows.to(self._labels.device)
         if self._mirrored is not None:
             images = mirror(images, self._mirrored[rows] ^ bool(epoch % 2))
-        draws = Draws(self._generator.manual_seed(step_seed), count, part)
+        draws = BatchRandom(self._generator.manual_seed(step_seed), count, part)
         images, labels = self._augment(images, self._labels[rows], draws)
         return images.contiguous(memory_format=torch.channels_last), labels

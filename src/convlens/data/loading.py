@@ -11,8 +11,8 @@ from convlens.data.builtin import DATASETS
 from convlens.data.cross_validation import take_fold
 from convlens.data.dataset import Dataset
 from convlens.data.image_folder import load_folder
-from convlens.data.shards import is_packed, load_shards, packed_from
-from convlens.errors import UnknownName, UsageError
+from convlens.data.shards import is_sharded, load_shards, sharded_from
+from convlens.errors import UnknownNameError, UsageError
 
 
 def load_dataset(source: Any, *, image_size: int = 0, channels: int = 0, allow_unreadable: bool = False) -> Dataset:
@@ -24,7 +24,7 @@ def load_dataset(source: Any, *, image_size: int = 0, channels: int = 0, allow_u
     pairs, a tuple of two such (train, test), or a Dataset. ``image_size`` (pixels) and ``channels`` (1 or 3) say what
     the images of a folder are brought to; with 0 that is a square of the median of their shorter sides, at most 64,
     and grey if all of them are. Unreadable files are left out, and named in ``Dataset.unreadable``; more than 1% of
-    them are an error, unless ``allow_unreadable``. Raises UsageError for what is none of these (UnknownName for a
+    them are an error, unless ``allow_unreadable``. Raises UsageError for what is none of these (UnknownNameError for a
     name), ConvlensError for files that are missing, damaged or not the published ones.
 
     >>> digits = load_dataset("digits")
@@ -40,20 +40,20 @@ def load_dataset(source: Any, *, image_size: int = 0, channels: int = 0, allow_u
             return DATASETS[str(source)]()
         if not str(source):
             raise UsageError("the data have an empty name; for the current folder say .")
-        if is_packed(source):
+        if is_sharded(source):
             return load_shards(source)
         path = Path(source)
         if path.is_dir():
             return load_folder(path, image_size=image_size, channels=channels, allow_unreadable=allow_unreadable)
         if path.suffix == ".npz":
             return load_npz(path)
-        if path.exists() and is_packed(path.parent):
+        if path.exists() and is_sharded(path.parent):
             raise UsageError(f"{path} is one of several shards; give their folder, {path.parent}")
         if path.exists():
             raise UsageError(f"{path} is a file; give a folder of class folders, a .npz file or a name")
         if len(path.parts) > 1:
             raise UsageError(f"there is no folder {path}")
-        raise UnknownName("data set or folder", str(source), DATASETS.names())
+        raise UnknownNameError("data set or folder", str(source), DATASETS.names())
     if isinstance(source, tuple) and len(source) == 2 and all(map(is_map_style, source)):
         return from_map_style(*source, image_size=image_size, channels=channels)
     if isinstance(source, tuple):
@@ -91,7 +91,7 @@ def data_name(data: Any) -> str:
     """Return the name by which a default recipe is looked up; shards have that of what they were made of."""
     if isinstance(data, Dataset):
         return data.name
-    return str(packed_from(data) if isinstance(data, (str, Path)) and is_packed(data) else data)
+    return str(sharded_from(data) if isinstance(data, (str, Path)) and is_sharded(data) else data)
 
 
 def require_size(image_size: int, dataset: Dataset) -> None:

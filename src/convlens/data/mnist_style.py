@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from convlens.data.images import MAX_BORDER_SAMPLES, MAX_INK_PIXELS, PictureStyle
+from convlens.data.images import MAX_BORDER_SAMPLES, MAX_INK_PIXELS, InputStyle
 
 
-def fit_ink(image: Image.Image, height: int, width: int, style: PictureStyle) -> Image.Image:
+def fit_ink(image: Image.Image, height: int, width: int, style: InputStyle) -> Image.Image:
     """Make a grey picture of ink on paper (or light on dark) look as MNIST's makers made theirs.
 
     The background is taken from the border and becomes black, the ink is cropped, scaled into the style's box

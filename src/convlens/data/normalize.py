@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Normalise(nn.Module):
+class Normalize(nn.Module):
     """(pixels / 255 - mean) / std: from uint8 (N, C, H, W) to float32 of the same shape."""
 
     scale: Tensor

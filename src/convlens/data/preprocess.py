@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from convlens.data.images import PictureStyle, Pixels, fit_photo, image_pixels, to_mode
+from convlens.data.images import InputStyle, Pixels, fit_photo, image_pixels, to_mode
 from convlens.data.mnist_style import fit_ink
 from convlens.errors import UsageError
 
 if TYPE_CHECKING:  # who only predicts does without PyTorch
     from torch import Tensor
 
-    from convlens.data.normalize import Normalise
+    from convlens.data.normalize import Normalize
 
 PART_BYTES, MOST_PARTS = 4 << 20, 128  # of pixels at a time, and how often, for their mean and spread
-LARGEST_SIDE = 4096  # pixels, of the images that a net takes
+MAX_INPUT_SIDE = 4096  # pixels, of the images that a net takes
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ class Preprocess:
     width: int
     mean: tuple[float, ...]  # per channel, of pixels in 0..1
     std: tuple[float, ...]
-    style: PictureStyle
+    style: InputStyle
 
     @classmethod
-    def measure(cls, images: Tensor, style: PictureStyle) -> Preprocess:
+    def measure(cls, images: Tensor, style: InputStyle) -> Preprocess:
         """Take size and per-channel mean and standard deviation from training images, uint8 (N, C, H, W).
 
         Raises UsageError for images of more than 4096 pixels a side, which no bundle may ask for.
         """
         channels, height, width = images.shape[1:]
-        if max(height, width) > LARGEST_SIDE:
-            raise UsageError(f"images of {width} x {height} pixels; nets take at most {LARGEST_SIDE} a side")
+        if max(height, width) > MAX_INPUT_SIDE:
+            raise UsageError(f"images of {width} x {height} pixels; nets take at most {MAX_INPUT_SIDE} a side")
         # counting the 256 values is exact, and needs no float copy of the data; of very many images some are enough
         counts = np.zeros((channels, 256))
         part = max(PART_BYTES // (channels * height * width), 1)  # those in shards are read part by part
@@ -68,11 +68,11 @@ class Preprocess:
             image = fit_ink(image, self.height, self.width, self.style)
         return image_pixels(image)
 
-    def normaliser(self) -> Normalise:
+    def normaliser(self) -> Normalize:
         """Return the module that turns uint8 pixels into the net's input."""
-        from convlens.data.normalize import Normalise
+        from convlens.data.normalize import Normalize
 
-        return Normalise(self.mean, self.std)
+        return Normalize(self.mean, self.std)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain values that :meth:`from_json` takes."""
@@ -87,9 +87,9 @@ class Preprocess:
             width=int(values["width"]),
             mean=tuple(float(v) for v in values["mean"]),
             std=tuple(float(v) for v in values["std"]),
-            style=PictureStyle(int(values["style"]["ink_box"]), bool(values["style"]["centre_by_mass"])),
+            style=InputStyle(int(values["style"]["ink_box"]), bool(values["style"]["centre_by_mass"])),
         )
-        sides = made.channels in (1, 3) and 1 <= made.height <= LARGEST_SIDE and 1 <= made.width <= LARGEST_SIDE
+        sides = made.channels in (1, 3) and 1 <= made.height <= MAX_INPUT_SIDE and 1 <= made.width <= MAX_INPUT_SIDE
         # an ink box that is larger than the image cannot be placed in it
         fits = 0 <= made.style.ink_box <= min(made.height, made.width)
         finite = all(map(math.isfinite, (*made.mean, *made.std))) and all(std > 0 for std in made.std)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def small_shape(shape: Sequence[int], size: int) -> tuple[int, int]:
+def resized_shape(shape: Sequence[int], size: int) -> tuple[int, int]:
     """Return (height, width) scaled down so that the longer side has ``size`` pixels, if it has more."""
     height, width = shape
     scale = min(size / max(height, width), 1.0)
@@ -18,7 +18,7 @@ def small_shape(shape: Sequence[int], size: int) -> tuple[int, int]:
 
 def shrink(images: Tensor, size: int) -> Tensor:
     """Return images (N, C, H, W) scaled down so that their longer side has ``size`` pixels, if it has more."""
-    shape = small_shape(images.shape[2:], size)
+    shape = resized_shape(images.shape[2:], size)
     if shape == tuple(images.shape[2:]):
         return images
     small = F.interpolate(images, size=shape, mode="bilinear", antialias=True, align_corners=False)

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from convlens.errors import ConvlensError
-from convlens.system.files import LARGEST_JSON, parse_json, read_json
+from convlens.system.files import MAX_JSON_BYTES, parse_json, read_json
 
 INDEX = "index.json"  # what lies there, and each file's SHA-256
 
 TRIES = 3  # to get a file over the network
 
-PATIENCE = 30.0  # seconds for it to begin, or go on
+TIMEOUT_SECONDS = 30.0  # seconds for it to begin, or go on
 
 
 @dataclass(frozen=True)
-class Place:
+class ShardStorage:
     """Where shards lie: a folder, or an address that begins with http:// or https://."""
 
     path: str
@@ -43,9 +43,9 @@ class Place:
         where = f"{self.path.rstrip('/')}/{INDEX}"
         if not is_address(self.path):
             return read_json(Path(where))
-        content = read_address(where, LARGEST_JSON)
-        if len(content) > LARGEST_JSON:
-            raise ConvlensError(f"{where} is larger than it may be: {LARGEST_JSON:,} bytes")
+        content = read_address(where, MAX_JSON_BYTES)
+        if len(content) > MAX_JSON_BYTES:
+            raise ConvlensError(f"{where} is larger than it may be: {MAX_JSON_BYTES:,} bytes")
         return parse_json(content, where)
 
 
@@ -69,7 +69,7 @@ def read_address(address: str, most: int) -> bytes:
     """Return what lies at an address, or its first ``most`` bytes and one more; ConvlensError after three tries."""
     for left in reversed(range(TRIES)):
         try:
-            with urllib.request.urlopen(address, timeout=PATIENCE) as answer:
+            with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as answer:
                 content: bytes = answer.read(most + 1)
                 if len(content) >= min(int(answer.headers.get("Content-Length", 0)), most + 1):
                     return content

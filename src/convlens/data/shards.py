@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from convlens.data.builtin import DATASETS
-from convlens.data.dataset import Dataset, Numbers, Split
-from convlens.data.images import PictureStyle
-from convlens.data.shard_storage import INDEX, Place, is_address
+from convlens.data.dataset import Dataset, IndexIds, Split
+from convlens.data.images import InputStyle
+from convlens.data.shard_storage import INDEX, ShardStorage, is_address
 from convlens.errors import ConvlensError, UsageError
-from convlens.run_dir import new_folder
+from convlens.run_dir import atomic_dir
 from convlens.system.files import write_json
-from convlens.system.progress import Meter
+from convlens.system.progress import ProgressBar
 from convlens.system.random import derive_seed
 
 FORMAT = 1
@@ -39,7 +39,7 @@ WINDOW = 4  # shards that are shuffled together
 Images = NDArray[np.uint8]
 
 
-def pack(dataset: Dataset, folder: Path, per_shard: int = 0) -> dict[str, Any]:
+def write_shards(dataset: Dataset, folder: Path, per_shard: int = 0) -> dict[str, Any]:
     """Write a data set as shards into the new folder ``folder``, and return its index.
 
     A shard is a tar file of samples ``NNNNNNNNN.npy`` (uint8 H x W x C) and ``NNNNNNNNN.cls`` (the class's number),
@@ -60,7 +60,7 @@ def pack(dataset: Dataset, folder: Path, per_shard: int = 0) -> dict[str, Any]:
         "splits": {},
     }
     total = sum(len(split) for split in dataset.splits.values())
-    with new_folder(folder) as new, Meter("packing", total) as meter:
+    with atomic_dir(folder) as new, ProgressBar("packing", total) as meter:
         for name, split in dataset.splits.items():
             order = torch.arange(len(split))
             if name == "train":
@@ -95,7 +95,7 @@ def make_tar(images: Images, labels: Sequence[int], first: int) -> bytes:
     return file.getvalue()
 
 
-def find_index(place: Place) -> dict[str, Any]:
+def find_index(place: ShardStorage) -> dict[str, Any]:
     """Return the index of the shards in a place; ConvlensError if it is none of this version's."""
     index = place.read_index()
     if "format" not in index:
@@ -105,14 +105,14 @@ def find_index(place: Place) -> dict[str, Any]:
     return index
 
 
-def is_packed(source: str | Path) -> bool:
+def is_sharded(source: str | Path) -> bool:
     """Say whether ``source`` is where :func:`pack` has written, or may be so: an address."""
     return is_address(str(source)) or (Path(source) / INDEX).is_file()
 
 
-def packed_from(source: str | Path) -> str | None:
+def sharded_from(source: str | Path) -> str | None:
     """Return the name of the published data set that shards were made of, None for other data."""
-    return find_index(Place(str(source))).get("source")
+    return find_index(ShardStorage(str(source))).get("source")
 
 
 def load_shards(source: str | Path) -> Dataset:
@@ -121,7 +121,7 @@ def load_shards(source: str | Path) -> Dataset:
     ``source`` is a folder, or its http(s) address. Validation and test images are read at once. Raises ConvlensError
     for what is missing or damaged.
     """
-    place = Place(str(source) if is_address(str(source)) else str(Path(source).resolve()))
+    place = ShardStorage(str(source) if is_address(str(source)) else str(Path(source).resolve()))
     index = find_index(place)
     try:
         if not {"train", "test"} <= set(index["splits"]) <= {"train", "validation", "test"}:
@@ -142,11 +142,11 @@ def load_shards(source: str | Path) -> Dataset:
                 raise ValueError(f"the labels of {name} do not fit")
             kind = ShardedSplit if name == "train" else Split
             seen = images if name == "train" else images[:]
-            splits[name] = kind(seen, torch.from_numpy(labels.astype(np.int64)), Numbers(len(labels)))  # type: ignore[arg-type]
+            splits[name] = kind(seen, torch.from_numpy(labels.astype(np.int64)), IndexIds(len(labels)))  # type: ignore[arg-type]
         if not re.fullmatch(r"[^/\\\x00-\x1f]*[^/\\\x00-\x1f.][^/\\\x00-\x1f]*", index["name"]):
             raise ValueError(f"{index['name']!r} is no name")
-        style = PictureStyle(**index["style"])
-        return PackedDataset(
+        style = InputStyle(**index["style"])
+        return ShardedDataset(
             str(index["name"]), place.path, tuple(index["classes"]), splits["train"], splits["test"],
             splits.get("validation"), style, f"shards; {index['note']}", packed=digest_index(index),
         )  # fmt: skip
@@ -169,7 +169,7 @@ class Shard:
 
 
 @dataclass(frozen=True, eq=False)
-class PackedDataset(Dataset):
+class ShardedDataset(Dataset):
     """A data set in shards."""
 
     packed: str = ""  # the SHA-256 of the index
@@ -205,7 +205,7 @@ class ShardedSplit(Split):
 class ShardImages:
     """The images of many shards as one uint8 (N, C, H, W), of which a few shards are in memory at a time."""
 
-    def __init__(self, place: Place, shards: Sequence[Shard], shape: tuple[int, int, int]):
+    def __init__(self, place: ShardStorage, shards: Sequence[Shard], shape: tuple[int, int, int]):
         self.place, self.shards = place, list(shards)
         self.first = np.cumsum([0, *(shard.images for shard in shards)])  # number of each shard's first image
         self.shape = (int(self.first[-1]), *shape)

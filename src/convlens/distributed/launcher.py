@@ -10,7 +10,7 @@ import uuid
 
 import torch
 
-from convlens.errors import PeerGone, UsageError
+from convlens.errors import UsageError, WorkerLostError
 from convlens.system.hardware import OWN_JOB, OWN_LAUNCHER, available_cores
 
 RESTARTS = 3
@@ -49,7 +49,7 @@ def launch(arguments: list[str], processes: int) -> int:
             return 130
         except ChildFailedError as error:
             codes = [failure.exitcode for failure in error.failures.values()]
-            told = [code for code in codes if code > 0 and code != PeerGone.exit_code]
+            told = [code for code in codes if code > 0 and code != WorkerLostError.exit_code]
             if told:
                 return told[0]
             # those that were left have been asked to stop, with SIGTERM

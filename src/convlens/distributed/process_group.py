@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convlens.errors import ConvlensError, PeerGone, UsageError
+from convlens.errors import ConvlensError, UsageError, WorkerLostError
 from convlens.system.hardware import OWN_JOB, OWN_LAUNCHER, processes_here
 
 TRAININGS = itertools.count(1)  # that this process has begun
 
-PATIENCE = datetime.timedelta(hours=1)  # for the slowest of them: the first one tests alone, and may download
+TIMEOUT_SECONDS = datetime.timedelta(hours=1)  # for the slowest of them: the first one tests alone, and may download
 
 
-class Ranks:
+class World:
     """One process among those that train together: its rank, from 0, and how many they are.
 
     Alone, every method does nothing, so nobody need ask. All of them must call the same methods in the same order. If
-    one has died, the others get PeerGone.
+    one has died, the others get WorkerLostError.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, *, again: bool = False):
@@ -95,10 +95,10 @@ class Ranks:
         self.share({"do": content})
 
     def follow(self) -> Any:
-        """Return what the first one tells to do; PeerGone if it could not make out what."""
+        """Return what the first one tells to do; WorkerLostError if it could not make out what."""
         told = self.share(None)
         if "do" not in told:
-            raise PeerGone(told["failed"])
+            raise WorkerLostError(told["failed"])
         return told["do"]
 
     @contextlib.contextmanager
@@ -106,7 +106,7 @@ class Ranks:
         """Inside the block the first one makes out what is to be done; if it cannot, the others hear of it."""
         try:
             yield
-        except PeerGone:
+        except WorkerLostError:
             raise
         except Exception as error:
             self.share({"failed": str(error)})
@@ -117,7 +117,7 @@ class Ranks:
         if self.size == 1:
             return
         for value in net.state_dict().values():
-            with peers_needed():
+            with translate_peer_failure():
                 distributed().broadcast(value, 0)
 
     def require_same(self, number: int, what: str) -> None:
@@ -129,17 +129,17 @@ class Ranks:
 
     def _add_up(self, tensor: Tensor) -> None:
         """Make ``tensor`` the sum of those of all ranks, in place."""
-        with peers_needed():
+        with translate_peer_failure():
             distributed().all_reduce(tensor)
 
 
 @contextlib.contextmanager
-def peers_needed() -> Iterator[None]:
-    """Raise PeerGone where PyTorch says, in many words, that another process has gone away."""
+def translate_peer_failure() -> Iterator[None]:
+    """Raise WorkerLostError where PyTorch says, in many words, that another process has gone away."""
     try:
         yield
     except RuntimeError as error:
-        raise PeerGone("another process of this training has stopped, or cannot be reached") from error
+        raise WorkerLostError("another process of this training has stopped, or cannot be reached") from error
 
 
 def distributed() -> Any:
@@ -150,13 +150,13 @@ def distributed() -> Any:
 
 
 @functools.cache
-def join() -> Ranks:
+def init_world() -> World:
     """Return this process's place among those that torchrun has started with it; it is alone if it was not torchrun."""
     # a job of convlens.distributed.launcher has a name that no other has, so a run by that name is its own
     own = os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OWN_JOB)
     again = own or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
-        return Ranks(again=again)
+        return World(again=again)
     if not distributed().is_initialized():
         backend = "gloo"
         if torch.cuda.device_count() >= processes_here():  # NCCL wants one for each
@@ -167,28 +167,28 @@ def join() -> Ranks:
                 "RANK and WORLD_SIZE say that this is one of several processes, but MASTER_ADDR and MASTER_PORT are "
                 "not set: start them with torchrun, or unset those two"
             )
-        with peers_needed():
-            store, rank, size = next(distributed().rendezvous("env://", timeout=PATIENCE))
-            store = distributed().PrefixStore(meet(store, rank, size), store)
-            distributed().init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        with translate_peer_failure():
+            store, rank, size = next(distributed().rendezvous("env://", timeout=TIMEOUT_SECONDS))
+            store = distributed().PrefixStore(rendezvous(store, rank, size), store)
+            distributed().init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT_SECONDS)
         atexit.register(distributed().destroy_process_group)
-    ranks = Ranks(distributed().get_rank(), distributed().get_world_size())
+    ranks = World(distributed().get_rank(), distributed().get_world_size())
     ranks.again, _ = ranks.agree(again, 0.0)  # torchrun tells only those on the machine where one has died
     return ranks
 
 
-def meet(store: Any, rank: int, size: int) -> str:
+def rendezvous(store: Any, rank: int, size: int) -> str:
     """Return a prefix of keys that all ranks agree on, and that those of an earlier start did not.
 
     torchrun keeps one store over all its restarts (PyTorch's issue 135712), where the processes would find addresses of
     the dead. So each asks with a nonce, and takes the answer to that; the first one answers until all have heard it.
-    Raises PeerGone if one of them does not come within an hour.
+    Raises WorkerLostError if one of them does not come within an hour.
     """
-    nonce, end = uuid.uuid4().hex, time.monotonic() + PATIENCE.total_seconds()
+    nonce, end = uuid.uuid4().hex, time.monotonic() + TIMEOUT_SECONDS.total_seconds()
 
     def pause() -> None:  # waiting in the store itself, nobody would hear Ctrl-C
         if time.monotonic() > end:
-            raise PeerGone("another process of this training has not come")
+            raise WorkerLostError("another process of this training has not come")
         time.sleep(0.02)
 
     if rank > 0:
@@ -209,13 +209,13 @@ def meet(store: Any, rank: int, size: int) -> str:
     return nonce
 
 
-def require_alone(what: str) -> None:
+def require_single_process(what: str) -> None:
     """Raise UsageError if this is one of several processes, where ``what`` is for one."""
-    if join().size > 1:
+    if init_world().size > 1:
         raise UsageError(f"{what} cannot be shared by several processes: start it without torchrun")
 
 
-def job() -> str | None:
+def launch_id() -> str | None:
     """Return a name of the training that torchrun has started, the same after a restart; None without torchrun.
 
     A script that trains several nets gets another name each time.
@@ -226,7 +226,7 @@ def job() -> str | None:
     return None if name is None else f"{name} {next(TRAININGS)}"
 
 
-def job_began() -> float:
+def launcher_start_time() -> float:
     """Return the time (of time.time) at which the process that started this one began, as far as the system tells."""
     try:
         # behind the name, which may hold anything, the 20th figure: clock ticks from the machine's start
@@ -236,7 +236,7 @@ def job_began() -> float:
         return 0.0
 
 
-def is_orphan() -> bool:
+def launcher_died() -> bool:
     """Say whether this process was started by convlens.distributed.launcher, and that is gone."""
     started = os.environ.get(OWN_LAUNCHER)
     return started is not None and os.getppid() != int(started)

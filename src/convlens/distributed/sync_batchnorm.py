@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from convlens.distributed.process_group import distributed, peers_needed
+from convlens.distributed.process_group import distributed, translate_peer_failure
 from convlens.errors import UsageError
 
 RUNNING = ("running_mean", "running_var")  # BatchNorm's buffers
@@ -22,7 +22,7 @@ def batchnorm_statistics(net: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in statistics.items() if value is not None}
 
 
-class BatchNormTogether:
+class SyncBatchNorm:
     """``with``: the BatchNorm of a net measures the images of all ranks at once, forwards and backwards.
 
     PyTorch's own SyncBatchNorm does so on accelerators only.
@@ -36,23 +36,23 @@ class BatchNormTogether:
 
     def __enter__(self) -> None:
         for layer in self._layers:
-            layer.forward = functools.partial(normalise_together, layer)  # type: ignore[method-assign]
+            layer.forward = functools.partial(normalize_across_ranks, layer)  # type: ignore[method-assign]
 
     def __exit__(self, *_: object) -> None:
         for layer in self._layers:
             del layer.forward
 
 
-def normalise_together(layer: _BatchNorm, x: Tensor) -> Tensor:
+def normalize_across_ranks(layer: _BatchNorm, x: Tensor) -> Tensor:
     """Do what BatchNorm does to ``x`` (N, C, ...), with the mean and variance over the images of all ranks."""
     if not layer.training:
         return type(layer).forward(layer, x)
     values = x.float()
     places = [d for d in range(x.dim()) if d != 1]
     ours = values.numel() // values.shape[1]  # values of a channel
-    mean, count = add_up(values.sum(places, keepdim=True), ours)  # (1, C, 1, 1)
+    mean, count = all_reduce_sum(values.sum(places, keepdim=True), ours)  # (1, C, 1, 1)
     mean = mean / count
-    variance = add_up((values - mean).square().sum(places, keepdim=True), ours)[0] / count
+    variance = all_reduce_sum((values - mean).square().sum(places, keepdim=True), ours)[0] / count
     if layer.running_mean is not None and layer.running_var is not None and layer.num_batches_tracked is not None:
         with torch.no_grad():
             layer.num_batches_tracked += 1
@@ -65,21 +65,21 @@ def normalise_together(layer: _BatchNorm, x: Tensor) -> Tensor:
     return out.to(x.dtype)
 
 
-def add_up(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def all_reduce_sum(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the sum over all ranks of ``x``, with gradients, and that of ``count``, the values that went into it."""
-    total, values = AddUp.apply(x, count)  # type: ignore[no-untyped-call]
+    total, values = AllReduceSum.apply(x, count)  # type: ignore[no-untyped-call]
     return total, values
 
 
-class AddUp(torch.autograd.Function):
-    """What :func:`add_up` does."""
+class AllReduceSum(torch.autograd.Function):
+    """What :func:`all_reduce_sum` does."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Return both sums."""
         ctx.count = count
         total = torch.cat([x.flatten(), x.new_full((1,), count)])
-        with peers_needed():
+        with translate_peer_failure():
             distributed().all_reduce(total)
         return total[:-1].view_as(x), total[-1]
 
@@ -87,6 +87,6 @@ class AddUp(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
         """Add up the gradients of all losses, as Ranks.average will weigh them: by the number of images."""
         total = gradient.contiguous() * ctx.count
-        with peers_needed():
+        with translate_peer_failure():
             distributed().all_reduce(total)
         return total / ctx.count, None

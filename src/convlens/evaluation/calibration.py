@@ -79,7 +79,7 @@ def fill_bins(confidence: Tensor, correct: Tensor) -> list[dict[str, float]]:
     ]
 
 
-def calibration_error(bins: Sequence[dict[str, float]]) -> float:
+def expected_calibration_error(bins: Sequence[dict[str, float]]) -> float:
     """Return the expected calibration error, 0..1: the mean gap of confidence and accuracy (Naeini et al. 2015)."""
     return sum(bin["n"] * abs(bin["confidence"] - bin["accuracy"]) for bin in bins) / max(sum(b["n"] for b in bins), 1)
 
@@ -95,7 +95,7 @@ def squared_errors(probabilities: Tensor, labels: Tensor) -> Tensor:
     return ((probabilities.double() - truth) ** 2).sum(dim=1)
 
 
-def judge_calibration(logits: Tensor, labels: Tensor, temperature: float) -> dict[str, Any]:
+def calibration_report(logits: Tensor, labels: Tensor, temperature: float) -> dict[str, Any]:
     """Return calibration error, Brier score and reliability of logits (N, K), before and after the temperature."""
     figures: dict[str, Any] = {"temperature": temperature}
     for name, divisor in (("before", 1.0), ("after", temperature)):
@@ -106,6 +106,6 @@ def judge_calibration(logits: Tensor, labels: Tensor, temperature: float) -> dic
         confidence, predicted, errors = (torch.cat(values) for values in zip(*chunks, strict=True))
         bins = fill_bins(confidence, predicted == labels)
         figures[name] = {
-            "calibration_error": calibration_error(bins), "brier_score": float(errors.mean()), "bins": bins
+            "calibration_error": expected_calibration_error(bins), "brier_score": float(errors.mean()), "bins": bins
         }  # fmt: skip
     return figures

@@ -9,15 +9,15 @@ from numpy.typing import NDArray
 
 from convlens.errors import UsageError
 
-LEVELS = tuple(round(0.5 + 0.005 * step, 3) for step in range(100))  # coverages that a bundle has a bound for
+COVERAGE_LEVELS = tuple(round(0.5 + 0.005 * step, 3) for step in range(100))  # coverages that a bundle has a bound for
 
 
 def require_coverage(coverage: float, bounds: Sequence[float] | None) -> None:
     """Raise UsageError unless a model with these bounds can give prediction sets of this coverage."""
     if bounds is None:
         raise UsageError("this model has no prediction sets: it was trained without validation images")
-    if not LEVELS[0] <= coverage <= LEVELS[-1]:
-        raise UsageError(f"--coverage is {coverage:g}; it must be from {LEVELS[0]:g} to {LEVELS[-1]:g}")
+    if not COVERAGE_LEVELS[0] <= coverage <= COVERAGE_LEVELS[-1]:
+        raise UsageError(f"--coverage is {coverage:g}; it must be {COVERAGE_LEVELS[0]:g} to {COVERAGE_LEVELS[-1]:g}")
 
 
 def prediction_sets(surprise: NDArray[np.floating], bounds: Sequence[float], coverage: float) -> NDArray[np.bool_]:
@@ -26,5 +26,5 @@ def prediction_sets(surprise: NDArray[np.floating], bounds: Sequence[float], cov
     ``bounds`` has one of -log p for each of ``LEVELS``; ``coverage`` between two levels counts as the higher. A set may
     be empty: the image is then less like any class than that share of known images are like their own.
     """
-    level = next(i for i, level in enumerate(LEVELS) if level >= coverage - 1e-9)
+    level = next(i for i, level in enumerate(COVERAGE_LEVELS) if level >= coverage - 1e-9)
     return surprise <= bounds[level]

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convlens.data.normalize import Normalise
-from convlens.system.progress import Meter
+from convlens.data.normalize import Normalize
+from convlens.system.progress import ProgressBar
 
 # normalised images (N, C, H, W) -> views of them, each with its weight
-Views = Callable[[Tensor], list[tuple[float, Tensor]]]
+TTA = Callable[[Tensor], list[tuple[float, Tensor]]]
 
 
-def make_views(mirrored: bool) -> Views:
+def make_tta(mirrored: bool) -> TTA:
     """Return the views of test-time augmentation: the image and its two shifts by a pixel along the diagonal.
 
     The image counts as much as both shifts; ``mirrored`` adds the mirror image of each (K. Jordan 2024).
@@ -34,8 +34,8 @@ def make_views(mirrored: bool) -> Views:
     return views
 
 
-def normalised_batches(
-    net: nn.Module, images: Tensor, normalise: Normalise, batch_size: int, autocast: AbstractContextManager[object]
+def normalized_batches(
+    net: nn.Module, images: Tensor, normalise: Normalize, batch_size: int, autocast: AbstractContextManager[object]
 ) -> Iterator[Tensor]:
     """Yield uint8 images (N, C, H, W) in batches as ``net`` takes them, with the net in evaluation mode meanwhile."""
     device = next(net.parameters()).device
@@ -43,7 +43,7 @@ def normalised_batches(
     training = net.training
     net.eval()
     try:
-        with torch.no_grad(), autocast, Meter("evaluating", len(images)) as meter:
+        with torch.no_grad(), autocast, ProgressBar("evaluating", len(images)) as meter:
             for start in range(0, len(images), batch_size):
                 batch = normalise(images[start : start + batch_size].to(device))
                 yield batch.contiguous(memory_format=torch.channels_last)
@@ -55,11 +55,11 @@ def normalised_batches(
 def compute_logits(
     net: nn.Module,
     images: Tensor,
-    normalise: Normalise,
+    normalise: Normalize,
     *,
     batch_size: int = 500,
     autocast: AbstractContextManager[object] | None = None,
-    views: Views | None = None,
+    views: TTA | None = None,
 ) -> Tensor:
     """Return the logits, float32 (N, K), of uint8 images (N, C, H, W), computed where the net's weights are.
 
@@ -67,21 +67,21 @@ def compute_logits(
     evaluation mode meanwhile, and put back afterwards.
     """
     parts = []
-    for batch in normalised_batches(net, images, normalise, batch_size, autocast or nullcontext()):
+    for batch in normalized_batches(net, images, normalise, batch_size, autocast or nullcontext()):
         seen = views(batch) if views else [(1.0, batch)]
         parts.append(sum(w * net(x.contiguous(memory_format=torch.channels_last)).float() for w, x in seen))
     return torch.cat(parts)
 
 
 def compute_outputs(
-    net: nn.Module, images: Tensor, normalise: Normalise, *, batch_size: int = 500
+    net: nn.Module, images: Tensor, normalise: Normalize, *, batch_size: int = 500
 ) -> tuple[Tensor, Tensor]:
     """Return logits, float32 (N, K), and features, float32 (N, D), of uint8 images (N, C, H, W).
 
     The features are the means of the last spatial map over the image.
     """
     logits, features = [], []
-    for batch in normalised_batches(net, images, normalise, batch_size, nullcontext()):
+    for batch in normalized_batches(net, images, normalise, batch_size, nullcontext()):
         maps = net.features(batch)  # type: ignore[operator]  # (N, D, H', W')
         logits.append(net.head(maps).float())  # type: ignore[operator]
         features.append(maps.float().mean(dim=(2, 3)))

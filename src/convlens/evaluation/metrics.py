@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from convlens.data.dataset import Split
-from convlens.data.normalize import Normalise
-from convlens.distributed.process_group import Ranks
+from convlens.data.normalize import Normalize
+from convlens.distributed.process_group import World
 from convlens.evaluation.inference import compute_logits
 
 Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
@@ -56,14 +56,14 @@ class Scores:
 def evaluate(
     net: nn.Module,
     split: Split,
-    normalise: Normalise,
+    normalise: Normalize,
     *,
     batch_size: int = 500,
     autocast: AbstractContextManager[object] | None = None,
-    ranks: Ranks | None = None,
+    ranks: World | None = None,
 ) -> Scores:
     """Return loss and accuracy of ``net`` on ``split``; several ``ranks`` share the work, and all get the result."""
-    ranks = ranks or Ranks()
+    ranks = ranks or World()
     mine = split.images[ranks.part(len(split))]
     logits = compute_logits(net, mine, normalise, batch_size=batch_size, autocast=autocast)
     return Scores.of(ranks.gather(logits, len(split)), split.labels)
@@ -90,7 +90,7 @@ def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
     return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
 
 
-def judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
+def classification_report(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
     """Return every metric of a test as plain values: what ``test.json`` and ``confusion_matrix.csv`` hold.
 
     Loss, accuracy with its Wilson 95% interval, precision, recall, F1 and count per class, and the cells of the

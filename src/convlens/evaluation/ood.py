@@ -9,13 +9,13 @@ from torch import Tensor
 
 from convlens.evaluation.metrics import row_chunks
 
-KNOWN_SHARE = 0.95  # of known images that pass
+IN_DISTRIBUTION_FRACTION = 0.95  # of known images that pass
 
 SHRINKAGE = 0.01  # of the covariance towards a sphere, for features that hardly vary
 
 
 @dataclass(frozen=True, eq=False)
-class FeatureSpace:
+class MahalanobisModel:
     """Where the training images of each class lie in feature space: class means, and one covariance for all.
 
     The distance of Lee et al. 2018 (Mahalanobis), with the covariance inverted once.
@@ -25,7 +25,7 @@ class FeatureSpace:
     whitener: Tensor  # (D, D) float32: differences times this have covariance 1
 
     @classmethod
-    def fit(cls, features: Tensor, labels: Tensor, classes: int) -> FeatureSpace:
+    def fit(cls, features: Tensor, labels: Tensor, classes: int) -> MahalanobisModel:
         """Measure features (N, D) with labels (N,)."""
         x = features.double()
         n = torch.bincount(labels, minlength=classes)
@@ -50,7 +50,7 @@ def energy(logits: Tensor) -> Tensor:
 
 def fit_threshold(scores: Tensor) -> float:
     """Return the score that 95% of known images (N,), not trained on, do not exceed."""
-    return float(scores.double().quantile(KNOWN_SHARE, interpolation="higher"))
+    return float(scores.double().quantile(IN_DISTRIBUTION_FRACTION, interpolation="higher"))
 
 
 def auroc(known: Tensor, unknown: Tensor) -> float:

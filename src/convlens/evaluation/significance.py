@@ -12,7 +12,7 @@ from convlens.evaluation.metrics import Z95
 
 
 @dataclass(frozen=True)
-class Paired:
+class McNemarResult:
     """Two nets A and B on ``n`` images: each was right alone on some; on the others both were right, or both wrong."""
 
     n: int
@@ -48,7 +48,7 @@ class Paired:
         points = f"{100 * self.difference:+.2f} points, 95% interval {low:+.2f} to {high:+.2f}"
         proven, apart = self.p_value < level, low > 0 or high < 0
         if (proven or apart) and self.difference < 0:  # named first, and with a plus, is the better one
-            return Paired(self.n, self.only_b, self.only_a).verdict(b, a, level)
+            return McNemarResult(self.n, self.only_b, self.only_a).verdict(b, a, level)
         if proven and apart:
             return f"{b} is better than {a}: {points}"
         if proven or apart:  # interval and test are two approximations
@@ -57,7 +57,7 @@ class Paired:
 
 
 @dataclass(frozen=True, eq=False)
-class PairedSeeds:
+class SeedComparison:
     """Two recipes A and B, each trained with the same seeds and tested on the same images."""
 
     right_a: NDArray[np.bool_]  # (seeds, images)
@@ -92,7 +92,7 @@ class PairedSeeds:
         """Return the sentence that says which is better, in points of accuracy, or that it may be chance."""
         low, high = (100 * end for end in self.interval)
         if high < 0:  # named first, and with a plus, is the better one
-            return PairedSeeds(self.right_b, self.right_a).verdict(b, a)
+            return SeedComparison(self.right_b, self.right_a).verdict(b, a)
         seeds, images = self.differences.shape
         told = f"{100 * self.difference:+.2f} points, 95% interval {low:+.2f} to {high:+.2f}"
         told += f" ({seeds} fresh seeds each, {images:,} test images)"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from convlens.errors import UnknownName, UsageError
+from convlens.errors import UnknownNameError, UsageError
 
 
 @contextlib.contextmanager
@@ -48,10 +48,10 @@ def stages_of(net: nn.Module) -> dict[str, nn.Module]:
 
 
 def get_stage(net: nn.Module, name: str) -> nn.Module:
-    """Return a stage by name; UnknownName, which names those there are, if the net has no such stage."""
+    """Return a stage by name; UnknownNameError, which names those there are, if the net has no such stage."""
     stages = stages_of(net)
     if name not in stages:
-        raise UnknownName("stage", name, list(stages))
+        raise UnknownNameError("stage", name, list(stages))
     return stages[name]
 
 
@@ -69,7 +69,7 @@ def first_convolution(net: nn.Module) -> nn.Conv2d | None:
 
 
 @dataclass(frozen=True)
-class Unit:
+class ReceptiveField:
     """One unit of a stage: its channel and its place on the map, and the pixels that it sees."""
 
     channel: int
@@ -86,12 +86,14 @@ class Unit:
         return self.bottom - self.top, self.right - self.left
 
 
-def receptive_field(net: nn.Module, stage: str, unit: tuple[int, int, int], shape: tuple[int, int, int]) -> Unit:
+def receptive_field(
+    net: nn.Module, stage: str, unit: tuple[int, int, int], shape: tuple[int, int, int]
+) -> ReceptiveField:
     """Return what a unit (channel, y, x) of a stage sees of images (C, H, W).
 
     Found by differentiating the unit's place, in all channels at once, by random images: a pixel without a gradient in
     any of them is not seen. That holds for every net, where a formula over kernels and strides holds for plain chains.
-    Raises UnknownName for a stage that the net has not, UsageError for a unit that the stage has not.
+    Raises UnknownNameError for a stage that the net has not, UsageError for a unit that the stage has not.
     """
     generator = torch.Generator().manual_seed(0)
     device = next(net.parameters()).device
@@ -113,11 +115,11 @@ def receptive_field(net: nn.Module, stage: str, unit: tuple[int, int, int], shap
     seen = gradient.abs().sum(dim=(0, 1)) > 0  # (H, W)
     rows, columns = (seen.any(dim=axis).nonzero().squeeze(1).tolist() for axis in (1, 0))
     if not rows:
-        return Unit(channel, row, column, 0, 0, 0, 0)
-    return Unit(channel, row, column, rows[0], columns[0], rows[-1] + 1, columns[-1] + 1)
+        return ReceptiveField(channel, row, column, 0, 0, 0, 0)
+    return ReceptiveField(channel, row, column, rows[0], columns[0], rows[-1] + 1, columns[-1] + 1)
 
 
-def loudest_unit(maps: Tensor) -> tuple[int, int, int]:
+def most_active_unit(maps: Tensor) -> tuple[int, int, int]:
     """Return channel, y and x of the largest value of maps (C', H', W')."""
     channels, height, width = maps.shape
     channel, place = divmod(int(maps.argmax()), height * width)

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from convlens.data.dataset import Dataset
 from convlens.data.images import Pixels
-from convlens.errors import ConvlensError, UnknownName
+from convlens.errors import ConvlensError, UnknownNameError
 from convlens.evaluation.inference import compute_outputs
 from convlens.explain.activations import (
-    Unit,
+    ReceptiveField,
     feature_maps,
     first_convolution,
     get_stage,
     in_use,
-    loudest_unit,
+    most_active_unit,
     receptive_field,
     recording,
 )
@@ -30,12 +30,12 @@ from convlens.inference.classifier import Classifier
 from convlens.inference.predictor import Prediction
 
 Array = NDArray[np.float32]
-NEIGHBOURS = 8
-LOOKED_AT = 2000  # training images, at most: enough to find something alike, and soon done
+NEIGHBORS = 8
+MAX_NEIGHBOR_CANDIDATES = 2000  # training images, at most: enough to find something alike, and soon done
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class Neighbor:
     """A training image that the net finds much like the picture."""
 
     image: Pixels  # uint8 (C, H, W)
@@ -60,9 +60,9 @@ class Explanation:
     kernels: Array  # of the first convolution, (C', C, k, k)
     occlusion: Heat  # (H, W), -1..1; see occlusion_map
     activations: dict[str, Heat]  # stage -> class activation map, (H, W), 0..1; the last is the one that is usual
-    units: dict[str, Unit]  # stage -> its loudest unit, or the one that was asked for, and what it sees
+    units: dict[str, ReceptiveField]  # stage -> its loudest unit, or the one that was asked for, and what it sees
     pooled: dict[str, Array]  # the first convolution's loudest map: "whole", its blocks of 2x2 by "max" and "average"
-    neighbours: tuple[Neighbour, ...]  # the most alike first; empty without the training images
+    neighbours: tuple[Neighbor, ...]  # the most alike first; empty without the training images
 
 
 class TrainingImages:
@@ -74,16 +74,16 @@ class TrainingImages:
     def __init__(self, classifier: Classifier, dataset: Dataset):
         split = dataset.train
         self.dataset = dataset
-        self.rows = split.spread(LOOKED_AT)
+        self.rows = split.spread(MAX_NEIGHBOR_CANDIDATES)
         _, features = compute_outputs(classifier.net, split.images[self.rows], classifier.preprocess.normaliser())
         self.features = F.normalize(features, dim=1)  # (N, D)
 
-    def like(self, features: Tensor) -> tuple[Neighbour, ...]:
+    def like(self, features: Tensor) -> tuple[Neighbor, ...]:
         """Return the training images whose features are most like ``features`` (D,)."""
         split = self.dataset.train
-        values, places = (self.features @ F.normalize(features, dim=0)).topk(min(NEIGHBOURS, len(self.rows)))
+        values, places = (self.features @ F.normalize(features, dim=0)).topk(min(NEIGHBORS, len(self.rows)))
         return tuple(
-            Neighbour(split.images[row].numpy(), self.dataset.classes[int(split.labels[row])], value, split.ids[row])
+            Neighbor(split.images[row].numpy(), self.dataset.classes[int(split.labels[row])], value, split.ids[row])
             for row, value in zip(self.rows[places.cpu()].tolist(), values.tolist(), strict=True)
         )
 
@@ -100,7 +100,7 @@ def explain(
 
     ``label`` is the class that the heat maps are about, by default the predicted one; ``unit`` (stage, channel, y, x) a
     unit whose receptive field is shown, instead of the stage's loudest. ``training`` finds training images like it.
-    Works with every net that keeps the model contract. Raises UnknownName for a class or a stage that there is not,
+    Works with every net that keeps the model contract. Raises UnknownNameError for an unknown class or stage,
     UsageError for a unit that the stage has not, ConvlensError for a net without a convolution.
     """
     net = classifier.net
@@ -120,8 +120,8 @@ def explain(
         maps = {name: output[0] for name, output in feature_maps(net, x).items()}
         features = net.features(x)[0].mean(dim=(1, 2))
     response = outputs["first"][0]  # (C', H', W')
-    loudest = response[loudest_unit(response)[0]][None]  # (1, H', W')
-    units = {name: loudest_unit(output) for name, output in maps.items()}
+    loudest = response[most_active_unit(response)[0]][None]  # (1, H', W')
+    units = {name: most_active_unit(output) for name, output in maps.items()}
     if unit is not None:
         units[unit[0]] = unit[1:]
     shape = (pixels.shape[0], pixels.shape[1], pixels.shape[2])
@@ -144,9 +144,9 @@ def explain(
 
 
 def require_class(label: str, classes: tuple[str, ...]) -> None:
-    """Raise UnknownName unless there is a class of that name."""
+    """Raise UnknownNameError unless there is a class of that name."""
     if label not in classes:
-        raise UnknownName("class", str(label), classes)
+        raise UnknownNameError("class", str(label), classes)
 
 
 def to_array(x: Tensor) -> Array:

@@ -18,15 +18,15 @@ from convlens.explain.activations import feature_maps, first_convolution
 from convlens.explain.explanation import Array, to_array
 from convlens.explain.snapshots import list_snapshots, load_snapshot
 from convlens.inference.classifier import Classifier
-from convlens.run_dir import RunFolder
+from convlens.run_dir import RunDir
 from convlens.system.progress import track
 from convlens.system.text import quoted
 
-ASKED = 2000  # images, at most, that every snapshot is asked about
+MAX_IMAGES = 2000  # images, at most, that every snapshot is asked about
 
 
 @dataclass(frozen=True)
-class Moment:
+class SnapshotView:
     """The net as it was after so many steps."""
 
     step: int
@@ -38,7 +38,7 @@ class Moment:
     confusion: NDArray[np.int64] | None  # (K, K): rows are true classes, columns predictions; None of over 100 classes
 
 
-def look_back(classifier: Classifier, folder: RunFolder, pixels: Pixels, asked: Split) -> list[Moment]:
+def replay(classifier: Classifier, folder: RunDir, pixels: Pixels, asked: Split) -> list[SnapshotView]:
     """Return what the net of a run was at each snapshot, the first first.
 
     ``pixels`` is the picture to follow, uint8 (C, H, W); ``asked`` are the images that every snapshot is tested on,
@@ -58,7 +58,7 @@ def look_back(classifier: Classifier, folder: RunFolder, pixels: Pixels, asked: 
     first = first_convolution(net)
     if first is None:
         raise ConvlensError("this net has no convolution: there is nothing to see in it")
-    part = asked.take(asked.spread(ASKED))
+    part = asked.take(asked.spread(MAX_IMAGES))
     device = next(net.parameters()).device
     picture = torch.from_numpy(pixels)[None]
     x = normalise.to(device)(picture.to(device))
@@ -71,7 +71,7 @@ def look_back(classifier: Classifier, folder: RunFolder, pixels: Pixels, asked: 
         if classes <= MAX_DENSE_CLASSES:
             confusion = confusion_matrix(part.labels, guesses, classes).numpy()
         moments.append(
-            Moment(
+            SnapshotView(
                 step=step,
                 epoch=step / epoch_steps,
                 kernels=to_array(first.weight).copy(),

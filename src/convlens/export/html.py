@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from convlens.data.images import Pixels
 from convlens.errors import ConvlensError
 from convlens.inference.onnx_runtime import OnnxPredictor
-from convlens.web.render import fill_page, read_part
+from convlens.web.render import read_static, render
 
 SMALL = 256  # numbers; longer tensors are kept as 16-bit whole numbers, with a scale for each row
 
 SPACE = ({2, 3}, {-2, -1})  # the axes that a pooling head may reduce
 
 
-def make_page(
+def render_playground(
     predictor: OnnxPredictor, samples: Sequence[tuple[str, Pixels]] = (), here: str = "", nets: Sequence[str] = ()
 ) -> str:
     """Return the page of a net as HTML, with ``samples`` to try: classes, and images uint8 (C, H, W).
@@ -34,13 +34,13 @@ def make_page(
     if predictor.in_8_bits:
         raise ConvlensError("the page cannot compute in 8 bits; it is for the same net without --int8")
     about = predictor.about
-    model, weights = describe_net(predictor.model())
+    model, weights = describe_model(predictor.model())
     model |= {key: about[key] for key in ("classes", "preprocess", "golden", "trained")}
     model["samples"] = [
         {"label": label, "pixels": base64.b64encode(pixels.tobytes()).decode()} for label, pixels in samples
     ]
     model |= {"here": here, "nets": list(nets)}
-    parts = {name: read_part(name) for name in ("paint.js", "engine.js", "picture.js", "page.js", "page.css")}
+    parts = {name: read_static(name) for name in ("paint.js", "engine.js", "picture.js", "page.js", "page.css")}
     fill = {
         "TITLE": html.escape(f"{about['trained']['data']}: a small net at work"),
         "STYLE": parts["page.css"],
@@ -48,10 +48,10 @@ def make_page(
         "MODEL": json.dumps(model, separators=(",", ":")).replace("<", "\\u003c"),
         "WEIGHTS": weights,
     }
-    return fill_page("page.html", fill)
+    return render("page.html", fill)
 
 
-def describe_net(model: Any) -> tuple[dict[str, Any], str]:
+def describe_model(model: Any) -> tuple[dict[str, Any], str]:
     """Return an ONNX model for the page's engine: layers, steps and small tensors as plain values, others in base64."""
     from onnx import helper, numpy_helper
 

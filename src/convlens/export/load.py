@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from convlens.inference.onnx_runtime import OnnxPredictor, find_onnx, seal
-from convlens.inference.store import find_bundle
+from convlens.inference.onnx_runtime import OnnxPredictor, embed_digest, find_onnx
+from convlens.inference.store import resolve_bundle
 
 
 def load_onnx(source: str | Path) -> OnnxPredictor:
@@ -18,4 +18,4 @@ def load_onnx(source: str | Path) -> OnnxPredictor:
         return found
     from convlens.export.onnx import build_onnx
 
-    return OnnxPredictor(seal(build_onnx(find_bundle(source)).SerializeToString()), str(source))
+    return OnnxPredictor(embed_digest(build_onnx(resolve_bundle(source)).SerializeToString()), str(source))

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError
-from convlens.export.onnx_ops import ANSWER, COLOURS, FRONT, KNOWN
+from convlens.export.onnx_ops import COLOR_GRAPHS, OOD_GRAPH, OUTPUT_GRAPH, PREPROCESS_GRAPH
 from convlens.inference.bundle import Bundle, load_bundle
 from convlens.inference.classifier import Classifier
-from convlens.inference.onnx_runtime import FORMAT, METADATA, UNSEALED, OnnxPredictor, seal
+from convlens.inference.onnx_runtime import DIGEST_PLACEHOLDER, FORMAT, METADATA, OnnxPredictor, embed_digest
 from convlens.inference.predictor import Predictor
-from convlens.inference.store import CONFIG, GRAPH, TRUST, WEIGHTS
-from convlens.system.files import read_json, replacing, write_json
+from convlens.inference.store import CONFIG, GRAPH, UNCERTAINTY, WEIGHTS
+from convlens.system.files import atomic_write, read_json, write_json
 
 OPSET = 20  # the first with GELU
 
@@ -61,10 +61,10 @@ def build_onnx(folder: Path) -> Any:
     """
     require_exporter()
     bundle = load_bundle(folder)
-    return complete(export_net(bundle.net, bundle.preprocess), bundle, folder)
+    return assemble_model(export_net(bundle.net, bundle.preprocess), bundle, folder)
 
 
-def complete(net: Any, bundle: Bundle, folder: Path) -> Any:
+def assemble_model(net: Any, bundle: Bundle, folder: Path) -> Any:
     """Return the ONNX model from raw pixels to an answer: what comes before the ``net``, that, and what follows."""
     import onnx
     from onnx import helper, numpy_helper, parser
@@ -73,14 +73,16 @@ def complete(net: Any, bundle: Bundle, folder: Path) -> Any:
         return parser.parse_model(f'<ir_version: 10, opset_import: ["" : {OPSET}]>{text}').graph
 
     shape, trust = bundle.preprocess, bundle.trust
-    constants_of_colour, colour = COLOURS[shape.channels]
-    front = FRONT.format(height=shape.height, width=shape.width, constants=constants_of_colour, colour=colour)
+    constants_of_colour, colour = COLOR_GRAPHS[shape.channels]
+    front = PREPROCESS_GRAPH.format(
+        height=shape.height, width=shape.width, constants=constants_of_colour, colour=colour
+    )
     normalise = shape.normaliser()
     constants: dict[str, Tensor] = {"scale": normalise.scale, "offset": normalise.offset}
-    parts = [graph(front), net.graph, graph(ANSWER.format(temperature=trust.temperature if trust else 1.0))]
+    parts = [graph(front), net.graph, graph(OUTPUT_GRAPH.format(temperature=trust.temperature if trust else 1.0))]
     if trust is not None:
         spread = {"distance": trust.distance, "energy": trust.energy, "threshold": trust.threshold}
-        parts.append(graph(KNOWN.format(**spread)))
+        parts.append(graph(OOD_GRAPH.format(**spread)))
         constants |= trust.tensors()
     whole = helper.make_graph(
         [node for part in parts for node in part.node],
@@ -96,24 +98,24 @@ def complete(net: Any, bundle: Bundle, folder: Path) -> Any:
         node.doc_string = ""
     model = helper.make_model(whole, opset_imports=net.opset_import, ir_version=10, producer_name="convlens")
     about = {
-        "seal": UNSEALED.decode(),
+        "seal": DIGEST_PLACEHOLDER.decode(),
         "format": FORMAT,
         **describe_bundle(folder),
-        "golden": golden_answers(Classifier(bundle)),
+        "golden": reference_outputs(Classifier(bundle)),
     }
-    write_about(model, about)
+    write_metadata(model, about)
     onnx.checker.check_model(model)
     return model
 
 
-def write_about(model: Any, about: dict[str, Any]) -> None:
+def write_metadata(model: Any, about: dict[str, Any]) -> None:
     """Let a model say ``about`` itself."""
     from onnx import helper
 
     helper.set_model_props(model, {METADATA: json.dumps(about, separators=(",", ":"))})
 
 
-def about_of(model: Any) -> dict[str, Any]:
+def read_metadata(model: Any) -> dict[str, Any]:
     """Return what a model says of itself."""
     return json.loads(next(entry.value for entry in model.metadata_props if entry.key == METADATA))  # type: ignore[no-any-return]
 
@@ -169,16 +171,16 @@ def describe_bundle(folder: Path) -> dict[str, Any]:
     return {**{key: config[key] for key in kept}, "bounds": bounds, "trained": about}
 
 
-def golden_answers(predictor: Predictor) -> dict[str, Any]:
+def reference_outputs(predictor: Predictor) -> dict[str, Any]:
     """Return made-up images, uint8 (N, H, W, C) in base64, and what is said of them."""
-    images = golden_images(predictor.preprocess)
+    images = reference_images(predictor.preprocess)
     probabilities, known = predictor.run(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     encoded = base64.b64encode(images.tobytes()).decode()
     answers: dict[str, Any] = {"shape": images.shape, "images": encoded, "probabilities": probabilities.tolist()}
     return answers if known is None else {**answers, "known": known.tolist()}
 
 
-def golden_images(shape: Preprocess) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def reference_images(shape: Preprocess) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return 8 images (N, H, W, C) of a net's size: black, grey, noise, clouds, strokes. Nobody's own pictures."""
     g = np.random.default_rng(0)
     height, width, channels = shape.height, shape.width, shape.channels
@@ -204,7 +206,7 @@ def add_graph(model: Any, folder: Path) -> None:
     from onnx.external_data_helper import set_external_data
 
     model = copy.deepcopy(model)
-    places = {tensor: place for file in (WEIGHTS, TRUST) for tensor, place in tensor_places(folder / file)}
+    places = {tensor: place for file in (WEIGHTS, UNCERTAINTY) for tensor, place in tensor_places(folder / file)}
     outside = {}
     for tensor in model.graph.initializer:
         if len(tensor.raw_data) >= 64 and tensor.raw_data in places:
@@ -212,8 +214,8 @@ def add_graph(model: Any, folder: Path) -> None:
             set_external_data(tensor, location, offset=offset, length=len(tensor.raw_data))
             tensor.ClearField("raw_data")
             outside[tensor.name] = key
-    content = seal(model.SerializeToString())
-    with replacing(folder / GRAPH) as temporary:
+    content = embed_digest(model.SerializeToString())
+    with atomic_write(folder / GRAPH) as temporary:
         temporary.write_bytes(content)
     sha256 = hashlib.sha256(content).hexdigest()
     write_json(folder / CONFIG, {**read_json(folder / CONFIG), "onnx": {"sha256": sha256, "outside": outside}})
@@ -235,8 +237,8 @@ def write_onnx(model: Any, path: Path) -> float:
 
     Raises ConvlensError if that is too far: then nothing is written.
     """
-    content = seal(model.SerializeToString())
+    content = embed_digest(model.SerializeToString())
     drift = OnnxPredictor(content, str(path)).verify()
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
     return drift

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # from uint8 images of any size, grey or RGB, to what the net takes: cut at the middle to its proportions, then resized
-FRONT = """
+PREPROCESS_GRAPH = """
 front (uint8[N, H, W, C] images) => (float[N, c, h, w] net_input)
 <int64[2] size = {{{height}, {width}}}, int64[2] other_size = {{{width}, {height}}}, int64[2] swapped = {{1, 0}},
  int64[2] inner = {{1, 2}}, int64 one = {{1}}, int64 two = {{2}},
@@ -35,7 +35,7 @@ front (uint8[N, H, W, C] images) => (float[N, c, h, w] net_input)
 """
 
 # by the number of channels: constants, nodes. Grey is ITU-R 601 in whole numbers, as Pillow has it
-COLOURS = {
+COLOR_GRAPHS = {
     1: (
         "int64[1] last = {-1}, float[3] luma = {19595, 38470, 7471}, float half = {32768}, float whole = {65536}",
         """weighted = Mul(levels, luma)
@@ -48,7 +48,7 @@ COLOURS = {
 }
 
 # from logits and features to the answer; see Trust.strangeness
-ANSWER = """
+OUTPUT_GRAPH = """
 back (float[N, K] logits, float[N, D] features) => (float[N, K] probabilities, int64[N] label)
 <float temperature = {{{temperature!r}}}>
 {{
@@ -58,7 +58,7 @@ back (float[N, K] logits, float[N, D] features) => (float[N, K] probabilities, i
 }}
 """
 
-KNOWN = """
+OOD_GRAPH = """
 known (float[N, K] logits, float[N, D] features) => (bool[N] known)
 <int64[1] classes = {{1}}, int64[1] along = {{-1}}, float threshold = {{{threshold!r}}},
  float far = {{{distance[0]!r}}}, float far_spread = {{{distance[1]!r}}},

@@ -14,9 +14,16 @@ from numpy.typing import NDArray
 
 from convlens.data.dataset import Dataset
 from convlens.evaluation.metrics import wilson_interval
-from convlens.export.onnx import about_of, complete, export_net, golden_answers, require_exporter, write_about
+from convlens.export.onnx import (
+    assemble_model,
+    export_net,
+    read_metadata,
+    reference_outputs,
+    require_exporter,
+    write_metadata,
+)
 from convlens.inference.bundle import load_bundle
-from convlens.inference.onnx_runtime import OnnxPredictor, seal
+from convlens.inference.onnx_runtime import OnnxPredictor, embed_digest
 
 SHOWN = 512  # training images that the ranges of activations are taken from
 
@@ -24,7 +31,7 @@ TOGETHER = 64  # of them at a time
 
 
 @dataclass(frozen=True)
-class Cost:
+class QuantizationCost:
     """What 8 bits change on the test split."""
 
     before: float  # accuracy, 0..1
@@ -38,7 +45,7 @@ class Cost:
         )
 
 
-def build_int8(folder: Path, dataset: Dataset) -> tuple[Any, Any, Cost]:
+def build_int8(folder: Path, dataset: Dataset) -> tuple[Any, Any, QuantizationCost]:
     """Return the ONNX model of the bundle in ``folder`` with convolutions in 8 bits, the exact one, and what it costs.
 
     The range of each activation is that on some training images of ``dataset``. Golden answers and test figures in
@@ -50,20 +57,24 @@ def build_int8(folder: Path, dataset: Dataset) -> tuple[Any, Any, Cost]:
     net = export_net(bundle.net, bundle.preprocess)
     g = torch.Generator().manual_seed(0)
     shown = dataset.train.images[torch.randperm(len(dataset.train), generator=g)[:SHOWN]]
-    exact = complete(net, bundle, folder)
-    model = complete(quantise(net, bundle.preprocess.normaliser()(shown).numpy()), bundle, folder)
-    plain, small = (OnnxPredictor(seal(m.SerializeToString()), str(folder)) for m in (exact, model))
+    exact = assemble_model(net, bundle, folder)
+    model = assemble_model(quantize(net, bundle.preprocess.normaliser()(shown).numpy()), bundle, folder)
+    plain, small = (OnnxPredictor(embed_digest(m.SerializeToString()), str(folder)) for m in (exact, model))
     images, labels = dataset.test.images.numpy(), dataset.test.labels.numpy()
     first, second = (predictor.run(images)[0].argmax(axis=1) for predictor in (plain, small))
     n, right = len(labels), int((second == labels).sum())
-    about = about_of(model)
-    about["golden"] = golden_answers(small)
+    about = read_metadata(model)
+    about["golden"] = reference_outputs(small)
     about["trained"] |= {"n": n, "accuracy": right / n, "accuracy_interval": wilson_interval(right, n), "bits": 8}
-    write_about(model, about)
-    return model, exact, Cost(float((first == labels).mean()), right / n, float((first == second).mean()), n)
+    write_metadata(model, about)
+    return (
+        model,
+        exact,
+        QuantizationCost(float((first == labels).mean()), right / n, float((first == second).mean()), n),
+    )
 
 
-def quantise(net: Any, images: NDArray[np.float32]) -> Any:
+def quantize(net: Any, images: NDArray[np.float32]) -> Any:
     """Return an ONNX net whose convolutions compute in 8 bits, with ranges as on ``images`` (N, C, H, W).
 
     Weights have a scale for each filter, and 7 of the 8 bits: with 8, processors without VNNI cut sums off, and answer

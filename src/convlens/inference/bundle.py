@@ -16,11 +16,11 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
 from convlens.data.preprocess import Preprocess
-from convlens.errors import ConvlensError, UnknownName, UsageError
-from convlens.evaluation.uncertainty import Trust
-from convlens.inference.store import CARD, CONFIG, TRUST, WEIGHTS, read_whole
+from convlens.errors import ConvlensError, UnknownNameError, UsageError
+from convlens.evaluation.uncertainty import UncertaintyModel
+from convlens.inference.store import CARD, CONFIG, UNCERTAINTY, WEIGHTS, read_verified
 from convlens.models import create_model
-from convlens.system.files import read_json, replacing, write_json, write_text
+from convlens.system.files import atomic_write, read_json, write_json, write_text
 from convlens.system.text import first_few
 
 FORMAT = 1
@@ -46,7 +46,7 @@ class Bundle:
     classes: tuple[str, ...]
     preprocess: Preprocess
     trained: Mapping[str, Any]
-    trust: Trust | None = None
+    trust: UncertaintyModel | None = None
 
     def save(self, folder: Path) -> None:
         """Write weights (safetensors), ``config.json`` and the model card; the config comes last."""
@@ -61,7 +61,10 @@ class Bundle:
             "sha256": sha256,
         }
         if self.trust is not None:
-            config["trust"] = {**self.trust.to_json(), "sha256": write_tensors(folder / TRUST, self.trust.tensors())}
+            config["trust"] = {
+                **self.trust.to_json(),
+                "sha256": write_tensors(folder / UNCERTAINTY, self.trust.tensors()),
+            }
         write_json(folder / CONFIG, config)
 
     def card(self) -> str:
@@ -140,14 +143,14 @@ the test images they are off by {after:.2%} on average."""
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors as a safetensors file, atomically; return the SHA-256 of its content."""
     content = dump_tensors({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
     return hashlib.sha256(content).hexdigest()
 
 
 def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
     """Read a safetensors file; ConvlensError if its content is not the one with this SHA-256."""
-    return load_tensors(read_whole(path, sha256))
+    return load_tensors(read_verified(path, sha256))
 
 
 def require_fitting(tensors: Mapping[str, Tensor], name: str, arguments: Mapping[str, Any]) -> None:
@@ -189,11 +192,11 @@ def load_bundle(folder: Path) -> Bundle:
         net.load_state_dict(tensors)
         trust = None
         if (fitted := config.get("trust")) is not None:
-            trust = Trust.from_json(fitted, read_tensors(folder / TRUST, fitted["sha256"]))
+            trust = UncertaintyModel.from_json(fitted, read_tensors(folder / UNCERTAINTY, fitted["sha256"]))
         return Bundle(net.eval(), model, classes, preprocess, config["trained"], trust)
     except FileNotFoundError as error:
         raise ConvlensError(f"{error.filename} is missing") from None
-    except UnknownName as error:
+    except UnknownNameError as error:
         raise ConvlensError(f"{folder}: {error}; import the module that registers it first") from None
     except (
         OSError, KeyError, TypeError, ValueError, OverflowError, RuntimeError, SafetensorError, UsageError

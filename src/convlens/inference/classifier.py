@@ -12,12 +12,12 @@ from torch import Tensor
 
 from convlens.data.dataset import Split
 from convlens.data.images import Pixels
-from convlens.evaluation.inference import Views, compute_logits, compute_outputs
-from convlens.evaluation.metrics import judge
+from convlens.evaluation.inference import TTA, compute_logits, compute_outputs
+from convlens.evaluation.metrics import classification_report
 from convlens.inference.bundle import Bundle, load_bundle
 from convlens.inference.predictor import Predictor
-from convlens.inference.store import find_bundle
-from convlens.system.device import choose_device
+from convlens.inference.store import resolve_bundle
+from convlens.system.device import select_device
 
 
 class Classifier(Predictor):
@@ -42,7 +42,7 @@ class Classifier(Predictor):
         self.preprocess = bundle.preprocess
         self.trust = bundle.trust
         self.bounds = self.trust.bounds if self.trust else None
-        self.net = bundle.net.to(choose_device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net = bundle.net.to(select_device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @classmethod
     def load(cls, source: str | Path, device: str = "cpu") -> Classifier:
@@ -51,30 +51,30 @@ class Classifier(Predictor):
         ``device`` is "cpu", "cuda", "mps", or "auto". Raises UsageError if there is no such thing or device, and
         ConvlensError if it cannot be read.
         """
-        return cls(load_bundle(find_bundle(source)), device)
+        return cls(load_bundle(resolve_bundle(source)), device)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the probabilities, float32 (N, K), of logits (N, K): calibrated, if the bundle can."""
         return (logits / (self.trust.temperature if self.trust else 1.0)).softmax(dim=1)
 
-    def logits(self, images: Tensor, views: Views | None = None) -> Tensor:
+    def logits(self, images: Tensor, views: TTA | None = None) -> Tensor:
         """Return the logits, float32 (N, K), of uint8 images (N, C, H, W); with ``views``, the mean over them.
 
         The images are of the size that the net takes, and are normalised here.
         """
         return compute_logits(self.net, images, self.preprocess.normaliser(), views=views)
 
-    def test(self, split: Split, views: Views | None = None) -> tuple[dict[str, Any], Tensor]:
+    def test(self, split: Split, views: TTA | None = None) -> tuple[dict[str, Any], Tensor]:
         """Return every figure on ``split``, as ``test.json`` has them, and the logits, float32 (N, K).
 
         With ``views`` the accuracy of test-time augmentation stands beside that of the plain images, by its name.
         """
         logits, features = (x.cpu() for x in compute_outputs(self.net, split.images, self.preprocess.normaliser()))
-        test = judge(logits, split.labels, self.classes)
+        test = classification_report(logits, split.labels, self.classes)
         if self.trust is not None:
             test |= self.trust.judge(logits, features, split.labels)
         if views is not None:
-            averaged = judge(self.logits(split.images, views), split.labels, self.classes)
+            averaged = classification_report(self.logits(split.images, views), split.labels, self.classes)
             kept = ("accuracy", "accuracy_interval", "interval_method", "loss")
             test["test_time_augmentation"] = {key: averaged[key] for key in kept}
         return test, logits

@@ -19,9 +19,9 @@ from safetensors.numpy import load
 from convlens.data.images import Pixels
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError
-from convlens.evaluation.conformal import LEVELS
+from convlens.evaluation.conformal import COVERAGE_LEVELS
 from convlens.inference.predictor import Predictor
-from convlens.inference.store import CONFIG, GRAPH, TRUST, WEIGHTS, find_bundle, read_whole
+from convlens.inference.store import CONFIG, GRAPH, UNCERTAINTY, WEIGHTS, read_verified, resolve_bundle
 from convlens.system.files import read_json
 from convlens.system.hardware import available_cores
 
@@ -32,17 +32,17 @@ METADATA = "convlens"  # the entry of the file's metadata that says what the net
 
 FORMAT = 2
 
-OLDER = "an older convlens: export it again"
+OUTDATED_MESSAGE = "an older convlens: export it again"
 
-LARGEST = 1 << 30  # bytes of a file
+MAX_FILE_BYTES = 1 << 30  # bytes of a file
 
-DRIFT = 1e-4  # the most that a probability may be off from what PyTorch gave
+MAX_PROBABILITY_ERROR = 1e-4  # the most that a probability may be off from what PyTorch gave
 
 BATCH = 500
 
 MAX_DISTANCES = 1 << 18  # images x classes of a batch: of 512 features 512 MiB
 
-UNSEALED = b"0" * 64
+DIGEST_PLACEHOLDER = b"0" * 64
 
 
 class OnnxPredictor(Predictor):
@@ -54,7 +54,7 @@ class OnnxPredictor(Predictor):
         Raises ConvlensError for what convlens did not write, or what was changed since, and for a model that names
         other files.
         """
-        check_seal(content, name)
+        verify_digest(content, name)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = available_cores()
         options.log_severity_level = 4
@@ -69,13 +69,13 @@ class OnnxPredictor(Predictor):
             about = self.about = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA])
             if about["format"] != FORMAT:
                 told = "a newer convlens; pip install --upgrade convlens"
-                raise ConvlensError(f"{name} was made by {told if about['format'] > FORMAT else OLDER}")
+                raise ConvlensError(f"{name} was made by {told if about['format'] > FORMAT else OUTDATED_MESSAGE}")
             self.classes = tuple(map(str, about["classes"]))
             self.preprocess = Preprocess.from_json(about["preprocess"])
             bounds = about["bounds"]
             self.bounds = bounds and tuple(math.inf if bound is None else float(bound) for bound in bounds)
             answers = self._session.get_outputs()[0].shape[1]
-            if answers != len(self.classes) or (self.bounds and len(self.bounds) != len(LEVELS)):
+            if answers != len(self.classes) or (self.bounds and len(self.bounds) != len(COVERAGE_LEVELS)):
                 raise ValueError("what it says of itself does not fit its net")
         except ConvlensError:
             raise
@@ -88,8 +88,8 @@ class OnnxPredictor(Predictor):
     def load(cls, path: Path) -> OnnxPredictor:
         """Load an ONNX file that ``convlens export`` wrote."""
         try:
-            if path.stat().st_size > LARGEST:
-                raise ConvlensError(f"{path} has over {LARGEST:,} bytes")
+            if path.stat().st_size > MAX_FILE_BYTES:
+                raise ConvlensError(f"{path} has over {MAX_FILE_BYTES:,} bytes")
             return cls(path.read_bytes(), str(path))
         except FileNotFoundError:
             raise UsageError(f"there is no file {path}") from None
@@ -106,10 +106,10 @@ class OnnxPredictor(Predictor):
         config = read_json(folder / CONFIG)
         try:
             graph = config["onnx"]
-            content = read_whole(folder / GRAPH, graph["sha256"], "; `convlens export` makes it anew")
-            tensors = load(read_whole(folder / WEIGHTS, config["sha256"]))
+            content = read_verified(folder / GRAPH, graph["sha256"], "; `convlens export` makes it anew")
+            tensors = load(read_verified(folder / WEIGHTS, config["sha256"]))
             if "trust" in config:
-                tensors |= load(read_whole(folder / TRUST, config["trust"]["sha256"]))
+                tensors |= load(read_verified(folder / UNCERTAINTY, config["trust"]["sha256"]))
             return cls(content, str(folder), {name: tensors[key] for name, key in graph["outside"].items()})
         except OSError as error:
             raise ConvlensError(f"cannot read {error.filename}: {error.strerror}") from None
@@ -143,7 +143,7 @@ class OnnxPredictor(Predictor):
 
     def write(self, path: Path) -> None:
         """Write the model as one file, with all its weights inside."""
-        path.write_bytes(seal(self.model().SerializeToString()) if self._tensors else self._content)
+        path.write_bytes(embed_digest(self.model().SerializeToString()) if self._tensors else self._content)
 
     def verify(self) -> float:
         """Return by how much a probability is off, at most, from what PyTorch said of the made-up images in the file.
@@ -155,7 +155,7 @@ class OnnxPredictor(Predictor):
         images = np.frombuffer(base64.b64decode(golden["images"]), np.uint8).reshape(golden["shape"])
         probabilities, known = self.run(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
         drift = float(np.abs(probabilities - np.array(golden["probabilities"])).max())
-        if not drift <= DRIFT:
+        if not drift <= MAX_PROBABILITY_ERROR:
             raise ConvlensError(
                 f"{self.name} answers otherwise than when it was made: a probability is off by {drift:.2g}"
             )
@@ -164,17 +164,17 @@ class OnnxPredictor(Predictor):
         return drift
 
 
-def seal(content: bytes) -> bytes:
+def embed_digest(content: bytes) -> bytes:
     """Return a serialised model with the SHA-256 of all of it in its metadata; ValueError if there is no place."""
     start = content.index(b'"seal":"') + 8
-    blank = content[:start] + UNSEALED + content[start + 64 :]
+    blank = content[:start] + DIGEST_PLACEHOLDER + content[start + 64 :]
     return content[:start] + hashlib.sha256(blank).hexdigest().encode() + content[start + 64 :]
 
 
-def check_seal(content: bytes, name: str) -> None:
+def verify_digest(content: bytes, name: str) -> None:
     """Raise ConvlensError unless a serialised model is what :func:`seal` returned, to the last bit."""
     try:
-        whole = seal(content) == content
+        whole = embed_digest(content) == content
     except ValueError:
         raise ConvlensError(
             f"{name} is no ONNX file that convlens wrote, or not the whole of it: make it with `convlens export`"
@@ -191,7 +191,7 @@ def find_onnx(source: str | Path) -> OnnxPredictor | None:
     path = Path(source)
     if path.suffix == ".onnx":
         return OnnxPredictor.load(path)
-    folder = find_bundle(source)
+    folder = resolve_bundle(source)
     return OnnxPredictor.of_bundle(folder) if (folder / GRAPH).is_file() else None
 
 
@@ -201,7 +201,7 @@ def load_predictor(source: str | Path) -> Predictor:
     if found is not None:
         return found
     from convlens.inference.classifier import Classifier
-    from convlens.system.device import use_threads
+    from convlens.system.device import set_num_threads
 
-    use_threads()
+    set_num_threads()
     return Classifier.load(source)

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from convlens.data.images import BadImage, Pixels, array_to_image, open_image
+from convlens.data.images import InvalidImageError, Pixels, array_to_image, open_image
 from convlens.data.preprocess import Preprocess
 from convlens.evaluation.conformal import prediction_sets, require_coverage
 
-Picture = str | Path | bytes | Image.Image | NDArray[Any]
+ImageLike = str | Path | bytes | Image.Image | NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ class Predictor(ABC):
 
     @overload
     def predict(
-        self, pictures: Picture, *, top: int = ..., raw: bool = ..., coverage: float | None = ...
+        self, pictures: ImageLike, *, top: int = ..., raw: bool = ..., coverage: float | None = ...
     ) -> Prediction: ...
     @overload
     def predict(
-        self, pictures: list[Picture], *, top: int = ..., raw: bool = ..., coverage: float | None = ...
+        self, pictures: list[ImageLike], *, top: int = ..., raw: bool = ..., coverage: float | None = ...
     ) -> list[Prediction]: ...
 
     def predict(
-        self, pictures: Picture | list[Picture], *, top: int = 1, raw: bool = False, coverage: float | None = None
+        self, pictures: ImageLike | list[ImageLike], *, top: int = 1, raw: bool = False, coverage: float | None = None
     ) -> Prediction | list[Prediction]:
         """Classify one picture (a Prediction) or a list of them (a list of Predictions).
 
@@ -72,15 +72,15 @@ class Predictor(ABC):
         numbers 0 to 255) or float 0..1, of any size. It is adapted to what the net was trained on; ``raw`` only
         resizes. ``top`` is the number of classes in ``Prediction.top``. With ``coverage`` (0.5 to 0.995)
         ``Prediction.labels`` is a set of classes that holds the right one for that share of pictures like the training
-        images (split conformal prediction; Vovk, Gammerman, Shafer 2005). Raises BadImage, a ConvlensError, for what
-        cannot be read, UsageError for a coverage that the bundle cannot give.
+        images (split conformal prediction; Vovk, Gammerman, Shafer 2005). Raises InvalidImageError for what cannot
+        be read, UsageError for a coverage that the bundle cannot give.
         """
         several = pictures if isinstance(pictures, list) else [pictures]
         predictions = self.describe([self.adapt(p, raw=raw) for p in several], top, coverage)
         return predictions if isinstance(pictures, list) else predictions[0]
 
-    def adapt(self, picture: Picture, *, raw: bool = False) -> Pixels:
-        """Return a picture as the pixels that the net sees, uint8 (C, H, W); BadImage for what cannot be read."""
+    def adapt(self, picture: ImageLike, *, raw: bool = False) -> Pixels:
+        """Return an image as the pixels that the model sees, uint8 (C, H, W); InvalidImageError if unreadable."""
         if isinstance(picture, (str, Path, bytes)):
             image = open_image(picture)
         elif isinstance(picture, Image.Image):
@@ -88,7 +88,9 @@ class Predictor(ABC):
         elif isinstance(picture, np.ndarray):
             image = array_to_image(picture)
         else:
-            raise BadImage(f"a {type(picture).__name__} is not a picture: give a path, a PIL image or an array")
+            raise InvalidImageError(
+                f"a {type(picture).__name__} is not a picture: give a path, a PIL image or an array"
+            )
         return self.preprocess.adapt(image, raw=raw)
 
     def describe(self, pixels: Sequence[Pixels], top: int = 1, coverage: float | None = None) -> list[Prediction]:

@@ -6,23 +6,23 @@ import hashlib
 from importlib import resources
 from pathlib import Path
 
-from convlens.errors import ConvlensError, UnknownName, UsageError
-from convlens.run_dir import RunFolder
+from convlens.errors import ConvlensError, UnknownNameError, UsageError
+from convlens.run_dir import RunDir
 from convlens.system.text import quoted
 
 # the files of a bundle
-WEIGHTS, CONFIG, CARD, TRUST = "model.safetensors", "config.json", "README.md", "trust.safetensors"
+WEIGHTS, CONFIG, CARD, UNCERTAINTY = "model.safetensors", "config.json", "README.md", "trust.safetensors"
 
 GRAPH = "graph.onnx"  # its ONNX, without weights: not every bundle has one
 
 
-def shipped_models() -> dict[str, Path]:
+def bundled_models() -> dict[str, Path]:
     """Return the bundles that come with convlens, by name."""
     root = Path(str(resources.files("convlens") / "weights"))
     return {path.name: path for path in sorted(root.iterdir())} if root.is_dir() else {}
 
 
-def read_whole(path: Path, sha256: str, remedy: str = "") -> bytes:
+def read_verified(path: Path, sha256: str, remedy: str = "") -> bytes:
     """Return the content of a bundle's file; ConvlensError, with a remedy, if it is not the one with this SHA-256."""
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
@@ -30,17 +30,17 @@ def read_whole(path: Path, sha256: str, remedy: str = "") -> bytes:
     return content
 
 
-def find_bundle(source: str | Path) -> Path:
+def resolve_bundle(source: str | Path) -> Path:
     """Return the bundle's folder for a run folder, a bundle's folder, or the name of a shipped model.
 
     A folder goes before a shipped model of the same name only if it is written as a path (``./mnist``).
     """
-    if str(source) in (shipped := shipped_models()):
+    if str(source) in (shipped := bundled_models()):
         return shipped[str(source)]
     path = Path(source)
     if (path / WEIGHTS).is_file() and (path / CONFIG).is_file():
         return path
-    run = RunFolder(path)
+    run = RunDir(path)
     if (path / CARD).is_file() and run.config.is_file():
         return path  # a bundle that has lost its weights: reading it says so
     if run.config.is_file():
@@ -48,10 +48,10 @@ def find_bundle(source: str | Path) -> Path:
             raise UsageError(f"{path} is not finished: go on with: convlens train --resume {quoted(path)}")
         return run.model
     if path.exists():
-        RunFolder.refuse_series(path)
+        RunDir.refuse_series(path)
         if path.suffix == ".onnx":
             raise UsageError(
                 f"{path} is an ONNX file, for `predict`, `serve`, `verify` and `export --format html`; name the run"
             )
         raise UsageError(f"{path} is neither a run folder nor a model bundle")
-    raise UnknownName("run folder or model", str(source), shipped)
+    raise UnknownNameError("run folder or model", str(source), shipped)

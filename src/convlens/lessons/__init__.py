@@ -7,21 +7,21 @@ import subprocess
 import sys
 from typing import Any
 
-from convlens.errors import UnknownName
+from convlens.errors import UnknownNameError
 from convlens.lessons.exercises import EXERCISES, Exercise
 
 
 def find(number: str) -> Exercise:
-    """Return an exercise by its number; UnknownName if there is none."""
+    """Return an exercise by its number; UnknownNameError if there is none."""
     if number not in EXERCISES:
-        raise UnknownName("exercise", number, EXERCISES)
+        raise UnknownNameError("exercise", number, EXERCISES)
     return EXERCISES[number]
 
 
 def check(number: str, answer: Any) -> bool:
     """Say whether ``answer`` solves exercise ``number`` ("1.2": lesson 1, exercise 2), and why, or what to look at.
 
-    ``...``, which stands in the lessons where an answer belongs, is no answer yet. Raises UnknownName for an exercise
+    ``...``, the placeholder of the lessons, is not an answer. Raises UnknownNameError for an exercise
     that there is not.
     """
     exercise = find(number)

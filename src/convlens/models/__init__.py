@@ -2,7 +2,7 @@
 
 from convlens.models import classic, compact, timm  # noqa: F401 - entering their nets into the registry
 from convlens.models.base import MODELS, ConvNet, check_model, create_model, model_options
-from convlens.models.summary import LayerSummary, count_parameters, summarise
+from convlens.models.summary import LayerSummary, count_parameters, summarize
 
 register = MODELS.register
 """``@register("mine")`` above a class enters it into :data:`convlens.models.MODELS`; UsageError if it is taken."""
@@ -16,5 +16,5 @@ __all__ = [
     "create_model",
     "model_options",
     "register",
-    "summarise",
+    "summarize",
 ]

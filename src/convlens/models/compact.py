@@ -67,7 +67,9 @@ class TinyNet(ConvNet):
             if number > 1:
                 conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
             pools = number < 3 and side >= 2
-            stages[f"conv{number}"] = nn.Sequential(conv, *[nn.MaxPool2d(2)] * pools, Shift(outputs), nn.ReLU())
+            stages[f"conv{number}"] = nn.Sequential(
+                conv, *[nn.MaxPool2d(2)] * pools, ScaleFreeBatchNorm(outputs), nn.ReLU()
+            )
             side, inputs = side // 2 if pools else side, outputs
         self.body = nn.Sequential(stages)
         self.head = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
@@ -97,8 +99,8 @@ class WhitenedNet(ConvNet):
             pool = [nn.MaxPool2d(2)] if side >= 2 else []
             side = max(side // 2, 1)
             stages[f"group{number}"] = nn.Sequential(
-                identity_conv(inputs, outputs), *pool, Shift(outputs), nn.GELU(),
-                identity_conv(outputs, outputs), Shift(outputs), nn.GELU(),
+                identity_conv(inputs, outputs), *pool, ScaleFreeBatchNorm(outputs), nn.GELU(),
+                identity_conv(outputs, outputs), ScaleFreeBatchNorm(outputs), nn.GELU(),
             )  # fmt: skip
             inputs = outputs
         self.body = nn.Sequential(stages)
@@ -131,14 +133,18 @@ class ResidualNet(ConvNet):
         super().__init__()
         self.body = nn.Sequential(OrderedDict(
             stem=nn.Sequential(*conv_block(channels, filters)),
-            group1=Residual(filters, filters),
-            group2=nn.Sequential(Residual(filters, 2 * filters, stride=2), Residual(2 * filters, 2 * filters)),
-            group3=nn.Sequential(Residual(2 * filters, 4 * filters, stride=2), Residual(4 * filters, 4 * filters)),
+            group1=ResidualBlock(filters, filters),
+            group2=nn.Sequential(
+                ResidualBlock(filters, 2 * filters, stride=2), ResidualBlock(2 * filters, 2 * filters)
+            ),
+            group3=nn.Sequential(
+                ResidualBlock(2 * filters, 4 * filters, stride=2), ResidualBlock(4 * filters, 4 * filters)
+            ),
         ))  # fmt: skip
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * filters, classes))
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """Two convolutions whose result is added to what came in, or to a 1x1 convolution of it where its form changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1):
@@ -154,7 +160,7 @@ class Residual(nn.Module):
         return self.relu(self.shortcut(x) + self.branch(x))  # type: ignore[no-any-return]
 
 
-class Shift(nn.BatchNorm2d):
+class ScaleFreeBatchNorm(nn.BatchNorm2d):
     """BatchNorm that shifts but does not scale, with statistics that settle within a few steps."""
 
     def __init__(self, channels: int):

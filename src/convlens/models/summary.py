@@ -24,7 +24,7 @@ class LayerSummary:
     receptive_field: int | None  # side in input pixels of what one output sees; None: the whole image
 
 
-def summarise(net: nn.Module, channels: int, height: int, width: int) -> list[LayerSummary]:
+def summarize(net: nn.Module, channels: int, height: int, width: int) -> list[LayerSummary]:
     """Return every leaf layer of ``net`` in the order in which one (channels, height, width) image passes it.
 
     The receptive field is that of a chain of layers (Araujo, Norris, Sim 2019): it grows by (kernel - 1) times

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convlens.errors import ConvlensError, UnknownName, UsageError
+from convlens.errors import ConvlensError, UnknownNameError, UsageError
 from convlens.models.base import MODELS, ConvNet
 
 PREFIX = "timm:"
@@ -29,18 +29,18 @@ def import_timm() -> Any:
 def find_backbone(name: str) -> Callable[..., nn.Module]:
     """A convolutional net of timm, such as timm:resnet18; with the extra backbones.
 
-    Returns its constructor. Raises UnknownName, which offers the nearest name, if timm has no such net.
+    Returns its constructor. Raises UnknownNameError, which offers the nearest name, if timm has no such net.
     """
     timm = import_timm()
     if name not in (known := timm.list_models()) and name not in timm.list_pretrained():
-        raise UnknownName("net of timm", name, known)
+        raise UnknownNameError("net of timm", name, known)
     made = functools.partial(Backbone, name)
     # what the command line asks of every net's class
     made.usual_shape = tuple(timm.get_pretrained_cfg(name).input_size)  # type: ignore[attr-defined]
     return made
 
 
-def usual_form(name: str) -> dict[str, Any]:
+def pretrained_cfg(name: str) -> dict[str, Any]:
     """Return mean, std, channels and image_size of the images that timm's own weights of a net were made with."""
     told = import_timm().get_pretrained_cfg(name)
     channels, side, _ = told.input_size

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from convlens.data.images import Pixels
-from convlens.explain.activations import Unit
+from convlens.explain.activations import ReceptiveField
 from convlens.explain.explanation import Explanation
 from convlens.explain.occlusion import Heat
 from convlens.reports.html import make_pictures, write_page
-from convlens.reports.image_grid import Sheet, filters_sheet, shorten, to_picture
+from convlens.reports.image_grid import ImageGrid, kernel_grid, shorten, to_picture
 
 MOST_MAPS = 32  # of a stage, on its picture
 
@@ -31,15 +31,15 @@ FRAME = (217, 119, 6)  # the second colour of the plots
 
 
 @dataclass(frozen=True)
-class Picture:
+class Panel:
     """One picture of an explanation: its file, a sheet, and what it shows."""
 
     file: str
-    sheet: Sheet
+    sheet: ImageGrid
     text: str
 
 
-def picture_explanation(e: Explanation) -> list[Picture]:
+def picture_explanation(e: Explanation) -> list[Panel]:
     """Return the pictures of an explanation, the first to look at first."""
     pictures = [picture_where(e), *([picture_alike(e)] if e.neighbours else []), picture_units(e)]
     for number, (name, maps) in enumerate(e.maps.items(), start=1):
@@ -47,7 +47,7 @@ def picture_explanation(e: Explanation) -> list[Picture]:
     return [*pictures, picture_pooling(e)]
 
 
-def picture_where(e: Explanation) -> Picture:
+def picture_where(e: Explanation) -> Panel:
     """Return the image, and where the net looks for the class: both heat maps laid over it."""
     hangs = e.occlusion / max(float(np.abs(e.occlusion).max()), 0.05)  # nothing much is not made to look like much
     most = f"{100 * float(e.occlusion.max()):.0f} points" if e.occlusion.max() > 0.005 else "nothing"
@@ -55,9 +55,9 @@ def picture_where(e: Explanation) -> Picture:
     pictures += [lay_over(e.pixels, heat, "inferno") for heat in e.activations.values()]
     captions = ["what the net gets", f"covered: costs up to {most}"]
     captions += [f"stage {shorten(name, 16)}" for name in e.activations]
-    return Picture(
+    return Panel(
         "where.png",
-        Sheet(f"Where it looks for {shorten(e.label, 40)}", pictures, captions, columns=3),
+        ImageGrid(f"Where it looks for {shorten(e.label, 40)}", pictures, captions, columns=3),
         f"Orange: with a square over it, the picture has a smaller probability of “{e.label}”; violet: a larger one. "
         f"Then, for each stage, what on its maps speaks for “{e.label}” (class activation map, HiResCAM), the brighter "
         "the more, each map by itself. The first stages point more exactly; the last know best what they see, but only "
@@ -65,18 +65,18 @@ def picture_where(e: Explanation) -> Picture:
     )
 
 
-def picture_alike(e: Explanation) -> Picture:
+def picture_alike(e: Explanation) -> Panel:
     """Return the training images that the net finds most like the picture."""
     pictures = [to_picture(e.pixels), *(to_picture(one.image) for one in e.neighbours)]
     captions = ["this picture\n", *(f"{shorten(one.label, 11)}\n{one.similarity:.2f} alike" for one in e.neighbours)]
-    return Picture(
+    return Panel(
         "alike.png",
-        Sheet("Training images that look like it to the net", pictures, captions, columns=9),
+        ImageGrid("Training images that look like it to the net", pictures, captions, columns=9),
         "Alike are images whose features, the means of the last maps, point the same way (cosine; 1.00 is the same).",
     )
 
 
-def picture_units(e: Explanation) -> Picture:
+def picture_units(e: Explanation) -> Panel:
     """Return what the loudest unit of each stage sees of the image."""
     pictures, captions = [], []
     for name, unit in e.units.items():
@@ -85,56 +85,56 @@ def picture_units(e: Explanation) -> Picture:
         captions.append(
             f"{shorten(name, 14)}: {height} high, {width} wide\nmap {unit.channel}, row {unit.y}, column {unit.x}"
         )
-    return Picture(
+    return Panel(
         "sees.png",
-        Sheet("How far one unit of each stage sees", pictures, captions, columns=max(len(pictures), 4)),
+        ImageGrid("How far one unit of each stage sees", pictures, captions, columns=max(len(pictures), 4)),
         "The bright part is the receptive field of one unit of a stage, its loudest or the one that was asked for: all "
         "that this one number of a feature map can know of the picture, in pixels, as far as it lies inside. Deeper "
         "units see more.",
     )
 
 
-def picture_maps(file: str, name: str, maps: NDArray[np.float32]) -> Picture:
+def picture_maps(file: str, name: str, maps: NDArray[np.float32]) -> Panel:
     """Return the feature maps of a stage, the loudest first."""
     order = np.argsort(-maps.max(axis=(1, 2)), kind="stable")[:MOST_MAPS]
     top = max(float(maps.max()), 1e-9)
-    pictures = [colour(np.sqrt(np.maximum(maps[channel], 0) / top), "magma") for channel in order]
+    pictures = [colorize(np.sqrt(np.maximum(maps[channel], 0) / top), "magma") for channel in order]
     count, height, width = maps.shape
     more = f", the {MOST_MAPS} loudest" if count > MOST_MAPS else ""
     heading = f"Stage {name}: {count} maps of {width} × {height}{more}"
-    return Picture(
+    return Panel(
         file,
-        Sheet(heading, pictures, [str(channel) for channel in order], columns=16),
+        ImageGrid(heading, pictures, [str(channel) for channel in order], columns=16),
         f"What stage {name} makes of the picture: one map a filter, bright where the filter found what it looks for, "
         "the loudest first. The number is that of the filter, counted from 0: the channel of --unit.",
     )
 
 
-def picture_kernels(kernels: NDArray[np.float32]) -> Picture:
+def picture_kernels(kernels: NDArray[np.float32]) -> Panel:
     """Return the kernels of the first convolution, (C', C, k, k)."""
     colours = (
         "Each is shown in the colours that it answers to." if kernels.shape[1] == 3 else "Red adds, blue takes away."
     )
     text = f"The kernels of the first convolution: each looks for one pattern, everywhere. {colours}"
-    return Picture("kernels.png", filters_sheet(kernels), text)
+    return Panel("kernels.png", kernel_grid(kernels), text)
 
 
-def picture_pooling(e: Explanation) -> Picture:
+def picture_pooling(e: Explanation) -> Panel:
     """Return the loudest map of the first convolution whole, pooled by the maximum and by the average."""
     whole = e.pooled["whole"]
     low, high = float(whole.min()), max(float(whole.max()), float(whole.min()) + 1e-9)
-    pictures = [colour((values - low) / (high - low), "magma") for values in e.pooled.values()]
+    pictures = [colorize((values - low) / (high - low), "magma") for values in e.pooled.values()]
     sizes = [f"{values.shape[1]} × {values.shape[0]}" for values in e.pooled.values()]
     captions = [f"{what}, {size}" for what, size in zip(("as it is", "maximum", "average"), sizes, strict=True)]
-    return Picture(
+    return Panel(
         "pooling.png",
-        Sheet("One map, pooled in blocks of 2 × 2", pictures, captions, columns=4),
+        ImageGrid("One map, pooled in blocks of 2 × 2", pictures, captions, columns=4),
         "The loudest map of the first convolution; black is its lowest value, which may be negative. The maximum keeps "
         "that something was found; the average keeps how much of it there was, and blurs.",
     )
 
 
-def colour(values: NDArray[Any], scale: str) -> RGB:
+def colorize(values: NDArray[Any], scale: str) -> RGB:
     """Return values of 0..1 (H, W) in the colours of a scale."""
     shown: RGB = (colormaps[scale](values)[:, :, :3] * 255).round().astype(np.uint8)
     return shown
@@ -158,7 +158,7 @@ def lay_over(pixels: Pixels, heat: Heat, scale: str) -> RGB:
     return ((colours * strength + grey * (1 - strength)) * 255).round().clip(0, 255).astype(np.uint8)
 
 
-def mark_seen(pixels: Pixels, unit: Unit) -> RGB:
+def mark_seen(pixels: Pixels, unit: ReceptiveField) -> RGB:
     """Return an image with all but what a unit sees dimmed, and a frame around that."""
     shown = enlarge(pixels).astype(np.float64)
     times = shown.shape[0] // pixels.shape[1]
@@ -171,7 +171,7 @@ def mark_seen(pixels: Pixels, unit: Unit) -> RGB:
     return marked.round().clip(0, 255).astype(np.uint8)
 
 
-def write_explanations(file: Path, title: str, parts: Sequence[tuple[str, str, Sequence[Picture]]]) -> None:
+def write_explanations(file: Path, title: str, parts: Sequence[tuple[str, str, Sequence[Panel]]]) -> None:
     """Write one page of explanations: for each a heading, what was answered, and its pictures."""
     body = ""
     if len(parts) > 2:

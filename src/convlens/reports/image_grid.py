@@ -21,9 +21,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from convlens.data.dataset import rows_by_class
-from convlens.system.files import replacing
+from convlens.system.files import atomic_write
 
-INK, QUIET = "#1f2933", "#66727f"
+TEXT, MUTED = "#1f2933", "#66727f"
 
 WIDTH = 1296  # of a sheet; all lengths are pixels
 
@@ -37,7 +37,7 @@ COARSE = 96  # pictures up to this size are shown with hard edges: their pixels 
 
 
 @dataclass(frozen=True)
-class Sheet:
+class ImageGrid:
     """Pictures, uint8 (H, W) or (H, W, 3), in rows of ``columns``, each with its caption, which may have lines."""
 
     heading: str
@@ -57,7 +57,7 @@ class Sheet:
         height = TOP + max(math.ceil(len(self.pictures) / self.columns), 1) * (cell + text)
         sheet = Image.new("RGB", (WIDTH, round(height)), "white")
         pen = ImageDraw.Draw(sheet)
-        pen.text((GAP, TOP // 2), self.heading, INK, font("DejaVuSans-Bold", HEADING_SIZE), anchor="lm")
+        pen.text((GAP, TOP // 2), self.heading, TEXT, font("DejaVuSans-Bold", HEADING_SIZE), anchor="lm")
         for number, picture in enumerate(self.pictures):
             row, column = divmod(number, self.columns)
             left, below = column * cell + GAP / 2, TOP + row * (cell + text) + text
@@ -68,8 +68,8 @@ class Sheet:
                 lines = self.captions[number].split("\n")
                 for line, words in enumerate(reversed(lines)):
                     place = (left + side / 2, below - GAP / 2 - line * LINE)
-                    pen.text(place, words, INK, font("DejaVuSans", CAPTION_SIZE), anchor="md")
-        with replacing(path) as temporary:
+                    pen.text(place, words, TEXT, font("DejaVuSans", CAPTION_SIZE), anchor="md")
+        with atomic_write(path) as temporary:
             sheet.save(temporary, format="png")
 
     def to_html(self) -> str:
@@ -133,28 +133,28 @@ def pick_samples(labels: Tensor, classes: int, count: int = 40) -> Tensor:
     return torch.cat([row[i : i + 1] for i in range(each) for row in rows])[:count]
 
 
-def images_sheet(images: Tensor, captions: Sequence[str], heading: str) -> Sheet:
+def image_grid(images: Tensor, captions: Sequence[str], heading: str) -> ImageGrid:
     """Return a sheet of uint8 images (N, C, H, W), each with its caption, which may have lines."""
     short = ["\n".join(shorten(line, 12) for line in caption.split("\n")) for caption in captions]
-    return Sheet(heading, [to_picture(image) for image in images], short, columns=10)
+    return ImageGrid(heading, [to_picture(image) for image in images], short, columns=10)
 
 
-def answers_sheet(images: Tensor, said: Sequence[tuple[str, float, str]], heading: str) -> Sheet:
+def prediction_grid(images: Tensor, said: Sequence[tuple[str, float, str]], heading: str) -> ImageGrid:
     """Return a sheet of uint8 images (N, C, H, W) and what was said of each: (prediction, its probability, class)."""
     captions = [f"says {shorten(guess, 11)}\n{share:.0%} sure\nis {shorten(truth, 13)}" for guess, share, truth in said]
-    return Sheet(heading, [to_picture(image) for image in images], captions, columns=6)
+    return ImageGrid(heading, [to_picture(image) for image in images], captions, columns=6)
 
 
-def mistakes_sheet(
+def misclassified_grid(
     images: Tensor, labels: Tensor, probabilities: Tensor, classes: Sequence[str], count: int = 30
-) -> Sheet:
+) -> ImageGrid:
     """Return a sheet of the wrong answers that the net was surest of: images (N, C, H, W), probabilities (N, K)."""
     values, guesses = probabilities.max(dim=1)
     wrong = (guesses != labels).nonzero().squeeze(1)
     wrong = wrong[values[wrong].argsort(descending=True)][:count]
     said = [(classes[int(guesses[row])], float(values[row]), classes[int(labels[row])]) for row in wrong]
     heading = "Worst mistakes: the wrong answers it was surest of" if said else "No mistake on the test split"
-    return answers_sheet(images[wrong], said, heading)
+    return prediction_grid(images[wrong], said, heading)
 
 
 def colour_kernel(share: NDArray[np.float32]) -> NDArray[Any]:
@@ -165,8 +165,8 @@ def colour_kernel(share: NDArray[np.float32]) -> NDArray[Any]:
     return shown
 
 
-def filters_sheet(kernels: NDArray[np.float32], count: int = 64) -> Sheet:
+def kernel_grid(kernels: NDArray[np.float32], count: int = 64) -> ImageGrid:
     """Return a sheet of the kernels of the first convolution, (C', C, k, k), each by itself."""
     shown = f" ({count} shown)" if len(kernels) > count else ""
     pictures = [colour_kernel(kernel / max(float(np.abs(kernel).max()), 1e-9)) for kernel in kernels[:count]]
-    return Sheet(f"The {len(kernels)} filters of the first convolution{shown}", pictures, (), columns=16)
+    return ImageGrid(f"The {len(kernels)} filters of the first convolution{shown}", pictures, (), columns=16)

@@ -18,12 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from convlens.evaluation.metrics import MAX_DENSE_CLASSES, Cell, dense_confusion, wilson_interval
-from convlens.reports.image_grid import INK, QUIET, shorten
-from convlens.system.files import replacing
+from convlens.reports.image_grid import MUTED, TEXT, shorten
+from convlens.system.files import atomic_write
 
 GRID = "#e4e7eb"
 
-PAPER = "#fffffe"  # white that is the page's own in its SVG; other white stays white
+BACKGROUND = "#fffffe"  # white that is the page's own in its SVG; other white stays white
 
 ON_LIGHT = "#102a43"  # words on what stays light in the dark
 
@@ -45,7 +45,7 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
     content = io.BytesIO()
     figure.savefig(content, format="png")
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content.getvalue())
 
 
@@ -59,21 +59,21 @@ def save_for_page(figure: Figure, path: Path) -> str:
     svg = drawn.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' id="[A-Za-z]\w*_\d+"', "", svg)  # another figure on the page has the same
-    for colour, name in ((INK, "ink"), (QUIET, "quiet"), (GRID, "line"), (PAPER, "card")):
+    for colour, name in ((TEXT, "ink"), (MUTED, "quiet"), (GRID, "line"), (BACKGROUND, "card")):
         svg = svg.replace(colour, f"var(--{name})")
     return svg
 
 
 def title(figure: Figure, text: str) -> None:
     """Put a title above a figure, at its left."""
-    figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK, parse_math=False)
+    figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold", color=TEXT, parse_math=False)
 
 
 def quiet_axes(axes: Axes) -> None:
     """Take away what does not help to read."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRID)
-    axes.tick_params(colors=QUIET, labelsize=8, length=0)
+    axes.tick_params(colors=MUTED, labelsize=8, length=0)
 
 
 def draw_curves(path: Path, records: Sequence[dict[str, float | None]]) -> str:
@@ -93,14 +93,14 @@ def draw_curves(path: Path, records: Sequence[dict[str, float | None]]) -> str:
             if points:
                 marker = "o" if len(points) < 30 else ""
                 axes.plot(*zip(*points, strict=True), color=colour, label=label, marker=marker, ms=3.5, lw=1.6)
-        axes.set_title(name, fontsize=10, color=INK, loc="left")
-        axes.set_xlabel("epoch", fontsize=8, color=QUIET)
+        axes.set_title(name, fontsize=10, color=TEXT, loc="left")
+        axes.set_xlabel("epoch", fontsize=8, color=MUTED)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(records) == 1:
             axes.set_xticks([records[0]["epoch"] or 1])
         if kind == "acc":
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%" if value <= 1 else "")
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+        axes.legend(frameon=False, fontsize=8, labelcolor=TEXT)
     return save_for_page(figure, path)
 
 
@@ -141,9 +141,9 @@ def draw_confusion(path: Path, cells: Sequence[Cell], classes: Sequence[str]) ->
     size = 8 if k <= MAX_DRAWN else 5
     axes.set_xticks(range(k), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size, parse_math=False)
     axes.set_yticks(range(k), names, fontsize=size, parse_math=False)
-    axes.tick_params(length=0, colors=INK)
-    axes.set_xlabel("prediction", fontsize=9, color=QUIET)
-    axes.set_ylabel("true class", fontsize=9, color=QUIET)
+    axes.tick_params(length=0, colors=TEXT)
+    axes.set_xlabel("prediction", fontsize=9, color=MUTED)
+    axes.set_ylabel("true class", fontsize=9, color=MUTED)
     axes.spines[:].set_visible(False)
     return save_for_page(figure, path)
 
@@ -157,7 +157,7 @@ def draw_reliability(path: Path, calibration: dict[str, Any]) -> str:
         quiet_axes(one)
         one.grid(color=GRID, linewidth=0.8)
         one.set_axisbelow(True)
-    axes.plot([0, 1], [0, 1], color=QUIET, lw=1, ls=":", label="as it should be")
+    axes.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=":", label="as it should be")
     series = [("before", "as trained", VALIDATION), ("after", "calibrated", TRAIN)]
     if calibration["temperature"] == 1:
         series = [("after", "as trained, nothing to correct", TRAIN)]
@@ -174,14 +174,14 @@ def draw_reliability(path: Path, calibration: dict[str, Any]) -> str:
     axes.set_ylim(-0.02, 1.03)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
-    axes.set_ylabel("it is right so often (95% intervals)", fontsize=8, color=QUIET)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
+    axes.set_ylabel("it is right so often (95% intervals)", fontsize=8, color=MUTED)
+    axes.legend(frameon=False, fontsize=8, labelcolor=TEXT, loc="upper left")
     counts.set_yscale("log")
     counts.set_ylim(bottom=0.7)
     counts.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else "")
     counts.minorticks_off()
-    counts.set_ylabel("images", fontsize=8, color=QUIET)
-    counts.set_xlabel("it says it is so sure", fontsize=8, color=QUIET)
+    counts.set_ylabel("images", fontsize=8, color=MUTED)
+    counts.set_xlabel("it says it is so sure", fontsize=8, color=MUTED)
     return save_for_page(figure, path)
 
 
@@ -195,9 +195,9 @@ def draw_corruptions(path: Path, clean: float, figures: dict[str, list[float]]) 
         quiet_axes(axes)
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.plot(range(len(values) + 1), [clean, *values], color=TRAIN, marker="o", ms=3.5, lw=1.6)
-        axes.set_title(kind, fontsize=10, color=INK, loc="left")
+        axes.set_title(kind, fontsize=10, color=TEXT, loc="left")
         axes.set_ylim(0, 1.02)
-        axes.set_xlabel("severity", fontsize=8, color=QUIET)
+        axes.set_xlabel("severity", fontsize=8, color=MUTED)
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     save(figure, path)
@@ -213,11 +213,11 @@ def draw_range_test(
     quiet_axes(axes)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.plot(rates, losses, color=TRAIN, lw=1.6)
-    looks = ((VALIDATION, "-"), (INK, "--"), (QUIET, ":"), (QUIET, "-."))
+    looks = ((VALIDATION, "-"), (TEXT, "--"), (MUTED, ":"), (MUTED, "-."))
     for (name, rate), (colour, line) in zip(marks, looks, strict=False):
         axes.axvline(rate, color=colour, lw=1.4, ls=line, label=f"{name}: {rate:.2g}")
     axes.set_xscale("log")
-    axes.set_xlabel("learning rate, rising with every step", fontsize=8, color=QUIET)
-    axes.set_ylabel("loss, smoothed", fontsize=8, color=QUIET)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    axes.set_xlabel("learning rate, rising with every step", fontsize=8, color=MUTED)
+    axes.set_ylabel("loss, smoothed", fontsize=8, color=MUTED)
+    axes.legend(frameon=False, fontsize=8, labelcolor=TEXT)
     save(figure, path)

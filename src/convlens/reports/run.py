@@ -9,7 +9,7 @@ from typing import Any
 from convlens.evaluation.metrics import worst_classes
 from convlens.inference.bundle import UNSEEN, WATCHED
 from convlens.reports.html import make_cards, make_pictures, write_page
-from convlens.run_dir import RunFolder
+from convlens.run_dir import RunDir
 from convlens.system.files import read_json
 
 MAX_ROWS = 100  # of the table of classes; of more classes the worst are shown
@@ -27,7 +27,7 @@ PLOTS = {
 }
 
 
-def write_report(folder: RunFolder, drawn: Mapping[str, str]) -> None:
+def write_report(folder: RunDir, drawn: Mapping[str, str]) -> None:
     """Write ``report.html`` from the run's config, metrics and test figures, and its plots as HTML by their files."""
     config, test, metrics = read_json(folder.config), read_json(folder.test), folder.read_metrics()
     data, recipe, machine = config["data"], config["recipe"], config["machine"]
@@ -58,7 +58,7 @@ def write_report(folder: RunFolder, drawn: Mapping[str, str]) -> None:
 <p><code>{escape(config["command"])}</code></p>
 <section class=figures>{make_cards(figures)}</section>
 {unreadable_note(data["unreadable"])}
-<section class=wide><h2>How far to trust it</h2><ul>{trust_items(test)}</ul></section>
+<section class=wide><h2>How far to trust it</h2><ul>{uncertainty_items(test)}</ul></section>
 <div class=pictures>{make_pictures(drawn, PLOTS)}</div>
 <section class=wide><h2>By class</h2>{class_table(test)}</section>
 <section class=wide><details><summary>Epochs</summary>{epoch_table(metrics)}</details></section>
@@ -70,7 +70,7 @@ another net.</p>
     write_page(folder.report, folder.path.name, body)
 
 
-def trust_items(test: dict[str, Any]) -> str:
+def uncertainty_items(test: dict[str, Any]) -> str:
     """Return what the test says to a person who is no statistician, as list items."""
     low, high = test["accuracy_interval"]
     items = [

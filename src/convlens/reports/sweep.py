@@ -12,8 +12,8 @@ from matplotlib import colormaps
 from matplotlib.ticker import MaxNLocator
 
 from convlens.reports.html import make_cards, make_pictures, write_page
-from convlens.reports.image_grid import INK, QUIET
-from convlens.reports.plots import GRID, PAPER, TRAIN, VALIDATION, new_figure, quiet_axes, save_for_page, title
+from convlens.reports.image_grid import MUTED, TEXT
+from convlens.reports.plots import BACKGROUND, GRID, TRAIN, VALIDATION, new_figure, quiet_axes, save_for_page, title
 from convlens.reports.run import pairs_table, table
 
 Rows = Sequence[Mapping[str, Any]]
@@ -30,7 +30,7 @@ SIZE = (7.2, 3.6)  # inches: two pictures stand beside each other, each half as 
 
 SMALL = 10  # points, of all words but the title
 
-BACKING = {"facecolor": PAPER, "alpha": 0.75, "edgecolor": "none", "pad": 0.6}  # of words that lines pass behind
+BACKING = {"facecolor": BACKGROUND, "alpha": 0.75, "edgecolor": "none", "pad": 0.6}  # of words that lines pass behind
 
 
 def draw_history(path: Path, rows: Rows) -> str:
@@ -44,7 +44,7 @@ def draw_history(path: Path, rows: Rows) -> str:
     pruned = [(row["trial"], row["val_acc"]) for row in rows if row["state"] == "pruned" and row["val_acc"] is not None]
     best = [max(value for _, value in complete[: number + 1]) for number in range(len(complete))]
     title(figure, f"The best of {len(rows)} trials: {best[-1]:.2%} on validation images")
-    axes.step([number for number, _ in complete], best, where="post", color=INK, lw=1.6, label="best so far")
+    axes.step([number for number, _ in complete], best, where="post", color=TEXT, lw=1.6, label="best so far")
     # a few trials that learned nothing would squeeze all others together
     ordered = sorted(value for _, value in [*complete, *pruned])
     low = ordered[len(ordered) // 4]
@@ -64,8 +64,8 @@ def draw_history(path: Path, rows: Rows) -> str:
     axes.set_xlim(0, len(rows) + 1)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%" if value <= 1 else "")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("trial", fontsize=SMALL, color=QUIET)
-    axes.legend(frameon=False, fontsize=SMALL, labelcolor=INK, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    axes.set_xlabel("trial", fontsize=SMALL, color=MUTED)
+    axes.legend(frameon=False, fontsize=SMALL, labelcolor=TEXT, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     return save_for_page(figure, path)
 
 
@@ -115,12 +115,12 @@ def draw_parallel(path: Path, rows: Rows, logs: Mapping[str, bool]) -> str:
         places.append(where)
         axes.plot([at, at], [0, 1], color=GRID, lw=1.2, zorder=1)
         for height, text in ticks.items():
-            axes.text(at + 0.03, height, text, fontsize=SMALL, color=INK, va="center", zorder=5, bbox=BACKING)
+            axes.text(at + 0.03, height, text, fontsize=SMALL, color=TEXT, va="center", zorder=5, bbox=BACKING)
         label = "val accuracy, by rank" if name == "val_acc" else name.replace("_", " ") + " (log)" * logs[name]
-        axes.text(at, 1.08, label, fontsize=SMALL, color=INK, ha="center", parse_math=False)
+        axes.text(at, 1.08, label, fontsize=SMALL, color=TEXT, ha="center", parse_math=False)
     for number in range(len(chosen)):
         best, share = number == len(chosen) - 1, (number + 1) / len(chosen)
-        colour = INK if best else colormaps["Blues"](0.15 + 0.8 * share)
+        colour = TEXT if best else colormaps["Blues"](0.15 + 0.8 * share)
         heights = [where[number] for where in places]
         axes.plot(range(len(columns)), heights, color=colour, lw=3.2 if best else 0.8 + share, zorder=4 if best else 2)
     axes.set_xlim(-0.3, len(columns) - 0.6)
@@ -139,7 +139,7 @@ def draw_importance(path: Path, importance: Mapping[str, float]) -> str:
     axes.tick_params(labelsize=SMALL)
     axes.invert_yaxis()
     for number, share in enumerate(shares):
-        axes.text(share + 0.005, number, f"{share:.0%}", va="center", fontsize=SMALL, color=INK)
+        axes.text(share + 0.005, number, f"{share:.0%}", va="center", fontsize=SMALL, color=TEXT)
     axes.set_xlim(0, max(shares) * 1.1)
     axes.set_xticks([])
     return save_for_page(figure, path)

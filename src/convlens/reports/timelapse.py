@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from convlens.data.images import Pixels
-from convlens.explain.timelapse import Moment
-from convlens.reports.image_grid import INK, QUIET, colour_kernel, shorten, to_picture
+from convlens.explain.timelapse import SnapshotView
+from convlens.reports.image_grid import MUTED, TEXT, colour_kernel, shorten, to_picture
 from convlens.reports.plots import TRAIN, new_figure, quiet_axes, title
-from convlens.system.files import replacing, write_text
+from convlens.system.files import atomic_write, write_text
 from convlens.system.progress import track
-from convlens.web.render import fill_page, read_part
+from convlens.web.render import read_static, render
 
 MOST = 32  # filters, and maps of a stage, on the page
 
@@ -31,7 +31,7 @@ MOST_POINTS = 16_384  # of a stage at a moment: large maps are shown of fewer ch
 MOST_CLASSES = 30  # of a confusion matrix that can be read
 
 
-def write_timelapse(path: Path, moments: Sequence[Moment], pixels: Pixels, about: dict[str, Any]) -> None:
+def write_timelapse(path: Path, moments: Sequence[SnapshotView], pixels: Pixels, about: dict[str, Any]) -> None:
     """Write the page of a training.
 
     ``about`` has its ``name``, ``data``, ``net``, ``classes``, what the ``picture`` is, and the ``images`` asked.
@@ -71,14 +71,14 @@ def write_timelapse(path: Path, moments: Sequence[Moment], pixels: Pixels, about
     }
     fill = {
         "TITLE": html.escape(f"How {about['name']} learned"),
-        "STYLE": read_part("page.css") + read_part("timelapse.css"),
-        "SCRIPT": read_part("paint.js") + read_part("timelapse.js"),
+        "STYLE": read_static("page.css") + read_static("timelapse.css"),
+        "SCRIPT": read_static("paint.js") + read_static("timelapse.js"),
         "MODEL": json.dumps(model, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    write_text(path, fill_page("timelapse.html", fill))
+    write_text(path, render("timelapse.html", fill))
 
 
-def heaviest_weight(moments: Sequence[Moment]) -> float:
+def heaviest_weight(moments: Sequence[SnapshotView]) -> float:
     """Return what counts as full colour in the filters: 99 of 100 weights are smaller."""
     return max(float(np.quantile(np.abs(m.kernels), 0.99)) for m in moments)
 
@@ -88,19 +88,19 @@ def pack(values: NDArray[Any]) -> str:
     return base64.b64encode(values.round().clip(0, 255).astype(np.uint8).tobytes()).decode()
 
 
-def write_animation(path: Path, moments: Sequence[Moment], pixels: Pixels, about: dict[str, Any]) -> None:
+def write_animation(path: Path, moments: Sequence[SnapshotView], pixels: Pixels, about: dict[str, Any]) -> None:
     """Write an animated GIF of a training: filters, the verdict on the picture, the confusion matrix."""
     heaviest, shown = heaviest_weight(moments), np.sort(np.argsort(-moments[-1].probabilities, kind="stable")[:10])
     frames = [draw_moment(moment, pixels, about, heaviest, shown) for moment in track(moments, "drawing", len(moments))]
     content = io.BytesIO()
     durations = [250] * (len(frames) - 1) + [2500]
     frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content.getvalue())
 
 
 def draw_moment(
-    moment: Moment, pixels: Pixels, about: dict[str, Any], heaviest: float, shown: NDArray[np.int64]
+    moment: SnapshotView, pixels: Pixels, about: dict[str, Any], heaviest: float, shown: NDArray[np.int64]
 ) -> Image.Image:
     """Return one frame of the animation, 864 x 360 pixels, with the probabilities of the classes ``shown``."""
     figure = new_figure(9, 3.75)
@@ -109,10 +109,10 @@ def draw_moment(
     picture, filters, verdict, matrix = figure.subplots(1, 4, width_ratios=[0.5, 1.1, 0.9, 1])
     picture.imshow(to_picture(pixels), cmap="gray", vmin=0, vmax=255)
     lines = textwrap.wrap(shorten(about["picture"], 29), 15)[:2]
-    picture.set_title("\n".join(lines), fontsize=9, color=INK, loc="left", parse_math=False)
+    picture.set_title("\n".join(lines), fontsize=9, color=TEXT, loc="left", parse_math=False)
     picture.set_axis_off()
     filters.imshow(tile(moment.kernels[:MOST], heaviest))
-    filters.set_title("first filters", fontsize=10, color=INK, loc="left")
+    filters.set_title("first filters", fontsize=10, color=TEXT, loc="left")
     filters.set_axis_off()
     quiet_axes(verdict)
     verdict.barh(range(len(shown)), moment.probabilities[shown], color=TRAIN)
@@ -121,18 +121,18 @@ def draw_moment(
     verdict.invert_yaxis()
     verdict.set_xlim(0, 1)
     verdict.set_xticks([0, 1], ["0%", "100%"])
-    verdict.set_title("its verdict", fontsize=10, color=INK, loc="left")
+    verdict.set_title("its verdict", fontsize=10, color=TEXT, loc="left")
     if moment.confusion is None:
         matrix.set_axis_off()
         return to_image(figure)
     share = moment.confusion / np.maximum(moment.confusion.sum(axis=1, keepdims=True), 1)
     matrix.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)
-    matrix.set_title("what it takes for what", fontsize=10, color=INK, loc="left")
+    matrix.set_title("what it takes for what", fontsize=10, color=TEXT, loc="left")
     names = [shorten(name, 7) for name in about["classes"]] if len(share) <= 10 else []
     turned = 90 if max(map(len, names), default=0) > 2 else 0
     matrix.set_xticks(range(len(names)), names, rotation=turned, parse_math=False)
     matrix.set_yticks(range(len(names)), names, parse_math=False)
-    matrix.tick_params(length=0, labelsize=6, colors=QUIET)
+    matrix.tick_params(length=0, labelsize=6, colors=MUTED)
     matrix.spines[:].set_visible(False)
     return to_image(figure)
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from convlens.data.builtin import DATASETS
 from convlens.data.dataset import Dataset
-from convlens.run_dir import RunFolder
+from convlens.run_dir import RunDir
 from convlens.system.files import write_csv
 from convlens.training.state import METRIC_COLUMNS, TEST_COLUMNS, EpochRecord
 
 
-def command_line() -> str:
+def current_command() -> str:
     """Return the command that runs, as a person would type it; ``python`` for calls from Python."""
     program = Path(sys.argv[0])
     if program.stem != "convlens" and program.parts[-2:] != ("convlens", "__main__.py"):
@@ -41,12 +41,12 @@ def describe_data(dataset: Dataset, fingerprint: str) -> dict[str, Any]:
     }
 
 
-def without_path(data: dict[str, Any]) -> dict[str, Any]:
+def redact_source(data: dict[str, Any]) -> dict[str, Any]:
     """Return what a bundle, which travels, says of its data: not where they lie on this machine."""
     return {**data, "source": data["source"] if data["source"] in DATASETS else None, "unreadable": []}
 
 
-def without_paths(command: str, data: dict[str, Any]) -> str:
+def redact_paths(command: str, data: dict[str, Any]) -> str:
     """Return the command for a bundle, which travels: the data by name, absolute paths by their last part."""
     words = []
     for word in shlex.split(command):
@@ -57,7 +57,7 @@ def without_paths(command: str, data: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-def summarise_test(test: dict[str, Any]) -> dict[str, Any]:
+def model_card_metrics(test: dict[str, Any]) -> dict[str, Any]:
     """Return what a bundle carries of ``test.json``: what its model card tells."""
     carried: dict[str, Any] = {
         key: test[key] for key in ("n", "accuracy", "accuracy_interval", "loss", "known") if key in test
@@ -67,14 +67,14 @@ def summarise_test(test: dict[str, Any]) -> dict[str, Any]:
     return carried
 
 
-def write_metrics(folder: RunFolder, records: list[EpochRecord], *, watched: bool) -> None:
+def write_metrics(folder: RunDir, records: list[EpochRecord], *, watched: bool) -> None:
     """Write ``metrics.csv``; the test columns only if the recipe watches the test split."""
     columns = [name for name in METRIC_COLUMNS if watched or name not in TEST_COLUMNS]
     rows = [[getattr(record, name) for name in columns] for record in records]
     write_csv(folder.metrics, columns, rows)
 
 
-def write_predictions(folder: RunFolder, dataset: Dataset, probabilities: Tensor) -> None:
+def write_predictions(folder: RunDir, dataset: Dataset, probabilities: Tensor) -> None:
     """Write ``predictions.csv``: id, label, prediction and probability of every test image."""
     values, numbers = probabilities.max(dim=1)
     classes, test = dataset.classes, dataset.test
@@ -83,7 +83,7 @@ def write_predictions(folder: RunFolder, dataset: Dataset, probabilities: Tensor
     write_csv(folder.predictions, ["id", "label", "prediction", "probability"], rows)
 
 
-def write_split(folder: RunFolder, dataset: Dataset) -> None:
+def write_split(folder: RunDir, dataset: Dataset) -> None:
     """Record which image is in which split: ``split.csv``."""
     rows = ((name, image) for name, split in dataset.splits.items() for image in split.ids)
     write_csv(folder.split, ["split", "id"], rows)

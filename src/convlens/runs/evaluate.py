@@ -10,26 +10,26 @@ from convlens.data.dataset import Dataset
 from convlens.data.loading import as_recorded, load_dataset
 from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from convlens.evaluation.inference import make_views
+from convlens.evaluation.inference import make_tta
 from convlens.evaluation.metrics import Scores
 from convlens.inference.bundle import Bundle, load_bundle
 from convlens.inference.classifier import Classifier
-from convlens.inference.store import find_bundle
-from convlens.run_dir import RunFolder
-from convlens.system.device import use_threads
-from convlens.system.files import read_json, read_names
+from convlens.inference.store import resolve_bundle
+from convlens.run_dir import RunDir
+from convlens.system.device import set_num_threads
+from convlens.system.files import read_json, read_name_list
 from convlens.system.progress import track
 from convlens.system.text import first_few
 
 
-def load_tested(source: str | Path, data: Any = None, *, other: bool = False) -> tuple[Bundle, Dataset]:
+def load_evaluation_data(source: str | Path, data: Any = None, *, other: bool = False) -> tuple[Bundle, Dataset]:
     """Return a run's or model's bundle, and the data set that it was trained and tested on.
 
     ``data`` says where that is now, if not where the run says; or it is ``other`` data, which are brought to the same
     form. Raises UsageError if the run's own data have changed, or other data have other classes or another size.
     """
-    folder = find_bundle(source)
-    bundle, run = load_bundle(folder), RunFolder(folder.parent)
+    folder = resolve_bundle(source)
+    bundle, run = load_bundle(folder), RunDir(folder.parent)
     preprocess = bundle.preprocess
     recorded = read_json(run.config)["data"] if run.test.is_file() else bundle.trained["data"]
     own = data is None or not other
@@ -51,7 +51,7 @@ def load_tested(source: str | Path, data: Any = None, *, other: bool = False) ->
     )
     if own:
         try:
-            dataset = as_recorded(dataset, recorded, read_names(run.excluded) if run.excluded.exists() else ())
+            dataset = as_recorded(dataset, recorded, read_name_list(run.excluded) if run.excluded.exists() else ())
         except UsageError:
             if data is None:
                 raise
@@ -59,7 +59,9 @@ def load_tested(source: str | Path, data: Any = None, *, other: bool = False) ->
     elif recorded.get("fold") and dataset.source == recorded["source"]:
         raise UsageError(f"{source} was trained on the test images of {data}: it is one fold; leave out --data")
     if dataset.classes != bundle.classes:
-        raise UsageError(f"{named} has other classes than {source}: {tell_apart(dataset.classes, bundle.classes)}")
+        raise UsageError(
+            f"{named} has other classes than {source}: {describe_class_diff(dataset.classes, bundle.classes)}"
+        )
     expected = (preprocess.channels, preprocess.height, preprocess.width)
     if dataset.shape != expected:
         raise UsageError(f"{named} has images of (C, H, W) {dataset.shape}, {source} takes {expected}")
@@ -73,7 +75,7 @@ def load_tested(source: str | Path, data: Any = None, *, other: bool = False) ->
     return bundle, dataset
 
 
-def tell_apart(classes: Sequence[str], others: Sequence[str]) -> str:
+def describe_class_diff(classes: Sequence[str], others: Sequence[str]) -> str:
     """Return what ``classes`` have and lack beside ``others``, in words: some of each."""
     mine, theirs = set(classes), set(others)
     more, fewer = [c for c in classes if c not in theirs], [c for c in others if c not in mine]
@@ -87,17 +89,17 @@ def evaluate_run(source: str | Path, data: Any = None, *, test_views: bool = Fal
     Returns the values that ``test.json`` has, and as ``confusion_matrix`` the rows of ``confusion_matrix.csv``; with
     ``test_views``, the metrics of test-time augmentation as well.
     """
-    use_threads()
-    bundle, dataset = load_tested(source, data, other=True)
-    views = make_views(bundle.trained["recipe"].get("flip", False)) if test_views else None
+    set_num_threads()
+    bundle, dataset = load_evaluation_data(source, data, other=True)
+    views = make_tta(bundle.trained["recipe"].get("flip", False)) if test_views else None
     test, _ = Classifier(bundle).test(dataset.test, views)
     return test
 
 
-def corrupt_run(source: str | Path, data: Any = None) -> tuple[float, dict[str, list[float]]]:
+def evaluate_corruptions(source: str | Path, data: Any = None) -> tuple[float, dict[str, list[float]]]:
     """Return the accuracy on the test split as it is, and for each corruption at severities 1 to 5."""
-    use_threads()
-    bundle, dataset = load_tested(source, data, other=True)
+    set_num_threads()
+    bundle, dataset = load_evaluation_data(source, data, other=True)
     classifier = Classifier(bundle)
     clean = Scores.of(classifier.logits(dataset.test.images), dataset.test.labels).accuracy
     figures: dict[str, list[float]] = {}

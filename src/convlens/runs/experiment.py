@@ -19,41 +19,41 @@ from convlens.data.dataset import Dataset
 from convlens.data.loader import require_balance
 from convlens.data.loading import data_name, load_dataset, load_recorded, refuse_inside_data, require_size
 from convlens.data.preprocess import Preprocess
-from convlens.distributed.process_group import Ranks, job, join
+from convlens.distributed.process_group import World, init_world, launch_id
 from convlens.errors import UsageError
 from convlens.models import count_parameters
-from convlens.run_dir import RunFolder
-from convlens.runs.artifacts import command_line, describe_data, write_metrics, write_split
-from convlens.runs.finalize import conclude
-from convlens.runs.resume import device_of, find_begun, list_changes, read_plan
+from convlens.run_dir import RunDir
+from convlens.runs.artifacts import current_command, describe_data, write_metrics, write_split
+from convlens.runs.finalize import finalize
+from convlens.runs.resume import environment_diff, find_interrupted_run, read_config, recorded_device
 from convlens.runs.run import Run
-from convlens.system.device import choose_device, describe_machine, use_threads
-from convlens.system.files import read_names, write_json, write_names
+from convlens.system.device import select_device, set_num_threads, system_info
+from convlens.system.files import read_name_list, write_json, write_name_list
 from convlens.system.hardware import available_cores
-from convlens.system.random import callers_state_kept
-from convlens.training.build import describe_net, freeze, make_net, without_unfit
-from convlens.training.callbacks import Board, LiveRecord, Watcher, find_tensorboard
+from convlens.system.random import preserve_rng_state
+from convlens.training.build import drop_unsupported_options, freeze, make_model, model_config
+from convlens.training.callbacks import Callback, LiveStatus, TensorBoardLogger, find_tensorboard
 from convlens.training.checkpoint import CheckpointStore
 from convlens.training.loop import fit, require_possible
 from convlens.training.precision import choose_precision
-from convlens.training.pretrained import adopt_weights, image_form, start_from_model, start_from_weights
+from convlens.training.pretrained import input_spec, load_matching_weights, start_from_model, start_from_weights
 from convlens.training.recipe import LENGTHS, Recipe
 from convlens.training.recipes import default_recipe, get_recipe
 from convlens.training.state import EpochRecord
-from convlens.training.time_budget import candidates, fit_into, parse_budget
+from convlens.training.time_budget import budget_candidates, choose_for_budget, parse_budget
 
 
 @dataclass(eq=False)
 class Experiment:
     """A training that is set up: iterate :meth:`epochs`, then call :meth:`finish`."""
 
-    folder: RunFolder
+    folder: RunDir
     config: dict[str, Any]
     recipe: Recipe
     dataset: Dataset  # with its validation split
     preprocess: Preprocess
     net: nn.Module
-    ranks: Ranks = field(default_factory=join)
+    ranks: World = field(default_factory=init_world)
 
     @classmethod
     def create(
@@ -79,14 +79,14 @@ class Experiment:
         Of several processes that torchrun has started, the first does all that, and the others follow it; if it takes
         the place of one that has died, it goes on with the run that the job has begun.
         """
-        ranks = join()
+        ranks = init_world()
         if not ranks.first:
             return cls._follow(data, ranks)
         with ranks.leading():
             if budget is not None and ranks.size > 1:
                 raise UsageError("--budget measures the pace of one process; give several of them --seconds")
-            training = job()
-            if ranks.again and (begun := find_begun(out, training)):
+            training = launch_id()
+            if ranks.again and (begun := find_interrupted_run(out, training)):
                 return cls._go_on(begun, memory_of(data), accept_changes=True, finished_too=True)._lead()
             return cls._begin(
                 data,
@@ -122,7 +122,7 @@ class Experiment:
         if budget is not None and any(overrides.get(name) is not None for name in LENGTHS):
             raise UsageError("--budget decides the length; give no --epochs, --iterations or --seconds beside it")
         if out is not None:
-            RunFolder.refuse_existing(out)
+            RunDir.refuse_existing(out)
         if isinstance(recipe, str):
             recipe = get_recipe(recipe)
         elif not isinstance(recipe, Recipe | None):
@@ -132,7 +132,7 @@ class Experiment:
         def settle(recipe: Recipe) -> Recipe:
             if start is not None and start.options is not None:
                 recipe = recipe.override(**start.options)
-            return without_unfit(recipe.override(**overrides), overrides)
+            return drop_unsupported_options(recipe.override(**overrides), overrides)
 
         settled = settle(recipe or default_recipe(data_name(data)))
         if start is not None and settled.pretrained:
@@ -143,15 +143,15 @@ class Experiment:
         if settled.tensorboard:
             find_tensorboard()
         refuse_inside_data(out, data)
-        device = choose_device(settled.device)
-        threads = use_threads(settled.threads)
+        device = select_device(settled.device)
+        threads = set_num_threads(settled.threads)
         # what was resolved is what is recorded: a resumed run computes as the first part did
         settled = settled.override(device=device.type, threads=threads)
 
-        form = image_form(settled, start)
+        form = input_spec(settled, start)
         loaded = load_dataset(data, **form, allow_unreadable=allow_unreadable)
         if exclude is not None:
-            loaded = loaded.without(read_names(exclude))
+            loaded = loaded.without(read_name_list(exclude))
         if settled.balance:
             require_balance(loaded.train)
         require_size(settled.image_size, loaded)
@@ -159,8 +159,8 @@ class Experiment:
             settled = settled.override(image_size=form["image_size"])
         if allowed is not None:
             running = {"device": device.type, "threads": threads, "image_size": settled.image_size}
-            choices = [settle(choice).override(**running) for choice in candidates(data_name(data), recipe)]
-            settled = fit_into(allowed, started, loaded, choices)
+            choices = [settle(choice).override(**running) for choice in budget_candidates(data_name(data), recipe)]
+            settled = choose_for_budget(allowed, started, loaded, choices)
         dataset = loaded.with_validation(settled.validation, settled.seed)
         preprocess = Preprocess.measure(dataset.train.images, dataset.style)
         if start is not None:
@@ -168,8 +168,8 @@ class Experiment:
                 settled = settled.override(pretrained=start.origin)  # which holds in another folder too
             preprocess = start.normalise(preprocess)
         torch.manual_seed(settled.seed)
-        model = describe_net(settled, dataset)
-        net = make_net(model, dataset, preprocess)
+        model = model_config(settled, dataset)
+        net = make_model(model, dataset, preprocess)
         for part in ("features", "head"):  # what a test asks of a net that training does not
             if not hasattr(net, part):
                 raise UsageError(f"model {settled.model!r} has no {part!r}; convlens.models.check_model says more")
@@ -178,21 +178,21 @@ class Experiment:
         settled = settled.override(precision=choose_precision(settled, device, net, dataset.shape))
         config = {
             "convlens": version("convlens"),
-            "command": command_line(),
+            "command": current_command(),
             "recipe": dataclasses.asdict(settled),
             "model": {**model, "parameters": count_parameters(net)},
             "data": describe_data(dataset, loaded.fingerprint()),
             "preprocess": preprocess.to_json(),
-            "machine": describe_machine(device),
+            "machine": system_info(device),
             **({"job": training} if training else {}),
         }
         if start is not None:
-            config["init"] = {"from": start.origin, "tensors": adopt_weights(net, start, settled.frozen)}
-        folder = RunFolder.create(out, dataset.name)
+            config["init"] = {"from": start.origin, "tensors": load_matching_weights(net, start, settled.frozen)}
+        folder = RunDir.create(out, dataset.name)
         try:
             write_split(folder, dataset)
             if loaded.left_out:
-                write_names(folder.excluded, dict.fromkeys(loaded.left_out, ""))
+                write_name_list(folder.excluded, dict.fromkeys(loaded.left_out, ""))
             write_json(folder.config, config)  # last: with it, the folder is a run that can be resumed
         except BaseException:  # Ctrl-C too
             shutil.rmtree(folder.path, ignore_errors=True)
@@ -215,7 +215,7 @@ class Experiment:
         where that is not on disk. Where this machine would compute other digits than the one that it was started on,
         UsageError says so, unless ``accept_changes``; config.json records them.
         """
-        ranks = join()
+        ranks = init_world()
         if not ranks.first:
             return cls._follow(data, ranks)
         with ranks.leading():
@@ -238,14 +238,14 @@ class Experiment:
         finished_too: bool,
     ) -> Experiment:
         """Do what :meth:`resume` says."""
-        folder = RunFolder.open(path)
+        folder = RunDir.open(path)
         config = folder.read_config()
         if folder.report.exists() and not finished_too:
             raise UsageError(f"the training of {path} is finished; nothing to resume")
-        read_plan(folder, config)  # is it whole?
-        changes = list_changes(path, config, accept=accept_changes)
-        left_out = read_names(folder.excluded) if folder.excluded.exists() else []
-        device, settled = device_of(config), config["recipe"]
+        read_config(folder, config)  # is it whole?
+        changes = environment_diff(path, config, accept=accept_changes)
+        left_out = read_name_list(folder.excluded) if folder.excluded.exists() else []
+        device, settled = recorded_device(config), config["recipe"]
         if device.type != settled["device"]:
             settled |= {"device": device.type, "precision": "auto"}
         again = cls._rebuild(folder, config, data, left_out, allow_unreadable=allow_unreadable)
@@ -258,15 +258,17 @@ class Experiment:
             with folder.claimed():
                 write_json(folder.config, config)
         if "init" in config and not any(folder.checkpoint.glob("*.json")):
-            adopt_weights(again.net, start_from_weights(again.recipe) or start_from_model(config["init"]["from"]))
+            load_matching_weights(
+                again.net, start_from_weights(again.recipe) or start_from_model(config["init"]["from"])
+            )
         return again
 
     @classmethod
     def _rebuild(
-        cls, folder: RunFolder, config: dict[str, Any], data: Any, left_out: list[str], *, allow_unreadable: bool
+        cls, folder: RunDir, config: dict[str, Any], data: Any, left_out: list[str], *, allow_unreadable: bool
     ) -> Experiment:
         """Load the data and build the net that a run's config.json tells of; UsageError if the data have changed."""
-        recipe, preprocess = read_plan(folder, config)
+        recipe, preprocess = read_config(folder, config)
         recorded, model = config["data"], config["model"]
         if data is None and recorded["source"] is None:
             raise UsageError(f"the data of {folder.path} were objects in memory; only data on disk can be resumed")
@@ -285,7 +287,7 @@ class Experiment:
             )
         dataset = loaded.with_validation(recipe.validation, recipe.seed)
         torch.manual_seed(recipe.seed)  # the first weights again, should no checkpoint have been written yet
-        return cls(folder, config, recipe, dataset, preprocess, make_net(model, dataset, preprocess))
+        return cls(folder, config, recipe, dataset, preprocess, make_model(model, dataset, preprocess))
 
     def _lead(self) -> Experiment:
         """Tell the other processes what to train."""
@@ -293,24 +295,24 @@ class Experiment:
         return self
 
     @classmethod
-    def _follow(cls, data: Any, ranks: Ranks) -> Experiment:
+    def _follow(cls, data: Any, ranks: World) -> Experiment:
         """Set up what the first process has decided."""
         path, config, left_out = ranks.follow()
-        use_threads(min(config["recipe"]["threads"], available_cores()))
-        return cls._rebuild(RunFolder(path), config, memory_of(data), left_out, allow_unreadable=True)
+        set_num_threads(min(config["recipe"]["threads"], available_cores()))
+        return cls._rebuild(RunDir(path), config, memory_of(data), left_out, allow_unreadable=True)
 
     def epochs(
         self, *, should_stop: Callable[[], bool] = lambda: False, show_progress: bool = False
     ) -> Iterator[EpochRecord]:
         """Train; yield one record an epoch (those of an interrupted run first), keeping ``metrics.csv`` up to date."""
         records: list[EpochRecord] = []
-        watcher = Watcher()
+        watcher = Callback()
         if self.ranks.first:
-            watcher = LiveRecord(self.folder, self.dataset, self.preprocess.normaliser(), self.recipe)
+            watcher = LiveStatus(self.folder, self.dataset, self.preprocess.normaliser(), self.recipe)
         tensorboard = self.recipe.tensorboard and self.ranks.first
         with (
             self.folder.claimed() if self.ranks.first else contextlib.nullcontext(),
-            contextlib.closing(Board(self.folder.tensorboard, wanted=tensorboard)) as board,
+            contextlib.closing(TensorBoardLogger(self.folder.tensorboard, wanted=tensorboard)) as board,
         ):
             for record in fit(
                 self.net,
@@ -333,7 +335,7 @@ class Experiment:
         if self.ranks.first:
             with self.folder.claimed():
                 if not self.folder.report.exists():  # else another process has finished it
-                    conclude(self.folder, self.config, self.recipe, self.dataset, self.preprocess, self.net)
+                    finalize(self.folder, self.config, self.recipe, self.dataset, self.preprocess, self.net)
         self.ranks.share(None)  # the others wait for it
         return Run(self.folder.path)
 
@@ -363,7 +365,7 @@ def train(
     was asked wrongly, ConvlensError for data that cannot be read or a disk that is full, Diverged when the loss is no
     number any more: one line each, that says what to do.
     """
-    with callers_state_kept():
+    with preserve_rng_state():
         experiment = Experiment.create(
             data,
             recipe,

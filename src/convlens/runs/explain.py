@@ -14,17 +14,17 @@ from convlens.errors import ConvlensError, UsageError
 from convlens.explain.explanation import Explanation, explain, require_class
 from convlens.inference.classifier import Classifier
 from convlens.reports.explanation import picture_explanation, picture_kernels, write_explanations
-from convlens.run_dir import RunFolder, new_folder
+from convlens.run_dir import RunDir, atomic_dir
 from convlens.runs.run import load_training_images
-from convlens.system.device import use_threads
+from convlens.system.device import set_num_threads
 from convlens.system.files import read_json
 from convlens.system.progress import track
 from convlens.system.text import cut
 
-MOST = 50  # pictures at a time: a page of them has about 20 MB
+MAX_IMAGES = 50  # pictures at a time: a page of them has about 20 MB
 
 
-def explain_pictures(
+def explain_images(
     source: str,
     pictures: Sequence[str],
     out: str | Path | None = None,
@@ -42,12 +42,12 @@ def explain_pictures(
     UsageError if the folder exists, there are too many pictures or ``data`` are others, BadImage for one that cannot be
     read; then nothing is written.
     """
-    if len(pictures) > MOST:
-        raise UsageError(f"{len(pictures)} pictures are too many for a page; explain {MOST} at a time")
+    if len(pictures) > MAX_IMAGES:
+        raise UsageError(f"{len(pictures)} pictures are too many for a page; explain {MAX_IMAGES} at a time")
     if out is not None:
-        RunFolder.refuse_existing(out)
+        RunDir.refuse_existing(out)
     refuse_inside_data(out or "explained", data or recorded_source(source))
-    use_threads()
+    set_num_threads()
     classifier = Classifier.load(source)
     if label is not None:
         require_class(label, classifier.classes)
@@ -60,12 +60,12 @@ def explain_pictures(
             raise
         missing = str(error)
     name = Path(source).resolve().name
-    folder = Path(out) if out is not None else next_free(Path("explained"), name)
+    folder = Path(out) if out is not None else next_free_dir(Path("explained"), name)
     explanations = [
         explain(classifier, pixels, label=label, unit=unit, training=training)
         for pixels in track(images, "explaining", len(images))
     ]
-    with new_folder(folder) as new:
+    with atomic_dir(folder) as new:
         parts = []
         for number, (file, e) in enumerate(
             track(zip(pictures, explanations, strict=True), "drawing", len(pictures)), start=1
@@ -75,7 +75,7 @@ def explain_pictures(
             shown = picture_explanation(e)
             for one in shown:
                 one.sheet.save(own / one.file)
-            parts.append((Path(file).name, tell(e), shown))
+            parts.append((Path(file).name, progress_line(e), shown))
         itself = picture_kernels(explanations[0].kernels)
         itself.sheet.save(new / itself.file)
         parts.append(("The net itself", "", [itself]))
@@ -85,11 +85,11 @@ def explain_pictures(
 
 def recorded_source(source: str | Path) -> Any:
     """Return where the data of a run lie, or None for a model that came from elsewhere."""
-    run = RunFolder(source)
+    run = RunDir(source)
     return read_json(run.config)["data"]["source"] if run.test.is_file() else None
 
 
-def tell(e: Explanation) -> str:
+def progress_line(e: Explanation) -> str:
     """Return what the net says in a few sentences."""
     shares = dict(e.prediction.top)
     others = [f"{label} ({share:.1%})" for label, share in e.prediction.top[1:4] if share >= 0.001]
@@ -103,7 +103,7 @@ def tell(e: Explanation) -> str:
     return told
 
 
-def next_free(parent: Path, name: str) -> Path:
+def next_free_dir(parent: Path, name: str) -> Path:
     """Return ``parent/name-n`` with the first n that is free."""
     number = 1
     while (path := parent / f"{name}-{number}").exists():

@@ -11,45 +11,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convlens.data.augment import Draws, mirror
+from convlens.data.augment import BatchRandom, mirror
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
-from convlens.evaluation.inference import make_views
+from convlens.evaluation.inference import make_tta
 from convlens.evaluation.metrics import Cell
-from convlens.evaluation.uncertainty import Trust
+from convlens.evaluation.uncertainty import UncertaintyModel
 from convlens.explain.activations import first_convolution
 from convlens.inference.bundle import Bundle
 from convlens.inference.classifier import Classifier
 from convlens.reports import image_grid, plots
 from convlens.reports.run import write_report
-from convlens.run_dir import RunFolder
-from convlens.runs.artifacts import summarise_test, without_path, without_paths, write_predictions
+from convlens.run_dir import RunDir
+from convlens.runs.artifacts import model_card_metrics, redact_paths, redact_source, write_predictions
 from convlens.system.files import write_csv, write_json
 from convlens.training.build import make_augment
 from convlens.training.recipe import Recipe
 
 
-def conclude(
-    folder: RunFolder, config: dict[str, Any], recipe: Recipe, dataset: Dataset, preprocess: Preprocess, net: nn.Module
+def finalize(
+    folder: RunDir, config: dict[str, Any], recipe: Recipe, dataset: Dataset, preprocess: Preprocess, net: nn.Module
 ) -> None:
     """Test the trained ``net``, once; write bundle, metrics, predictions, plots and report."""
     records = folder.read_metrics()
     model = {key: config["model"][key] for key in ("name", "arguments")}
     trust = None
     if dataset.validation is not None:
-        trust = Trust.fit(net, dataset.train, dataset.validation, len(dataset.classes), preprocess.normaliser())
+        trust = UncertaintyModel.fit(
+            net, dataset.train, dataset.validation, len(dataset.classes), preprocess.normaliser()
+        )
     bundle = Bundle(net, model, dataset.classes, preprocess, {}, trust)
     classifier = Classifier(bundle, recipe.device)
-    test, logits = classifier.test(dataset.test, make_views(recipe.flip) if recipe.test_views else None)
+    test, logits = classifier.test(dataset.test, make_tta(recipe.flip) if recipe.test_views else None)
     trained = {
         "convlens": version("convlens"),
-        "command": without_paths(config["command"], config["data"]),
+        "command": redact_paths(config["command"], config["data"]),
         "recipe": {**config["recipe"], "pretrained": Path(recipe.pretrained).name},
-        "data": without_path(config["data"]),
+        "data": redact_source(config["data"]),
         "machine": config["machine"],
         "parameters": config["model"]["parameters"],
         "seconds": records[-1]["seconds"] if records else 0.0,
-        "test": summarise_test(test),
+        "test": model_card_metrics(test),
     }
     dataclasses.replace(bundle, trained=trained).save(folder.model)
     probabilities = classifier.probabilities(logits)
@@ -63,7 +65,7 @@ def conclude(
 
 
 def draw_plots(
-    folder: RunFolder,
+    folder: RunDir,
     recipe: Recipe,
     dataset: Dataset,
     preprocess: Preprocess,
@@ -84,16 +86,14 @@ def draw_plots(
     with torch.no_grad():
         turned = torch.arange(len(rows)) % 2 == 1  # every second one, as in each epoch
         seen = mirror(normalise(images), turned) if recipe.flip else normalise(images)
-        changed, _ = augment(seen, labels, Draws.seeded(recipe.seed, len(rows)))
+        changed, _ = augment(seen, labels, BatchRandom.seeded(recipe.seed, len(rows)))
     drawn = {
-        "samples.png": image_grid.images_sheet(images, names, "What it learns from: training images"),
-        "augmented.png": image_grid.images_sheet(
-            normalise.invert(changed), names, "The same images as the net saw them"
-        ),
-        "mistakes.png": image_grid.mistakes_sheet(dataset.test.images, dataset.test.labels, probabilities, classes),
+        "samples.png": image_grid.image_grid(images, names, "What it learns from: training images"),
+        "augmented.png": image_grid.image_grid(normalise.invert(changed), names, "The same images as the net saw them"),
+        "mistakes.png": image_grid.misclassified_grid(dataset.test.images, dataset.test.labels, probabilities, classes),
     }
     if conv := first_convolution(net):
-        drawn["filters.png"] = image_grid.filters_sheet(conv.weight.detach().cpu().numpy())
+        drawn["filters.png"] = image_grid.kernel_grid(conv.weight.detach().cpu().numpy())
     for file, sheet in drawn.items():
         sheet.save(place / file)
     shown = {file: sheet.to_html() for file, sheet in drawn.items()}

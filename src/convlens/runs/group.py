@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convlens.data.cross_validation import deal_out, merge, take_fold
+from convlens.data.cross_validation import assign_folds, merge, take_fold
 from convlens.data.dataset import Dataset
 from convlens.data.loading import data_name, load_dataset, refuse_inside_data
-from convlens.distributed.process_group import require_alone
+from convlens.distributed.process_group import require_single_process
 from convlens.errors import UsageError
 from convlens.evaluation.metrics import wilson_interval
-from convlens.run_dir import SERIES, RunFolder
-from convlens.runs.artifacts import command_line
+from convlens.run_dir import SERIES, RunDir
+from convlens.runs.artifacts import current_command
 from convlens.runs.experiment import Experiment
-from convlens.runs.resume import list_changes
+from convlens.runs.resume import environment_diff
 from convlens.runs.run import Run
-from convlens.system.files import read_json, read_names, write_json
-from convlens.system.random import callers_state_kept
-from convlens.training.pretrained import image_form, start_from_weights
+from convlens.system.files import read_json, read_name_list, write_json
+from convlens.system.random import preserve_rng_state
+from convlens.training.pretrained import input_spec, start_from_weights
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import default_recipe, get_recipe
 
@@ -31,7 +31,7 @@ SUMMARY = "summary.json"
 
 
 @dataclass(eq=False)
-class Series:
+class RunGroup:
     """Runs beside each other in one folder: iterate :meth:`experiments`, train each, then call :meth:`finish`."""
 
     folder: Path
@@ -52,30 +52,30 @@ class Series:
         allow_unreadable: bool = False,
         exclude: str | Path | None = None,
         **overrides: Any,
-    ) -> Series:
+    ) -> RunGroup:
         """Plan ``seeds`` runs with seeds from ``overrides["seed"]`` (0) on, or one run for each of ``folds`` folds.
 
         For folds all images, those of the test split too, are dealt out anew: each is tested on once. Options are
         those of :func:`convlens.train`. Raises UsageError for less than two of either.
         """
-        require_alone("a series of trainings")
+        require_single_process("a series of trainings")
         kind, count = ("fold", folds) if seeds is None else ("seed", seeds)
         if count is None or (seeds is not None and folds is not None):
             raise UsageError("give --seeds or --folds, one of the two: each fold is one training")
         if count < 2:
             raise UsageError(f"--{kind}s is {count}; a spread needs at least 2")
         if out is not None:
-            RunFolder.refuse_existing(out)
+            RunDir.refuse_existing(out)
         if not isinstance(recipe, Recipe):
             recipe = get_recipe(recipe) if recipe is not None else default_recipe(data_name(data))
         settled = recipe.override(**overrides)
-        form = image_form(settled, start_from_weights(settled))
+        form = input_spec(settled, start_from_weights(settled))
         dataset = load_dataset(data, **form, allow_unreadable=allow_unreadable)
         if exclude is not None:
-            dataset = dataset.without(read_names(exclude))
+            dataset = dataset.without(read_name_list(exclude))
         refuse_inside_data(out, dataset)
         if folds is not None:
-            deal_out(merge(dataset)[0].labels, dataset.classes, folds)
+            assign_folds(merge(dataset)[0].labels, dataset.classes, folds)
         plan = {
             "kind": kind,
             "runs": [f"{kind}-{number + (settled.seed if kind == 'seed' else 1)}" for number in range(count)],
@@ -87,9 +87,9 @@ class Series:
             "recipe": dataclasses.asdict(recipe),
             "overrides": {name: value for name, value in overrides.items() if name != "seed"},
             "allow_unreadable": allow_unreadable,
-            "command": command_line(),
+            "command": current_command(),
         }
-        folder = RunFolder.create(out, f"{dataset.name}-{kind}s").path
+        folder = RunDir.create(out, f"{dataset.name}-{kind}s").path
         series = cls(folder, plan, dataset)
         try:
             series.first = series.make(0)
@@ -107,12 +107,12 @@ class Series:
         *,
         allow_unreadable: bool = False,
         accept_changes: bool = False,
-    ) -> Series:
+    ) -> RunGroup:
         """Set up an unfinished series to go on; ``data`` names what was trained on, if it is not on disk.
 
         Raises UsageError if it is finished, the data have changed, or as Experiment.resume does.
         """
-        require_alone("a series of trainings")
+        require_single_process("a series of trainings")
         plan = read_json(Path(path) / SERIES)
         if (Path(path) / SUMMARY).exists():
             raise UsageError(f"the series {path} is finished; nothing to resume")
@@ -126,22 +126,22 @@ class Series:
             dataset = dataset.without(plan["excluded"])
         if dataset.fingerprint() != plan["fingerprint"]:
             raise UsageError(f"the data of {path} have changed since it was started; train anew")
-        first = RunFolder(Path(path) / plan["runs"][0])
+        first = RunDir(Path(path) / plan["runs"][0])
         if first.config.is_file():  # the runs to come are to be what the first one is
-            list_changes(path, first.read_config(), accept=accept_changes)
+            environment_diff(path, first.read_config(), accept=accept_changes)
         return cls(Path(path), plan, dataset, accept_changes=accept_changes)
 
     def experiments(self) -> Iterator[Experiment]:
         """Yield what is still to be trained, one after another: new runs, and those that were interrupted."""
-        with RunFolder(self.folder).claimed():
+        with RunDir(self.folder).claimed():
             for number, name in enumerate(self.plan["runs"]):
-                if not RunFolder(self.folder / name).report.exists():
+                if not RunDir(self.folder / name).report.exists():
                     first, self.first = self.first, None
                     yield first or self.make(number)
 
     def make(self, number: int) -> Experiment:
         """Set up run ``number`` (from 0), or set up to go on what there is of it."""
-        run = RunFolder(self.folder / self.plan["runs"][number])
+        run = RunDir(self.folder / self.plan["runs"][number])
         data, seed = self.data, self.plan["seed"]
         if self.plan["kind"] == "fold":
             data = take_fold(data, number + 1, len(self.plan["runs"]))
@@ -197,8 +197,8 @@ def train_series(
     each of which was tested on once. Raises what :func:`convlens.train` raises, and UsageError for both, or less than
     two of either.
     """
-    with callers_state_kept():
-        series = Series.create(data, recipe, **options)
+    with preserve_rng_state():
+        series = RunGroup.create(data, recipe, **options)
         for experiment in series.experiments():
             for _ in experiment.epochs(show_progress=show_progress):
                 pass

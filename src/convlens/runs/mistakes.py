@@ -8,16 +8,16 @@ from pathlib import Path
 from PIL import Image
 
 from convlens.data.loading import refuse_inside_data
-from convlens.errors import UnknownName, UsageError
-from convlens.reports.image_grid import answers_sheet, to_picture
-from convlens.run_dir import new_folder
-from convlens.runs.evaluate import load_tested
+from convlens.errors import UnknownNameError, UsageError
+from convlens.reports.image_grid import prediction_grid, to_picture
+from convlens.run_dir import atomic_dir
+from convlens.runs.evaluate import load_evaluation_data
 from convlens.runs.run import Run
 from convlens.system.files import write_csv
 from convlens.system.progress import track
 from convlens.system.text import cut, unique
 
-SHOWN = 120  # images on the contact sheet
+MAX_GRID_IMAGES = 120  # images on the contact sheet
 
 
 def write_mistakes(
@@ -40,11 +40,11 @@ def write_mistakes(
     folder = Path(to) if to is not None else run.path / "mistakes"
     if folder.exists():
         raise UsageError(f"{folder} exists already; choose another place with --to")
-    _, dataset = load_tested(run.path, data)
+    _, dataset = load_evaluation_data(run.path, data)
     refuse_inside_data(folder, dataset, "--to")
     for name in (true, predicted):
         if name is not None and name not in dataset.classes:
-            raise UnknownName("class", name, dataset.classes)
+            raise UnknownNameError("class", name, dataset.classes)
     row = {image: number for number, image in enumerate(dataset.test.ids)}
     answers = [
         answer
@@ -58,18 +58,18 @@ def write_mistakes(
     chosen = [*wrong, *right[:doubtful]]
     kinds = ["wrong"] * len(wrong) + ["doubtful"] * (len(chosen) - len(wrong))
     names = unique([file_name(answer) for answer in chosen])
-    with new_folder(folder) as new:
+    with atomic_dir(folder) as new:
         (new / "images").mkdir()
         for name, answer in track(zip(names, chosen, strict=True), "writing images", len(chosen)):
             Image.fromarray(to_picture(dataset.test.images[row[answer["id"]]])).save(new / "images" / name)
         if chosen:
-            shown = chosen[:SHOWN]
+            shown = chosen[:MAX_GRID_IMAGES]
             images = dataset.test.images[[row[answer["id"]] for answer in shown]]
             said = [(answer["prediction"], float(answer["probability"]), answer["label"]) for answer in shown]
-            more = f"; the first {SHOWN} of {len(chosen):,}" if len(chosen) > SHOWN else ""
+            more = f"; the first {MAX_GRID_IMAGES} of {len(chosen):,}" if len(chosen) > MAX_GRID_IMAGES else ""
             unsure = f"{len(chosen) - len(wrong):,} right ones that it was least sure of"
             heading = f"{len(wrong):,} wrong, then the {unsure}{more}"
-            answers_sheet(images, said, heading).save(new / "mistakes.png")
+            prediction_grid(images, said, heading).save(new / "mistakes.png")
         columns = ("id", "label", "prediction", "probability")
         rows = [
             (name, *(answer[key] for key in columns), kind)

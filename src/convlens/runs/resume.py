@@ -11,33 +11,33 @@ from typing import Any
 import torch
 
 from convlens.data.preprocess import Preprocess
-from convlens.distributed.process_group import job_began
+from convlens.distributed.process_group import launcher_start_time
 from convlens.errors import ConvlensError, UsageError
-from convlens.run_dir import RunFolder
-from convlens.runs.artifacts import command_line
-from convlens.system.device import choose_device, describe_machine, use_threads
+from convlens.run_dir import RunDir
+from convlens.runs.artifacts import current_command
+from convlens.system.device import select_device, set_num_threads, system_info
 from convlens.system.files import read_json
 from convlens.system.hardware import available_cores
 from convlens.training.recipe import Recipe
 
 
-def find_begun(out: str | Path | None, training: str | None) -> Path | None:
+def find_interrupted_run(out: str | Path | None, training: str | None) -> Path | None:
     """Return the run that this job of torchrun, started again, has begun, in ``out`` or in ``runs``.
 
     A folder ``out`` that it had only begun to fill is cleared away.
     """
     if out is not None and not (Path(out) / "config.json").exists():
-        RunFolder(out).clear_begun()
+        RunDir(out).clear_begun()
     for path in [Path(out) / "config.json"] if out is not None else Path("runs").glob("*/config.json"):
         with contextlib.suppress(ConvlensError, OSError):
             config = read_json(path)
-            same = config.get("job") == training and config.get("command") == command_line()
-            if same and path.stat().st_mtime >= job_began():
+            same = config.get("job") == training and config.get("command") == current_command()
+            if same and path.stat().st_mtime >= launcher_start_time():
                 return path.parent
     return None
 
 
-def read_plan(folder: RunFolder, config: Mapping[str, Any]) -> tuple[Recipe, Preprocess]:
+def read_config(folder: RunDir, config: Mapping[str, Any]) -> tuple[Recipe, Preprocess]:
     """Return the recipe and the preprocessing of a run's config.json; ConvlensError if it is damaged."""
     try:
         config["data"]["source"], config["model"]["name"]
@@ -48,27 +48,27 @@ def read_plan(folder: RunFolder, config: Mapping[str, Any]) -> tuple[Recipe, Pre
         raise ConvlensError(f"{folder.config} is damaged: {error!r}") from None
 
 
-def device_of(config: Mapping[str, Any]) -> torch.device:
+def recorded_device(config: Mapping[str, Any]) -> torch.device:
     """Return the device of the run of ``config``, or the best one here where this machine does not have it."""
     try:
-        return choose_device(config["recipe"]["device"])
+        return select_device(config["recipe"]["device"])
     except UsageError:
-        return choose_device("auto")
+        return select_device("auto")
 
 
-def list_changes(path: str | Path, config: Mapping[str, Any], *, accept: bool) -> list[str]:
+def environment_diff(path: str | Path, config: Mapping[str, Any], *, accept: bool) -> list[str]:
     """Return what is not as it was when the run of ``config`` was started, of what decides the last digits.
 
     It computes with that run's threads from here on, if there are as many. Raises UsageError that names the changes
     unless they are accepted; another number of processes, which sum up in another order, is no hindrance.
     """
     names = {"device": "device", "device_name": "processor", "torch": "version of PyTorch"}
-    was, now = config.get("machine", {}), describe_machine(device_of(config))
+    was, now = config.get("machine", {}), system_info(recorded_device(config))
     if was.get("processes", 1) == now["processes"]:
         names["threads"] = "number of threads"
-        now["threads"] = use_threads(min(config["recipe"]["threads"], available_cores()))
+        now["threads"] = set_num_threads(min(config["recipe"]["threads"], available_cores()))
     else:
-        use_threads()
+        set_num_threads()
     changes = [f"{name} ({was.get(key)}, now {now[key]})" for key, name in names.items() if was.get(key) != now[key]]
     if config.get("convlens") != (own := version("convlens")):
         changes.append(f"version of convlens ({config.get('convlens')}, now {own})")

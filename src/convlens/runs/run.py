@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from convlens.data.download import only_from_here
-from convlens.errors import ConvlensError, UnknownName
+from convlens.data.download import offline
+from convlens.errors import ConvlensError, UnknownNameError
 from convlens.evaluation.metrics import dense_confusion
 from convlens.explain.explanation import Explanation, TrainingImages, explain
 from convlens.inference.classifier import Classifier
-from convlens.inference.predictor import Picture, Prediction
-from convlens.run_dir import RunFolder
-from convlens.runs.evaluate import load_tested
+from convlens.inference.predictor import ImageLike, Prediction
+from convlens.run_dir import RunDir
+from convlens.runs.evaluate import load_evaluation_data
 from convlens.system.files import read_json
 
 
@@ -31,7 +31,7 @@ class Run:
     """
 
     def __init__(self, path: str | Path):
-        self.folder = RunFolder.open(path)
+        self.folder = RunDir.open(path)
         self.path = self.folder.path
 
     @cached_property
@@ -91,15 +91,15 @@ class Run:
     def picture(self, name: str) -> Image.Image:
         """Return one of the run's plots by its file's name ("curves", "confusion", ...), for a notebook to show.
 
-        Raises UnknownName for one that this run has not.
+        Raises UnknownNameError for one that this run has not.
         """
         plots = {file.stem: file for file in self.folder.plots.glob("*.png")}
         if name not in plots:
-            raise UnknownName("plot", name, plots)
+            raise UnknownNameError("plot", name, plots)
         with Image.open(plots[name]) as image:
             return image.copy()
 
-    def predict(self, picture: Picture, **options: Any) -> Prediction:
+    def predict(self, picture: ImageLike, **options: Any) -> Prediction:
         """Classify one picture; takes and raises what :meth:`convlens.Classifier.predict` does."""
         return self.classifier.predict(picture, **options)
 
@@ -112,7 +112,7 @@ class Run:
 
     def explain(
         self,
-        picture: Picture,
+        picture: ImageLike,
         *,
         raw: bool = False,
         label: str | None = None,
@@ -123,7 +123,7 @@ class Run:
         ``label`` is the class (its name) that the heat maps are about, by default the predicted one; ``unit`` (stage,
         channel, row, column) a unit whose receptive field is shown, instead of the stage's loudest. Training images
         that look like the picture are among it if they are still there. ``raw`` only resizes the picture. Raises
-        BadImage for what cannot be read, UnknownName for a class or stage that there is not, UsageError for a unit that
+        InvalidImageError for unreadable images, UnknownNameError for an unknown class or stage, UsageError for a unit
         the stage has not, and ConvlensError for a net without a convolution.
         """
         pixels = self.classifier.adapt(picture, raw=raw)
@@ -138,7 +138,7 @@ def load_training_images(source: str | Path, classifier: Classifier, data: Any =
 
     Raises ConvlensError if they are not on this machine, UsageError if they have changed.
     """
-    with contextlib.nullcontext() if data is not None else only_from_here():
-        bundle, dataset = load_tested(source, data)
+    with contextlib.nullcontext() if data is not None else offline():
+        bundle, dataset = load_evaluation_data(source, data)
     recipe = bundle.trained["recipe"]
     return TrainingImages(classifier, dataset.with_validation(recipe["validation"], recipe["seed"]))

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from convlens.data.images import open_image
 from convlens.data.loading import refuse_inside_data
-from convlens.explain.timelapse import ASKED, look_back
+from convlens.explain.timelapse import MAX_IMAGES, replay
 from convlens.inference.classifier import Classifier
-from convlens.runs.evaluate import load_tested
+from convlens.runs.evaluate import load_evaluation_data
 from convlens.runs.explain import recorded_source
 from convlens.runs.run import Run
-from convlens.system.device import use_threads
+from convlens.system.device import set_num_threads
 
 
-def show_training(
+def write_timelapse_page(
     source: str | Path,
     picture: str | None = None,
     out: str | Path | None = None,
@@ -34,11 +34,11 @@ def show_training(
 
     run = Run(source)
     page = Path(out) if out is not None else run.path / "timelapse.html"
-    use_threads()
+    set_num_threads()
     for place, flag in ((page, "--out"), (gif, "--gif")):
         if place is not None:
             refuse_inside_data(place, data or recorded_source(source), flag)
-    bundle, dataset = load_tested(run.path, data)
+    bundle, dataset = load_evaluation_data(run.path, data)
     recipe = run.config["recipe"]
     held_out = dataset.with_validation(recipe["validation"], recipe["seed"]).validation
     asked = dataset.train if held_out is None else held_out
@@ -47,14 +47,14 @@ def show_training(
         pixels, name = asked.images[0].numpy(), f"an image of “{dataset.classes[int(asked.labels[0])]}”"
     else:
         pixels, name = classifier.preprocess.adapt(open_image(picture), raw=raw), Path(picture).name
-    moments = look_back(classifier, run.folder, pixels, asked)
+    moments = replay(classifier, run.folder, pixels, asked)
     about = {
         "name": run.path.resolve().name,
         "data": dataset.name,
         "net": bundle.model["name"],
         "classes": list(dataset.classes),
         "picture": name,
-        "images": f"{min(ASKED, len(asked)):,} {'training' if held_out is None else 'validation'} images",
+        "images": f"{min(MAX_IMAGES, len(asked)):,} {'training' if held_out is None else 'validation'} images",
     }
     write_timelapse(page, moments, pixels, about)
     if gif is not None:

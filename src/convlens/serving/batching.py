@@ -18,33 +18,33 @@ from python_multipart import MultipartParser, create_form_parser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import Field, File, MultipartState
 
-from convlens.data.images import BadImage, Pixels, open_image
+from convlens.data.images import InvalidImageError, Pixels, open_image
 from convlens.errors import UsageError
 from convlens.explain.occlusion import Heat, Occlusion
 from convlens.inference.onnx_runtime import BATCH, OnnxPredictor
 from convlens.inference.predictor import Prediction
 from convlens.system.hardware import available_cores
 
-MOST_IMAGES = 1000  # in a request
+MAX_IMAGES = 1000  # in a request
 
 MAX_IMAGE_PIXELS = 25_000_000  # of one picture: a camera's 24 megapixels; every decoder may have one at a time
 
-MOST_PIXELS = 100_000_000  # of all pictures in a request, as they come
+MAX_PIXELS = 100_000_000  # of all pictures in a request, as they come
 
-MOST_BYTES = 8 << 20  # of all pictures in a request, as the net sees them; of their probabilities as many
+MAX_INPUT_BYTES = 8 << 20  # of all pictures in a request, as the net sees them; of their probabilities as many
 
 MAX_NAMED = 100_000  # classes named in the answer to a request: a few megabytes
 
 FEW_NAMED = 100  # made sooner than handed to a thread
 
-MOST_JOBS = 32  # decoded, that wait for the net
+MAX_JOBS = 32  # decoded, that wait for the net
 
 OPTIONS = ("model", "top", "raw", "coverage", "label")  # they belong into the address
 
 Output = tuple[NDArray[np.float32], NDArray[np.bool_] | None]  # probabilities (N, K), and which are known (N,)
 
 
-class Late(Exception):
+class DeadlineExceeded(Exception):
     """There is no time left for a request: whoever asked has been told so."""
 
 
@@ -70,14 +70,14 @@ class Job:
             self.loop.call_soon_threadsafe(give)
 
 
-class Worker:
+class BatchWorker:
     """A net and its threads: whatever has come while it was busy goes through it together."""
 
     def __init__(self, predictor: OnnxPredictor, images: Counter, together: Histogram):
         self.predictor = predictor
         self._images, self._together = images, together
         self._decoders = ThreadPoolExecutor(available_cores(), "decode")
-        self.jobs: queue.Queue[Job] = queue.Queue(MOST_JOBS)
+        self.jobs: queue.Queue[Job] = queue.Queue(MAX_JOBS)
         threading.Thread(target=self._work, daemon=True).start()
 
     async def predict(
@@ -92,7 +92,7 @@ class Worker:
     ) -> bytes:
         """Classify the pictures that ``files`` gives, before the clock is at ``until``; return what ``write`` makes.
 
-        A large answer is made on a thread, because it would hold up the event loop. Raises UsageError or BadImage
+        A large answer is built on a thread: it would block the event loop. Raises UsageError or InvalidImageError
         if there are no pictures that can be read, or the answer would be too large, and Late.
         """
         classes = len(self.predictor.classes)
@@ -110,13 +110,13 @@ class Worker:
     async def explain(self, picture: bytes, until: float, *, raw: bool, label: str | None) -> tuple[Prediction, Heat]:
         """Classify one picture, and return with it what the probability of ``label`` (by default its own) hangs on.
 
-        Raises BadImage if it cannot be read, UsageError if the model takes images too large for that, and Late.
+        Raises InvalidImageError if it cannot be read, UsageError if the input is too large, DeadlineExceeded.
         """
         covered: list[Occlusion] = []
 
         def cover() -> Pixels:
             occlusion = Occlusion.of(self.read(lambda: [picture], until, raw)[0])
-            if occlusion.nbytes > MOST_BYTES:
+            if occlusion.nbytes > MAX_INPUT_BYTES:
                 raise UsageError("this model takes images that are too large to be explained here")
             covered.append(occlusion)
             return occlusion.cover()
@@ -136,7 +136,7 @@ class Worker:
             try:
                 self.jobs.put(job, timeout=max(until - time.monotonic(), 0))
             except queue.Full:
-                raise Late from None
+                raise DeadlineExceeded from None
 
         await loop.run_in_executor(self._decoders, decode)
         return await answer
@@ -159,11 +159,11 @@ class Worker:
             name = "the image" if len(contents) == 1 else f"image {number} of {len(contents)}"
             image = open_image(content, name, MAX_IMAGE_PIXELS)
             seen += image.width * image.height
-            if seen > MOST_PIXELS:
-                raise UsageError(f"the images of a request may have at most {MOST_PIXELS:,} pixels together")
+            if seen > MAX_PIXELS:
+                raise UsageError(f"the images of a request may have at most {MAX_PIXELS:,} pixels together")
             adapted.append(self.predictor.preprocess.adapt(image, raw=raw))
-            if len(contents) * (larger := max(adapted[0].nbytes, floats)) > MOST_BYTES:
-                most = MOST_BYTES // larger
+            if len(contents) * (larger := max(adapted[0].nbytes, floats)) > MAX_INPUT_BYTES:
+                most = MAX_INPUT_BYTES // larger
                 raise UsageError(f"a request may have at most {most:,} images for this model")
         return np.stack(adapted)
 
@@ -178,7 +178,7 @@ class Worker:
             in_time = []
             for job in jobs:
                 if time.monotonic() > job.until:
-                    job.give(Late())
+                    job.give(DeadlineExceeded())
                 else:
                     in_time.append(job)
             try:
@@ -204,7 +204,7 @@ class Worker:
 def require_time(until: float) -> None:
     """Raise Late if the clock is past ``until``."""
     if time.monotonic() > until:
-        raise Late
+        raise DeadlineExceeded
 
 
 def list_files(body: bytes, content_type: str) -> list[bytes]:
@@ -215,8 +215,8 @@ def list_files(body: bytes, content_type: str) -> list[bytes]:
     files: list[bytes] = []
 
     def add(file: File) -> None:
-        if len(files) == MOST_IMAGES:
-            raise UsageError(f"a request may have at most {MOST_IMAGES:,} images")
+        if len(files) == MAX_IMAGES:
+            raise UsageError(f"a request may have at most {MAX_IMAGES:,} images")
         file.file_object.seek(0)
         files.append(file.file_object.read())
         file.close()
@@ -240,5 +240,5 @@ def list_files(body: bytes, content_type: str) -> list[bytes]:
     if not isinstance(parser.parser, MultipartParser) or parser.parser.state != MultipartState.END:
         raise UsageError("the form was cut short")
     if not files:
-        raise BadImage("the form holds no file")
+        raise InvalidImageError("the form holds no file")
     return files

@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from convlens.errors import ConvlensError, UsageError
-from convlens.run_dir import SERIES, RunFolder
+from convlens.run_dir import SERIES, RunDir
 from convlens.system.files import read_json
-from convlens.web.render import fill_page, read_part
+from convlens.web.render import read_static, render
 
 
-def list_runs(paths: Sequence[str | Path]) -> list[RunFolder]:
+def list_runs(paths: Sequence[str | Path]) -> list[RunDir]:
     """Return the run folders that are named, those in a series or a folder one by one; UsageError for what is none."""
     folders = []
     for path in paths:
-        if RunFolder.is_series(path):
-            folders += [RunFolder(Path(path) / name) for name in read_json(Path(path) / SERIES)["runs"]]
-        elif not RunFolder(path).config.exists() and (inside := find_runs(Path(path))):
+        if RunDir.is_series(path):
+            folders += [RunDir(Path(path) / name) for name in read_json(Path(path) / SERIES)["runs"]]
+        elif not RunDir(path).config.exists() and (inside := find_runs(Path(path))):
             folders += list_runs(inside)
         else:
-            folders.append(RunFolder.open(path))
+            folders.append(RunDir.open(path))
     return folders
 
 
@@ -37,7 +37,7 @@ def find_runs(folder: Path) -> list[Path]:
     return [file.parent for file in sorted(begun, key=lambda file: file.stat().st_mtime)]
 
 
-def describe_run(folder: RunFolder) -> dict[str, Any]:
+def describe_run(folder: RunDir) -> dict[str, Any]:
     """Return what the page shows of a run, whatever there is of it yet."""
     told: dict[str, Any] = {"name": folder.path.resolve().name, "metrics": []}
     try:
@@ -66,10 +66,10 @@ def describe_run(folder: RunFolder) -> dict[str, Any]:
     return told
 
 
-def make_live_page() -> str:
+def make_dashboard_page() -> str:
     """Return the page as HTML; it asks for ``runs.json`` and ``N/mistakes.json`` beside it."""
-    style, script = read_part("page.css") + read_part("live.css"), read_part("paint.js") + read_part("live.js")
-    return fill_page("live.html", {"STYLE": style, "SCRIPT": script})
+    style, script = read_static("page.css") + read_static("live.css"), read_static("paint.js") + read_static("live.js")
+    return render("live.html", {"STYLE": style, "SCRIPT": script})
 
 
 HOST = "127.0.0.1"
@@ -79,13 +79,13 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-act
 OWN, REPORT = "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'", "sandbox"  # a report runs nothing
 
 
-def start_watching(paths: Sequence[str | Path], port: int = 0) -> tuple[ThreadingHTTPServer, str]:
+def start_dashboard(paths: Sequence[str | Path], port: int = 0) -> tuple[ThreadingHTTPServer, str]:
     """Serve the live page of some runs in a thread; return the server, and where it is.
 
     Raises UsageError for what is no run, and for a port that is taken.
     """
     runs = list_runs(paths)
-    page = make_live_page().encode()
+    page = make_dashboard_page().encode()
 
     class Handler(BaseHTTPRequestHandler):
         timeout = 10  # seconds for a request to arrive

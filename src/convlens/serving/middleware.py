@@ -42,7 +42,7 @@ class Limits:
     work_seconds: float = 5.0  # for an answer to be found
 
 
-class Refused(Exception):
+class Rejected(Exception):
     """A request that does not come through the gate."""
 
     def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None):
@@ -50,7 +50,7 @@ class Refused(Exception):
         self.status, self.detail, self.headers = status, detail, dict(headers or {})
 
     @classmethod
-    def busy(cls, detail: str) -> Refused:
+    def busy(cls, detail: str) -> Rejected:
         """Return the refusal of what may come through a moment later."""
         return cls(503, detail, {"retry-after": "1"})
 
@@ -107,7 +107,7 @@ class Gate:
                 await self.take(scope, headers, receive, send_safely)
             else:
                 await self.app(scope, receive, send_safely)
-        except Refused as error:
+        except Rejected as error:
             if not status:
                 answer = JSONResponse({"detail": error.detail}, error.status, error.headers)
                 await answer(scope, receive, send_safely)
@@ -120,15 +120,15 @@ class Gate:
         """Raise Refused unless the request may come from where it comes."""
         hosts, origin = headers.getlist("host"), headers.get("origin")
         if len(hosts) != 1 or (self.token is None and not LOOPBACK_HOST.fullmatch(hosts[0])):
-            raise Refused(421, "this server answers on localhost only; start it with --host to serve others")
+            raise Rejected(421, "this server answers on localhost only; start it with --host to serve others")
         own = (f"http://{hosts[0]}", f"https://{hosts[0]}")  # a proxy before the server may speak TLS
         elsewhere = scope["method"] != "GET" and headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
         if elsewhere or (origin is not None and origin not in own):
-            raise Refused(403, "a page of another site may not use this server")
+            raise Rejected(403, "a page of another site may not use this server")
         if self.token is not None and scope["path"] not in OPEN_ROUTES and not self.has_token(headers):
             told = "this server asks for its token: Authorization: Bearer TOKEN, or any name with it as password"
             # browsers do not ask for a password where Bearer is offered beside it
-            raise Refused(401, told, {"www-authenticate": 'Basic realm="convlens", charset="UTF-8"'})
+            raise Rejected(401, told, {"www-authenticate": 'Basic realm="convlens", charset="UTF-8"'})
 
     def has_token(self, headers: Headers) -> bool:
         """Say whether the token was sent: as a bearer's, or as the password that a browser asks for."""
@@ -152,8 +152,8 @@ class Gate:
             if not await self.read(body, headers, receive):
                 return  # who asked has gone
             if self.at_work >= self.limits.at_work:
-                raise Refused.busy("too many requests at a time")
-        except Refused:
+                raise Rejected.busy("too many requests at a time")
+        except Rejected:
             self.held -= len(body)
             raise
         unread, size = [bytes(body)], len(body)
@@ -181,11 +181,11 @@ class Gate:
             await task  # and raise what it raised
         else:
             late = True
-            raise Refused.busy(f"no answer within {self.limits.work_seconds:g} seconds")
+            raise Rejected.busy(f"no answer within {self.limits.work_seconds:g} seconds")
 
     async def read(self, body: bytearray, headers: Headers, receive: Receive) -> bool:
         """Fill ``body``; say whether it has come to its end. Raises Refused if it is too large or too slow."""
-        too_large = Refused(413, f"a request may have at most {self.limits.body:,} bytes")
+        too_large = Rejected(413, f"a request may have at most {self.limits.body:,} bytes")
         declared = headers.get("content-length", "0")
         if not declared.isdecimal() or int(declared) > self.limits.body:
             raise too_large
@@ -201,15 +201,15 @@ class Gate:
                     if len(body) + len(part) > self.limits.body:
                         raise too_large
                     if self.held + len(part) > self.limits.bodies:
-                        raise Refused.busy("too many bytes at a time")
+                        raise Rejected.busy("too many bytes at a time")
                     body += part
                     self.held += len(part)
                     if not message.get("more_body"):
                         return True
         except TimeoutError:
             if self.draining:
-                raise Refused.busy("the server is about to stop") from None
-            raise Refused(408, f"the body did not come within {self.limits.body_seconds:g} seconds") from None
+                raise Rejected.busy("the server is about to stop") from None
+            raise Rejected(408, f"the body did not come within {self.limits.body_seconds:g} seconds") from None
         finally:
             self.reading.discard(patience)
 

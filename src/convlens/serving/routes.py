@@ -16,15 +16,15 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from convlens.data.images import BadImage
+from convlens.data.images import InvalidImageError
 from convlens.errors import ConvlensError, UsageError
-from convlens.evaluation.conformal import LEVELS
-from convlens.export.html import make_page
+from convlens.evaluation.conformal import COVERAGE_LEVELS
+from convlens.export.html import render_playground
 from convlens.inference.onnx_runtime import OnnxPredictor
 from convlens.inference.predictor import Prediction
-from convlens.serving.batching import Late, Worker, list_files
+from convlens.serving.batching import BatchWorker, DeadlineExceeded, list_files
 from convlens.serving.middleware import Gate, Limits, Metrics
-from convlens.serving.schemas import About, Answer, Answers, Explained, Problem
+from convlens.serving.schemas import ErrorResponse, ExplainResponse, ModelInfo, PredictResponse, PredictResponses
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ BODY = {
 
 def tell(**problems: str) -> dict[int | str, dict[str, Any]]:
     """Return statuses and what they mean as OpenAPI has them, such as ``_413="..."``."""
-    content = {"application/json": {"schema": Problem.model_json_schema()}}
+    content = {"application/json": {"schema": ErrorResponse.model_json_schema()}}
     return {int(status[1:]): {"description": told, "content": content} for status, told in problems.items()}
 
 
@@ -97,9 +97,9 @@ def told_as_http() -> Iterator[None]:
     """Answer what goes wrong inside the block in HTTP."""
     try:
         yield
-    except (BadImage, UsageError) as error:
+    except (InvalidImageError, UsageError) as error:
         raise HTTPException(422, str(error)) from None
-    except Late:
+    except DeadlineExceeded:
         raise HTTPException(503, "too much to do", {"retry-after": "1"}) from None
 
 
@@ -121,7 +121,7 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
         buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
     )  # fmt: skip
     workers = {
-        name: Worker(predictor, images.labels(name), together.labels(name)) for name, predictor in models.items()
+        name: BatchWorker(predictor, images.labels(name), together.labels(name)) for name, predictor in models.items()
     }
     pages: dict[str, HTMLResponse | str] = {}
     making = threading.Lock()
@@ -141,7 +141,9 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
     async def tell_nothing(_request: Request, _error: Exception) -> JSONResponse:
         return JSONResponse({"detail": "the server made a mistake; its log says which"}, 500)
 
-    @api.post("/predict", response_model=Answers, responses=REFUSALS | WRONG_VALUE | OVERLOAD, openapi_extra=BODY)
+    @api.post(
+        "/predict", response_model=PredictResponses, responses=REFUSALS | WRONG_VALUE | OVERLOAD, openapi_extra=BODY
+    )
     async def predict(
         request: Request,
         model: Annotated[str, Query(description="Which model to ask", json_schema_extra=among)] = names[0],
@@ -149,7 +151,11 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
         raw: Annotated[bool, Query(description="Only resize; do not look for ink on paper")] = False,
         coverage: Annotated[
             float | None,
-            Query(ge=LEVELS[0], le=LEVELS[-1], description="Also name classes that hold the right one so often"),
+            Query(
+                ge=COVERAGE_LEVELS[0],
+                le=COVERAGE_LEVELS[-1],
+                description="Also name classes that hold the right one so often",
+            ),
         ] = None,
     ) -> Response:
         """Say what pictures show."""
@@ -162,7 +168,11 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
             return list_files(body, request.headers["content-type"]) if is_form else [body]
 
         def write(found: list[Prediction]) -> bytes:
-            return Answers(model=model, predictions=list(map(Answer.of, found))).model_dump_json().encode()
+            return (
+                PredictResponses(model=model, predictions=list(map(PredictResponse.of, found)))
+                .model_dump_json()
+                .encode()
+            )
 
         with told_as_http():
             content = await worker.predict(files, request.scope["until"], write, top=top, raw=raw, coverage=coverage)
@@ -177,7 +187,7 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
             str | None,
             Query(description="Class to look for, instead of the most probable", json_schema_extra=labels),
         ] = None,
-    ) -> Explained:
+    ) -> ExplainResponse:
         """Say what a picture shows, and on which places of it the answer hangs."""
         body, is_form = await read_body(request, "model", "raw", "label")
         if is_form:
@@ -188,13 +198,15 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
         with told_as_http():
             found, heat = await worker.explain(body, request.scope["until"], raw=raw, label=label)
         about = {"about": label or found.label, "occlusion": heat.round(4).tolist()}
-        return Explained(model=model, label=found.label, probability=found.probability, known=found.known, **about)
+        return ExplainResponse(
+            model=model, label=found.label, probability=found.probability, known=found.known, **about
+        )
 
     @api.get("/models", responses=REFUSALS)
-    async def list_models() -> list[About]:
+    async def list_models() -> list[ModelInfo]:
         """List the models."""
         return [
-            About(
+            ModelInfo(
                 name=name,
                 classes=list(p.classes),
                 channels=p.preprocess.channels,
@@ -215,7 +227,7 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
         with making:  # once, also if many ask at the same time
             if model not in pages:
                 try:
-                    content = make_page(predictor, here=model, nets=shown)
+                    content = render_playground(predictor, here=model, nets=shown)
                     pages[model] = HTMLResponse(content, headers={"content-security-policy": policy_of(content)})
                 except ConvlensError as error:
                     pages[model] = f"there is no page of this model: {error}"

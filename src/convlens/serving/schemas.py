@@ -7,42 +7,42 @@ from pydantic import BaseModel, Field
 from convlens.inference.predictor import Prediction
 
 
-class Problem(BaseModel):
+class ErrorResponse(BaseModel):
     """Why there is no answer."""
 
     detail: str
 
 
-class Guess(BaseModel):
+class ClassProbability(BaseModel):
     """A class, and how probable it is."""
 
     label: str
     probability: float = Field(ge=0, le=1)
 
 
-class Answer(Guess):
+class PredictResponse(ClassProbability):
     """What the net says of one picture."""
 
     known: bool | None = Field(description="Does it look like what the net learned from? null: the net cannot say.")
-    top: list[Guess] = Field(description="The most probable classes, best first.")
+    top: list[ClassProbability] = Field(description="The most probable classes, best first.")
     set: list[str] | None = Field(description="The classes that hold the right one as often as `coverage` asks.")
 
     @classmethod
-    def of(cls, prediction: Prediction) -> "Answer":
+    def of(cls, prediction: Prediction) -> "PredictResponse":
         """Return a prediction as the server sends it."""
-        top = [Guess(label=label, probability=share) for label, share in prediction.top]
+        top = [ClassProbability(label=label, probability=share) for label, share in prediction.top]
         labels = None if prediction.labels is None else list(prediction.labels)
         return cls(**top[0].model_dump(), known=prediction.known, top=top, set=labels)
 
 
-class Answers(BaseModel):
+class PredictResponses(BaseModel):
     """What the net says of the pictures, in their order."""
 
     model: str
-    predictions: list[Answer]
+    predictions: list[PredictResponse]
 
 
-class Explained(BaseModel):
+class ExplainResponse(BaseModel):
     """What an answer hangs on."""
 
     model: str
@@ -56,7 +56,7 @@ class Explained(BaseModel):
     )
 
 
-class About(BaseModel):
+class ModelInfo(BaseModel):
     """A model of this server."""
 
     name: str

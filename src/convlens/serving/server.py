@@ -34,11 +34,11 @@ TOKEN = "CONVLENS_TOKEN"
 INHERITED = "CONVLENS_INHERITED"  # what a worker process gets: the file numbers of its socket and of its parent's pipe
 SHORTEST = 8  # letters of a token
 SO_ATTACH_FILTER = 26
-WAITING = 2048  # connections that wait to be accepted
+BACKLOG = 2048  # connections that wait to be accepted
 HEADER_SECONDS = 10.0  # for the head of a request to arrive
-GRACE = 1.0  # seconds in which the server is not ready but still takes what comes
-LAST_CALL = 1.0  # seconds for what has connected to ask
-DRAIN = 6  # seconds for what has been asked to be answered
+EXIT_GRACE_SECONDS = 1.0  # seconds in which the server is not ready but still takes what comes
+LAST_ACCEPT_SECONDS = 1.0  # seconds for what has connected to ask
+DRAIN_SECONDS = 6  # seconds for what has been asked to be answered
 
 
 class Connection(H11Protocol):
@@ -68,7 +68,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 gate, http=Connection, ws="none", lifespan="off", log_level="error", access_log=False,
-                proxy_headers=False, server_header=False, backlog=WAITING, timeout_graceful_shutdown=DRAIN,
+                proxy_headers=False, server_header=False, backlog=BACKLOG, timeout_graceful_shutdown=DRAIN_SECONDS,
             )
         )  # fmt: skip
         self.gate, self.greeting = gate, greeting
@@ -93,7 +93,7 @@ class Server(uvicorn.Server):
         """Begin to stop; a second Ctrl-C does not wait for answers."""
         self.force_exit = self.gate.draining and sig == signal.SIGINT
         self.gate.draining = True
-        self.stop_at = time.monotonic() + (GRACE if sig == signal.SIGTERM else 0)
+        self.stop_at = time.monotonic() + (EXIT_GRACE_SECONDS if sig == signal.SIGTERM else 0)
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: close who is too slow to ask, and say whether it is time to stop."""
@@ -111,12 +111,12 @@ class Server(uvicorn.Server):
             for one in server.sockets:
                 with contextlib.suppress(OSError), one.dup() as listener:
                     server.close()
-                    turn_away(listener)
+                    reject_new_connections(listener)
                     listener.setblocking(False)
                     while True:  # until there is nobody left, which is an OSError too
                         accepted, _ = listener.accept()
                         await loop.connect_accepted_socket(self.make_connection, accepted)
-        end = time.monotonic() + LAST_CALL
+        end = time.monotonic() + LAST_ACCEPT_SECONDS
         while self.server_state.connections and time.monotonic() < end and not self.force_exit:
             await asyncio.sleep(0.02)
         self.gate.hurry()
@@ -127,7 +127,7 @@ class Server(uvicorn.Server):
         return Connection(self.config, self.server_state, self.lifespan.state)
 
 
-def turn_away(listener: socket.socket) -> None:
+def reject_new_connections(listener: socket.socket) -> None:
     """Let nobody connect any more, but let those who have wait to be accepted: without this, who connects between the
     last look and the closing of the socket would be lost. On Linux, where a filter can drop what comes in.
     """
@@ -157,9 +157,9 @@ def serve(sources: Sequence[str], host: str = "127.0.0.1", port: int = 8000, wor
     }  # what is wrong with one is said before all else
     inherited = os.environ.pop(INHERITED, None)
     if inherited:
-        end_with(int(inherited.split()[1]))
+        exit_with_parent(int(inherited.split()[1]))
     with socket.socket(fileno=int(inherited.split()[0])) if inherited else listen(host, port) as listener:
-        greeting = "" if inherited else greet(named, listener, token)
+        greeting = "" if inherited else startup_message(named, listener, token)
         models = {name: predictor or export(named[name]) for name, predictor in found.items()}
         if workers > 1:
             run_workers(models, listener, workers, token, greeting)
@@ -198,7 +198,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise UsageError("--host: give an address, such as 127.0.0.1, or 0.0.0.0 for all of this machine's")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        made = socket.create_server((host, port), family=family, backlog=WAITING)
+        made = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         reason = (error.strerror or str(error)).split(" (")[0]  # without what Python adds
         raise UsageError(f"cannot listen on {host}, port {port}: {reason}; choose another --host or --port") from None
@@ -206,7 +206,7 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.socket(fileno=made.detach())
 
 
-def greet(names: Iterable[str], listener: socket.socket, token: str | None) -> str:
+def startup_message(names: Iterable[str], listener: socket.socket, token: str | None) -> str:
     """Return the lines that say where the server is."""
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):  # all addresses of this machine; its name is one that others can use
@@ -228,7 +228,7 @@ def allow_many_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def end_with(pipe: int) -> None:
+def exit_with_parent(pipe: int) -> None:
     """Stop this process when the one that holds the other end of ``pipe`` is gone, however it ended."""
 
     def watch() -> None:

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from convlens.errors import Interrupted, UsageError
-from convlens.evaluation.significance import PairedSeeds
-from convlens.runs.compare import read_answers
-from convlens.runs.group import SUMMARY, Series
+from convlens.errors import TrainingInterruptedError, UsageError
+from convlens.evaluation.significance import SeedComparison
+from convlens.runs.compare import read_correctness
+from convlens.runs.group import SUMMARY, RunGroup
 from convlens.runs.run import Run
 from convlens.sweep.results import pick_best
 from convlens.sweep.study import Sweep
-from convlens.sweep.worker import BEAT, GRACE, is_gone, process_name, settle
+from convlens.sweep.worker import GRACE, HEARTBEAT_SECONDS, is_gone, process_name, resolve
 
 
 def confirm(
@@ -31,24 +31,24 @@ def confirm(
             for _ in experiment.epochs(should_stop=should_stop, show_progress=show_progress):
                 pass
             if should_stop():
-                raise Interrupted("interrupted")
+                raise TrainingInterruptedError("interrupted")
             yield which, experiment.folder.path.name, experiment.finish()
         if not (series.folder / SUMMARY).exists():
             series.finish()
 
 
-def confirmation_series(sweep: Sweep, seeds: int) -> Iterator[tuple[str, Series]]:
+def confirmation_series(sweep: Sweep, seeds: int) -> Iterator[tuple[str, RunGroup]]:
     """Yield ("base", its series) and ("best", its series), begun or to go on; what is finished is left out."""
     for which, (folder, params) in confirmation_folders(sweep, seeds).items():
         if (folder / SUMMARY).exists():
             continue
         if (folder / "series.json").exists():
-            yield which, Series.resume(folder, accept_changes=True)
+            yield which, RunGroup.resume(folder, accept_changes=True)
             continue
-        recipe = settle(sweep, params, sweep.base.threads)
+        recipe = resolve(sweep, params, sweep.base.threads)
         options = {"allow_unreadable": sweep.plan["allow_unreadable"], "seed": sweep.base.seed + 1}
         folder.parent.mkdir(parents=True, exist_ok=True)
-        yield which, Series.create(sweep.plan["data"], recipe, seeds=seeds, out=folder, **options)
+        yield which, RunGroup.create(sweep.plan["data"], recipe, seeds=seeds, out=folder, **options)
 
 
 def confirmation_folders(sweep: Sweep, seeds: int) -> dict[str, tuple[Path, dict[str, Any]]]:
@@ -67,10 +67,10 @@ def compare_confirmed(sweep: Sweep, seeds: int) -> dict[str, Any]:
     right, means = {}, {}
     for which, (folder, _) in confirmation_folders(sweep, seeds).items():
         runs = [Run(path) for path in sorted(folder.glob("seed-*"), key=lambda path: int(path.name[5:]))]
-        answers = [read_answers(run) for run in runs]
+        answers = [read_correctness(run) for run in runs]
         right[which] = np.array([[answer[image] for image in sorted(answers[0])] for answer in answers])
         means[which] = float(right[which].mean())
-    paired = PairedSeeds(right["base"], right["best"])
+    paired = SeedComparison(right["base"], right["best"])
     name = "the base recipe" if sweep.base.name == "custom" else sweep.base.name
     return {
         "seeds": seeds,
@@ -81,7 +81,7 @@ def compare_confirmed(sweep: Sweep, seeds: int) -> dict[str, Any]:
     }
 
 
-class Claim:
+class Lease:
     """That one process confirms, and the others of the study need not; it is kept with the study.
 
     Two may look at the same moment and both take it. That costs time, no more: in folders of their own each does the
@@ -102,7 +102,7 @@ class Claim:
 
     def renew(self) -> None:
         """Give a sign of life, unless the last was a moment ago."""
-        if time.monotonic() - self._beat > BEAT or not self._beat:
+        if time.monotonic() - self._beat > HEARTBEAT_SECONDS or not self._beat:
             self._beat = time.monotonic()
             # the time of day, for who looks in looks only once; clocks that differ by minutes cost time, no more
             self._study.set_user_attr("confirming", {"process": self._mine, "alive": time.time()})
@@ -115,7 +115,7 @@ class Claim:
 def is_base(sweep: Sweep) -> bool:
     """Say whether nothing better than the base recipe was found."""
     best = pick_best(sweep)
-    return best is not None and settle(sweep, best.params) == settle(sweep, {})
+    return best is not None and resolve(sweep, best.params) == resolve(sweep, {})
 
 
 def require_seeds(seeds: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from convlens.errors import UnknownName, UsageError
+from convlens.errors import UnknownNameError, UsageError
 from convlens.training.recipe import KIND_NAMES, LENGTHS, Recipe, flag, plain_type
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def parse_space(params: Iterable[str]) -> Space:
         if not equals:
             raise UsageError(f"--param takes NAME=VALUES, such as lr=1e-4..1e-1:log or kernel-size=3,5, not {text!r}")
         if name not in fields:
-            raise UnknownName("name of a --param", flag(name)[2:], [flag(field)[2:] for field in fields])
+            raise UnknownNameError("name of a --param", flag(name)[2:], [flag(field)[2:] for field in fields])
         if name in NOT_SEARCHED:
             raise UsageError(f"--param {flag(name)[2:]} makes no sense to search: {NOT_SEARCHED[name]}")
         if name in space:

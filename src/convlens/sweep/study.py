@@ -19,17 +19,17 @@ from convlens.data.dataset import Dataset, Split
 from convlens.data.loader import require_balance
 from convlens.data.loading import data_name, load_dataset, refuse_inside_data, require_size
 from convlens.data.preprocess import Preprocess
-from convlens.distributed.process_group import require_alone
+from convlens.distributed.process_group import require_single_process
 from convlens.errors import UsageError
-from convlens.run_dir import RunFolder
-from convlens.runs.artifacts import command_line
+from convlens.run_dir import RunDir
+from convlens.runs.artifacts import current_command
 from convlens.sweep.space import PRESETS, Space, parse_space, read_space, space_texts
 from convlens.sweep.storage import absolute_storage, open_storage
 from convlens.sweep.validation import Check
-from convlens.system.device import choose_device
+from convlens.system.device import select_device
 from convlens.system.files import read_json, write_json
 from convlens.system.text import quoted
-from convlens.training.pretrained import require_fresh
+from convlens.training.pretrained import reject_pretrained
 from convlens.training.recipe import FIELD_TYPES, Recipe, flag
 from convlens.training.recipes import default_recipe, get_recipe
 
@@ -80,11 +80,11 @@ class Sweep:
         ``storage`` is a database URL, in which $NAME is taken from the environment, or a journal file; by default a
         file in the new folder. Raises UsageError for whatever cannot work, before anything runs or is written.
         """
-        require_alone("a sweep")
+        require_single_process("a sweep")
         if trials < 1:
             raise UsageError(f"--trials is {trials}; it must be at least 1")
         if out is not None:
-            RunFolder.refuse_existing(out)
+            RunDir.refuse_existing(out)
         space = parse_space(params)
         if not space and preset is None:
             raise UsageError("say what to search: --param lr=1e-3..1:log, as often as you like, or --preset classic")
@@ -96,8 +96,8 @@ class Sweep:
         base = base.override(**{**overrides, "watch_test": False, "snapshots": False, "save_every": 0})
         for name in set(space) & set(overrides):
             raise UsageError(f"{flag(name)} is searched and fixed: give it once")
-        require_fresh(base, "a sweep")
-        choose_device(base.device)
+        reject_pretrained(base, "a sweep")
+        select_device(base.device)
         dataset = load_for_sweep(data, base, allow_unreadable)
         refuse_inside_data(out, dataset)
         check = Check(base, dataset)
@@ -110,7 +110,7 @@ class Sweep:
         check.require_values(space)
         plan: dict[str, Any] = {
             "convlens": version("convlens"),
-            "command": command_line(),
+            "command": current_command(),
             "data": dataset.source,
             "data_name": dataset.name,
             "allow_unreadable": allow_unreadable,
@@ -122,7 +122,7 @@ class Sweep:
         }
         if storage is not None:  # another's study is refused before there is a folder
             study, joined = join_study(open_storage(plan["storage"]), plan, storage)
-        folder = RunFolder.create(out, f"{dataset.name}-sweep").path
+        folder = RunDir.create(out, f"{dataset.name}-sweep").path
         if storage is None:
             study, joined = join_study(open_storage(str(folder / JOURNAL)), plan, str(folder / JOURNAL))
         write_json(folder / PLAN, plan)
@@ -131,7 +131,7 @@ class Sweep:
     @classmethod
     def resume(cls, path: str | Path, *, trials: int | None = None) -> Sweep:
         """Set up a sweep to go on, to ``trials`` in all (None: as planned); UsageError if the data have changed."""
-        require_alone("a sweep")
+        require_single_process("a sweep")
         folder = Path(path)
         if not (folder / PLAN).is_file():
             raise UsageError(f"{path} is not the folder of a sweep: it has no {PLAN}")

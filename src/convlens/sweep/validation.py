@@ -15,9 +15,9 @@ from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
 from convlens.models import model_options
 from convlens.sweep.space import Choice, Range, Space
-from convlens.system.random import callers_state_kept
+from convlens.system.random import preserve_rng_state
 from convlens.system.text import first_few
-from convlens.training.build import describe_net, make_net, without_unfit
+from convlens.training.build import drop_unsupported_options, make_model, model_config
 from convlens.training.loop import require_possible
 from convlens.training.recipe import MODEL_OPTIONS, Recipe, flag
 from convlens.training.schedule import require_any_size
@@ -103,7 +103,7 @@ class Check:
         for chosen in product(*others.values()):
             try:
                 drawn = self._base.override(**dict(zip(others, chosen, strict=True)), **values)
-                recipe = without_unfit(drawn, asked)
+                recipe = drop_unsupported_options(drawn, asked)
                 net = self._net(recipe)
                 require_any_size(net, self._dataset.shape, recipe)
                 require_possible(recipe, net, self._dataset)
@@ -114,7 +114,7 @@ class Check:
 
     def _net(self, recipe: Recipe) -> nn.Module:
         """Return the recipe's net; UsageError if it does not fit these images, or cannot be built at all."""
-        described = describe_net(recipe, self._dataset)
+        described = model_config(recipe, self._dataset)
         key = json.dumps(described)
         if key in self._refused:
             raise UsageError(self._refused[key])
@@ -122,8 +122,8 @@ class Check:
             if len(self._nets) >= KEPT:
                 self._nets.clear()
             try:
-                with callers_state_kept():
-                    self._nets[key] = make_net(described, self._dataset, self._preprocess)
+                with preserve_rng_state():
+                    self._nets[key] = make_model(described, self._dataset, self._preprocess)
             except Exception as error:  # a net of the user's own may raise anything
                 reason = str(error).split("\n", 1)[0]
                 if not isinstance(error, UsageError):

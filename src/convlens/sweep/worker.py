@@ -23,23 +23,23 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from convlens.data.loader import count_batches
-from convlens.errors import Interrupted
+from convlens.errors import TrainingInterruptedError
 from convlens.sweep.study import Sweep
-from convlens.system.device import use_threads
+from convlens.system.device import set_num_threads
 from convlens.system.hardware import available_cores
 from convlens.system.random import derive_seed
-from convlens.training.build import describe_net, make_net, without_unfit
+from convlens.training.build import drop_unsupported_options, make_model, model_config
 from convlens.training.loop import fit
 from convlens.training.recipe import Recipe
 from convlens.training.state import EpochRecord
 
-BEAT = 20.0  # seconds between the signs of life of a process that is at a trial
+HEARTBEAT_SECONDS = 20.0  # seconds between the signs of life of a process that is at a trial
 
 GRACE = 180.0  # seconds without one, and it is taken for dead
 
-NAMELESS = 10.0  # seconds that a process may take from taking a trial to putting its name to it
+REGISTRATION_GRACE_SECONDS = 10.0  # seconds that a process may take from taking a trial to putting its name to it
 
-MOST_DEATHS = 3  # a trial whose process died so often is given up: it may be the cause
+MAX_RETRIES = 3  # a trial whose process died so often is given up: it may be the cause
 
 POLL = 0.5  # seconds
 
@@ -70,7 +70,7 @@ def is_gone(name: str) -> bool:
     return here and process_name(name.split(" ")[-2]) != name
 
 
-class Crew:
+class TrialTracker:
     """Those who work on a study: which trials count, and which have lost their process."""
 
     def __init__(self, study: optuna.Study):
@@ -94,7 +94,7 @@ class Crew:
             if trial.state is TrialState.RUNNING:
                 if self.is_lost(trial):
                     deaths = trial.user_attrs.get("deaths", 0) + 1
-                    put_back(self.study, trial, "its process is gone", deaths)
+                    requeue(self.study, trial, "its process is gone", deaths)
                 else:
                     alive.append(trial)
         return alive
@@ -106,12 +106,12 @@ class Crew:
             self._signs[trial.number] = (sign, now)
         worker = trial.user_attrs.get("worker")
         silent = now - self._signs[trial.number][1]
-        return silent > NAMELESS if worker is None else is_gone(worker) or silent > GRACE
+        return silent > REGISTRATION_GRACE_SECONDS if worker is None else is_gone(worker) or silent > GRACE
 
 
-def put_back(study: optuna.Study, trial: FrozenTrial | Trial, reason: str, deaths: int = 0) -> None:
+def requeue(study: optuna.Study, trial: FrozenTrial | Trial, reason: str, deaths: int = 0) -> None:
     """End a trial that was cut short, and put its values back in line; give it up if it has killed its processes."""
-    given_up = deaths >= MOST_DEATHS
+    given_up = deaths >= MAX_RETRIES
     # kept with the study, for another process's trial takes no notes
     study.set_user_attr(cut_short(trial), {"reason": reason, "again": not given_up})
     with contextlib.suppress(UpdateFinishedTrialError, ValueError):  # another process was quicker
@@ -125,9 +125,9 @@ def cut_short(trial: FrozenTrial | Trial) -> str:
     return f"cut short {trial.number}"
 
 
-def settle(sweep: Sweep, params: dict[str, Any], threads: int = 0) -> Recipe:
+def resolve(sweep: Sweep, params: dict[str, Any], threads: int = 0) -> Recipe:
     """Return the recipe of a trial; ``threads`` (0: as many as it says) is all that it may compute with."""
-    recipe = without_unfit(sweep.base.override(**params), asked=())
+    recipe = drop_unsupported_options(sweep.base.override(**params), asked=())
     most = threads or available_cores()
     return recipe.override(threads=min(recipe.threads or most, most))
 
@@ -141,9 +141,9 @@ def train_trial(
     sweep: Sweep, recipe: Recipe, should_stop: Callable[[], bool] = lambda: False, show_progress: bool = False
 ) -> Iterator[EpochRecord]:
     """Train once, as ``convlens train`` does, but leave nothing on disk; the test split is not even there."""
-    use_threads(recipe.threads)
+    set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
-    net = make_net(describe_net(recipe, sweep.data), sweep.data, sweep.preprocess)
+    net = make_model(model_config(recipe, sweep.data), sweep.data, sweep.preprocess)
     return fit(
         net, sweep.data, recipe, preprocess=sweep.preprocess, should_stop=should_stop, show_progress=show_progress
     )  # fmt: skip
@@ -157,7 +157,7 @@ def run_trial(
 
     def stop_or_beat() -> bool:
         nonlocal beat
-        if time.monotonic() - beat > BEAT:
+        if time.monotonic() - beat > HEARTBEAT_SECONDS:
             beat = time.monotonic()
             trial.set_user_attr("alive", beat)
         return should_stop()
@@ -172,7 +172,7 @@ def run_trial(
     accuracy, loss = -1.0, 0.0
     try:
         trial.set_user_attr("worker", process_name())
-        recipe = settle(sweep, trial.params, threads)
+        recipe = resolve(sweep, trial.params, threads)
         steps = count_batches(len(sweep.data.train), recipe.batch_size)
         last = math.ceil(recipe.total_steps(steps) / steps) if recipe.seconds is None else 0
         for record in train_trial(sweep, recipe, stop_or_beat, show):
@@ -187,16 +187,16 @@ def run_trial(
                 end(TrialState.PRUNED)
                 return
         end(TrialState.COMPLETE, accuracy, val_loss=loss)
-    except (Interrupted, KeyboardInterrupt) as error:
-        put_back(study, trial, "interrupted", trial.user_attrs.get("deaths", 0))
-        raise Interrupted("interrupted") from error
+    except (TrainingInterruptedError, KeyboardInterrupt) as error:
+        requeue(study, trial, "interrupted", trial.user_attrs.get("deaths", 0))
+        raise TrainingInterruptedError("interrupted") from error
     except UpdateFinishedTrialError:  # it was taken for dead
         return
     except Exception as error:  # whatever it is: one trial has failed, and the sweep goes on
         end(TrialState.FAIL, reason=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
-def work(
+def run_worker(
     sweep: Sweep,
     *,
     threads: int = 0,
@@ -210,11 +210,11 @@ def work(
     ``between`` is called after each epoch, and while it waits. Raises Interrupted when ``should_stop`` says so; the
     trial under way is put back in line.
     """
-    study, crew = sweep.study, Crew(sweep.study)
+    study, crew = sweep.study, TrialTracker(sweep.study)
     distributions = {name: values.distribution() for name, values in sweep.space.items()}
     while True:
         if should_stop():
-            raise Interrupted("interrupted")
+            raise TrainingInterruptedError("interrupted")
         done, running = len(crew.done()), len(crew.running())
         between()
         if done >= sweep.plan["trials"]:
@@ -264,7 +264,7 @@ def helpers(sweep: Sweep, count: int, threads: int, warn: Callable[[str], None])
                 process.wait()
 
 
-def help_out(folder: str, threads: str) -> None:
+def worker_main(folder: str, threads: str) -> None:
     """Be a helper: work on the sweep until it is done, or until the process that started this one is gone."""
     import signal
 
@@ -278,9 +278,9 @@ def help_out(folder: str, threads: str) -> None:
         stopping.set()
 
     threading.Thread(target=wait_for_the_end, daemon=True).start()
-    with contextlib.suppress(Interrupted):
-        work(Sweep.resume(Path(folder)), threads=int(threads), should_stop=stopping.is_set, helper=True)
+    with contextlib.suppress(TrainingInterruptedError):
+        run_worker(Sweep.resume(Path(folder)), threads=int(threads), should_stop=stopping.is_set, helper=True)
 
 
 if __name__ == "__main__":
-    help_out(*sys.argv[1:])
+    worker_main(*sys.argv[1:])

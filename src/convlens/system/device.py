@@ -6,14 +6,14 @@ import platform
 
 import torch
 
-from convlens.distributed.process_group import join
+from convlens.distributed.process_group import init_world
 from convlens.errors import UsageError
 from convlens.system.hardware import available_cores, processes_here, processor_name
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
-def choose_device(name: str = "auto") -> torch.device:
+def select_device(name: str = "auto") -> torch.device:
     """Return the device called ``name``; ``auto`` takes CUDA, then Apple's MPS, then the CPU.
 
     Where several processes train together, CUDA counts only if there is a device for each. Raises UsageError for an
@@ -34,7 +34,7 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def use_threads(count: int = 0) -> int:
+def set_num_threads(count: int = 0) -> int:
     """Let PyTorch compute with ``count`` CPU threads; return the number.
 
     0 is all cores this process may use, or its share of them where several processes train together.
@@ -45,14 +45,14 @@ def use_threads(count: int = 0) -> int:
     return torch.get_num_threads()
 
 
-def describe_machine(device: torch.device) -> dict[str, str | int]:
+def system_info(device: torch.device) -> dict[str, str | int]:
     """Say what a run ran on: processor or accelerator, cores, threads, processes, Python, PyTorch."""
     return {
         "device": device.type,
         "device_name": torch.cuda.get_device_name() if device.type == "cuda" else processor_name(),
         "cores": available_cores(),
         "threads": torch.get_num_threads(),  # of each process
-        "processes": join().size,
+        "processes": init_world().size,
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -21,7 +21,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
-def cache_folder() -> Path:
+def cache_dir() -> Path:
     """Return the folder for downloads and decoded folders: ``CONVLENS_CACHE``, or the user's cache."""
     if chosen := os.environ.get("CONVLENS_CACHE"):
         return Path(chosen)
@@ -30,12 +30,12 @@ def cache_folder() -> Path:
     return user_cache_path("convlens")
 
 
-LARGEST_JSON = 64 << 20  # bytes; a checkpoint of 10,000 epochs has 3 MB
+MAX_JSON_BYTES = 64 << 20  # bytes; a checkpoint of 10,000 epochs has 3 MB
 
 ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}  # in lists of names
 
 
-def write_names(path: Path, reasons: Mapping[str, str]) -> None:
+def write_name_list(path: Path, reasons: Mapping[str, str]) -> None:
     """Write a list of names, one a line, each with a reason after a tab if there is one."""
     lines = []
     for name, why in reasons.items():
@@ -44,8 +44,8 @@ def write_names(path: Path, reasons: Mapping[str, str]) -> None:
     write_text(path, "".join(lines))
 
 
-def read_names(path: str | Path) -> list[str]:
-    """Return the names in a list that :func:`write_names` wrote, or a person; ConvlensError if it cannot be read."""
+def read_name_list(path: str | Path) -> list[str]:
+    """Return the names in a list that :func:`write_name_list` or a person wrote; ConvlensError if unreadable."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig", errors="surrogateescape")
     except OSError as error:
@@ -56,7 +56,7 @@ def read_names(path: str | Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; when the block ends well it takes the place of ``path`` at once.
 
     The content is on disk (fsync of file and folder) before the name points to it, so a crash leaves the old
@@ -72,10 +72,10 @@ def replacing(path: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner reads
-        sync(temporary)
+        fsync(temporary)
         os.replace(temporary, path)
         outcome = "it is there, but may not outlast a power failure"
-        sync(path.parent)
+        fsync(path.parent)
     except OSError as error:
         raise ConvlensError(f"cannot write {path}: {error.strerror or error}; {outcome}") from error
     finally:
@@ -84,7 +84,7 @@ def replacing(path: Path) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Flush a file or folder to disk; folders cannot be flushed on Windows, where renaming is enough."""
     if path.is_dir() and os.name == "nt":
         return
@@ -100,7 +100,7 @@ def sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
@@ -111,7 +111,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, text.encode("utf-8", errors="backslashreplace").decode("utf-8"))
 
 
-def write_loosely(path: Path, content: dict[str, Any]) -> None:
+def write_json_best_effort(path: Path, content: dict[str, Any]) -> None:
     """Write JSON whole or not at all, but without waiting for the disk, and without a word if it cannot be written."""
     with contextlib.suppress(OSError, ValueError):  # or holds what is no number: the training will say so
         path.parent.mkdir(exist_ok=True)
@@ -123,7 +123,7 @@ def write_loosely(path: Path, content: dict[str, Any]) -> None:
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a header and rows as CSV, atomically; None becomes an empty cell."""
     with (
-        replacing(path) as temporary,
+        atomic_write(path) as temporary,
         open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         writer = csv.writer(file)
@@ -135,8 +135,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; ConvlensError names the file if it is missing, too large or not one."""
     try:
         about = path.stat()
-        if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST_JSON:
-            raise ValueError(f"it is no file of at most {LARGEST_JSON >> 20} MiB")
+        if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it is no file of at most {MAX_JSON_BYTES >> 20} MiB")
         content = path.read_bytes()
     except FileNotFoundError:
         raise ConvlensError(f"{path} is missing") from None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 
 
-def keep_memory() -> None:
+def retain_freed_memory() -> None:
     """Let this process keep the memory that it frees, for what it needs next; only on Linux with glibc.
 
     Each step of a training needs the same hundreds of megabytes, and frees them. Where they go back to the system, and
@@ -19,8 +19,8 @@ def keep_memory() -> None:
     ask_malloc({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})  # all comes from the heap, and stays there
 
 
-def return_memory() -> None:
-    """Take back what :func:`keep_memory` asked for, and give the system what nothing uses.
+def release_memory() -> None:
+    """Take back what :func:`retain_freed_memory` asked for, and give the system what nothing uses.
 
     Where memory has run out, what is kept stands in the way of all that does not come from malloc, such as the code
     that oneDNN writes for a convolution of a new size. Of addresses (``ulimit -v``) only those at the end come free.

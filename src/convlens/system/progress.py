@@ -9,26 +9,26 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-PATIENCE = 2.0  # seconds before anything is shown
+QUIET_SECONDS = 2.0  # seconds before anything is shown
 
 
 def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
     """Yield ``items``; on standard error show how far it is, with the time left, once it takes over 2 seconds."""
-    with Meter(what, total) as meter:
+    with ProgressBar(what, total) as meter:
         for item in items:
             yield item
             meter.update(1)
 
 
-class Meter:
+class ProgressBar:
     """A progress display on standard error: ``with Meter("reading", total) as meter: meter.update(n)``.
 
     Of two within each other the outer one is shown, once it shows.
     """
 
-    _shown_one: Meter | None = None
+    _shown_one: ProgressBar | None = None
 
-    def __init__(self, what: str, total: float, *, patience: float = PATIENCE, shown: bool = True):
+    def __init__(self, what: str, total: float, *, patience: float = QUIET_SECONDS, shown: bool = True):
         self.what, self.total = what, total
         self.done = 0.0
         self._start = self._shown = time.monotonic()
@@ -36,22 +36,22 @@ class Meter:
         self._bar: Any = None
         self._plain = not sys.stderr.isatty()
 
-    def __enter__(self) -> Meter:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if Meter._shown_one is self:
-            Meter._shown_one = None
+        if ProgressBar._shown_one is self:
+            ProgressBar._shown_one = None
 
     def update(self, amount: float, detail: str = "") -> None:
         """Count ``amount`` more as done; ``detail`` stands behind the bar."""
         self.done += amount
         now = time.monotonic()
-        if now - self._start < self._patience or Meter._shown_one not in (None, self):
+        if now - self._start < self._patience or ProgressBar._shown_one not in (None, self):
             return
-        Meter._shown_one = self
+        ProgressBar._shown_one = self
         if self._plain:
             if now - self._shown >= 10:
                 self._shown = now

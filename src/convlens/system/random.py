@@ -24,7 +24,7 @@ def derive_seed(*numbers: int) -> int:
 
 
 @contextlib.contextmanager
-def callers_state_kept() -> Iterator[None]:
+def preserve_rng_state() -> Iterator[None]:
     """Leave PyTorch's random numbers and threads as they were, whatever a training in Python does to them."""
     threads = torch.get_num_threads()
     try:
@@ -34,7 +34,7 @@ def callers_state_kept() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def seed_global(seed: int, device: torch.device) -> None:
+def seed_everything(seed: int, device: torch.device) -> None:
     """Seed PyTorch's global generators of the CPU and of ``device``.
 
     torch.manual_seed seeds every kind of accelerator, and where there is none of a kind it keeps a note, with a

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from convlens.errors import UnknownName, UsageError
+from convlens.errors import UnknownNameError, UsageError
 
 T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Maps names to entries, refuses a name that is taken, and offers the nearest one for one it lacks (UnknownName).
+    """Map names to entries, refuse a name that is taken, suggest the nearest for an unknown one (UnknownNameError).
 
     >>> nets = Registry[type]("model")
     >>> nets.register("tiny")(int)
@@ -50,7 +50,7 @@ class Registry(Generic[T]):
             if str(name).startswith(prefix):
                 return find(name.removeprefix(prefix))
         if name not in self._entries:
-            raise UnknownName(self.kind, name, self._entries)
+            raise UnknownNameError(self.kind, name, self._entries)
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:

@@ -9,20 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convlens.data import augment
-from convlens.data.augment import Draws
+from convlens.data.augment import BatchRandom
 from convlens.data.dataset import Dataset
 from convlens.data.loader import Augment
 from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
 from convlens.models import ConvNet, create_model, model_options
 from convlens.training.grad_accum import is_out_of_memory
-from convlens.training.optimizers import SGD, Adam, Group, Muon, Optimizer
+from convlens.training.optimizers import SGD, Adam, Muon, Optimizer, ParamGroup
 from convlens.training.recipe import Recipe
 
-MILLION = 1_000_000  # pixels that a fresh net may look at
+MAX_INIT_PIXELS = 1_000_000  # pixels that a fresh net may look at
 
 
-def without_unfit(recipe: Recipe, asked: Collection[str]) -> Recipe:
+def drop_unsupported_options(recipe: Recipe, asked: Collection[str]) -> Recipe:
     """Return the recipe without options that its net does not have: those of a recipe are for its own net.
 
     One of the fields that were ``asked`` for stays; to build such a net is refused.
@@ -31,15 +31,15 @@ def without_unfit(recipe: Recipe, asked: Collection[str]) -> Recipe:
     return recipe.override(**dict.fromkeys(unfit))
 
 
-def describe_net(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+def model_config(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     """Return the name and the constructor arguments of the recipe's net for these images: what a run records."""
     channels, height, width = dataset.shape
     sizes = {"channels": channels, "height": height, "width": width, "classes": len(dataset.classes)}
     return {"name": recipe.model, "arguments": {**sizes, **recipe.model_options()}}
 
 
-def make_net(described: dict[str, Any], dataset: Dataset, preprocess: Preprocess) -> nn.Module:
-    """Build the net that :func:`describe_net` names, and let it take what it wants to from the training images.
+def make_model(described: dict[str, Any], dataset: Dataset, preprocess: Preprocess) -> nn.Module:
+    """Build the net that :func:`model_config` names, and let it take what it wants to from the training images.
 
     Weights are random, drawn from PyTorch's global generator. Raises UsageError if the net does not fit into memory.
     """
@@ -51,7 +51,7 @@ def make_net(described: dict[str, Any], dataset: Dataset, preprocess: Preprocess
         raise UsageError(f"there is not enough memory for this net {described['name']}; try fewer --filters") from None
     if isinstance(net, ConvNet):
         _, height, width = dataset.shape
-        some = dataset.train.spread(max(MILLION // (height * width), 50))
+        some = dataset.train.spread(max(MAX_INIT_PIXELS // (height * width), 50))
         net.initialise(preprocess.normaliser()(dataset.train.images[some]))
     return net
 
@@ -76,7 +76,7 @@ def make_optimizer(net: nn.Module, recipe: Recipe) -> Optimizer:
     vectors = [p for p in weights if p.dim() < 2]
     head_scale, bias_scale = (own / recipe.lr if own and recipe.lr else 1.0 for own in (recipe.head_lr, recipe.bias_lr))
 
-    def make(weights: list[nn.Parameter], lr_scale: float, weight_decay: float) -> Group:
+    def make(weights: list[nn.Parameter], lr_scale: float, weight_decay: float) -> ParamGroup:
         if recipe.optimizer in ("sgd", "muon"):
             return SGD(
                 weights,
@@ -89,7 +89,7 @@ def make_optimizer(net: nn.Module, recipe: Recipe) -> Optimizer:
         return Adam(weights, lr_scale=lr_scale, betas=betas, decoupled=decoupled, weight_decay=weight_decay)
 
     if recipe.optimizer == "muon":
-        first: Group = Muon(filters, momentum=recipe.muon_momentum)
+        first: ParamGroup = Muon(filters, momentum=recipe.muon_momentum)
     else:
         first = make(filters, 1.0, recipe.weight_decay)
     return Optimizer([first, make(matrices, head_scale, recipe.weight_decay), make(vectors, bias_scale, 0.0)])
@@ -119,15 +119,15 @@ def make_clip(net: nn.Module, recipe: Recipe) -> Callable[[], object]:
 def make_augment(recipe: Recipe, classes: int) -> Augment:
     """Return the recipe's augmentation as one function of (images, labels, draws)."""
 
-    def apply(x: Tensor, y: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def apply(x: Tensor, y: Tensor, draws: BatchRandom) -> tuple[Tensor, Tensor]:
         if recipe.crop_probability:
-            x = augment.centre_crop_resize(x, draws, recipe.crop_probability, recipe.crop_fraction)
+            x = augment.center_crop_resize(x, draws, recipe.crop_probability, recipe.crop_fraction)
         if recipe.rotation or recipe.scale:
             x = augment.affine(x, draws, recipe.rotation, recipe.scale)
         if recipe.shift:
             x = augment.shift(x, draws, recipe.shift)
         if recipe.colour_jitter:
-            x = augment.colour_jitter(x, draws, recipe.colour_jitter)
+            x = augment.color_jitter(x, draws, recipe.colour_jitter)
         if recipe.cutout:
             x = augment.cutout(x, draws, recipe.cutout)
         if recipe.mixup:

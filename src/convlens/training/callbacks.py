@@ -12,18 +12,18 @@ from typing import Any
 from torch import nn
 
 from convlens.data.dataset import Dataset
-from convlens.data.normalize import Normalise
+from convlens.data.normalize import Normalize
 from convlens.errors import UsageError
 from convlens.evaluation.inference import compute_logits
 from convlens.explain.snapshots import write_snapshot
-from convlens.run_dir import RunFolder
-from convlens.system.files import write_loosely
+from convlens.run_dir import RunDir
+from convlens.system.files import write_json_best_effort
 from convlens.training.metrics import Progress
 from convlens.training.recipe import Recipe
 from convlens.training.state import METRIC_COLUMNS, EpochRecord
 
 
-class Watcher:
+class Callback:
     """Somebody who is told how a training goes; this one does nothing with it."""
 
     def tell(self, progress: Progress) -> None:
@@ -39,7 +39,7 @@ class Watcher:
         """Get the net after an epoch that was trained just now."""
 
 
-class Board:
+class TensorBoardLogger:
     """Files for TensorBoard, a curve for every column of ``metrics.csv``; nothing, unless they are ``wanted``.
 
     Raises UsageError if the package is missing.
@@ -78,7 +78,7 @@ def find_tensorboard() -> Any:
     return SummaryWriter
 
 
-class LiveRecord(Watcher):
+class LiveStatus(Callback):
     """What `convlens watch` shows of a training under way, and its snapshots, if they are wanted.
 
     Where it stands is written twice a second at most. What it has wrong is looked at after the first epoch, after the
@@ -91,7 +91,7 @@ class LiveRecord(Watcher):
     SHARE = 0.01  # of the time, for looking for mistakes
     PAUSE = 0.5  # seconds between two writes
 
-    def __init__(self, folder: RunFolder, dataset: Dataset, normalise: Normalise, recipe: Recipe):
+    def __init__(self, folder: RunDir, dataset: Dataset, normalise: Normalize, recipe: Recipe):
         self.folder, self.dataset, self.normalise, self.recipe = folder, dataset, normalise, recipe
         self._told = self._looked = self._took = 0.0
         self._ended = False
@@ -101,7 +101,7 @@ class LiveRecord(Watcher):
         self._ended = progress.step >= progress.total
         if self._ended or time.monotonic() - self._told >= self.PAUSE:
             self._told = time.monotonic()
-            write_loosely(self.folder.progress, dataclasses.asdict(progress))
+            write_json_best_effort(self.folder.progress, dataclasses.asdict(progress))
 
     def keep(self, step: int, net: nn.Module) -> None:
         """Keep a snapshot, if the recipe says so."""
@@ -129,6 +129,6 @@ class LiveRecord(Watcher):
             for row in rows[: self.SHOWN]
         ]
         about = {"epoch": epoch, "asked": len(part), "wrong": len(rows), "shape": list(self.dataset.shape)}
-        write_loosely(self.folder.mistakes, {**about, "mistakes": mistakes})
+        write_json_best_effort(self.folder.mistakes, {**about, "mistakes": mistakes})
         self._looked = time.monotonic()
         self._took = self._looked - began

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from convlens.errors import ConvlensError
 from convlens.inference.bundle import write_tensors
 from convlens.system.files import read_json, write_json
-from convlens.training.ema import WeightAverage
+from convlens.training.ema import EMA
 from convlens.training.optimizers import Optimizer
 from convlens.training.state import EpochRecord, TrainState
 
 FORMAT = 2
 
-KEPT = 2
+KEEP_LAST = 2
 
 
 class CheckpointStore:
@@ -45,7 +45,7 @@ class CheckpointStore:
         path = self.folder / f"{name_of(state.step)}.safetensors"
         values, manifest = asdict(state), path.with_suffix(".json")
         try:
-            sha256 = seal(write_tensors(path, tensors), values)
+            sha256 = digest(write_tensors(path, tensors), values)
             write_json(manifest, {"format": FORMAT, "sha256": sha256, "state": values})
         except ConvlensError:
             if not manifest.exists():  # on a disk that is full, tensors that do not count are in the way
@@ -60,7 +60,7 @@ class CheckpointStore:
         That is older ones, damaged ones that :meth:`load` has found, and what a crash left half-written.
         """
         whole = [step_of(path) for path in self._manifests() if path.stem not in self._damaged]
-        kept = {name_of(step), *[name_of(older) for older in whole if older < step][: KEPT - 1]}
+        kept = {name_of(step), *[name_of(older) for older in whole if older < step][: KEEP_LAST - 1]}
         with contextlib.suppress(OSError):  # what cannot be cleared away does no harm
             for file in sorted(self.folder.iterdir(), key=lambda file: file.suffix != ".json"):  # manifests first
                 if re.match(r"\.?step-\d{8}\.", file.name) and file.stem not in kept:
@@ -95,7 +95,7 @@ class CheckpointStore:
         return sorted(self.folder.glob("step-????????.json"), reverse=True)
 
 
-def seal(sha256: str, state: Mapping[str, Any]) -> str:
+def digest(sha256: str, state: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a checkpoint as a whole, from that of its tensors' file and its state."""
     return hashlib.sha256(f"{sha256} {json.dumps(state, sort_keys=True)}".encode()).hexdigest()
 
@@ -119,7 +119,7 @@ def read_checkpoint(manifest: Path) -> tuple[TrainState, dict[str, Tensor]]:
             raise ConvlensError(f"{manifest} is of another version of convlens: format {values['format']}")
         content = path.read_bytes()
         state = dict(values["state"])
-        if seal(hashlib.sha256(content).hexdigest(), state) != values["sha256"]:
+        if digest(hashlib.sha256(content).hexdigest(), state) != values["sha256"]:
             raise ConvlensError(f"the checkpoint {path} is damaged: its SHA-256 is not the one that was written")
         state["records"] = [EpochRecord(**record) for record in state["records"]]
         return TrainState(**state), load_tensors(content)
@@ -129,7 +129,7 @@ def read_checkpoint(manifest: Path) -> tuple[TrainState, dict[str, Tensor]]:
         raise ConvlensError(f"the checkpoint {manifest} is damaged: {error}") from None
 
 
-def pack(net: nn.Module, optimizer: Optimizer, average: WeightAverage, best: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_tensors(net: nn.Module, optimizer: Optimizer, average: EMA, best: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return all tensors of a training under one flat set of names."""
     tensors = {f"net.{key}": value for key, value in net.state_dict().items()}
     tensors |= {f"average.{key}": value for key, value in average.weights.items()}
@@ -139,8 +139,8 @@ def pack(net: nn.Module, optimizer: Optimizer, average: WeightAverage, best: Map
     return {key: value.clone() for key, value in tensors.items()}
 
 
-def unpack(
-    tensors: Mapping[str, Tensor], net: nn.Module, optimizer: Optimizer, average: WeightAverage
+def from_tensors(
+    tensors: Mapping[str, Tensor], net: nn.Module, optimizer: Optimizer, average: EMA
 ) -> dict[str, Tensor]:
     """Put the tensors of :func:`pack` back where they came from; return the best weights."""
 

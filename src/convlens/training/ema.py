@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-class WeightAverage:
+class EMA:
     """Exponential moving average of all floating-point weights and buffers; with decay 0 it does nothing."""
 
     def __init__(self, net: nn.Module, decay: float):

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from convlens.errors import Diverged
+from convlens.errors import DivergenceError
 from convlens.training.recipe import Recipe
 from convlens.training.state import TrainState
 
 
-class NumberWatch:
+class FiniteCheck:
     """Looks whether a training still computes with numbers: its loss, its gradients, BatchNorm's statistics."""
 
     def __init__(self, net: nn.Module, statistics: Mapping[str, Tensor]):
@@ -24,11 +24,11 @@ class NumberWatch:
         """Raise Diverged after a backward pass unless everything is a number."""
         gradients = {name: p.grad for name, p in self._parameters if p.grad is not None}
         values = {"the loss": loss, **gradients, **self._statistics}
-        if look_through(list(values.values())):
-            require_numbers(values, state, recipe)
+        if has_nonfinite(list(values.values())):
+            check_finite(values, state, recipe)
 
 
-def look_through(values: list[Tensor]) -> bool:
+def has_nonfinite(values: list[Tensor]) -> bool:
     """Say whether one of ``values``, floats on one device, holds an infinity or NaN.
 
     One call of what loss scaling looks with, at a quarter of the cost of a look at each. It multiplies them, too: by 1,
@@ -39,16 +39,16 @@ def look_through(values: list[Tensor]) -> bool:
     return bool(found)
 
 
-def require_numbers(values: Mapping[str, Tensor], state: TrainState, recipe: Recipe) -> None:
+def check_finite(values: Mapping[str, Tensor], state: TrainState, recipe: Recipe) -> None:
     """Raise Diverged that names the first of ``values`` that is not made of numbers."""
     finite = {name: value.isfinite().all() for name, value in values.items()}
     if not bool(torch.stack(list(finite.values())).all()):  # an accelerator is asked once
-        raise diverged(next(name for name, whole in finite.items() if not whole), state, recipe)
+        raise divergence_error(next(name for name, whole in finite.items() if not whole), state, recipe)
 
 
-def diverged(what: str, state: TrainState, recipe: Recipe) -> Diverged:
+def divergence_error(what: str, state: TrainState, recipe: Recipe) -> DivergenceError:
     """Return the error that says what is not a number, and what to try."""
-    return Diverged(
+    return DivergenceError(
         f"{what} is not a number any more (at step {state.step}); try a lower --lr (now {recipe.lr:g}), "
         "a longer --warmup, or --clip-norm 1"
     )

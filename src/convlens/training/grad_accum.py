@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from convlens.system.memory import return_memory
+from convlens.system.memory import release_memory
 
 Step = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
-def in_parts(
+def accumulate_gradients(
     step: Step, restart: Callable[[], None], images: Tensor, labels: Tensor, parts: int, *, again: bool = True
 ) -> tuple[Tensor, Tensor, int]:
     """Run ``step`` on the images (N, ...) in ``parts``; return its mean loss, all logits (N, K), and how many parts.
@@ -30,7 +30,7 @@ def in_parts(
         losses, logits = [], []  # first, so that nothing of an attempt that failed is held on to
         restart()
         if parts > asked and images.device.type == "cpu":
-            return_memory()
+            release_memory()
         try:
             # of a small last batch, no part of one image, which BatchNorm cannot learn from
             count = max(min(parts, len(images) // 2), 1)

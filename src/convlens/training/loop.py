@@ -12,29 +12,29 @@ import torch
 from torch import Tensor, nn
 
 from convlens.data.dataset import Dataset
-from convlens.data.loader import Batches
+from convlens.data.loader import BatchLoader
 from convlens.data.preprocess import Preprocess
 from convlens.data.resize import shrink
-from convlens.distributed.process_group import join
-from convlens.distributed.sync_batchnorm import BatchNormTogether, batchnorm_statistics
-from convlens.errors import Interrupted, UsageError
+from convlens.distributed.process_group import init_world
+from convlens.distributed.sync_batchnorm import SyncBatchNorm, batchnorm_statistics
+from convlens.errors import TrainingInterruptedError, UsageError
 from convlens.evaluation.metrics import Scores, evaluate
-from convlens.system.device import choose_device
-from convlens.system.memory import keep_memory
-from convlens.system.progress import Meter
+from convlens.system.device import select_device
+from convlens.system.memory import retain_freed_memory
+from convlens.system.progress import ProgressBar
 from convlens.training.build import freeze, make_augment, make_clip, make_loss, make_optimizer
-from convlens.training.callbacks import Watcher
-from convlens.training.checkpoint import CheckpointStore, pack, unpack
-from convlens.training.ema import WeightAverage
-from convlens.training.finite import NumberWatch, diverged, require_numbers
-from convlens.training.grad_accum import in_parts
-from convlens.training.metrics import Tally
+from convlens.training.callbacks import Callback
+from convlens.training.checkpoint import CheckpointStore, from_tensors, to_tensors
+from convlens.training.ema import EMA
+from convlens.training.finite import FiniteCheck, check_finite, divergence_error
+from convlens.training.grad_accum import accumulate_gradients
+from convlens.training.metrics import RunningMetrics
 from convlens.training.precision import autocast, choose_precision
 from convlens.training.recipe import Recipe
-from convlens.training.schedule import count_work, even_time, learning_rate
+from convlens.training.schedule import equivalent_seconds, learning_rate, work_between
 from convlens.training.state import EpochRecord, TrainState
 
-LOOK_EVERY = 20  # steps between looks at the figures, which make an accelerator wait
+LOG_EVERY_STEPS = 20  # steps between looks at the figures, which make an accelerator wait
 
 
 def fit(
@@ -45,7 +45,7 @@ def fit(
     preprocess: Preprocess | None = None,
     store: CheckpointStore | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-    watcher: Watcher | None = None,
+    watcher: Callback | None = None,
     show_progress: bool = False,
 ) -> Iterator[EpochRecord]:
     """Train ``net`` in place and yield one EpochRecord an epoch; at the end it holds the weights that were chosen.
@@ -65,15 +65,15 @@ def fit(
     it frees from the first step on, if there was enough for that one. Raises UsageError, at the first record, for a
     recipe that the net, the data or this machine cannot follow.
     """
-    watcher = watcher or Watcher()
-    ranks = join()
-    device = choose_device(recipe.device)
+    watcher = watcher or Callback()
+    ranks = init_world()
+    device = select_device(recipe.device)
     precision = ranks.share(choose_precision(recipe, device, net, dataset.shape))
     dataset = dataset.with_validation(recipe.validation, recipe.seed)
     require_possible(recipe, net, dataset)
     normalise = (preprocess or Preprocess.measure(dataset.train.images, dataset.style)).normaliser()
     augment = make_augment(recipe, len(dataset.classes))
-    batches = Batches(
+    batches = BatchLoader(
         dataset.train, recipe.batch_size, normalise, seed=recipe.seed, device=device, augment=augment, flip=recipe.flip,
         balance=recipe.balance, ranks=ranks,
     )  # fmt: skip
@@ -81,21 +81,21 @@ def fit(
     ranks.equalise(net)
     freeze(net, recipe)
     compute_loss, clip = make_loss(recipe, net), make_clip(net, recipe)
-    optimizer, average = make_optimizer(net, recipe), WeightAverage(net, recipe.ema)
+    optimizer, average = make_optimizer(net, recipe), EMA(net, recipe.ema)
 
     together = recipe.sync_batchnorm and ranks.size > 1
     if together and recipe.parts > 1:
         raise UsageError("--sync-batchnorm measures a batch in one go; leave --parts out")
-    batchnorm = BatchNormTogether(net) if together else contextlib.nullcontext()
+    batchnorm = SyncBatchNorm(net) if together else contextlib.nullcontext()
     state, best = TrainState(parts=recipe.parts), dict[str, Tensor]()
 
     def save() -> None:
         weights = {f"the weight {k}": v for k, v in net.state_dict().items() if v.is_floating_point()}
-        require_numbers(weights, state, recipe)
+        check_finite(weights, state, recipe)
         if not math.isfinite(state.loss_sum):
-            raise diverged("the loss", state, recipe)
+            raise divergence_error("the loss", state, recipe)
         if store is not None and ranks.first:
-            store.save(state, pack(net, optimizer, average, best))
+            store.save(state, to_tensors(net, optimizer, average, best))
 
     def forward_backward(images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
         with autocast(precision, device), batchnorm:
@@ -109,7 +109,7 @@ def fit(
     ranks.require_same(saved[0].step if saved else 0, "the step of the last checkpoint")
     if saved:
         state, tensors = saved
-        best = unpack(tensors, net, optimizer, average)
+        best = from_tensors(tensors, net, optimizer, average)
         if store is not None and ranks.first:
             store.clear(state.step)  # a kill behind the last save left that to us
         yield from state.records
@@ -118,39 +118,39 @@ def fit(
         save()
 
     def count_steps() -> int:
-        return recipe.total_steps(len(batches), state.step, even_time(recipe, dataset.shape, state.elapsed))
+        return recipe.total_steps(len(batches), state.step, equivalent_seconds(recipe, dataset.shape, state.elapsed))
 
     weights = [p for p in net.parameters() if p.requires_grad]
     statistics = batchnorm_statistics(net)
-    numbers = NumberWatch(net, statistics)
-    check_every = 1 if device.type == "cpu" else LOOK_EVERY
+    numbers = FiniteCheck(net, statistics)
+    check_every = 1 if device.type == "cpu" else LOG_EVERY_STEPS
     unkept = device.type == "cpu"
     begun = time.perf_counter() - state.elapsed
     total = count_steps()
     while state.step < total and not state.finished:
         if ranks.agree(should_stop(), 0.0)[0]:
-            raise Interrupted(f"stopped at {describe_place(recipe, state.step, total)}")
+            raise TrainingInterruptedError(f"stopped at {describe_position(recipe, state.step, total)}")
         first_step = state.step
         epoch, first = divmod(first_step, len(batches))
-        tally = Tally(state, device, ranks)
+        tally = RunningMetrics(state, device, ranks)
         net.train()
         stopped, before = False, state.seconds
         started = time.perf_counter() - before
         # the last epoch may be a part of one
         steps = min(len(batches), total - epoch * len(batches))
         title = f"epoch {epoch + 1}" + ("" if recipe.seconds else f" of {math.ceil(total / len(batches))}")
-        whole = count_work(recipe, dataset.shape, total, first_step, first_step + steps - first)
-        with Meter(title, whole, shown=show_progress) as meter:
+        whole = work_between(recipe, dataset.shape, total, first_step, first_step + steps - first)
+        with ProgressBar(title, whole, shown=show_progress) as meter:
             for index in range(first, len(batches)):
                 images, labels = batches(epoch, index)  # (N, C, H, W), (N,) or (N, K)
                 if recipe.small_size and state.step < recipe.small_share * total:
                     images = shrink(images, recipe.small_size)
                 lr = learning_rate(recipe, state.step, total, len(batches))
-                loss, logits, state.parts = in_parts(
+                loss, logits, state.parts = accumulate_gradients(
                     forward_backward, optimizer.zero_grad, images, labels, state.parts, again=not together
                 )
                 if unkept and state.parts == recipe.parts:  # a step has shown that there is enough
-                    keep_memory()
+                    retain_freed_memory()
                     unkept = False
                 gradients = [p.grad for p in weights if p.grad is not None]
                 ranks.average([loss, *gradients, *statistics.values()], len(images))
@@ -164,18 +164,18 @@ def fit(
                 stopped, state.elapsed = ranks.agree(should_stop(), time.perf_counter() - begun)
                 total = count_steps()
                 tally.add(loss, logits, labels, batches.size(index))
-                if is_milestone(state.step, len(batches), total):
+                if is_snapshot_step(state.step, len(batches), total):
                     paused = time.perf_counter()
                     with average.applied():
                         watcher.keep(state.step, net)
                     started += time.perf_counter() - paused
                 ends = index + 1 == len(batches) or state.step >= total
-                if state.step % LOOK_EVERY == 0 or ends:
-                    done = count_work(recipe, dataset.shape, total, first_step, state.step)
+                if state.step % LOG_EVERY_STEPS == 0 or ends:
+                    done = work_between(recipe, dataset.shape, total, first_step, state.step)
                     if recipe.seconds is not None:  # the clock decides, whatever the steps cost
                         left = max(recipe.seconds - state.elapsed, 0.0)
                     else:  # at the pace of this epoch, for that of a machine changes
-                        ahead = count_work(recipe, dataset.shape, total, state.step, total)
+                        ahead = work_between(recipe, dataset.shape, total, state.step, total)
                         left = (state.seconds - before) / done * ahead
                     progress = tally.describe(state, total, len(batches), state.seconds - before, left)
                     meter.update(done - meter.done, str(progress))
@@ -191,7 +191,7 @@ def fit(
         tally.store_into(state)
         if stopped and state.step < total and state.step < (epoch + 1) * len(batches):  # in the middle of an epoch
             save()
-            raise Interrupted(f"stopped at {describe_place(recipe, state.step, total)}")
+            raise TrainingInterruptedError(f"stopped at {describe_position(recipe, state.step, total)}")
 
         scores: dict[str, Scores] = {}
         with average.applied():
@@ -203,7 +203,7 @@ def fit(
                     score = evaluate(net, split, normalise, batch_size=recipe.batch_size, autocast=cast, ranks=ranks)
                     scores[name] = Scores(*ranks.share([score.loss, score.accuracy]))  # to the last bit
             if not all(math.isfinite(score.loss) for score in scores.values()):
-                raise diverged("the loss", state, recipe)
+                raise divergence_error("the loss", state, recipe)
             record = make_record(epoch + 1, state, lr, scores)
             # chosen by validation alone; the test split is never looked at here
             if "val" in scores and is_best(record, state):
@@ -228,12 +228,12 @@ def require_possible(recipe: Recipe, net: nn.Module, dataset: Dataset) -> None:
     make_loss(recipe, net)
 
 
-def is_milestone(step: int, epoch_steps: int, total: int) -> bool:
+def is_snapshot_step(step: int, epoch_steps: int, total: int) -> bool:
     """Say whether the net after ``step`` steps is worth keeping: most happens early."""
     return step >= total or step % epoch_steps == 0 or (step < epoch_steps and step.bit_count() == 1)
 
 
-def describe_place(recipe: Recipe, step: int, total: int) -> str:
+def describe_position(recipe: Recipe, step: int, total: int) -> str:
     """Return where a training is; one that is given in seconds has no total that would not change."""
     return f"step {step}" if recipe.seconds else f"step {step} of {total}"
 

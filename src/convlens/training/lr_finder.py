@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from convlens.data.dataset import Dataset
-from convlens.data.loader import Batches
+from convlens.data.loader import BatchLoader
 from convlens.data.preprocess import Preprocess
 from convlens.data.resize import shrink
 from convlens.errors import ConvlensError
-from convlens.system.device import choose_device
+from convlens.system.device import select_device
 from convlens.system.progress import track
-from convlens.training.build import describe_net, make_augment, make_clip, make_loss, make_net, make_optimizer
+from convlens.training.build import make_augment, make_clip, make_loss, make_model, make_optimizer, model_config
 from convlens.training.grad_accum import is_out_of_memory
 from convlens.training.precision import autocast, choose_precision
 from convlens.training.recipe import Recipe
@@ -78,16 +78,16 @@ class Trainer:
     """One step after another of a recipe on training images alone, at whatever learning rate."""
 
     def __init__(self, dataset: Dataset, recipe: Recipe):
-        self.device = choose_device(recipe.device)
+        self.device = select_device(recipe.device)
         train = dataset.with_validation(recipe.validation, recipe.seed).train
         preprocess = Preprocess.measure(train.images, dataset.style)
         torch.manual_seed(recipe.seed)
-        self.net: nn.Module = make_net(
-            describe_net(recipe, dataset), dataclasses.replace(dataset, train=train), preprocess
+        self.net: nn.Module = make_model(
+            model_config(recipe, dataset), dataclasses.replace(dataset, train=train), preprocess
         )
         self.precision = choose_precision(recipe, self.device, self.net, dataset.shape)
         self.net.to(self.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        self._batches = Batches(
+        self._batches = BatchLoader(
             train, recipe.batch_size, preprocess.normaliser(), seed=recipe.seed, device=self.device,
             augment=make_augment(recipe, len(dataset.classes)), flip=recipe.flip, balance=recipe.balance,
         )  # fmt: skip
@@ -218,7 +218,7 @@ def activations(trainer: Trainer, dataset: Dataset, size: int) -> int:
 
 def free_memory(recipe: Recipe) -> float:
     """Return the bytes of memory that are free on the recipe's device; infinity where the system does not tell."""
-    device = choose_device(recipe.device)
+    device = select_device(recipe.device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convlens.distributed.process_group import Ranks
+from convlens.distributed.process_group import World
 from convlens.training.state import TrainState
 
 
@@ -28,10 +28,10 @@ class Progress:
         return f"{figures}  {self.images_per_second:,.0f} images/s"
 
 
-class Tally:
+class RunningMetrics:
     """Loss, hits and images of an epoch, added up on the device and read now and then."""
 
-    def __init__(self, state: TrainState, device: torch.device, ranks: Ranks):
+    def __init__(self, state: TrainState, device: torch.device, ranks: World):
         # float64 keeps the sums exact enough to be the same after a resume; MPS has none
         kind = torch.float32 if device.type == "mps" else torch.float64
         self._before = self._seen = state.seen  # an interrupted epoch's, by another process
@@ -53,7 +53,7 @@ class Tally:
         """Add what waits, batch by batch, so that the sums do not depend on when somebody asked."""
         if not self._waiting:
             return
-        hits = torch.stack([count_right(logits, labels) for _, logits, labels, _ in self._waiting])
+        hits = torch.stack([count_correct(logits, labels) for _, logits, labels, _ in self._waiting])
         images = torch.tensor([float(len(logits)) for _, logits, _, _ in self._waiting], device=hits.device)
         self._ranks.average([hits, images], 1)
         for (loss, _, _, n), share in zip(self._waiting, hits / images, strict=True):
@@ -79,7 +79,7 @@ class Tally:
         state.seen = self._seen
 
 
-def count_right(logits: Tensor, labels: Tensor) -> Tensor:
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
     """Return how many images logits (N, K) have right, by labels (N,) or probabilities (N, K)."""
     target = labels if labels.dim() == 1 else labels.argmax(dim=1)
     return (logits.argmax(dim=1) == target).sum(dtype=torch.float32)

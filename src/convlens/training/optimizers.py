@@ -15,7 +15,7 @@ from torch import Tensor
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # K. Jordan's quintic (2024): steep at 0, so that three steps are enough
 
 
-class Group(ABC):
+class ParamGroup(ABC):
     """Weights that one rule updates; ``slots`` are the rule's own tensors, by name, one for each weight."""
 
     def __init__(self, weights: Sequence[Tensor], lr_scale: float = 1.0, slots: Sequence[str] = ()):
@@ -40,7 +40,7 @@ class Group(ABC):
         ]  # fmt: skip
 
 
-class SGD(Group):
+class SGD(ParamGroup):
     """Gradient descent with momentum, Nesterov's if asked, and weight decay added to the gradient."""
 
     def __init__(
@@ -71,7 +71,7 @@ class SGD(Group):
         )
 
 
-class Adam(Group):
+class Adam(ParamGroup):
     """Adam (Kingma, Ba 2015), or AdamW (Loshchilov, Hutter 2019), which decays the weights apart from the gradient."""
 
     def __init__(
@@ -108,7 +108,7 @@ class Adam(Group):
         )
 
 
-class Muon(Group):
+class Muon(ParamGroup):
     """Muon (K. Jordan et al. 2024) for convolutions: the momentum's direction, with all its singular values made 1.
 
     A filter bank (C', C, k, k) counts as the matrix (C', C k k). Before each step it is scaled to the norm
@@ -123,12 +123,12 @@ class Muon(Group):
         """Take one step."""
         for weight, gradient, buffer in zip(self.weights, self.gradients(), self.slots["momentum"], strict=True):
             buffer.mul_(self.momentum).add_(gradient)
-            direction = orthogonalise(gradient.add(buffer, alpha=self.momentum).flatten(1))
+            direction = zeropower_via_newtonschulz(gradient.add(buffer, alpha=self.momentum).flatten(1))
             weight.mul_(len(weight) ** 0.5 / weight.norm())
             weight.add_(direction.view_as(weight), alpha=-lr)
 
 
-def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
+def zeropower_via_newtonschulz(matrix: Tensor, steps: int = 3) -> Tensor:
     """Return the matrix (M, N) with its singular values brought near 1: ``steps`` of a Newton-Schulz iteration.
 
     A step multiplies by a polynomial of the matrix times its transpose. These commute, so all steps are done on that
@@ -156,7 +156,7 @@ def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
 class Optimizer:
     """Groups of weights, each with its own rule."""
 
-    def __init__(self, groups: Sequence[Group]):
+    def __init__(self, groups: Sequence[ParamGroup]):
         self.groups = [group for group in groups if group.weights]
 
     @torch.no_grad()

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convlens.data.resize import small_shape
+from convlens.data.resize import resized_shape
 from convlens.errors import ConvlensError
-from convlens.system.files import cache_folder, read_json, write_json
+from convlens.system.files import cache_dir, read_json, write_json
 from convlens.system.hardware import has_bf16, processor_name
 from convlens.training.recipe import Recipe
 from convlens.training.schedule import require_any_size
@@ -39,13 +39,13 @@ def choose_precision(recipe: Recipe, device: torch.device, net: nn.Module, shape
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type != "cpu":
         return "fp32"
-    file = cache_folder() / "precision.json"
+    file = cache_dir() / "precision.json"
     known: dict[str, Any] = {}
     with contextlib.suppress(ConvlensError):  # no file yet, or a damaged one: everything is tried again
         known = read_json(file)
     sizes = [shape]
     if recipe.small_size:
-        sizes.append((shape[0], *small_shape(shape[1:], recipe.small_size)))
+        sizes.append((shape[0], *resized_shape(shape[1:], recipe.small_size)))
     results, tried = [], False
     # the name of a rented processor may stand for several kinds
     processor = f"{processor_name()} with{'' if has_bf16() else 'out'} bf16"

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UsageError
 from convlens.inference.bundle import load_bundle
-from convlens.inference.store import find_bundle, shipped_models
+from convlens.inference.store import bundled_models, resolve_bundle
 from convlens.models import ConvNet, model_options
-from convlens.models.timm import PREFIX, download_weights, usual_form
+from convlens.models.timm import PREFIX, download_weights, pretrained_cfg
 from convlens.system.files import read_json
 from convlens.training.recipe import MODEL_OPTIONS, Recipe
 
@@ -27,7 +27,7 @@ TIMM = "timm"  # as --pretrained: timm's own weights
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
+class PretrainedWeights:
     """Trained weights, and the form of the images that they were trained on, as far as it is known."""
 
     flag: str  # that asked for it
@@ -46,18 +46,20 @@ class Start:
         return measured
 
 
-def start_from_model(source: str | Path) -> Start:
+def start_from_model(source: str | Path) -> PretrainedWeights:
     """Return what ``--init`` starts from: a run, a bundle, or a model that comes with convlens."""
-    bundle = load_bundle(find_bundle(source))
-    origin = str(source) if str(source) in shipped_models() else str(Path(source).resolve())
+    bundle = load_bundle(resolve_bundle(source))
+    origin = str(source) if str(source) in bundled_models() else str(Path(source).resolve())
     name, arguments = bundle.model["name"], bundle.model["arguments"]
     unset = dict.fromkeys(MODEL_OPTIONS)  # what the bundle does not name is its net's default, not the recipe's
     options = {"model": name, **unset, **{key: arguments[key] for key in model_options(name) if key in arguments}}
     shape = bundle.preprocess
-    return Start("--init", origin, bundle.net.state_dict(), shape.mean, shape.std, shape.channels, options=options)
+    return PretrainedWeights(
+        "--init", origin, bundle.net.state_dict(), shape.mean, shape.std, shape.channels, options=options
+    )
 
 
-def start_from_weights(recipe: Recipe) -> Start | None:
+def start_from_weights(recipe: Recipe) -> PretrainedWeights | None:
     """Return what the recipe's ``--pretrained`` starts from, None if it is not set.
 
     That is timm's own weights of the net, or a safetensors file: of a bundle of convlens, or with timm's names. What a
@@ -82,19 +84,21 @@ def start_from_weights(recipe: Recipe) -> Start | None:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ConvlensError(f"--pretrained: {path} is no whole .safetensors file: {error}") from None
-    form = usual_form(backbone) if backbone else {}
+    form = pretrained_cfg(backbone) if backbone else {}
     beside = path.with_name("config.json")
-    return Start("--pretrained", origin, tensors, **(form | (told_beside(beside) if beside.is_file() else {})))
+    return PretrainedWeights(
+        "--pretrained", origin, tensors, **(form | (read_sidecar_config(beside) if beside.is_file() else {}))
+    )
 
 
-def require_fresh(recipe: Recipe, what: str) -> None:
+def reject_pretrained(recipe: Recipe, what: str) -> None:
     """Raise UsageError if the recipe starts from trained weights, which ``what`` does not do."""
     if recipe.pretrained or recipe.frozen:
         flag = "--pretrained" if recipe.pretrained else "--frozen"
         raise UsageError(f"{what} starts every net from random weights, so it takes no {flag}")
 
 
-def told_beside(config: Path) -> dict[str, Any]:
+def read_sidecar_config(config: Path) -> dict[str, Any]:
     """Return what a config.json says of the images of the weights beside it: nothing, unless it is one we know."""
     values = read_json(config)
     try:
@@ -112,14 +116,14 @@ def told_beside(config: Path) -> dict[str, Any]:
     return {"mean": mean, "std": std, "channels": len(mean), "image_size": side}
 
 
-def image_form(recipe: Recipe, start: Start | None) -> dict[str, int]:
+def input_spec(recipe: Recipe, start: PretrainedWeights | None) -> dict[str, int]:
     """Return ``image_size`` and ``channels`` that images are brought to, where they can be; 0 leaves it to them."""
     if start is None:
         return {"image_size": recipe.image_size, "channels": 0}
     return {"image_size": recipe.image_size or start.image_size, "channels": start.channels}
 
 
-def adopt_weights(net: nn.Module, start: Start, frozen: int = 0) -> str:
+def load_matching_weights(net: nn.Module, start: PretrainedWeights, frozen: int = 0) -> str:
     """Copy the trained stages of ``start`` into ``net``, leaving its head fresh; say how many tensors fitted.
 
     Raises UsageError if none did, or one of the first ``frozen`` stages has not all of its own.

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from convlens.errors import UnknownName, UsageError
+from convlens.errors import UnknownNameError, UsageError
 
 # the fields that say how long it trains: one of them is set
 LENGTHS = ("epochs", "iterations", "seconds")
@@ -37,7 +37,7 @@ class Recipe:
     True
     >>> recipe.override(optimizer="adamm")
     Traceback (most recent call last):
-    convlens.errors.UnknownName: unknown value of --optimizer 'adamm'; did you mean 'adam'?
+    convlens.errors.UnknownNameError: unknown value of --optimizer 'adamm'; did you mean 'adam'?
     """
 
     name: str = option("custom", "name of the recipe this one was made from")
@@ -136,13 +136,13 @@ class Recipe:
         """Return the recipe with ``changes``; a new length takes the place of the old: epochs, iterations or seconds.
 
         Another optimizer forgets ``head_lr`` and ``bias_lr``, which mean nothing to it, unless they are given too.
-        Raises UnknownName for an unknown key (with the nearest one), UsageError for a value that the field does not
+        Raises UnknownNameError for an unknown key (with the nearest one), UsageError for a value the field does not
         take.
         """
         known = [item.name for item in dataclasses.fields(self)]
         for key in changes:
             if key not in known:
-                raise UnknownName("recipe option", key, known)
+                raise UnknownNameError("recipe option", key, known)
         if changes.get("optimizer", self.optimizer) != self.optimizer:  # rates of another rule mean nothing to it
             changes = {"head_lr": 0.0, "bias_lr": 0.0, **changes}
         if any(changes.get(name) is not None for name in LENGTHS):
@@ -203,7 +203,7 @@ def check_value(item: dataclasses.Field[Any], value: Any) -> Any:
         raise UsageError(f"{flag(item.name)} takes {KIND_NAMES[kind]}, not {value!r}")
     choices, low = item.metadata["choices"], item.metadata["low"]
     if choices and value not in choices:
-        raise UnknownName(f"value of {flag(item.name)}", str(value), choices)
+        raise UnknownNameError(f"value of {flag(item.name)}", str(value), choices)
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{flag(item.name)} is {value}; it must be finite")
     if item.name == "seed" and typing.cast(int, value) >= 2**63:

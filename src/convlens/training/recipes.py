@@ -13,7 +13,7 @@ from convlens.training.recipe import Recipe
 # what `convlens train DATA` takes for a data set; any other data is a folder's
 DEFAULTS = {"digits": "digits", "mnist": "mnist-995", "fashion-mnist": "fashion-94", "cifar10": "cifar10-90"}
 # what --budget picks from, the quickest first
-LADDERS = {
+BUDGET_RECIPES = {
     "mnist": ("mnist-99", "mnist-995", "mnist-best"),
     "fashion-mnist": ("fashion-85", "fashion-92", "fashion-94", "fashion-best"),
     "cifar10": ("cifar10-small", "cifar10-90", "cifar10-94", "cifar10-best"),
@@ -29,7 +29,7 @@ def get_recipe(name: str) -> Recipe:
     30
     >>> get_recipe("digit")
     Traceback (most recent call last):
-    convlens.errors.UnknownName: unknown recipe 'digit'; did you mean 'digits'?
+    convlens.errors.UnknownNameError: unknown recipe 'digit'; did you mean 'digits'?
     """
     return RECIPES[name]()
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from convlens.data.resize import shrink, small_shape
+from convlens.data.resize import resized_shape, shrink
 from convlens.errors import UsageError
 from convlens.training.grad_accum import is_out_of_memory
 from convlens.training.recipe import Recipe
@@ -52,25 +52,25 @@ def require_any_size(net: nn.Module, shape: tuple[int, int, int], recipe: Recipe
         net.train(training)
 
 
-def even_time(recipe: Recipe, shape: tuple[int, int, int], elapsed: float) -> float:
+def equivalent_seconds(recipe: Recipe, shape: tuple[int, int, int], elapsed: float) -> float:
     """Return how long a training by the clock would have taken so far if each of its steps took the same time.
 
     Those on smaller images come first and are quicker: after half of the time more than half of the steps are done.
     """
     if recipe.seconds is None or not recipe.small_size:
         return elapsed
-    cost, share = small_cost(recipe, shape), recipe.small_share
+    cost, share = relative_step_cost(recipe, shape), recipe.small_share
     work = elapsed / recipe.seconds * (share * cost + 1 - share)  # of all steps, in whole ones; a small one is a share
     done = min(work, share * cost) / cost + max(work - share * cost, 0.0)  # of all steps
     return done * recipe.seconds
 
 
-def small_cost(recipe: Recipe, shape: tuple[int, int, int]) -> float:
+def relative_step_cost(recipe: Recipe, shape: tuple[int, int, int]) -> float:
     """Return the share of the pixels of images (C, H, W) that smaller ones have."""
-    return math.prod(small_shape(shape[1:], recipe.small_size)) / math.prod(shape[1:])
+    return math.prod(resized_shape(shape[1:], recipe.small_size)) / math.prod(shape[1:])
 
 
-def count_work(recipe: Recipe, shape: tuple[int, int, int], total: int, start: int, stop: int) -> float:
+def work_between(recipe: Recipe, shape: tuple[int, int, int], total: int, start: int, stop: int) -> float:
     """Return the work of the steps from ``start`` to before ``stop`` of ``total``, on images of ``shape`` (C, H, W).
 
     A step counts 1; one on smaller images counts the share of the pixels that they have. By the clock, where ``total``
@@ -79,4 +79,4 @@ def count_work(recipe: Recipe, shape: tuple[int, int, int], total: int, start: i
     if not recipe.small_size or recipe.seconds is not None:
         return stop - start
     small = max(min(math.ceil(recipe.small_share * total), stop) - start, 0)
-    return stop - start - small * (1 - small_cost(recipe, shape))
+    return stop - start - small * (1 - relative_step_cost(recipe, shape))

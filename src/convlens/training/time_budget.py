@@ -14,19 +14,21 @@ from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
 from convlens.evaluation.inference import compute_logits
-from convlens.evaluation.uncertainty import FEW
-from convlens.system.device import choose_device
-from convlens.system.random import callers_state_kept
-from convlens.training.build import describe_net, make_net
+from convlens.evaluation.uncertainty import MAX_FEATURE_IMAGES
+from convlens.system.device import select_device
+from convlens.system.random import preserve_rng_state
+from convlens.training.build import make_model, model_config
 from convlens.training.loop import fit
 from convlens.training.precision import choose_precision
 from convlens.training.recipe import Recipe
-from convlens.training.recipes import LADDERS, default_recipe, get_recipe
-from convlens.training.schedule import count_work
+from convlens.training.recipes import BUDGET_RECIPES, default_recipe, get_recipe
+from convlens.training.schedule import work_between
 
 FINISH_SECONDS = 1.2  # drawing and writing the report
 
-LEAST = 0.5  # of a recipe's length: cut to it, none that was tried (docs, log) was 0.05 points behind the one below
+MIN_TRAIN_SECONDS = (
+    0.5  # of a recipe's length: cut to it, none that was tried (docs, log) was 0.05 points behind the one below
+)
 
 PROBE_SECONDS = 0.25  # what is quicker is measured again, twice as often
 
@@ -43,16 +45,16 @@ def parse_budget(text: str) -> float:
     return float(match[1]) * UNITS[match[2]]
 
 
-def candidates(data_name: str, recipe: Recipe | None) -> list[Recipe]:
+def budget_candidates(data_name: str, recipe: Recipe | None) -> list[Recipe]:
     """Return the recipes a budget may choose from, the quickest first: the data's own ladder, or just ``recipe``.
 
     They are tested without test-time augmentation, whose time is worth more in training.
     """
-    ladder = [get_recipe(name) for name in LADDERS.get(data_name, ())] or [default_recipe(data_name)]
+    ladder = [get_recipe(name) for name in BUDGET_RECIPES.get(data_name, ())] or [default_recipe(data_name)]
     return [choice.override(test_views=False) for choice in ([recipe] if recipe is not None else ladder)]
 
 
-def fit_into(budget: float, started: float, dataset: Dataset, choices: Sequence[Recipe]) -> Recipe:
+def choose_for_budget(budget: float, started: float, dataset: Dataset, choices: Sequence[Recipe]) -> Recipe:
     """Return the richest of ``choices`` of which at least half fits into the budget, cut or stretched to just that.
 
     ``budget`` is the seconds of the whole command, which began at ``started`` (time.perf_counter): what loading took,
@@ -60,16 +62,16 @@ def fit_into(budget: float, started: float, dataset: Dataset, choices: Sequence[
     """
     chosen, finishing = choices[0], 0.0
     for number, recipe in enumerate(choices):
-        pace = measure_pace(dataset, recipe)
+        pace = measure_throughput(dataset, recipe)
         passes = 1 + recipe.test_views * (6 if recipe.flip else 3)
         divided = dataset.with_validation(recipe.validation, recipe.seed)
         train = len(divided.train)
         # what Trust.fit looks at
-        looked_at = len(divided.validation) + min(train, FEW) if divided.validation is not None else 0
+        looked_at = len(divided.validation) + min(train, MAX_FEATURE_IMAGES) if divided.validation is not None else 0
         after = FINISH_SECONDS + (passes * len(dataset.test) + looked_at) / pace.testing
         steps = recipe.total_steps(max(train // recipe.batch_size, 1))
-        images = count_work(recipe, dataset.shape, steps, 0, steps) * min(recipe.batch_size, train)
-        if number and LEAST * images / pace.training > budget - (time.perf_counter() - started) - after:
+        images = work_between(recipe, dataset.shape, steps, 0, steps) * min(recipe.batch_size, train)
+        if number and MIN_TRAIN_SECONDS * images / pace.training > budget - (time.perf_counter() - started) - after:
             break  # the one before it is as much as fits
         chosen, finishing = recipe, after
     seconds = budget - (time.perf_counter() - started) - finishing
@@ -80,14 +82,14 @@ def fit_into(budget: float, started: float, dataset: Dataset, choices: Sequence[
 
 
 @dataclass(frozen=True)
-class Pace:
+class Throughput:
     """How many images a second a net is trained on, none of them made smaller, and how many it answers."""
 
     training: float
     testing: float
 
 
-def measure_pace(dataset: Dataset, recipe: Recipe) -> Pace:
+def measure_throughput(dataset: Dataset, recipe: Recipe) -> Throughput:
     """Return the pace of ``recipe`` on this machine, from a few steps and answers."""
     # one part, as in_parts makes them, stands for a step: the update that comes with each costs little beside it
     part = recipe.batch_size // max(min(recipe.parts, recipe.batch_size // 2), 1)
@@ -111,12 +113,12 @@ def measure_pace(dataset: Dataset, recipe: Recipe) -> Pace:
             compute_logits(net, images, normalise).cpu()
         return time.perf_counter() - started
 
-    with callers_state_kept():
-        net = make_net(describe_net(idle, few), few, preprocess)
+    with preserve_rng_state():
+        net = make_model(model_config(idle, few), few, preprocess)
         # tried here, for the clock is running; on smaller images too
-        precision = choose_precision(recipe, choose_device(recipe.device), net, dataset.shape)
+        precision = choose_precision(recipe, select_device(recipe.device), net, dataset.shape)
         idle = idle.override(precision=precision)
-        return Pace(batch * measure_rate(train), batch * measure_rate(answer))
+        return Throughput(batch * measure_rate(train), batch * measure_rate(answer))
 
 
 def measure_rate(work: Callable[[int], float]) -> float:
