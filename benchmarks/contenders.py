@@ -51,10 +51,10 @@ def convlens(dataset: Dataset, recipe: Recipe) -> Course:
     torch.manual_seed(recipe.seed)
     preprocess = Preprocess.measure(dataset.train.images, dataset.style)
     net = make_model(model_config(recipe, dataset), dataset, preprocess)
-    for record in fit(net, dataset, recipe.override(watch_test=True), preprocess=preprocess):
+    for record in fit(net, dataset, recipe.override(log_test_metrics=True), preprocess=preprocess):
         yield record.seconds, record.test_acc or 0.0
-    if recipe.test_views:
-        yield record.seconds, test_accuracy(net, dataset, preprocess.normaliser(), make_tta(recipe.flip))
+    if recipe.tta:
+        yield record.seconds, test_accuracy(net, dataset, preprocess.normaliser(), make_tta(recipe.hflip))
 
 
 def test_accuracy(net: nn.Module, dataset: Dataset, normalise: Normalize, views: TTA | None = None) -> float:
@@ -69,9 +69,9 @@ class Pictures(TorchDataset[tuple[Tensor, int]]):
         images = dataset.train.images.permute(0, 2, 3, 1).squeeze(3).numpy()
         self.images = [Image.fromarray(image) for image in images]
         self.labels = dataset.train.labels.tolist()
-        self.crop_probability, self.rotation = recipe.crop_probability, recipe.rotation
+        self.crop_probability, self.rotation = recipe.center_crop_prob, recipe.rotation
         side = dataset.shape[1]
-        self.margin = (side - round(recipe.crop_fraction * side)) // 2
+        self.margin = (side - round(recipe.center_crop_ratio * side)) // 2
         measured = Preprocess.measure(dataset.train.images, dataset.style)
         self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in (measured.mean, measured.std))
 
@@ -127,13 +127,13 @@ def tutorial(dataset: Dataset, classic: str) -> Course:
     pictures = Pictures(dataset, recipe)
     loader = DataLoader(pictures, batch_size=recipe.batch_size, shuffle=True)
     channels, height, width = dataset.shape
-    net = create_model(recipe.model, channels=channels, height=height, width=width, classes=10)
+    net = create_model(recipe.model, channels=channels, image_height=height, image_width=width, classes=10)
     optimizer = torch.optim.SGD(net.parameters(), lr=recipe.lr, momentum=recipe.momentum)
-    steps = torch.optim.lr_scheduler.StepLR(optimizer, recipe.step_epochs, recipe.step_factor)
+    steps = torch.optim.lr_scheduler.StepLR(optimizer, recipe.lr_step_size, recipe.lr_gamma)
     test = (dataset.test.images.float() / 255 - pictures.mean) / pictures.std
     for point in tutorial_loop(net, loader, optimizer, make_loss(recipe, net), test, dataset.test.labels):
         yield point
-        if recipe.schedule == "step":
+        if recipe.lr_schedule == "step":
             steps.step()
 
 
@@ -143,7 +143,7 @@ def plain_loop(dataset: Dataset, model: str, filters: int) -> Course:
     images, test = normalised(dataset)
     loader = DataLoader(TensorDataset(images, dataset.train.labels), batch_size=128, shuffle=True)
     channels, height, width = dataset.shape
-    net = create_model(model, channels=channels, height=height, width=width, classes=10, filters=filters)
+    net = create_model(model, channels=channels, image_height=height, image_width=width, classes=10, width=filters)
     net.initialise(images[:1000])  # type: ignore[operator]
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     yield from tutorial_loop(net, loader, optimizer, F.cross_entropy, test, dataset.test.labels)
@@ -159,7 +159,7 @@ def speedrun(dataset: Dataset, device: torch.device, seed: int = 0, epochs: int 
     batch, width = 2000, 256
     normalise = Preprocess.measure(dataset.train.images, dataset.style).normaliser()
     images, labels = normalise(dataset.train.images).to(device), dataset.train.labels.to(device)
-    net = create_model("whitened", channels=3, height=32, width=32, classes=10, filters=64).to(device)
+    net = create_model("whitened", channels=3, image_height=32, image_width=32, classes=10, width=64).to(device)
     net.initialise(images[:5000])  # type: ignore[operator]
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     stem_bias = net.body.stem[0].bias  # type: ignore[union-attr, index]

@@ -47,7 +47,7 @@ class Place:
 def ours(name: str, shape: tuple[int, int, int], **options: int) -> Net:
     """Return the cost of one of our nets, from its layers."""
     channels, height, width = shape
-    net = create_model(name, channels=channels, height=height, width=width, classes=10, **options)
+    net = create_model(name, channels=channels, image_height=height, image_width=width, classes=10, **options)
     flops = 3 * sum(layer.flops for layer in summarize(net, *shape))
     label = " ".join([name, *(f"{key} {value}" for key, value in options.items())])
     return Net(label, flops, sum(p.numel() for p in net.parameters()), channels * height * width)
@@ -55,13 +55,13 @@ def ours(name: str, shape: tuple[int, int, int], **options: int) -> Net:
 
 NETS = [
     ours("mnist-4conv", (1, 28, 28)),
-    ours("whitened", (3, 32, 32), filters=64),
+    ours("whitened", (3, 32, 32), width=64),
     Net("ResNet-50, 224 px", 3 * 8.2e9, 25.6e6, 3 * 224 * 224),  # He et al. 2016: 4.1 G multiply-adds forward
 ]
 CPU = Place("a CPU core as here, 10 Gbit/s Ethernet", 150e9, 1.0e9, 50e-6)
 GPU = Place("a GPU of 989 TFLOP/s at 10%, 50 GB/s a process", 0.1 * 989e12, 50e9, 15e-6)
 RANKS = (1, 8, 64, 256, 1000)
-A_BATCH = {"mnist-4conv": 512, "whitened filters 64": 1000, "ResNet-50, 224 px": 256}  # images a step of one process
+A_BATCH = {"mnist-4conv": 512, "whitened width 64": 1000, "ResNet-50, 224 px": 256}  # images a step of one process
 
 
 def step_seconds(net: Net, place: Place, ranks: int, images: int) -> tuple[float, float]:

@@ -48,9 +48,9 @@ NETS = [  # net, options, image (C, H, W), batch
     ("tiny", {}, (1, 28, 28), 512),
     ("small", {}, (1, 28, 28), 256),
     ("mnist-4conv", {}, (1, 28, 28), 512),
-    ("whitened", {"filters": 32}, (3, 32, 32), 250),
-    ("whitened", {"filters": 64}, (3, 32, 32), 250),
-    ("residual", {"filters": 48}, (1, 28, 28), 250),
+    ("whitened", {"width": 32}, (3, 32, 32), 250),
+    ("whitened", {"width": 64}, (3, 32, 32), 250),
+    ("residual", {"width": 48}, (1, 28, 28), 250),
     ("fashion-2conv", {}, (1, 28, 28), 100),
     ("folder-cnn", {}, (3, 64, 64), 32),
     ("cifar-lenet", {}, (3, 32, 32), 32),
@@ -65,7 +65,7 @@ def arithmetic() -> tuple[list[Record], str]:
         for precision in ("bf16", "fp32"):
             top = peak(precision)
             channels, height, width = shape
-            net = create_model(name, channels=channels, height=height, width=width, classes=10, **options)
+            net = create_model(name, channels=channels, image_height=height, image_width=width, classes=10, **options)
             flops = 3 * sum(layer.flops for layer in summarize(net, *shape))
             step = make_step(net, Recipe(epochs=1, precision=precision), shape, batch)
             seconds = [timed(step) for _ in range(12)][2:]  # warmed up
@@ -117,7 +117,7 @@ def bare_loop(net: torch.nn.Module, dataset: Dataset, recipe: Recipe) -> None:
             order = torch.randperm(len(labels))
         rows = order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
         x = (images[rows].float() - mean) / std
-        if recipe.flip:
+        if recipe.hflip:
             x = mirror(x, first[rows] ^ bool(epoch % 2))
         with autocast(recipe.precision, CPU):
             logits = net(x.contiguous(memory_format=torch.channels_last))
@@ -135,7 +135,7 @@ def overhead() -> tuple[list[Record], str]:
 
     def fresh() -> torch.nn.Module:
         torch.manual_seed(0)
-        return create_model(recipe.model, channels=1, height=28, width=28, classes=10)
+        return create_model(recipe.model, channels=1, image_height=28, image_width=28, classes=10)
 
     loops = {
         "bare": lambda net: bare_loop(net, mnist, recipe),

@@ -63,7 +63,7 @@ def entrants(name: str) -> dict[str, Callable[[Dataset], contenders.Course]]:
     asked = RACES[name]
     (model, filters), (longest, others) = asked.plain, asked.patience
     rivals = {
-        f"plain loop with our net `{model} --filters {filters}`, Adam, fp32": (
+        f"plain loop with our net `{model} --width {filters}`, Adam, fp32": (
             partial(contenders.plain_loop, model=model, filters=filters), others,
         ),
         "scikit-learn's MLPClassifier": (contenders.scikit_learn, others),
@@ -80,7 +80,7 @@ def entrants(name: str) -> dict[str, Callable[[Dataset], contenders.Course]]:
 
 def settled(recipe: str) -> Recipe:
     """Return a recipe as it races: nothing is held out."""
-    return get_recipe(recipe).override(validation=0.0)
+    return get_recipe(recipe).override(val_fraction=0.0)
 
 
 def enter(name: str, who: str) -> None:
@@ -89,7 +89,7 @@ def enter(name: str, who: str) -> None:
     data = load_named(name)
     course = list(entrants(name)[who](data))
     record: Record = {"data": data.name, "who": who, "targets": RACES[name].targets, "course": course}
-    if who.startswith(OURS) and settled(who.removeprefix(OURS).rstrip("`")).test_views:
+    if who.startswith(OURS) and settled(who.removeprefix(OURS).rstrip("`")).tta:
         record["averaged"] = course.pop()[1]
     print(json.dumps(record))
 

@@ -27,11 +27,11 @@ from convlens.data.shards import write_shards
 PAIRS = 3
 NETS = [  # net, options of the recipe, image (C, H, W), batch, steps
     ("mnist-4conv", {}, (1, 28, 28), 512, 12),
-    ("whitened", {"filters": 30}, (3, 32, 32), 500, 16),
+    ("whitened", {"width": 30}, (3, 32, 32), 500, 16),
     ("small", {}, (1, 28, 28), 256, 200),
 ]
 STREAMED = [  # net, options of the recipe, image (C, H, W), batch, steps
-    ("whitened", {"filters": 30}, (3, 32, 32), 500, 12),
+    ("whitened", {"width": 30}, (3, 32, 32), 500, 12),
     ("small", {}, (3, 32, 32), 256, 120),
     ("tiny", {}, (1, 28, 28), 512, 120),
 ]
@@ -50,7 +50,7 @@ def train(data: Path, net: str, options: dict[str, Any], batch: int, steps: int,
     with tempfile.TemporaryDirectory() as folder:
         flags = [f"--{name}={value}" for name, value in options.items()]
         command = ["convlens", "train", str(data), "--recipe", "digits", "--model", net, *flags]
-        command += [f"--batch-size={batch}", f"--iterations={steps}", "--rotation=0", "--scale=0", "--precision=auto"]
+        command += [f"--batch-size={batch}", f"--max-steps={steps}", "--rotation=0", "--scale=0", "--precision=auto"]
         command += ["--lr=0.001", "--out", f"{folder}/run", *arguments]
         subprocess.run(command, capture_output=True, check=True)
         with open(f"{folder}/run/metrics.csv", encoding="utf-8") as file:
@@ -73,7 +73,7 @@ def processes() -> tuple[list[Record], str]:
             paces: dict[str, list[float]] = {"1": [], "2": []}
             for _ in range(PAIRS):
                 for count in paces:
-                    flags = ["--threads=1", "--processes", count, "--validation=0"]
+                    flags = ["--threads=1", "--processes", count, "--val-fraction=0"]
                     paces[count].append(train(Path(folder) / "noise.npz", net, options, batch, steps, *flags))
         label = net_label(net, options)
         records.append({"net": label, "batch": batch, "images_per_second": paces})
@@ -95,7 +95,7 @@ def shards() -> tuple[list[Record], str]:
             paces: dict[str, list[float]] = {"memory": [], "shards": []}
             for _ in range(PAIRS):
                 for kind, source in (("memory", place / "noise.npz"), ("shards", place / "shards")):
-                    paces[kind].append(train(source, net, options, batch, steps, "--validation=0.02"))
+                    paces[kind].append(train(source, net, options, batch, steps, "--val-fraction=0.02"))
         label = net_label(net, options)
         records.append({"net": label, "shape": shape, "batch": batch, "images_per_second": paces})
         medians = [f"{statistics.median(paces[kind]):,.0f}" for kind in paces]

@@ -200,7 +200,7 @@ def doctor() -> tuple[list[Record], str]:
 
 
 def balance() -> tuple[list[Record], str]:
-    """Train on MNIST with a hundredth of the images of 0 to 4, with and without --balance: three seeds each."""
+    """Train on MNIST with a hundredth of the images of 0 to 4, with and without balanced sampling: three seeds."""
     mnist = load_dataset("mnist")
     g = torch.Generator().manual_seed(0)
     keep = (mnist.train.labels >= 5) | (torch.rand(len(mnist.train), generator=g) < 0.01)
@@ -212,12 +212,12 @@ def balance() -> tuple[list[Record], str]:
         for seed in range(3):
             with tempfile.TemporaryDirectory() as folder:
                 run = convlens.train(
-                    skewed, "mnist-995", epochs=4, seed=seed, balance=balanced, out=Path(folder) / "run"
+                    skewed, "mnist-995", epochs=4, seed=seed, balanced_sampling=balanced, out=Path(folder) / "run"
                 )
                 for key, values in figures.items():
                     values.append(100 * run.test[key])
         cells = [f"{statistics.mean(v):.2f}% +- {statistics.stdev(v):.2f}" for v in figures.values()]
-        rows.append(["`--balance`" if balanced else "without", *cells])
+        rows.append(["`--balanced-sampling`" if balanced else "without", *cells])
     what = f"classes of {min(counts)} to {max(counts):,} images"
     return written([what, "accuracy", "balanced accuracy", "macro-F1"], rows)
 

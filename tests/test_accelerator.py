@@ -98,15 +98,15 @@ def same_device(*tensors: list[Tensor], **_: Any) -> None:
     ("name", "options"),
     [
         *((name, {}) for name in sorted(RECIPES.names())),
-        ("digits", {"ema": 0.9, "clip_norm": 1.0, "balance": True, "cutout": 3}),
-        ("digits", {"mixup": 0.5, "cutmix": 0.5, "colour_jitter": 0.2, "crop_probability": 0.1}),
-        ("digits", {"optimizer": "adamw", "nesterov": False, "schedule": "cosine", "parts": 2}),
+        ("digits", {"ema_decay": 0.9, "max_grad_norm": 1.0, "balanced_sampling": True, "cutout": 3}),
+        ("digits", {"mixup": 0.5, "cutmix": 0.5, "color_jitter": 0.2, "center_crop_prob": 0.1}),
+        ("digits", {"optimizer": "adamw", "nesterov": False, "lr_schedule": "cosine", "grad_accum_steps": 2}),
     ],
 )
 @pytest.mark.filterwarnings("ignore:for body:UserWarning")  # BatchNorm's own way to load what is on meta
 def test_no_step_waits_or_mixes_devices(name: str, options: dict[str, Any], looked: list[str]) -> None:
     dataset = made_up(3, 32) if "cifar" in name or name == "folder" else made_up(1, 28)
-    settings = {"iterations": 25, "batch_size": 8, "validation": 0.0, "watch_test": False, **options}
+    settings = {"max_steps": 25, "batch_size": 8, "val_fraction": 0.0, "log_test_metrics": False, **options}
     recipe: Recipe = RECIPES[name]().override(**settings)
     preprocess = Preprocess.measure(dataset.train.images, dataset.style)
     net = make_model(model_config(recipe, dataset), dataset, preprocess)

@@ -37,7 +37,7 @@ IMAGES: dict[str, Callable[[Tensor, BatchRandom], Tensor]] = {
     "affine": lambda x, d: augment.affine(x, d, 20, 0.2),
     "centre_crop_resize": lambda x, d: augment.center_crop_resize(x, d, 0.5, 0.7),
     "cutout": lambda x, d: augment.cutout(x, d, 5),
-    "colour_jitter": lambda x, d: augment.color_jitter(x, d, 0.4),
+    "color_jitter": lambda x, d: augment.color_jitter(x, d, 0.4),
 }
 MIXERS = {"mixup": augment.mixup, "cutmix": augment.cutmix}
 

@@ -43,7 +43,7 @@ def make_photos(root: Path, side: int = 48, mode: str = "RGB", classes: str = "a
 
 
 def build(name: str, classes: int = 3, side: int = 64, channels: int = 3) -> ConvNet:
-    net = create_model(f"timm:{name}", channels=channels, height=side, width=side, classes=classes)
+    net = create_model(f"timm:{name}", channels=channels, image_height=side, image_width=side, classes=classes)
     assert isinstance(net, ConvNet)
     return net
 
@@ -67,11 +67,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 @pytest.mark.parametrize("name", NETS)
 def test_the_contract(name: str) -> None:
-    check_model(f"timm:{name}", channels=3, height=64, width=64, classes=3)
+    check_model(f"timm:{name}", channels=3, image_height=64, image_width=64, classes=3)
 
 
 def test_grey_images() -> None:
-    check_model("timm:resnet10t", channels=1, height=32, width=32)
+    check_model("timm:resnet10t", channels=1, image_height=32, image_width=32)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -217,7 +217,7 @@ def test_a_bundle_is_rebuilt_without_asking_anybody(run: Run, monkeypatch: pytes
 @pytest.mark.usefixtures("no_plots")
 def test_a_run_is_a_start_for_another(run: Run, tmp_path: Path) -> None:
     photos = make_photos(tmp_path / "photos", classes="abc")
-    again = convlens.train(photos, init=run.path, frozen=3, image_size=48, out="again", **QUICK)
+    again = convlens.train(photos, init_from=run.path, freeze=3, image_size=48, out="again", **QUICK)
     assert again.config["model"]["name"] == "timm:resnet10t"
     before, after = run.classifier.net.state_dict(), again.classifier.net.state_dict()
     assert torch.equal(before["net.layer2.0.bn1.running_mean"], after["net.layer2.0.bn1.running_mean"])

@@ -33,7 +33,7 @@ def digits() -> Dataset:
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"),
+    ("text", "max_seconds"),
     [("60", 60), ("60s", 60), (" 90 s ", 90), ("1.5m", 90), ("5min", 300), ("1h", 3600), ("0.5h", 1800)],
 )
 def test_times(text: str, seconds: float) -> None:
@@ -66,9 +66,9 @@ def paces(monkeypatch: pytest.MonkeyPatch, *paces: float) -> None:
 
 NOW = 100.0  # what the clock says, all the time
 # 1437 digits are 22 whole batches of 64: an epoch is 1408 images
-SHORT = Recipe(name="short", epochs=1, batch_size=64, validation=0.0)
-LONG = Recipe(name="long", epochs=10, batch_size=64, validation=0.0)
-LONGEST = Recipe(name="longest", epochs=100, batch_size=64, validation=0.0)
+SHORT = Recipe(name="short", epochs=1, batch_size=64, val_fraction=0.0)
+LONG = Recipe(name="long", epochs=10, batch_size=64, val_fraction=0.0)
+LONGEST = Recipe(name="longest", epochs=100, batch_size=64, val_fraction=0.0)
 
 
 @pytest.mark.parametrize(
@@ -79,21 +79,21 @@ def test_the_richest_that_fits(seconds: float, name: str, digits: Dataset, monke
     recipe = choose_for_budget(seconds, NOW, digits, [SHORT, LONG, LONGEST])
     assert recipe.name == name
     # the report and the 359 test images go off
-    assert recipe.seconds == pytest.approx(seconds - time_budget.FINISH_SECONDS - 1)
+    assert recipe.max_seconds == pytest.approx(seconds - time_budget.FINISH_SECONDS - 1)
     assert recipe.epochs is None
 
 
-def test_what_has_been_spent_and_test_views_go_off(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_been_spent_and_tta_go_off(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     paces(monkeypatch, 1408)
-    recipe = choose_for_budget(20, NOW - 4, digits, [SHORT.override(flip=True, test_views=True)])
-    assert recipe.seconds == pytest.approx(20 - 4 - time_budget.FINISH_SECONDS - 7)
+    recipe = choose_for_budget(20, NOW - 4, digits, [SHORT.override(hflip=True, tta=True)])
+    assert recipe.max_seconds == pytest.approx(20 - 4 - time_budget.FINISH_SECONDS - 7)
 
 
 def test_steps_on_smaller_images_are_counted_by_their_pixels(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of them at a quarter of the pixels make ten epochs as long as 6.25; whole ones would not fit."""
     for small_size, name in ((4, "long"), (0, "short")):
         paces(monkeypatch, 1408, 1408)
-        longer = LONG.override(small_size=small_size, small_share=0.5)
+        longer = LONG.override(initial_size=small_size, initial_size_fraction=0.5)
         assert choose_for_budget(7, NOW, digits, [SHORT, longer]).name == name
 
 
@@ -105,13 +105,13 @@ def test_a_budget_that_is_too_short(digits: Dataset, monkeypatch: pytest.MonkeyP
 
 def test_images_are_tested_once_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = get_recipe("fashion-94")
-    assert asked.test_views
+    assert asked.tta
     for recipe in (None, asked):
-        assert not any(choice.test_views for choice in budget_candidates("fashion-mnist", recipe))
+        assert not any(choice.tta for choice in budget_candidates("fashion-mnist", recipe))
     monkeypatch.setattr(time_budget, "measure_throughput", lambda *_: Throughput(1e6, 1e6))
-    for given in ({}, {"test_views": True}):
-        experiment = Experiment.create("digits", asked, budget=60, small_size=0, out=f"views{len(given)}", **given)
-        assert experiment.recipe.test_views is bool(given)
+    for given in ({}, {"tta": True}):
+        experiment = Experiment.create("digits", asked, budget=60, initial_size=0, out=f"views{len(given)}", **given)
+        assert experiment.recipe.tta is bool(given)
 
 
 def test_the_pace_is_measured_and_nothing_random_is_touched(digits: Dataset) -> None:
@@ -143,7 +143,7 @@ def test_what_is_slow_once_does_not_count(stalled: int, done: list[int]) -> None
     assert seen == done
 
 
-@pytest.mark.parametrize(("batch_size", "parts", "images", "batch"), [(1000, 4, 1437, 250), (64, 1, 40, 40)])
+@pytest.mark.parametrize(("batch_size", "grad_accum_steps", "images", "batch"), [(1000, 4, 1437, 250), (64, 1, 40, 40)])
 def test_the_pace_is_that_of_the_recipes_own_batches(
     batch_size: int, parts: int, images: int, batch: int, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,14 +158,14 @@ def test_the_pace_is_that_of_the_recipes_own_batches(
 
     monkeypatch.setattr(time_budget, "make_net", make_net)
     few = replace(digits, train=digits.train.take(torch.arange(images)))
-    measure_throughput(few, Recipe(model="small", filters=4, epochs=1, batch_size=batch_size, parts=parts))
+    measure_throughput(few, Recipe(model="small", width=4, epochs=1, batch_size=batch_size, grad_accum_steps=parts))
     assert sizes - {1} == {batch}  # the arithmetic is chosen with single images
 
 
 def test_a_run_in_seconds_ends_then(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(ticks) / 100)  # a machine of an even pace
-    run = convlens.train("digits", seconds=1.0, threads=1, device="cpu", precision="fp32")
+    run = convlens.train("digits", max_seconds=1.0, threads=1, device="cpu", precision="fp32")
     assert run.config["recipe"]["epochs"] is None
     last = run.metrics[-1]
     assert last["seconds"] is not None and 0.8 < last["seconds"] <= 1.0
@@ -176,7 +176,7 @@ def test_a_run_in_seconds_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) 
     from convlens.errors import TrainingInterruptedError
     from convlens.runs.experiment import Experiment
 
-    options = {"seconds": 3.0, "threads": 1, "device": "cpu", "precision": "fp32"}
+    options = {"max_seconds": 3.0, "threads": 1, "device": "cpu", "precision": "fp32"}
     experiment = Experiment.create("digits", out="cut", **options)
     stop: list[bool] = []
     should_stop: Callable[[], bool] = lambda: bool(stop)  # noqa: E731
@@ -197,11 +197,11 @@ def test_a_budget_in_python_may_be_text() -> None:
 
 
 def test_seconds_know_no_epochs_to_step_at() -> None:
-    with pytest.raises(UsageError, match="^--schedule step counts epochs, and a training given in seconds has none"):
-        Recipe(seconds=5, schedule="step")
+    with pytest.raises(UsageError, match="^--lr-schedule step counts epochs, and a training given in seconds has none"):
+        Recipe(max_seconds=5, lr_schedule="step")
 
 
 def test_budget_and_a_length_are_refused() -> None:
-    for name in ("epochs", "iterations", "seconds"):
+    for name in ("epochs", "max_steps", "max_seconds"):
         with pytest.raises(UsageError, match="^--budget decides the length; give no --epochs, "):
             convlens.train("digits", budget=60, **{name: 3})

@@ -43,7 +43,7 @@ TRAINED: dict[str, Any] = {
 def make_bundle(channels: int = 3, side: int = 8, model: str = "small", **options: Any) -> Bundle:
     """Return a bundle of a fresh net for three classes."""
     torch.manual_seed(0)
-    arguments = {"channels": channels, "height": side, "width": side, "classes": 3, **options}
+    arguments = {"channels": channels, "image_height": side, "image_width": side, "classes": 3, **options}
     net = create_model(model, **arguments).eval()
     # fresh BatchNorms are the identity: let them be something that has to be saved
     for module in net.modules():
@@ -57,7 +57,7 @@ def make_bundle(channels: int = 3, side: int = 8, model: str = "small", **option
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """Return the folder of a saved bundle."""
-    make_bundle(filters=4).save(tmp_path / "pets")
+    make_bundle(width=4).save(tmp_path / "pets")
     return tmp_path / "pets"
 
 
@@ -72,8 +72,8 @@ def edit_config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("channels", "side", "model", "options"),
     [
-        (3, 8, "small", {"filters": 4}),
-        (3, 16, "whitened", {"filters": 4}),
+        (3, 8, "small", {"width": 4}),
+        (3, 16, "whitened", {"width": 4}),
         (1, 12, "fashion-2conv", {"pool": "avg"}),
         (3, 16, "cifar-lenet", {"output_relu": False}),
         (1, 16, "mnist-4conv", {}),
@@ -175,7 +175,12 @@ def test_a_foreign_config(config: str, saved: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model": {"name": "small", "arguments": {"channels": 3, "height": 8, "width": 8, "classes": 4, "filters": 4}}},
+        {
+            "model": {
+                "name": "small",
+                "arguments": {"channels": 3, "image_height": 8, "image_width": 8, "classes": 4, "width": 4},
+            }
+        },
         {"model": {"name": "small", "arguments": ["channels"]}},
         {"model": {"name": "small", "arguments": {}}},
         {"model": "small"},
@@ -207,7 +212,7 @@ def own_model() -> Iterator[None]:
 
 @pytest.mark.usefixtures("own_model")
 def test_a_model_that_has_to_be_registered_first(tmp_path: Path) -> None:
-    make_bundle(model="own", filters=2).save(tmp_path / "b")
+    make_bundle(model="own", width=2).save(tmp_path / "b")
     assert load_bundle(tmp_path / "b").model["name"] == "own"
     del MODELS._entries["own"]
     with pytest.raises(ConvlensError, match="unknown model 'own'; .*; import the module that registers it first$"):
@@ -322,7 +327,7 @@ def test_probabilities_are_those_of_the_net(classifier: Classifier, picture: Ima
 
 
 def test_raw_leaves_the_ink_alone() -> None:
-    bundle = make_bundle(channels=1, filters=4)
+    bundle = make_bundle(channels=1, width=4)
     ink = replace(bundle, preprocess=replace(bundle.preprocess, style=InputStyle(ink_box=6)))
     classifier = Classifier(ink)
     paper = Image.new("L", (40, 40), 255)

@@ -112,7 +112,7 @@ def test_evaluate_says_what_test_json_says(shell: Shell, digits_run: Path) -> No
     assert again["loss"] == pytest.approx(saved["loss"], rel=1e-5)
     _, text, _ = shell("evaluate", digits_run)
     assert f"accuracy {saved['accuracy']:.2%}" in text
-    _, table, err = shell("evaluate", digits_run, "--format", "csv", "--test-views")
+    _, table, err = shell("evaluate", digits_run, "--format", "csv", "--tta")
     assert "with test-time augmentation (" in err  # it is no row of the table
     rows = list(csv.DictReader(io.StringIO(table)))
     assert [row["class"] for row in rows] == list("0123456789")
@@ -195,7 +195,7 @@ def test_wrong_values_name_their_flag(shell: Shell) -> None:
     shell.fails("train", "digits", "--batch-size", "0", code=2, says="--batch-size is 0; it must be at least 1")
     shell.fails("train", "digits", "--momentum", "1", code=2, says="--momentum is 1.0; it must be below 1")
     shell.fails("train", "digits", "--pool", "max", code=2, says="model 'small' has no option 'pool'")
-    shell.fails("train", "digits", "--epochs", "1", "--iterations", "5", code=2, says="epochs, iterations or seconds")
+    shell.fails("train", "digits", "--epochs", "1", "--max-steps", "5", code=2, says="epochs, iterations or seconds")
     shell.fails("train", code=2, says="name the data to train on, or a run to --resume")
     shell.fails("train", "--resume", "runs/none", code=2, says="there is no run folder runs/none")
     shell.fails("train", "--resume", "x", "--lr", "1", code=2, says="--resume goes on with the run's own recipe")
@@ -299,7 +299,7 @@ def test_config_repeats_a_run(shell: Shell, digits_run: Path) -> None:
 
 def test_init_starts_from_trained_weights(shell: Shell, tmp_path: Path, digits_run: Path) -> None:
     root = make_folder(tmp_path / "shapes", {"a": 12, "b": 12, "c": 12}, side=8)
-    code, out, _ = shell("train", root, *QUICK, "--init", digits_run, "--recipe", "digits")
+    code, out, _ = shell("train", root, *QUICK, "--init-from", digits_run, "--recipe", "digits")
     assert code == 0
     assert f"started from {digits_run}: " in out
     assert "3 classes" in out
@@ -376,7 +376,9 @@ def test_seeds_compare_mistakes_and_doctor_in_the_shell(shell: Shell, tmp_path: 
     shell.fails("train", "digits", "--seeds", "1", code=2, says="--seeds is 1; a spread needs at least 2")
     shell.fails("train", "digits", "--folds", "0", code=2, says="--folds is 0; a spread needs at least 2")
     shell.fails("train", "", code=2, says="the data have an empty name; for the current folder say .")
-    shell.fails("train", "digits", "--seeds", "2", "--budget", "9s", code=2, says="--seeds and --folds take no --init")
+    shell.fails(
+        "train", "digits", "--seeds", "2", "--budget", "9s", code=2, says="--seeds and --folds take no --init-from"
+    )
 
 
 def test_predict_says_unknown_and_names_a_set(shell: Shell, digits_run: Path) -> None:
@@ -411,7 +413,7 @@ def test_the_flags_of_train_are_the_recipe_and_these(shell: Shell) -> None:
         "config",
         "out",
         "resume",
-        "init",
+        "init_from",
         "allow_unreadable",
         "budget",
         "seeds",
@@ -437,13 +439,13 @@ def test_the_flags_of_sweep_and_tune_are_the_recipe_and_these() -> None:
 
 # taking a flag away, or renaming one, breaks people's scripts
 FROZEN_RECIPE_FLAGS = """
---model --filters --kernel-size --pool --output-relu --pretrained --frozen --image-size --validation --watch-test
---epochs --iterations --seconds --batch-size --parts --sync-batchnorm --small-size --small-share --save-every
---balance --loss --label-smoothing --optimizer --lr --head-lr --bias-lr --momentum --nesterov --muon-momentum
---weight-decay --clip-norm --schedule --warmup --step-epochs --step-factor --ema --select --patience --shift --rotation
---scale --flip --crop-probability --crop-fraction --cutout --colour-jitter --mixup --cutmix --test-views --snapshots
---tensorboard --seed
---device --threads --precision
+--model --width --kernel-size --pool --output-relu --pretrained --freeze --image-size --val-fraction
+--log-test-metrics --epochs --max-steps --max-seconds --batch-size --grad-accum-steps --sync-batchnorm --initial-size
+--initial-size-fraction --save-every --balanced-sampling --loss --label-smoothing --optimizer --lr --head-lr --bias-lr
+--momentum --nesterov --muon-momentum --weight-decay --max-grad-norm --lr-schedule --warmup-fraction --lr-step-size
+--lr-gamma --ema-decay --restore-best --patience --translate --rotation --scale --hflip --center-crop-prob
+--center-crop-ratio --cutout --color-jitter --mixup --cutmix --tta --save-snapshots --tensorboard --seed --device
+--threads --precision
 """
 
 
@@ -624,7 +626,7 @@ def test_what_helps_is_said(shell: Shell, digits_run: Path) -> None:
     Path("mine.txt").write_text("mine")
     line = shell.fails("train", "digits", "--out", "mine.txt", code=2, says="mine.txt exists already; choose another")
     assert "--resume" not in line
-    shell.fails("train", "digits", "--filters", 10**8, code=2, says="not enough memory for this net small; try fewer")
+    shell.fails("train", "digits", "--width", 10**8, code=2, says="not enough memory for this net small; try fewer")
     assert not Path("runs").exists()
 
 
@@ -642,9 +644,12 @@ def test_a_run_without_its_checkpoints_begins_anew_and_says_so(shell: Shell) -> 
     ("words", "says"),
     [
         (["--loss", "nll"], "--loss nll needs a net that ends in log-softmax"),
-        (["--patience", "3", "--validation", "0"], "--patience and --select best choose by validation images"),
-        (["--init", "digits", "--frozen", "99"], "--frozen 99: the net has 4 stages"),
-        (["--model", "fashion-2conv", "--small-size", "4", "--precision", "auto"], "--small-size 4: the net fashion-2"),
+        (["--patience", "3", "--val-fraction", "0"], "--patience and --restore-best choose by validation images"),
+        (["--init-from", "digits", "--freeze", "99"], "--freeze 99: the net has 4 stages"),
+        (
+            ["--model", "fashion-2conv", "--initial-size", "4", "--precision", "auto"],
+            "--initial-size 4: the net fashion-2",
+        ),
     ],
 )
 def test_what_cannot_be_trained_leaves_no_run(words: list[str], says: str, shell: Shell) -> None:

@@ -87,8 +87,10 @@ def test_an_entrant_prints_its_record(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_convlens_is_looked_at_with_its_augmentation_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contenders, "test_accuracy", lambda net, data, normalise, views: 0.5 if views else 0.0)
     data = make_dataset(300, 32, 3)
-    recipe = get_recipe("cifar10-90").override(iterations=2, batch_size=150, parts=1, filters=4, validation=0.0)
-    assert recipe.test_views
+    recipe = get_recipe("cifar10-90").override(
+        max_steps=2, batch_size=150, grad_accum_steps=1, width=4, val_fraction=0.0
+    )
+    assert recipe.tta
     points = list(contenders.convlens(data, recipe))
     assert len(points) == 2 and points[1] == (points[0][0], 0.5)
 

@@ -162,7 +162,7 @@ def test_the_files_and_the_list_that_train_honours(capsys: pytest.CaptureFixture
     ):
         with pytest.raises(UsageError, match="exists already"):
             write()
-    run = convlens.train("digits.npz", exclude="remove.txt", validation=0.0, **QUICK)
+    run = convlens.train("digits.npz", exclude="remove.txt", val_fraction=0.0, **QUICK)
     assert run.config["data"]["counts"]["train"] == len(dataset.train) - sum(n.startswith("train/") for n in names)
     split = (run.path / "split.csv").read_text().splitlines()
     assert "train,5" not in split and "train,6" in split
@@ -176,12 +176,12 @@ def test_a_run_with_exclusions_goes_on() -> None:
     digits = load_dataset("digits")
     Path("some.txt").write_text(f"train/{digits.train.ids[1]}\twhy\n\n{digits.test.ids[2]}\n")
     whole = convlens.train("digits", exclude="some.txt", out="whole", **QUICK)
-    experiment = Experiment.create("digits", exclude="some.txt", out="parts", **QUICK)
+    experiment = Experiment.create("digits", exclude="some.txt", out="grad_accum_steps", **QUICK)
     with pytest.raises(convlens.ConvlensError, match="^stopped at step 3"):
         steps = iter(range(100))
         for _ in experiment.epochs(should_stop=lambda: next(steps) == 3):
             pass
-    again = Experiment.resume("parts")
+    again = Experiment.resume("grad_accum_steps")
     for _ in again.epochs():
         pass
     assert again.finish().test == whole.test

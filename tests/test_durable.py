@@ -97,7 +97,7 @@ def digits_experiment(out: Path) -> Experiment:
         return Experiment.resume(out)
     shutil.rmtree(out, ignore_errors=True)  # killed before there was anything to go on with
     return Experiment.create(
-        "digits", out=out, epochs=4, batch_size=130, save_every=3, filters=4, ema=0.9, device="cpu", threads=1,
+        "digits", out=out, epochs=4, batch_size=130, save_every=3, width=4, ema_decay=0.9, device="cpu", threads=1,
         precision="fp32",
     )  # fmt: skip
 
@@ -442,7 +442,7 @@ def command(*words: object) -> int:
     return wait(fork(run))
 
 
-SHORT = ["--filters", "4", "--device", "cpu", "--threads", "1", "--precision", "fp32", "--batch-size", "130"]
+SHORT = ["--width", "4", "--device", "cpu", "--threads", "1", "--precision", "fp32", "--batch-size", "130"]
 
 
 def test_a_training_without_room_fails_in_a_line(tmp_path: Path) -> None:
@@ -760,7 +760,7 @@ def test_when_memory_runs_out_the_batch_goes_in_parts(
         assert torch.allclose(value, state_of(plain)[key], atol=1e-5)
     assert records[-1].train_loss == pytest.approx(expected[-1].train_loss, rel=1e-4)
     saved = store.load()
-    assert saved is not None and saved[0].parts == 4
+    assert saved is not None and saved[0].grad_accum_steps == 4
 
 
 def test_when_memory_is_too_small_for_anything_it_says_so() -> None:
@@ -783,7 +783,7 @@ torch.set_num_threads(1)
 images = torch.randint(0, 256, (2048, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
 labels = (torch.arange(2048) % 4).numpy()
 data = from_arrays(images, labels, images[:8], labels[:8])
-net = create_model("small", channels=3, height=32, width=32, classes=4, filters=32)
+net = create_model("small", channels=3, image_height=32, image_width=32, classes=4, filters=32)
 own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 limit = own + (int(sys.argv[1]) << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -51,13 +51,13 @@ def make_dataset(train: int = 36, validation: int = 12, test: int = 8) -> Datase
 
 def make_recipe(**changes: Any) -> Recipe:
     """Return a recipe of three epochs of five steps on :func:`make_dataset`."""
-    base = Recipe(epochs=3, batch_size=8, lr=0.05, validation=0.0, device="cpu", threads=1, precision="fp32")
+    base = Recipe(epochs=3, batch_size=8, lr=0.05, val_fraction=0.0, device="cpu", threads=1, precision="fp32")
     return base.override(**changes)
 
 
 def make_net(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return create_model("small", channels=1, height=SIDE, width=SIDE, classes=4, filters=4)
+    return create_model("small", channels=1, image_height=SIDE, image_width=SIDE, classes=4, width=4)
 
 
 class DropoutNet(ConvNet):
@@ -143,14 +143,14 @@ def test_a_record_is_yielded_as_soon_as_its_epoch_is_over() -> None:
 
 
 def test_what_a_record_holds() -> None:
-    records = train(make_net(), make_dataset(), make_recipe(schedule="constant"))
+    records = train(make_net(), make_dataset(), make_recipe(lr_schedule="constant"))
     for record in records:
         assert record.lr == 0.05
         assert 0 <= record.train_acc <= 1
         assert record.val_loss is not None and record.val_acc is not None
         assert record.test_loss is None and record.test_acc is None
     assert [r.seconds for r in records] == sorted(r.seconds for r in records)
-    watched = train(make_net(), make_dataset(validation=0), make_recipe(watch_test=True))
+    watched = train(make_net(), make_dataset(validation=0), make_recipe(log_test_metrics=True))
     assert all(r.val_loss is None and r.val_acc is None for r in watched)
     assert all(r.test_loss is not None and r.test_acc is not None for r in watched)
 
@@ -170,15 +170,15 @@ def test_figures_of_training_are_those_of_the_batches() -> None:
 
 def test_validation_is_carved_from_train_only() -> None:
     dataset = make_dataset(validation=0)
-    (record,) = train(make_net(), dataset, make_recipe(epochs=1, validation=0.25))
+    (record,) = train(make_net(), dataset, make_recipe(epochs=1, val_fraction=0.25))
     assert record.val_acc is not None and (record.val_acc * 8) % 1 == 0  # two images of each class
     assert len(dataset.train) == 36 and dataset.validation is None
 
 
-@pytest.mark.parametrize(("iterations", "epochs"), [(1, 1), (4, 1), (5, 1), (6, 2), (12, 3), (15, 3)])
+@pytest.mark.parametrize(("max_steps", "epochs"), [(1, 1), (4, 1), (5, 1), (6, 2), (12, 3), (15, 3)])
 def test_iterations_need_not_be_whole_epochs(iterations: int, epochs: int, tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
-    records = train(make_net(), make_dataset(), make_recipe(iterations=iterations), store=store)
+    records = train(make_net(), make_dataset(), make_recipe(max_steps=iterations), store=store)
     assert [record.epoch for record in records] == list(range(1, epochs + 1))
     saved = store.load()
     assert saved is not None and saved[0].step == iterations
@@ -213,7 +213,7 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own() -> None:
 def test_a_last_batch_of_one_image(model: str) -> None:
     # 33 = 4 * 8 + 1, and of 8x8 pixels the net "whitened" has one pixel left where its BatchNorm counts
     torch.manual_seed(0)
-    net = create_model(model, channels=1, height=SIDE, width=SIDE, classes=4, filters=4)
+    net = create_model(model, channels=1, image_height=SIDE, image_width=SIDE, classes=4, width=4)
     records = train(net, make_dataset(train=33), make_recipe(epochs=1))
     assert math.isfinite(records[0].train_loss)
 
@@ -251,7 +251,7 @@ def test_it_gives_back_what_it_kept_when_a_later_step_does_not_fit(monkeypatch: 
 
     net = make_net()
     net.register_forward_pre_hook(short)
-    train(net, make_dataset(), make_recipe(epochs=2, small_size=SIDE // 2, small_share=0.5))
+    train(net, make_dataset(), make_recipe(epochs=2, initial_size=SIDE // 2, initial_size_fraction=0.5))
     assert asked == ["keep", "return"]
 
 
@@ -264,7 +264,7 @@ def test_sums_do_not_depend_on_when_somebody_asks() -> None:
     batches = [(torch.rand(()) * 0.1**i, torch.randn(n, 3), torch.randint(0, 3, (n,)), n) for i, n in enumerate(sizes)]
     states = []
     for asked in ((), (0, 1, 2, 3), (1, 2)):
-        state = TrainState(parts=1, loss_sum=0.1, correct=4, seen=9)
+        state = TrainState(grad_accum_steps=1, loss_sum=0.1, correct=4, seen=9)
         tally = RunningMetrics(state, CPU, World())
         for index, batch in enumerate(batches):
             tally.add(*batch)
@@ -284,7 +284,7 @@ def test_sums_do_not_depend_on_when_somebody_asks() -> None:
 def test_same_seed_same_bits_and_other_seed_other_bits() -> None:
     def run(seed: int) -> tuple[list[EpochRecord], dict[str, Tensor]]:
         net = make_net()
-        records = train(net, make_dataset(), make_recipe(seed=seed, shift=1, rotation=5.0))
+        records = train(net, make_dataset(), make_recipe(seed=seed, translate=1, rotation=5.0))
         return timeless(records), state_of(net)
 
     first, again, other = run(0), run(0), run(1)
@@ -303,16 +303,19 @@ def test_the_global_generator_does_not_matter() -> None:
 
 
 RESUMED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
-    "sgd": (make_net, {"nesterov": True, "weight_decay": 1e-3, "warmup": 0.2}),
-    "adamw": (make_net, {"optimizer": "adamw", "lr": 0.003, "weight_decay": 0.01, "schedule": "cosine"}),
-    "muon": (make_net, {"optimizer": "muon", "lr": 0.1, "nesterov": True, "small_size": 5, "flip": True}),
-    "adam": (make_net, {"optimizer": "adam", "lr": 0.003, "schedule": "one-cycle"}),
-    "ema": (make_net, {"ema": 0.9}),
-    "augmentation": (make_net, {"shift": 2, "rotation": 10.0, "scale": 0.1, "flip": True, "cutout": 3, "mixup": 0.3}),
-    "cutmix": (make_net, {"cutmix": 1.0, "crop_probability": 0.5, "colour_jitter": 0.2, "label_smoothing": 0.1}),
-    "dropout": (make_dropout_net, {"clip_norm": 0.5}),
-    "best": (make_net, {"select": "best", "ema": 0.8, "watch_test": True}),
-    "partial epoch": (make_net, {"iterations": 13, "schedule": "step", "step_epochs": 1}),
+    "sgd": (make_net, {"nesterov": True, "weight_decay": 1e-3, "warmup_fraction": 0.2}),
+    "adamw": (make_net, {"optimizer": "adamw", "lr": 0.003, "weight_decay": 0.01, "lr_schedule": "cosine"}),
+    "muon": (make_net, {"optimizer": "muon", "lr": 0.1, "nesterov": True, "initial_size": 5, "hflip": True}),
+    "adam": (make_net, {"optimizer": "adam", "lr": 0.003, "lr_schedule": "one-cycle"}),
+    "ema_decay": (make_net, {"ema_decay": 0.9}),
+    "augmentation": (
+        make_net,
+        {"translate": 2, "rotation": 10.0, "scale": 0.1, "hflip": True, "cutout": 3, "mixup": 0.3},
+    ),
+    "cutmix": (make_net, {"cutmix": 1.0, "center_crop_prob": 0.5, "color_jitter": 0.2, "label_smoothing": 0.1}),
+    "dropout": (make_dropout_net, {"max_grad_norm": 0.5}),
+    "best": (make_net, {"restore_best": True, "ema_decay": 0.8, "log_test_metrics": True}),
+    "partial epoch": (make_net, {"max_steps": 13, "lr_schedule": "step", "lr_step_size": 1}),
 }
 
 
@@ -326,7 +329,7 @@ def test_stopping_anywhere_and_going_on_changes_no_bit(case: str, tmp_path: Path
     assert whole is not None
 
     # stopped before and behind the first step, in mid-epoch, at the last step of an epoch (5), right behind it, later
-    store = CheckpointStore(tmp_path / "parts")
+    store = CheckpointStore(tmp_path / "grad_accum_steps")
     for stop in (0, 1, 2, 5, 6, 9):
         clock.steps = 0
         told: list[EpochRecord] = []
@@ -351,7 +354,7 @@ def test_stopping_anywhere_and_going_on_changes_no_bit(case: str, tmp_path: Path
 
 
 def test_stopping_at_every_step_in_turn(tmp_path: Path, clock: Clock) -> None:
-    dataset, recipe, store = make_dataset(), make_recipe(epochs=2, ema=0.9), CheckpointStore(tmp_path)
+    dataset, recipe, store = make_dataset(), make_recipe(epochs=2, ema_decay=0.9), CheckpointStore(tmp_path)
     whole = make_net()
     expected = train(whole, dataset, recipe)
     for stop in range(10):
@@ -378,7 +381,7 @@ def test_a_stop_at_the_very_last_step_comes_too_late(clock: Clock) -> None:
 
 
 def test_a_finished_training_tells_its_records_again_and_does_nothing(tmp_path: Path) -> None:
-    dataset, recipe, store = make_dataset(), make_recipe(select="best"), CheckpointStore(tmp_path / "store")
+    dataset, recipe, store = make_dataset(), make_recipe(restore_best=True), CheckpointStore(tmp_path / "store")
     first = make_net()
     records = train(first, dataset, recipe, store=store)
     files = {path: path.read_bytes() for path in (tmp_path / "store").iterdir()}
@@ -403,12 +406,14 @@ def script(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> list[dic
     return seen
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
-@pytest.mark.parametrize(("select", "kept"), [("best", 1), ("last", 2)])
-def test_which_epochs_weights_are_kept(select: str, kept: int, ema: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+@pytest.mark.parametrize(("restore_best", "kept"), [(True, 1), (False, 2)])
+def test_which_epochs_weights_are_kept(
+    restore_best: bool, kept: int, ema: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = script(monkeypatch, [0.5, 0.9, 0.7])
     net = make_net()
-    train(net, make_dataset(), make_recipe(select=select, ema=ema))
+    train(net, make_dataset(), make_recipe(restore_best=restore_best, ema_decay=ema))
     assert len(seen) == 3
     assert [same(state_of(net), weights) for weights in seen] == [i == kept for i in range(3)]
 
@@ -423,7 +428,7 @@ def test_of_equal_epochs_the_lower_loss_is_kept(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(engine, "evaluate", scripted)
     net = make_net()
-    train(net, make_dataset(), make_recipe(select="best"))
+    train(net, make_dataset(), make_recipe(restore_best=True))
     assert [same(state_of(net), weights) for weights in seen] == [False, True, False]
 
 
@@ -448,20 +453,20 @@ def test_patience(
     assert len(train(make_net(), make_dataset(), recipe, store=store)) == epochs
 
 
-@pytest.mark.parametrize("choice", [{"patience": 1}, {"select": "best"}])
+@pytest.mark.parametrize("choice", [{"patience": 1}, {"restore_best": True}])
 def test_without_validation_there_is_nothing_to_choose_by(choice: dict[str, Any]) -> None:
-    recipe = make_recipe(watch_test=True, **choice)
-    with pytest.raises(UsageError, match="choose by validation images; set a --validation share above 0"):
+    recipe = make_recipe(log_test_metrics=True, **choice)
+    with pytest.raises(UsageError, match="choose by validation images; set a --val-fraction share above 0"):
         train(make_net(), make_dataset(validation=0), recipe)
 
 
-@pytest.mark.parametrize("select", ["best", "last"])
-def test_nothing_is_chosen_by_the_test_split(select: str) -> None:
+@pytest.mark.parametrize("restore_best", [True, False])
+def test_nothing_is_chosen_by_the_test_split(restore_best: bool) -> None:
     # a test split turned upside down changes what is watched, and nothing else
-    recipe = make_recipe(select=select, watch_test=True, patience=2, epochs=5, ema=0.8)
+    recipe = make_recipe(restore_best=restore_best, log_test_metrics=True, patience=2, epochs=5, ema_decay=0.8)
     honest = make_dataset()
     turned = replace(honest, test=replace(honest.test, labels=3 - honest.test.labels))
-    unwatched = recipe.override(watch_test=False)
+    unwatched = recipe.override(log_test_metrics=False)
     results = []
     for dataset, rules in ((honest, recipe), (turned, recipe), (honest, unwatched)):
         net = make_net()
@@ -477,7 +482,7 @@ def test_averaged_weights_are_what_is_measured_and_kept(tmp_path: Path, monkeypa
     seen = script(monkeypatch, [0.5, 0.6, 0.7])
     net, store = make_net(), CheckpointStore(tmp_path)
     averages, own = [], []
-    for _ in fit(net, make_dataset(), make_recipe(ema=0.9), store=store):
+    for _ in fit(net, make_dataset(), make_recipe(ema_decay=0.9), store=store):
         saved = store.load()
         assert saved is not None
         tensors = saved[1]
@@ -511,21 +516,21 @@ def test_average_by_hand() -> None:
 
 def test_a_loss_that_is_no_number_ends_the_training_with_advice() -> None:
     with pytest.raises(DivergenceError) as caught:
-        train(make_dropout_net(), make_dataset(), make_recipe(lr=1e15, schedule="constant"))
+        train(make_dropout_net(), make_dataset(), make_recipe(lr=1e15, lr_schedule="constant"))
     assert caught.value.exit_code == 3
     message = str(caught.value)
     assert message.startswith("the loss is not a number any more (at step ")
     assert "try a lower --lr (now 1e+15)" in message
-    assert "--warmup" in message and "--clip-norm 1" in message
+    assert "--warmup-fraction" in message and "--max-grad-norm 1" in message
 
 
-@pytest.mark.parametrize(("validation", "weight_decay"), [(0, 1000.0), (12, 1000.0), (12, 0.0)])
+@pytest.mark.parametrize(("val_fraction", "weight_decay"), [(0, 1000.0), (12, 1000.0), (12, 0.0)])
 def test_a_net_that_the_very_last_step_ruins_is_not_passed_off_as_trained(
     validation: int, weight_decay: float, tmp_path: Path
 ) -> None:
     # the loss of a step is that of the weights before it: of one step alone it is always a number; with the decay
     # the weights become infinite, without it they stay numbers and what the net says does not
-    recipe = make_recipe(iterations=1, lr=1e38, momentum=0.0, weight_decay=weight_decay, schedule="constant")
+    recipe = make_recipe(max_steps=1, lr=1e38, momentum=0.0, weight_decay=weight_decay, lr_schedule="constant")
     with pytest.raises(DivergenceError, match="try a lower --lr"):
         train(make_net(), make_dataset(validation=validation), recipe, store=CheckpointStore(tmp_path))
 
@@ -568,16 +573,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = CheckpointStore(tmp_path)
-    train(make_net(), make_dataset(), make_recipe(epochs=2, schedule="constant"), store=store)
+    train(make_net(), make_dataset(), make_recipe(epochs=2, lr_schedule="constant"), store=store)
     newest, older = tmp_path / "step-00000010.safetensors", tmp_path / "step-00000005.safetensors"
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
     newest.write_bytes(content)
     damage = f"the checkpoint {newest} is damaged: its SHA-256 is not the one that was written"
     net, whole = make_net(), make_net()
-    records = train(net, make_dataset(), make_recipe(epochs=3, schedule="constant"), store=store)
+    records = train(net, make_dataset(), make_recipe(epochs=3, lr_schedule="constant"), store=store)
     assert capsys.readouterr().err == f"convlens: {damage}; going on from step 5 instead of 10\n"
-    assert timeless(records) == timeless(train(whole, make_dataset(), make_recipe(epochs=3, schedule="constant")))
+    assert timeless(records) == timeless(train(whole, make_dataset(), make_recipe(epochs=3, lr_schedule="constant")))
     for path in (newest, tmp_path / "step-00000015.safetensors", older):
         path.unlink(missing_ok=True)
     with pytest.raises(
@@ -651,7 +656,7 @@ def test_shrink(shape: tuple[int, int], size: int, expected: tuple[int, int]) ->
 def test_small_images_come_first() -> None:
     net, sides = make_net(), list[int]()
     net.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[3]) if net.training else None)
-    train(net, make_dataset(), make_recipe(iterations=10, small_size=5, small_share=0.4))
+    train(net, make_dataset(), make_recipe(max_steps=10, initial_size=5, initial_size_fraction=0.4))
     assert sides == [5] * 4 + [8] * 6
 
 
@@ -684,7 +689,7 @@ def test_the_time_that_is_left_knows_that_whole_images_take_longer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # five steps an epoch, and it is told at the end of each; the first six of the 15 steps are small
-    recipe = make_recipe(iterations=15, small_size=4, small_share=0.37)
+    recipe = make_recipe(max_steps=15, initial_size=4, initial_size_fraction=0.37)
     net, told = Timed(), Told()
     monkeypatch.setattr(engine.time, "perf_counter", lambda: net.clock)
     list(fit(net, make_dataset(), recipe, watcher=told))
@@ -703,7 +708,7 @@ def test_the_time_that_is_left_knows_that_whole_images_take_longer(
 def test_the_time_that_is_left_of_a_training_by_the_clock_is_the_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
     net, told = Timed(), Told()
     monkeypatch.setattr(engine.time, "perf_counter", lambda: net.clock)
-    list(fit(net, make_dataset(), make_recipe(epochs=None, seconds=12 * WHOLE), watcher=told))
+    list(fit(net, make_dataset(), make_recipe(epochs=None, max_seconds=12 * WHOLE), watcher=told))
     assert told.left == pytest.approx([7 * WHOLE, 2 * WHOLE, 0])
 
 
@@ -714,7 +719,7 @@ def test_by_the_clock_as_many_steps_are_small_and_the_learning_rate_falls_as_eve
     net, sides = Timed(), list[int]()
     net.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[3]) if net.training else None)
     monkeypatch.setattr(engine.time, "perf_counter", lambda: net.clock)
-    recipe = make_recipe(epochs=None, seconds=100 * WHOLE, small_size=4, small_share=share)
+    recipe = make_recipe(epochs=None, max_seconds=100 * WHOLE, initial_size=4, initial_size_fraction=share)
     records = list(fit(net, make_dataset(), recipe))
     assert net.clock == pytest.approx(100 * WHOLE, rel=0.02)
     assert sides == sorted(sides)  # the small ones first
@@ -726,16 +731,16 @@ def test_by_the_clock_as_many_steps_are_small_and_the_learning_rate_falls_as_eve
 def test_no_gradient_of_the_images_is_computed() -> None:
     net, asked = make_net(), list[bool]()
     net.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0].requires_grad) if net.training else None)
-    train(net, make_dataset(), make_recipe(iterations=3, mixup=0.5, shift=1, small_size=5))
+    train(net, make_dataset(), make_recipe(max_steps=3, mixup=0.5, translate=1, initial_size=5))
     assert asked == [False] * 3
 
 
 @pytest.mark.parametrize("precision", ["fp32", "auto"])
 def test_small_images_are_refused_for_nets_of_one_size(precision: str) -> None:
     torch.manual_seed(0)
-    net = create_model("fashion-2conv", channels=1, height=8, width=8, classes=4)
-    recipe = make_recipe(model="fashion-2conv", small_size=4, precision=precision)
-    with pytest.raises(UsageError, match="^--small-size 4: the net fashion-2conv does not take images of that size$"):
+    net = create_model("fashion-2conv", channels=1, image_height=8, image_width=8, classes=4)
+    recipe = make_recipe(model="fashion-2conv", initial_size=4, precision=precision)
+    with pytest.raises(UsageError, match="^--initial-size 4: the net fashion-2conv does not take images of that size$"):
         train(net, make_dataset(), recipe)
 
 

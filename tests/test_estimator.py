@@ -42,7 +42,7 @@ def toy(n: int = 24, classes: int = 2, shape: tuple[int, ...] = (6, 6)) -> tuple
 
 
 def quick(**options: Any) -> ConvClassifier:
-    return ConvClassifier(**{"epochs": 3, "filters": 4, "random_state": 0, **options})
+    return ConvClassifier(**{"epochs": 3, "width": 4, "random_state": 0, **options})
 
 
 # with the rest of scikit-learn
@@ -63,8 +63,8 @@ def test_pipeline(digits: tuple[NDArray[Any], NDArray[Any]]) -> None:
 
 def test_grid_search() -> None:
     x, y = toy(40)
-    search = GridSearchCV(quick(epochs=2), {"lr": [0.0, 0.01], "flip": [True]}, cv=2).fit(x, y)
-    assert search.best_params_ == {"flip": True, "lr": 0.01}
+    search = GridSearchCV(quick(epochs=2), {"lr": [0.0, 0.01], "hflip": [True]}, cv=2).fit(x, y)
+    assert search.best_params_ == {"hflip": True, "lr": 0.01}
 
 
 def test_parameters_drawn_by_numpy() -> None:
@@ -76,7 +76,7 @@ def test_parameters_drawn_by_numpy() -> None:
 
 
 def test_clone_and_parameters() -> None:
-    model = quick(lr=0.02, flip=True, model="fashion-2conv")
+    model = quick(lr=0.02, hflip=True, model="fashion-2conv")
     copy = clone(model)
     assert copy is not model and copy.get_params() == model.get_params()
     assert copy.set_params(lr=0.5).lr == 0.5 and model.lr == 0.02
@@ -95,7 +95,7 @@ def test_before_fit() -> None:
 
 def test_a_fit_that_failed_is_no_fit() -> None:
     x, y = toy()
-    model = quick(model="mnist-4conv", filters=None)  # too small images for it
+    model = quick(model="mnist-4conv", width=None)  # too small images for it
     with pytest.raises(UsageError, match="too small"):
         model.fit(x, y)
     with pytest.raises(NotFittedError):
@@ -246,7 +246,7 @@ def test_the_callers_random_numbers_stay_as_they_are() -> None:
     np.random.seed(3)
     torch.manual_seed(4)
     numpy_state, torch_state = np.random.get_state(legacy=False), torch.get_rng_state()
-    quick(rotation=5.0, shift=1).fit(x, y).predict(x)
+    quick(rotation=5.0, translate=1).fit(x, y).predict(x)
     np.testing.assert_equal(np.random.get_state(legacy=False), numpy_state)
     assert torch.equal(torch.get_rng_state(), torch_state)
 

@@ -34,7 +34,7 @@ from convlens.training.recipe import Recipe
 from convlens.training.recipes import get_recipe
 
 QUICK: dict[str, Any] = {"threads": 1, "device": "cpu", "precision": "fp32"}
-TINY = Recipe(name="tiny", filters=4, epochs=2, batch_size=16, validation=0.25, **QUICK)
+TINY = Recipe(name="tiny", width=4, epochs=2, batch_size=16, val_fraction=0.25, **QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,13 @@ def test_config(run: Run) -> None:
     assert config["command"] == "convlens train digits --epochs 1 --out 'a b'"
     assert Recipe.from_json(config["recipe"]) == get_recipe("digits").override(epochs=1, seed=3, **QUICK)
     assert config["model"]["name"] == "small"
-    assert config["model"]["arguments"] == {"channels": 1, "height": 8, "width": 8, "classes": 10, "filters": 16}
+    assert config["model"]["arguments"] == {
+        "channels": 1,
+        "image_height": 8,
+        "image_width": 8,
+        "classes": 10,
+        "width": 16,
+    }
     digits = load_dataset("digits")
     assert config["data"]["fingerprint"] == digits.fingerprint()
     assert config["data"]["source"] == config["data"]["name"] == "digits"
@@ -338,7 +344,7 @@ def test_an_existing_out_is_refused(run: Run, tmp_path: Path) -> None:
         ("digits", {"epochs": 0}, "^--epochs is 0; it must be at least 1$"),
         ("digits", {"model": "mnist-4conv"}, "has no option 'filters'|images are too small"),
         ("digits", {"recipe": "mnist-4conv"}, "^the images are too small for model 'mnist-4conv'"),
-        ("digits", {"init": "nowhere"}, "^unknown run folder or model 'nowhere'"),
+        ("digits", {"init_from": "nowhere"}, "^unknown run folder or model 'nowhere'"),
     ],
 )
 def test_a_wrong_call_leaves_no_folder(data: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -359,10 +365,10 @@ def test_another_net_without_the_filters_of_the_recipe_for_digits() -> None:
 @pytest.mark.usefixtures("no_plots")
 def test_a_resumed_run_ends_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
     data = write_npz(tmp_path / "toy.npz")
-    whole = train(data, TINY, out=tmp_path / "whole", shift=1)
+    whole = train(data, TINY, out=tmp_path / "whole", translate=1)
     for steps in (2, 5):
         out = tmp_path / f"parts-{steps}"
-        stop(Experiment.create(data, TINY, out=out, shift=1), steps)
+        stop(Experiment.create(data, TINY, out=out, translate=1), steps)
         with pytest.raises(UsageError, match="is not finished: go on with: convlens train --resume"):
             Classifier.load(out)
         torch.manual_seed(99)
@@ -428,9 +434,9 @@ def test_a_damaged_config_is_named(tmp_path: Path) -> None:
 
 def test_init_takes_the_stages_and_a_new_head(run: Run, tmp_path: Path) -> None:
     data = write_npz(tmp_path / "toy.npz")
-    experiment = Experiment.create(data, init=run.path, out=tmp_path / "run", **QUICK)
+    experiment = Experiment.create(data, init_from=run.path, out=tmp_path / "run", **QUICK)
     trained, fresh = run.classifier.net.state_dict(), experiment.net.state_dict()
-    assert experiment.recipe.model == "small" and experiment.recipe.filters == 16
+    assert experiment.recipe.model == "small" and experiment.recipe.width == 16
     assert fresh["head.2.weight"].shape == (4, 64) and trained["head.2.weight"].shape == (10, 64)
     stages = [key for key in trained if not key.startswith("head.")]
     assert all(torch.equal(fresh[key], trained[key]) for key in stages)
@@ -440,11 +446,11 @@ def test_init_takes_the_stages_and_a_new_head(run: Run, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_plots")
 def test_init_helps_and_can_be_resumed(run: Run, tmp_path: Path) -> None:
     rules: dict[str, Any] = {"epochs": 2, "batch_size": 64, "lr": 0.02, **QUICK}
-    whole = train("digits", init=run.path, out=tmp_path / "whole", **rules)
+    whole = train("digits", init_from=run.path, out=tmp_path / "whole", **rules)
     cold = train("digits", out=tmp_path / "cold", **rules)
     assert whole.metrics[0]["train_loss"] < cold.metrics[0]["train_loss"]
-    stop(Experiment.create("digits", init=run.path, out=tmp_path / "parts", **rules), 3)
-    experiment = Experiment.resume(tmp_path / "parts")
+    stop(Experiment.create("digits", init_from=run.path, out=tmp_path / "grad_accum_steps", **rules), 3)
+    experiment = Experiment.resume(tmp_path / "grad_accum_steps")
     for _ in experiment.epochs():
         pass
     assert experiment.finish().test == whole.test
@@ -453,13 +459,13 @@ def test_init_helps_and_can_be_resumed(run: Run, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_plots")
 def test_init_of_a_whitened_net_keeps_the_whitening_it_was_trained_with(tmp_path: Path) -> None:
     data = write_npz(tmp_path / "toy.npz")
-    rules: dict[str, Any] = {"model": "whitened", "filters": 4, "epochs": 2, "batch_size": 16, "lr": 0.02, **QUICK}
+    rules: dict[str, Any] = {"model": "whitened", "width": 4, "epochs": 2, "batch_size": 16, "lr": 0.02, **QUICK}
     first = train("digits", out=tmp_path / "first", **rules)
-    whole = train(data, init=first.path, out=tmp_path / "whole", **rules)
+    whole = train(data, init_from=first.path, out=tmp_path / "whole", **rules)
     stem = first.classifier.net.state_dict()["body.stem.0.weight"]
     assert torch.equal(whole.classifier.net.state_dict()["body.stem.0.weight"], stem)
-    stop(Experiment.create(data, init=first.path, out=tmp_path / "parts", **rules), 3)
-    experiment = Experiment.resume(tmp_path / "parts")
+    stop(Experiment.create(data, init_from=first.path, out=tmp_path / "grad_accum_steps", **rules), 3)
+    experiment = Experiment.resume(tmp_path / "grad_accum_steps")
     for _ in experiment.epochs():
         pass
     assert experiment.finish().test == whole.test
@@ -468,7 +474,7 @@ def test_init_of_a_whitened_net_keeps_the_whitening_it_was_trained_with(tmp_path
 def test_whitening_looks_at_every_class_of_a_set_that_lies_class_by_class() -> None:
     images = np.zeros((4000, 32, 32), dtype=np.uint8)
     images[2000:] = np.random.default_rng(0).integers(0, 256, (2000, 32, 32))  # the first class is blank
-    rules: dict[str, Any] = {"model": "whitened", "filters": 4, "validation": 0.0, "image_size": 32, **QUICK}
+    rules: dict[str, Any] = {"model": "whitened", "width": 4, "val_fraction": 0.0, "image_size": 32, **QUICK}
     experiment = Experiment.create((images, np.arange(4000) // 2000), **rules)
     stem = experiment.net.state_dict()["body.stem.0.weight"]
     # of blank patches alone every filter would have the largest scale there is, 1 / sqrt(5e-4)
@@ -479,17 +485,17 @@ def test_whitening_looks_at_every_class_of_a_set_that_lies_class_by_class() -> N
 def test_init_from_a_net_of_default_width(tmp_path: Path) -> None:
     # its bundle does not say `filters`, and the default recipe of the digits does
     data = write_npz(tmp_path / "toy.npz")
-    wide = Recipe(epochs=1, batch_size=64, validation=0.0, **QUICK)
+    wide = Recipe(epochs=1, batch_size=64, val_fraction=0.0, **QUICK)
     first = train(data, wide, out=tmp_path / "wide")
-    experiment = Experiment.create("digits", init=first.path, out=tmp_path / "next", **QUICK)
+    experiment = Experiment.create("digits", init_from=first.path, out=tmp_path / "next", **QUICK)
     assert experiment.net.state_dict()["head.2.weight"].shape == (10, 128)
 
 
 @pytest.mark.usefixtures("no_plots")
 def test_init_from_a_net_that_does_not_fit(run: Run, tmp_path: Path) -> None:
     colour = np.random.default_rng(0).integers(0, 256, (40, 3, 40, 40), dtype=np.uint8)
-    with pytest.raises(UsageError, match="^--init: no weight of its small fits"):
-        Experiment.create((colour, np.arange(40) % 4), init=run.path, filters=3, out=tmp_path / "run", **QUICK)
+    with pytest.raises(UsageError, match="^--init-from: no weight of its small fits"):
+        Experiment.create((colour, np.arange(40) % 4), init_from=run.path, width=3, out=tmp_path / "run", **QUICK)
     assert not (tmp_path / "run").exists()
 
 
@@ -525,7 +531,7 @@ def test_the_seed_fixes_weights_and_validation(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_plots")
 def test_test_columns_are_there_where_the_test_is_watched(tmp_path: Path) -> None:
     data = write_npz(tmp_path / "toy.npz")
-    finished = train(data, TINY, watch_test=True, validation=0.0, out=tmp_path / "run")
+    finished = train(data, TINY, log_test_metrics=True, val_fraction=0.0, out=tmp_path / "run")
     (_, last) = rows_of(finished.folder.metrics)
     assert list(last)[-2:] == ["test_loss", "test_acc"]
     assert last["val_loss"] == last["val_acc"] == ""

@@ -67,12 +67,12 @@ def marked(count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Train a net on marked images."""
     images, labels, _ = marked(1200, 0)
-    muon = {"optimizer": "muon", "lr": 0.1, "head_lr": 0.05, "filters": 16}
-    special = {"tiny": muon, "whitened": {**muon, "filters": 8}, "small": {"filters": 16}, "folder-cnn": {"lr": 0.05}}
+    muon = {"optimizer": "muon", "lr": 0.1, "head_lr": 0.05, "width": 16}
+    special = {"tiny": muon, "whitened": {**muon, "width": 8}, "small": {"width": 16}, "folder-cnn": {"lr": 0.05}}
     run = convlens.train(
         convlens.from_arrays(images, labels, classes=("plain", "marked")), "folder",
-        out=tmp_path_factory.mktemp("runs") / request.param, model=request.param, epochs=8, shift=0, rotation=0.0,
-        scale=0.0, flip=False, colour_jitter=0.0, device="cpu", threads=1, **special[request.param],
+        out=tmp_path_factory.mktemp("runs") / request.param, model=request.param, epochs=8, translate=0, rotation=0.0,
+        scale=0.0, hflip=False, color_jitter=0.0, device="cpu", threads=1, **special[request.param],
     )  # fmt: skip
     assert run.accuracy > 0.97
     return run

@@ -81,7 +81,7 @@ def mutate(content: bytes, changes: list[tuple[float | int, str, bytes]]) -> byt
 def file_targets(folder: Path) -> dict[str, tuple[list[bytes], Target]]:
     """Return the parsers by name: seeds, and what is done with an input. Files lie in ``folder``."""
     torch.manual_seed(0)
-    arguments = {"channels": 1, "height": 8, "width": 8, "classes": 2, "filters": 2}
+    arguments = {"channels": 1, "image_height": 8, "image_width": 8, "classes": 2, "width": 2}
     preprocess = Preprocess(1, 8, 8, (0.4,), (0.2,), InputStyle())
     net = create_model("small", **arguments)
     counts = {"train": 8, "test": 2}
@@ -132,7 +132,7 @@ def file_targets(folder: Path) -> dict[str, tuple[list[bytes], Target]]:
     buffer = io.BytesIO()
     np.savez(buffer, x=np.zeros((4, 5, 5), np.uint8), y=np.array([0, 1, 0, 1]))
     idx = b"\x00\x00\x08\x03" + struct.pack(">III", 2, 3, 3) + bytes(18)
-    recipe = json.dumps({"epochs": 3, "lr": 0.1, "model": "small", "flip": True, "iterations": None}).encode()
+    recipe = json.dumps({"epochs": 3, "lr": 0.1, "model": "small", "hflip": True, "max_steps": None}).encode()
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w") as file:
         entry = tarfile.TarInfo("d/a.bin")

@@ -83,7 +83,7 @@ def ten_losses(recipe: Recipe, data: tuple[int, int, int], monkeypatch: pytest.M
         return compute_and_record
 
     monkeypatch.setattr(engine, "make_loss", make_recording_loss)
-    recipe = recipe.override(iterations=OF_STEPS, device="cpu", threads=1, precision="fp32", seed=0)
+    recipe = recipe.override(max_steps=OF_STEPS, device="cpu", threads=1, precision="fp32", seed=0)
     torch.manual_seed(0)
     net = make_model(model_config(recipe, dataset), dataset, Preprocess.measure(train.images, dataset.style))
     with pytest.raises(TrainingInterruptedError):

@@ -221,13 +221,13 @@ WEIGHTS: dict[str, bytes] = {
     "a type that is none": header_of({"x": {**FLOAT, "dtype": "OBJECT"}}, bytes(8)),
     "nothing": b"",
     "other weights": dump_tensors({"x": torch.zeros(2)}),
-    "other shapes": dump_tensors({key: torch.zeros(1) for key in make_bundle(filters=4).net.state_dict()}),
+    "other shapes": dump_tensors({key: torch.zeros(1) for key in make_bundle(width=4).net.state_dict()}),
 }
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    make_bundle(filters=4).save(tmp_path / "pets")
+    make_bundle(width=4).save(tmp_path / "pets")
     return tmp_path / "pets"
 
 
@@ -481,7 +481,7 @@ def test_a_run_whose_data_has_a_name_that_is_no_text_goes_on(tmp_path: Path) -> 
 class ReadsItsWeights(ConvNet):
     """A net whose constructor reads values, which a net without memory cannot."""
 
-    def __init__(self, channels: int, height: int, width: int, classes: int):
+    def __init__(self, channels: int, image_height: int, image_width: int, classes: int):
         super().__init__()
         rates = [x.item() for x in torch.linspace(0, 0.1, 2)]
         self.body = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.Dropout(rates[1]))

@@ -117,7 +117,7 @@ def test_what_is_wrong_is_asked_of_all_classes(half: RunDir) -> None:
     by_class = replace(experiment.dataset, validation=Split(split.images[rows], labels, split.ids))
     live = LiveStatus(half, by_class, experiment.preprocess.normaliser(), experiment.recipe)
     live.ASKED = 50
-    net = create_model("small", channels=1, height=8, width=8, classes=10, filters=4)
+    net = create_model("small", channels=1, image_height=8, image_width=8, classes=10, width=4)
     live.look(1, net)
     told = json.loads(half.mistakes.read_text())
     assert told["asked"] == 50 and len({one["label"] for one in told["mistakes"]}) > 3
@@ -126,7 +126,7 @@ def test_what_is_wrong_is_asked_of_all_classes(half: RunDir) -> None:
 def test_mistakes_are_those_of_the_net_that_is_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, torch.Tensor]] = []
     monkeypatch.setattr(LiveStatus, "look", lambda self, epoch, net: seen.append((epoch, weight_of(net))))
-    experiment = Experiment.create("digits", out=tmp_path / "run", epochs=2, ema=0.9, **FAST)
+    experiment = Experiment.create("digits", out=tmp_path / "run", epochs=2, ema_decay=0.9, **FAST)
     raw = [weight_of(experiment.net) for _ in experiment.epochs()]
     assert [epoch for epoch, _ in seen] == [1, 2]
     assert not torch.equal(seen[0][1], raw[0])  # the average, not the weights that go on

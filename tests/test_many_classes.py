@@ -33,7 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     y = np.repeat(np.arange(CLASSES), 2)
     x = np.random.default_rng(0).integers(0, 256, (len(y), 8, 8), dtype=np.uint8)
     np.savez(folder / "many.npz", x_train=x, y_train=y, x_test=x[::2], y_test=y[::2])
-    options = {"model": "small", "filters": 4, "iterations": 1, "batch_size": 64, "validation": 0.5}
+    options = {"model": "small", "width": 4, "max_steps": 1, "batch_size": 64, "val_fraction": 0.5}
     return convlens.train(folder / "many.npz", out=folder / "run", device="cpu", precision="fp32", **options)
 
 

@@ -198,7 +198,7 @@ def test_compute_logits_puts_the_net_back_into_its_mode(training: bool) -> None:
 
 def test_compute_logits_is_that_of_the_net_whatever_the_batch_size() -> None:
     torch.manual_seed(0)
-    net = create_model("small", channels=1, height=8, width=8, classes=3, filters=4)
+    net = create_model("small", channels=1, image_height=8, image_width=8, classes=3, width=4)
     images = torch.randint(0, 256, (11, 1, 8, 8), dtype=torch.uint8)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     whole = compute_logits(net, images, PLAIN)
@@ -210,7 +210,7 @@ def test_compute_logits_is_that_of_the_net_whatever_the_batch_size() -> None:
 
 
 def test_compute_logits_under_autocast_are_float32() -> None:
-    net = create_model("small", channels=1, height=8, width=8, classes=3, filters=4)
+    net = create_model("small", channels=1, image_height=8, image_width=8, classes=3, width=4)
     images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
     logits = compute_logits(net, images, PLAIN, autocast=torch.autocast("cpu", dtype=torch.bfloat16))
     assert logits.dtype == torch.float32
@@ -231,7 +231,7 @@ def test_evaluate() -> None:
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_views_are_shifts_and_mirror_images_whose_weights_are_one(mirrored: bool) -> None:
+def tta_are_shifts_and_mirror_images_whose_weights_are_one(mirrored: bool) -> None:
     x = torch.arange(30.0).reshape(1, 1, 5, 6)
     views = make_tta(mirrored)(x)
     assert sum(weight for weight, _ in views) == pytest.approx(1)

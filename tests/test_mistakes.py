@@ -179,7 +179,13 @@ def test_balance_helps_the_rare_class() -> None:
     skewed = (x, y, digits.test.images.numpy(), digits.test.labels.numpy())
     figures = {}
     for balance in (False, True):
-        options: dict[str, Any] = {**QUICK, "recipe": "digits", "epochs": 12, "validation": 0.0, "balance": balance}
+        options: dict[str, Any] = {
+            **QUICK,
+            "recipe": "digits",
+            "epochs": 12,
+            "val_fraction": 0.0,
+            "balanced_sampling": balance,
+        }
         figures[balance] = np.mean(
             [convlens.train(skewed, seed=s, **options).test["balanced_accuracy"] for s in (0, 1)]
         )

@@ -34,7 +34,7 @@ CASES = [(name, size) for name in MODELS.names() for size in SIZES.get(name, ANY
 
 
 def build(name: str, channels: int, side: int, classes: int = 10, **options: Any) -> Any:
-    return create_model(name, channels=channels, height=side, width=side, classes=classes, **options)
+    return create_model(name, channels=channels, image_height=side, image_width=side, classes=classes, **options)
 
 
 def layers_of(name: str, channels: int, side: int, **options: Any) -> list[tuple[str, tuple[int, ...]]]:
@@ -46,17 +46,17 @@ def layers_of(name: str, channels: int, side: int, **options: Any) -> list[tuple
 @pytest.mark.parametrize(("name", "size"), CASES, ids=lambda value: str(value).replace(" ", ""))
 def test_every_net_keeps_the_contract_at_every_size_it_takes(name: str, size: tuple[int, int, int]) -> None:
     channels, height, width = size
-    check_model(name, channels=channels, height=height, width=width, classes=3)
-    check_model(name, channels=channels, height=height, width=width, classes=2)
-    net = create_model(name, channels=channels, height=height, width=width, classes=3)
+    check_model(name, channels=channels, image_height=height, image_width=width, classes=3)
+    check_model(name, channels=channels, image_height=height, image_width=width, classes=2)
+    net = create_model(name, channels=channels, image_height=height, image_width=width, classes=3)
     assert isinstance(net, ConvNet)
     assert net(torch.zeros(2, channels, height, width)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("name", ["small", "whitened", "residual", "tiny"])
-@pytest.mark.parametrize("filters", [1, 5])
+@pytest.mark.parametrize("width", [1, 5])
 def test_width_is_an_option_of_the_strong_nets(name: str, filters: int) -> None:
-    net = build(name, 3, 32, filters=filters)
+    net = build(name, 3, 32, width=filters)
     assert net.features(torch.zeros(1, 3, 32, 32)).shape[1] == 4 * filters
 
 
@@ -188,10 +188,10 @@ def test_options_and_their_defaults() -> None:
         "folder-cnn": {"kernel_size": 3},
         "cifar-lenet": {"kernel_size": 5, "output_relu": True},
         "mnist-4conv": {"kernel_size": 3},
-        "small": {"filters": 32},
-        "whitened": {"filters": 64},
-        "residual": {"filters": 32},
-        "tiny": {"filters": 16},
+        "small": {"width": 32},
+        "whitened": {"width": 64},
+        "residual": {"width": 32},
+        "tiny": {"width": 16},
     }
 
 
@@ -256,7 +256,7 @@ def test_unknown_option_says_what_the_net_takes() -> None:
     with pytest.raises(
         UsageError, match=r"^model 'fashion-2conv' has no option 'filters'; it takes pool, kernel_size$"
     ):
-        build("fashion-2conv", 1, 28, filters=3)
+        build("fashion-2conv", 1, 28, width=3)
     with pytest.raises(UsageError, match=r"^unknown pooling 'median'; choose from: max, avg$"):
         build("fashion-2conv", 1, 28, pool="median")
 
@@ -269,7 +269,7 @@ def test_too_small_images(name: str, side: int) -> None:
     assert build(name, 1, side + 1).eval()(torch.zeros(1, 1, side + 1, side + 1)).shape == (1, 10)
     for height, width in ((side, side), (side, 64), (64, side)):
         with pytest.raises(UsageError, match=f"the images are too small for model '{name}'"):
-            create_model(name, channels=1, height=height, width=width, classes=10)
+            create_model(name, channels=1, image_height=height, image_width=width, classes=10)
 
 
 def test_too_large_kernel() -> None:
@@ -283,7 +283,7 @@ def test_too_large_kernel() -> None:
 class Whole(nn.Module):
     """A net that keeps the contract, in no way derived from ConvNet: what the broken ones below start from."""
 
-    def __init__(self, channels: int, height: int, width: int, classes: int, filters: int = 4):
+    def __init__(self, channels: int, image_height: int, image_width: int, classes: int, filters: int = 4):
         super().__init__()
         self.conv = nn.Conv2d(channels, filters, 3, padding=1)
         self.head: Any = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(filters, classes))
@@ -309,8 +309,8 @@ class NotFinite(Whole):
 
 
 class UnusedWeight(Whole):
-    def __init__(self, channels: int, height: int, width: int, classes: int):
-        super().__init__(channels, height, width, classes)
+    def __init__(self, channels: int, image_height: int, image_width: int, classes: int):
+        super().__init__(channels, image_height, image_width, classes)
         self.idle = nn.Parameter(torch.ones(3))
 
 
@@ -322,8 +322,8 @@ class NoFeatures(Whole):
 
 
 class NoHead(Whole):
-    def __init__(self, channels: int, height: int, width: int, classes: int):
-        super().__init__(channels, height, width, classes)
+    def __init__(self, channels: int, image_height: int, image_width: int, classes: int):
+        super().__init__(channels, image_height, image_width, classes)
         self.top = self.head
         del self.head
 
@@ -336,8 +336,8 @@ class NoStages(Whole):
 
 
 class FlatFeatures(Whole):
-    def __init__(self, channels: int, height: int, width: int, classes: int):
-        super().__init__(channels, height, width, classes)
+    def __init__(self, channels: int, image_height: int, image_width: int, classes: int):
+        super().__init__(channels, image_height, image_width, classes)
         self.head = nn.Linear(4, classes)
 
     def features(self, x: Tensor) -> Any:
@@ -360,8 +360,8 @@ class IdleStage(Whole):
 
 
 class HiddenState(Whole):
-    def __init__(self, channels: int, height: int, width: int, classes: int):
-        super().__init__(channels, height, width, classes)
+    def __init__(self, channels: int, image_height: int, image_width: int, classes: int):
+        super().__init__(channels, image_height, image_width, classes)
         self.factor = torch.rand(1)  # random, and not in the state
 
     def features(self, x: Tensor) -> Any:
@@ -371,19 +371,19 @@ class HiddenState(Whole):
 class RandomShape(Whole):
     built = 0
 
-    def __init__(self, channels: int, height: int, width: int, classes: int):
+    def __init__(self, channels: int, image_height: int, image_width: int, classes: int):
         RandomShape.built += 1
-        super().__init__(channels, height, width, classes, filters=RandomShape.built)
+        super().__init__(channels, image_height, image_width, classes, width=RandomShape.built)
 
 
 class OptionNone(Whole):
-    def __init__(self, channels: int, height: int, width: int, classes: int, act: object = None):
-        super().__init__(channels, height, width, classes)
+    def __init__(self, channels: int, image_height: int, image_width: int, classes: int, act: object = None):
+        super().__init__(channels, image_height, image_width, classes)
 
 
 class OptionWithoutDefault(Whole):
-    def __init__(self, channels: int, height: int, width: int, classes: int, depth: int):
-        super().__init__(channels, height, width, classes)
+    def __init__(self, channels: int, image_height: int, image_width: int, classes: int, depth: int):
+        super().__init__(channels, image_height, image_width, classes)
 
 
 class NoSizes(Whole):
@@ -410,7 +410,9 @@ def entered() -> Iterator[Callable[[Any], str]]:
 
 def test_a_whole_net_of_a_user_passes(entered: Callable[[Any], str]) -> None:
     check_model(entered(Whole))
-    assert create_model("mine", channels=1, height=9, width=9, classes=4, filters=2)(torch.zeros(1, 1, 9, 9)).shape == (
+    assert create_model("mine", channels=1, image_height=9, image_width=9, classes=4, width=2)(
+        torch.zeros(1, 1, 9, 9)
+    ).shape == (
         1,
         4,
     )
@@ -445,8 +447,8 @@ def test_check_model_names_what_is_broken(broken: type, message: str, entered: C
 
 def test_check_model_takes_frozen_weights(entered: Callable[[Any], str]) -> None:
     class Frozen(Whole):
-        def __init__(self, channels: int, height: int, width: int, classes: int):
-            super().__init__(channels, height, width, classes)
+        def __init__(self, channels: int, image_height: int, image_width: int, classes: int):
+            super().__init__(channels, image_height, image_width, classes)
             self.conv.requires_grad_(False)
 
     check_model(entered(Frozen))
@@ -477,7 +479,7 @@ def test_whitened_starts_from_the_images_it_is_shown() -> None:
     x = mixed[:, 0] + 0.7 * mixed[:, 1].flip(3).cumsum(3) / 3  # neighbours are alike
     x = x - x.mean()
     torch.manual_seed(0)
-    net = create_model("whitened", channels=3, height=10, width=10, classes=4, filters=4)
+    net = create_model("whitened", channels=3, image_height=10, image_width=10, classes=4, width=4)
     net.initialise(x)
     stem = net.body.stem[0]
     out = nn.functional.conv2d(x, stem.weight)[:, :12].transpose(0, 1).flatten(1)  # (12, positions)
@@ -488,7 +490,7 @@ def test_whitened_starts_from_the_images_it_is_shown() -> None:
 
 
 def test_convolutions_of_whitened_begin_as_the_identity() -> None:
-    net = create_model("whitened", channels=3, height=12, width=12, classes=4, filters=8)
+    net = create_model("whitened", channels=3, image_height=12, image_width=12, classes=4, width=8)
     x = torch.randn(2, 8, 5, 5)
     second = net.body.group1[4]
     assert isinstance(second, nn.Conv2d)
@@ -496,7 +498,7 @@ def test_convolutions_of_whitened_begin_as_the_identity() -> None:
 
 
 def test_shortcuts_of_residual_carry_what_came_in() -> None:
-    net = build("residual", 1, 28, filters=4).eval()
+    net = build("residual", 1, 28, width=4).eval()
     x = torch.rand(2, 4, 9, 9)
     for block, same in ((net.body.group1, True), (net.body.group2[0], False)):
         nn.init.zeros_(block.branch[-1].weight)  # BatchNorm's factor: nothing is added
@@ -509,13 +511,13 @@ def test_shortcuts_of_residual_carry_what_came_in() -> None:
 
 
 def test_most_nets_take_nothing_from_the_images() -> None:
-    net = create_model("small", channels=1, height=12, width=12, classes=4)
+    net = create_model("small", channels=1, image_height=12, image_width=12, classes=4)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     net.initialise(torch.randn(9, 1, 12, 12))
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
 def test_layers_of_tiny() -> None:
-    net = create_model("tiny", channels=1, height=28, width=28, classes=10)
+    net = create_model("tiny", channels=1, image_height=28, image_width=28, classes=10)
     shapes = [(layer.kind, layer.output_shape) for layer in summarize(net, 1, 28, 28) if layer.kind == "Conv2d"]
     assert [shape for _, shape in shapes] == [(16, 12, 12), (32, 6, 6), (64, 3, 3)]

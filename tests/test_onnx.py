@@ -57,7 +57,7 @@ def with_trust(bundle: Bundle) -> Bundle:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of a small colour net with all there is."""
     path = tmp_path_factory.mktemp("bundle") / "pets"
-    with_trust(make_bundle(filters=4)).save(path)
+    with_trust(make_bundle(width=4)).save(path)
     return path
 
 
@@ -117,7 +117,7 @@ def test_the_shipped_nets_do(name: str) -> None:
 
 
 def test_without_validation_images_there_is_no_known(tmp_path: Path) -> None:
-    make_bundle(filters=4).save(tmp_path)
+    make_bundle(width=4).save(tmp_path)
     model = build_onnx(tmp_path)
     assert [output.name for output in model.graph.output] == ["probabilities", "label"]
     predictor = OnnxPredictor(embed_digest(model.SerializeToString()), "it")
@@ -139,7 +139,7 @@ def test_grey_pictures_go_into_a_colour_net(model: Any) -> None:
 
 
 def test_colours_become_the_grey_that_pillow_makes(tmp_path: Path) -> None:
-    make_bundle(1, 8, filters=4).save(tmp_path)
+    make_bundle(1, 8, width=4).save(tmp_path)
     model = build_onnx(tmp_path)
     colour = some_images(3, 8, 200).transpose(0, 2, 3, 1)
     grey = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in colour])[..., None]
@@ -228,7 +228,7 @@ def test_export_writes_one_file_and_makes_predict_quick(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with_trust(make_bundle(filters=4)).save(Path("runs") / "pets-1")
+    with_trust(make_bundle(width=4)).save(Path("runs") / "pets-1")
     assert isinstance(load_predictor("runs/pets-1"), Classifier)
     assert run("export", "runs/pets-1") == 0
     assert capsys.readouterr().out.splitlines()[1].startswith("wrote   pets-1.onnx (")
@@ -410,7 +410,7 @@ def test_a_graph_in_a_bundle_takes_no_other_files(folder: Path, model: Any, tmp_
 
 def test_made_up_images_are_of_every_kind() -> None:
     for channels in (1, 3):
-        bundle = make_bundle(channels, 20, filters=4)
+        bundle = make_bundle(channels, 20, width=4)
         images = onnx_export.reference_images(replace(bundle.preprocess, style=InputStyle()))
         assert images.shape == (8, 20, 20, channels) and images.dtype == np.uint8
         assert [len(np.unique(image)) > 3 for image in images] == [False, False, *[True] * 6]

@@ -29,7 +29,7 @@ TWINS: dict[str, tuple[dict[str, Any], type[torch.optim.Optimizer], dict[str, An
 
 def make_net() -> nn.Module:
     torch.manual_seed(0)
-    return create_model("small", channels=1, height=8, width=8, classes=3, filters=2)
+    return create_model("small", channels=1, image_height=8, image_width=8, classes=3, width=2)
 
 
 def set_gradients(net: nn.Module, step: int) -> None:
@@ -85,7 +85,7 @@ def test_head_and_biases_have_learning_rates_of_their_own() -> None:
 
 
 def test_frozen_weights_are_not_optimised() -> None:
-    net = create_model("cifar-lenet", channels=3, height=32, width=32, classes=3)
+    net = create_model("cifar-lenet", channels=3, image_height=32, image_width=32, classes=3)
     net.body.requires_grad_(False)
     groups = make_optimizer(net, Recipe(epochs=1)).groups
     assert sum(len(group.weights) for group in groups) == len(list(net.head.parameters()))
@@ -171,7 +171,7 @@ def test_tensors_of_another_optimizer_are_refused() -> None:
 def test_a_training_imports_neither_the_compiler_nor_sympy() -> None:
     program = (
         "import sys, convlens\n"
-        "net = convlens.create_model('small', channels=1, height=8, width=8, classes=10)\n"
+        "net = convlens.create_model('small', channels=1, image_height=8, image_width=8, classes=10)\n"
         "recipe = convlens.get_recipe('digits').override(iterations=2, precision='auto')  # bf16 is tried out\n"
         "for _ in convlens.fit(net, convlens.load_dataset('digits'), recipe): pass\n"
         "print({'torch._dynamo', 'sympy'} & set(sys.modules))"

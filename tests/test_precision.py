@@ -21,7 +21,7 @@ AUTO = Recipe(epochs=1)
 
 
 def make_net() -> nn.Module:
-    return create_model("small", channels=1, height=28, width=28, classes=3, filters=4)
+    return create_model("small", channels=1, image_height=28, image_width=28, classes=3, width=4)
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, *results: dict[str, Any]) -> list[tuple[int, ...]]:
@@ -128,5 +128,5 @@ def test_a_machine_without_bf16_convolutions(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_small_images_are_tried_too(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = answers(monkeypatch, FAST)
-    choose_precision(Recipe(epochs=1, small_size=20), CPU, make_net(), SHAPE)
+    choose_precision(Recipe(epochs=1, initial_size=20), CPU, make_net(), SHAPE)
     assert tried[0] == (1, 28, 28) and tried[4] == (1, 20, 20) and len(tried) == 8

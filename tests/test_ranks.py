@@ -37,7 +37,8 @@ class Plain(ConvNet):
 dataset = convlens.load_dataset("digits")
 for kind, options in json.loads(sys.argv[1]):
     torch.manual_seed(join().rank)  # each process begins with other weights; those of the first count
-    net = Plain() if kind == "plain" else convlens.create_model("small", channels=1, height=8, width=8, classes=10)
+    small = {"channels": 1, "image_height": 8, "image_width": 8, "classes": 10}
+    net = Plain() if kind == "plain" else convlens.create_model("small", **small)
     options = {"iterations": 50, "batch_size": 60, "lr": 0.05, "threads": 1, **options}
     recipe = convlens.get_recipe("digits").override(**options)
     torch.set_num_threads(1)
@@ -48,11 +49,11 @@ for kind, options in json.loads(sys.argv[1]):
     assert abs(shared.loss - alone.loss) < 1e-6 and shared.accuracy == alone.accuracy
     print(json.dumps([records, torch.cat([p.detach().flatten() for p in net.parameters()])[::7].tolist()]))
 """
-AUGMENTED = {"rotation": 10.0, "shift": 1, "scale": 0.1, "cutout": 2, "mixup": 0.2, "cutmix": 0.5, "flip": True}
+AUGMENTED = {"rotation": 10.0, "translate": 1, "scale": 0.1, "cutout": 2, "mixup": 0.2, "cutmix": 0.5, "hflip": True}
 TRAININGS = [
-    ("plain", {**AUGMENTED, "ema": 0.9}),
-    ("plain", {"parts": 2, "balance": True, "batch_size": 61}),
-    ("small", {"sync_batchnorm": True, "iterations": 3}),  # further on, a maximum of two equal pixels falls otherwise
+    ("plain", {**AUGMENTED, "ema_decay": 0.9}),
+    ("plain", {"grad_accum_steps": 2, "balanced_sampling": True, "batch_size": 61}),
+    ("small", {"sync_batchnorm": True, "max_steps": 3}),  # further on, a maximum of two equal pixels falls otherwise
 ]
 
 
@@ -100,7 +101,7 @@ def test_train_in_two_processes_writes_one_run_and_goes_on_in_one(tmp_path: Path
     assert again.returncode == 0, again.stderr
     assert "another number of processes (2, now 1)" in again.stdout
     wrong = convlens("digits", "--budget", "9s", "--processes", "2")
-    assert wrong.stderr == "convlens: --budget measures the pace of one process; give several of them --seconds\n"
+    assert wrong.stderr == "convlens: --budget measures the pace of one process; give several of them --max-seconds\n"
     wrong = convlens("nothing", "--processes", "2")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1), wrong.stderr
     assert wrong.stderr.startswith("convlens: unknown data set or folder 'nothing'")
@@ -124,7 +125,7 @@ def refused(what):
         print(type(error).__name__, error)
 
 digits = convlens.load_dataset("digits")
-net = convlens.create_model("small", channels=1, height=8, width=8, classes=10)
+net = convlens.create_model("small", channels=1, image_height=8, image_width=8, classes=10)
 parts = convlens.get_recipe("digits").override(epochs=1, parts=2, sync_batchnorm=True)
 refused(lambda: list(convlens.fit(net, digits, parts)))
 refused(lambda: convlens.train_series("digits", seeds=2))
@@ -135,9 +136,9 @@ print(run.path, run.accuracy >= 0)
 """
     first, other = (text.splitlines() for text in in_processes(2, code=code))
     assert first[:3] == [
-        "UsageError --sync-batchnorm measures a batch in one go; leave --parts out",
+        "UsageError --sync-batchnorm measures a batch in one go; leave --grad-accum-steps out",
         "UsageError a series of trainings cannot be shared by several processes: start it without torchrun",
-        "UsageError --budget measures the pace of one process; give several of them --seconds",
+        "UsageError --budget measures the pace of one process; give several of them --max-seconds",
     ]
     assert first[3].startswith("UnknownName unknown model 'nothing'")
     assert first[4].endswith("1 True")

@@ -66,18 +66,20 @@ def test_classic_recipes_train_their_own_net(name: str) -> None:
     recipe = get_recipe(name)
     assert recipe.model == name
     channels, side = CLASSIC_DATA[name]
-    net = create_model(name, channels=channels, height=side, width=side, classes=10, **recipe.model_options())
+    net = create_model(
+        name, channels=channels, image_height=side, image_width=side, classes=10, **recipe.model_options()
+    )
     assert net(torch.zeros(1, channels, side, side)).shape == (1, 10)
 
 
 def test_fashion_2conv_derives_five_epochs() -> None:
     recipe = get_recipe("fashion-2conv")
-    assert (recipe.iterations, recipe.epochs, recipe.batch_size) == (3000, None, 100)
+    assert (recipe.max_steps, recipe.epochs, recipe.batch_size) == (3000, None, 100)
     steps_per_epoch = 60_000 // recipe.batch_size
     assert recipe.total_steps(steps_per_epoch) == 3000
     assert recipe.total_steps(steps_per_epoch) / steps_per_epoch == 5
-    assert (recipe.optimizer, recipe.lr, recipe.momentum, recipe.schedule) == ("sgd", 0.01, 0.0, "constant")
-    assert (recipe.loss, recipe.validation, recipe.watch_test) == ("cross-entropy", 0.0, True)
+    assert (recipe.optimizer, recipe.lr, recipe.momentum, recipe.lr_schedule) == ("sgd", 0.01, 0.0, "constant")
+    assert (recipe.loss, recipe.val_fraction, recipe.log_test_metrics) == ("cross-entropy", 0.0, True)
 
 
 def test_mnist_4conv_has_the_documents_batches() -> None:
@@ -86,8 +88,8 @@ def test_mnist_4conv_has_the_documents_batches() -> None:
     assert math.ceil(10_000 / recipe.batch_size) == 20
     assert recipe.total_steps(118) == 20 * 118
     assert (recipe.loss, recipe.optimizer, recipe.lr, recipe.momentum) == ("nll", "sgd", 0.01, 0.9)
-    assert (recipe.schedule, recipe.crop_probability, recipe.rotation) == ("step", 0.1, 15.0)
-    assert recipe.crop_fraction == 22 / 28
+    assert (recipe.lr_schedule, recipe.center_crop_prob, recipe.rotation) == ("step", 0.1, 15.0)
+    assert recipe.center_crop_ratio == 22 / 28
 
 
 def test_cifar_lenet_keeps_the_output_relu_unless_told() -> None:
@@ -125,11 +127,11 @@ def test_unknown_keys_have_the_nearest_name() -> None:
         ("batch_size", None, "--batch-size takes a whole number, not None"),
         ("lr", "fast", "--lr takes a number, not 'fast'"),
         ("lr", False, "--lr takes a number, not False"),
-        ("flip", 1, "--flip takes yes or no, not 1"),
+        ("hflip", 1, "--hflip takes yes or no, not 1"),
         ("output_relu", "no", "--output-relu takes yes or no, not 'no'"),
         ("model", 4, "--model takes a word, not 4"),
         ("pool", 2, "--pool takes a word, not 2"),
-        ("shift", [1], r"--shift takes a whole number, not \[1\]"),
+        ("translate", [1], r"--translate takes a whole number, not \[1\]"),
     ],
 )
 def test_wrong_types(key: str, value: Any, message: str) -> None:
@@ -141,18 +143,18 @@ def test_wrong_types(key: str, value: Any, message: str) -> None:
     ("key", "value", "message"),
     [
         ("epochs", 0, "--epochs is 0; it must be at least 1"),
-        ("iterations", 0, "--iterations is 0; it must be at least 1"),
+        ("max_steps", 0, "--max-steps is 0; it must be at least 1"),
         ("batch_size", 0, "--batch-size is 0; it must be at least 1"),
         ("lr", -0.1, "--lr is -0.1; it must be at least 0"),
         ("lr", math.nan, "--lr is nan; it must be finite"),
         ("seed", -1, "--seed is -1; it must be at least 0"),
-        ("validation", 1, "--validation is 1.0; it must be below 1"),
+        ("val_fraction", 1, "--val-fraction is 1.0; it must be below 1"),
         ("momentum", 1.0, "--momentum is 1.0; it must be below 1"),
-        ("ema", 1.0, "--ema is 1.0; it must be below 1"),
+        ("ema_decay", 1.0, "--ema-decay is 1.0; it must be below 1"),
         ("label_smoothing", 1.1, "--label-smoothing is 1.1; it must be at most 1"),
         ("scale", 2, "--scale is 2.0; it must be at most 1"),
-        ("crop_probability", 1.5, "--crop-probability is 1.5; it must be at most 1"),
-        ("warmup", 1.01, "--warmup is 1.01; it must be at most 1"),
+        ("center_crop_prob", 1.5, "--center-crop-prob is 1.5; it must be at most 1"),
+        ("warmup_fraction", 1.01, "--warmup-fraction is 1.01; it must be at most 1"),
     ],
 )
 def test_out_of_range(key: str, value: Any, message: str) -> None:
@@ -172,8 +174,8 @@ def test_a_seed_that_torch_cannot_take_is_refused() -> None:
 
 
 def test_choices() -> None:
-    with pytest.raises(UnknownNameError, match="^unknown value of --schedule 'cosin'; did you mean 'cosine'"):
-        Recipe(epochs=1, schedule="cosin")
+    with pytest.raises(UnknownNameError, match="^unknown value of --lr-schedule 'cosin'; did you mean 'cosine'"):
+        Recipe(epochs=1, lr_schedule="cosin")
     with pytest.raises(UnknownNameError, match="^unknown value of --optimizer 'lion'; "):
         Recipe(epochs=1, optimizer="lion")
     with pytest.raises(UnknownNameError, match="^unknown value of --precision 'int8'; choose from: auto, bf16, fp32$"):
@@ -195,14 +197,14 @@ def test_nesterov_needs_momentum_of_sgd() -> None:
 def test_epochs_and_iterations_take_each_others_place() -> None:
     recipe = Recipe(epochs=4)
     assert recipe.total_steps(7) == 28
-    by_iterations = recipe.override(iterations=10)
-    assert (by_iterations.epochs, by_iterations.iterations, by_iterations.total_steps(7)) == (None, 10, 10)
+    by_iterations = recipe.override(max_steps=10)
+    assert (by_iterations.epochs, by_iterations.max_steps, by_iterations.total_steps(7)) == (None, 10, 10)
     by_epochs = by_iterations.override(epochs=2)
-    assert (by_epochs.epochs, by_epochs.iterations, by_epochs.total_steps(7)) == (2, None, 14)
+    assert (by_epochs.epochs, by_epochs.max_steps, by_epochs.total_steps(7)) == (2, None, 14)
     assert recipe.override(lr=0.5).epochs == 4
 
 
-@pytest.mark.parametrize("options", [{}, {"epochs": 1, "iterations": 1}])
+@pytest.mark.parametrize("options", [{}, {"epochs": 1, "max_steps": 1}])
 def test_one_of_epochs_and_iterations_is_needed(options: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="^a recipe needs epochs, iterations or seconds, one of the three$"):
         Recipe(**options)
@@ -218,11 +220,11 @@ def test_every_field_says_what_it_is() -> None:
 
 
 def test_constant() -> None:
-    assert rates(Recipe(epochs=2, lr=0.3, schedule="constant"), 3) == [0.3] * 6
+    assert rates(Recipe(epochs=2, lr=0.3, lr_schedule="constant"), 3) == [0.3] * 6
 
 
 def test_step() -> None:
-    recipe = Recipe(epochs=5, lr=1.0, schedule="step", step_epochs=2, step_factor=0.1)
+    recipe = Recipe(epochs=5, lr=1.0, lr_schedule="step", lr_step_size=2, lr_gamma=0.1)
     assert rates(recipe, 2) == pytest.approx([1.0] * 4 + [0.1] * 4 + [0.01] * 2)
     classic = get_recipe("mnist-4conv")
     of_epoch = [learning_rate(classic, epoch * 118 + 117, 20 * 118, 118) for epoch in range(20)]
@@ -230,36 +232,36 @@ def test_step() -> None:
 
 
 def test_linear() -> None:
-    assert rates(Recipe(iterations=4, lr=1.0, schedule="linear"), 10) == [1.0, 0.75, 0.5, 0.25]
+    assert rates(Recipe(max_steps=4, lr=1.0, lr_schedule="linear"), 10) == [1.0, 0.75, 0.5, 0.25]
     # warm-up over 4 of 8 steps: fifths of the peak, then down from the whole of it
-    warm = rates(Recipe(iterations=8, lr=1.0, schedule="linear", warmup=0.5), 10)
+    warm = rates(Recipe(max_steps=8, lr=1.0, lr_schedule="linear", warmup_fraction=0.5), 10)
     assert warm == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 0.75, 0.5, 0.25])
 
 
 def test_cosine() -> None:
-    values = rates(Recipe(iterations=4, lr=1.0, schedule="cosine"), 10)
+    values = rates(Recipe(max_steps=4, lr=1.0, lr_schedule="cosine"), 10)
     assert values == pytest.approx([1.0, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 - math.cos(math.pi / 4)) / 2])
 
 
 def test_one_cycle() -> None:
-    recipe = Recipe(iterations=100, lr=1.0, schedule="one-cycle")
+    recipe = Recipe(max_steps=100, lr=1.0, lr_schedule="one-cycle")
     values = rates(recipe, 10)
     assert 1 / 25 < values[0] < 1 / 25 + 0.01
     assert max(values) == values[30] == 1.0
     assert values[:31] == sorted(values[:31])
     assert values[30:] == sorted(values[30:], reverse=True)
     assert values[-1] < 0.001
-    assert rates(recipe.override(warmup=0.1), 10)[10] == 1.0
+    assert rates(recipe.override(warmup_fraction=0.1), 10)[10] == 1.0
 
 
 @given(
-    schedule=st.sampled_from(SCHEDULES),
+    lr_schedule=st.sampled_from(SCHEDULES),
     lr=st.floats(1e-6, 100),
-    warmup=st.floats(0, 1),
-    iterations=st.integers(1, 200),
+    warmup_fraction=st.floats(0, 1),
+    max_steps=st.integers(1, 200),
     steps_per_epoch=st.integers(1, 50),
-    step_epochs=st.integers(1, 5),
-    step_factor=st.floats(0, 1),
+    lr_step_size=st.integers(1, 5),
+    lr_gamma=st.floats(0, 1),
 )
 def test_learning_rate_lies_between_zero_and_the_peak(
     schedule: str,
@@ -271,12 +273,12 @@ def test_learning_rate_lies_between_zero_and_the_peak(
     step_factor: float,
 ) -> None:
     recipe = Recipe(
-        iterations=iterations,
+        max_steps=iterations,
         lr=lr,
-        warmup=warmup,
-        schedule=schedule,
-        step_epochs=step_epochs,
-        step_factor=step_factor,
+        warmup_fraction=warmup,
+        lr_schedule=schedule,
+        lr_step_size=step_epochs,
+        lr_gamma=step_factor,
     )
     values = rates(recipe, steps_per_epoch)
     assert len(values) == iterations
@@ -289,9 +291,14 @@ def test_learning_rate_lies_between_zero_and_the_peak(
     assert values[peak:] == sorted(values[peak:], reverse=True)
 
 
-@given(schedule=st.sampled_from(SCHEDULES), lr=st.floats(1e-3, 10), warmup=st.floats(0, 1), step=st.integers(0, 59))
+@given(
+    lr_schedule=st.sampled_from(SCHEDULES),
+    lr=st.floats(1e-3, 10),
+    warmup_fraction=st.floats(0, 1),
+    step=st.integers(0, 59),
+)
 def test_learning_rate_is_in_proportion_to_the_peak(schedule: str, lr: float, warmup: float, step: int) -> None:
-    recipe = Recipe(epochs=6, lr=1.0, schedule=schedule, warmup=warmup, step_epochs=2)
+    recipe = Recipe(epochs=6, lr=1.0, lr_schedule=schedule, warmup_fraction=warmup, lr_step_size=2)
     one = learning_rate(recipe, step, 60, 10)
     assert learning_rate(recipe.override(lr=lr), step, 60, 10) == pytest.approx(one * lr)
 
@@ -312,7 +319,7 @@ def test_cross_entropy_with_smoothing_and_with_probabilities() -> None:
 
 
 def test_nll_is_for_nets_that_end_in_log_softmax() -> None:
-    net = create_model("mnist-4conv", channels=1, height=16, width=16, classes=2)
+    net = create_model("mnist-4conv", channels=1, image_height=16, image_width=16, classes=2)
     loss = make_loss(Recipe(epochs=1, loss="nll"), net)
     assert loss(torch.tensor([[-0.5, -1.0]]), torch.tensor([1])).item() == 1.0
     with pytest.raises(UsageError, match="^--loss nll needs a net that ends in log-softmax, and small does not$"):
@@ -327,7 +334,7 @@ def test_clipping() -> None:
     net.weight.grad = torch.tensor([[3.0, 0.0, 4.0]])
     make_clip(net, Recipe(epochs=1))()
     assert net.weight.grad.norm().item() == 5.0
-    make_clip(net, Recipe(epochs=1, clip_norm=1.0))()
+    make_clip(net, Recipe(epochs=1, max_grad_norm=1.0))()
     assert net.weight.grad.norm().item() == pytest.approx(1.0)
 
 

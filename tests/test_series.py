@@ -125,15 +125,15 @@ def test_a_run_that_had_hardly_begun_is_begun_anew() -> None:
 def test_an_interrupted_series_goes_on(kind: str) -> None:
     options: dict[str, Any] = {kind: 2, **QUICK, "epochs": 2}
     whole = train_all(RunGroup.create("digits", out="whole", **options))
-    parts = RunGroup.create("digits", out="parts", **options)
+    parts = RunGroup.create("digits", out="grad_accum_steps", **options)
     experiment = next(parts.experiments())
     stopped: list[bool] = []
     with pytest.raises(convlens.ConvlensError, match="^stopped at step"):
         for _ in experiment.epochs(should_stop=lambda: bool(stopped)):
             stopped.append(True)
-    assert train_all(RunGroup.resume("parts")) == whole
+    assert train_all(RunGroup.resume("grad_accum_steps")) == whole
     with pytest.raises(UsageError, match="^the series parts is finished; nothing to resume$"):
-        RunGroup.resume("parts")
+        RunGroup.resume("grad_accum_steps")
 
 
 @pytest.mark.parametrize(

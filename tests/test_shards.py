@@ -264,8 +264,8 @@ def test_what_shards_cannot_do_is_said(shards: Path) -> None:
     assert dataset.with_validation(0.5, 7) is dataset
     with pytest.raises(UsageError, match="name what they are made of"):
         merge(dataset)
-    with pytest.raises(UsageError, match="--balance"):
-        convlens.train(dataset, epochs=1, balance=True)
+    with pytest.raises(UsageError, match="--balanced-sampling"):
+        convlens.train(dataset, epochs=1, balanced_sampling=True)
 
 
 def test_shards_of_a_known_data_set_take_its_recipe(shards: Path, tmp_path: Path) -> None:

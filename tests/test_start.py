@@ -1,4 +1,4 @@
-"""What a training starts from: --init and --pretrained, and frozen stages. With nets of our own: it needs no timm."""
+"""What a training starts from: --init-from and --pretrained, and frozen stages. With models of our own."""
 
 import json
 import sys
@@ -24,8 +24,8 @@ from convlens.training.pretrained import PretrainedWeights, load_matching_weight
 from convlens.training.recipe import Recipe
 
 QUICK: dict[str, Any] = {"threads": 1, "device": "cpu", "precision": "fp32"}
-TRAINED: dict[str, Any] = {"epochs": 1, "batch_size": 16, "validation": 0.25, **QUICK}
-SMALL: dict[str, Any] = {"filters": 4, **TRAINED}
+TRAINED: dict[str, Any] = {"epochs": 1, "batch_size": 16, "val_fraction": 0.25, **QUICK}
+SMALL: dict[str, Any] = {"width": 4, **TRAINED}
 MISSING = "^this needs a package more: pip install 'convlens\\[backbones\\]'$"
 
 
@@ -98,16 +98,16 @@ def test_neither_a_resumed_run_nor_a_bundle_needs_the_file_again(trained: Run, t
     weights.write_bytes(weights_of(trained).read_bytes())
     rules = {**SMALL, "epochs": 3, "pretrained": str(weights)}
     whole = convlens.train(photos, out=tmp_path / "whole", **rules)
-    epochs = Experiment.create(photos, out=tmp_path / "parts", **rules).epochs()
+    epochs = Experiment.create(photos, out=tmp_path / "grad_accum_steps", **rules).epochs()
     next(epochs)
     epochs.close()
     weights.unlink()
-    experiment = Experiment.resume(tmp_path / "parts")
+    experiment = Experiment.resume(tmp_path / "grad_accum_steps")
     for _ in experiment.epochs():
         pass
     assert experiment.finish().test == whole.test
     # a bundle travels: it names the file, and not where it lay
-    bundle = json.loads((tmp_path / "parts" / "model" / "config.json").read_text())
+    bundle = json.loads((tmp_path / "grad_accum_steps" / "model" / "config.json").read_text())
     assert bundle["trained"]["recipe"]["pretrained"] == "weights.safetensors"
     assert str(tmp_path) not in json.dumps(bundle)
 
@@ -125,15 +125,15 @@ def test_seeds_start_from_the_same_weights(trained: Run, tmp_path: Path) -> None
     ("rules", "says"),
     [
         ({"pretrained": "nowhere.safetensors"}, "^--pretrained: there is no file nowhere.safetensors$"),
-        ({"pretrained": "."}, "^--pretrained takes a .safetensors file; for the run or model . there is --init$"),
+        ({"pretrained": "."}, "^--pretrained takes a .safetensors file; for the run or model . there is --init-from$"),
         ({"pretrained": "torn.safetensors"}, "^--pretrained: torn.safetensors is no whole .safetensors file: "),
         ({"pretrained": "timm"}, "^--pretrained timm is for nets of timm, such as --model timm:resnet18$"),
         (
             {"pretrained": "other.safetensors"},
             "^--pretrained: no weight in .*other.safetensors fits a net SmallNet here$",
         ),
-        ({"frozen": 1}, "^--frozen leaves trained stages as they are; name them with --pretrained or --init$"),
-        ({"model": "timm:resnet18", "filters": None}, MISSING),
+        ({"freeze": 1}, "^--freeze leaves trained stages as they are; name them with --pretrained or --init-from$"),
+        ({"model": "timm:resnet18", "width": None}, MISSING),
     ],
 )
 def test_what_cannot_be_started_from(
@@ -148,8 +148,8 @@ def test_what_cannot_be_started_from(
 
 
 def test_init_and_pretrained_are_two_answers(trained: Run) -> None:
-    with pytest.raises(UsageError, match="^--init or --pretrained, not both"):
-        Experiment.create("digits", init=trained.path, pretrained=str(weights_of(trained)), **QUICK)
+    with pytest.raises(UsageError, match="^--init-from or --pretrained, not both"):
+        Experiment.create("digits", init_from=trained.path, pretrained=str(weights_of(trained)), **QUICK)
 
 
 def test_a_damaged_note_beside_the_weights_is_named(trained: Run, tmp_path: Path) -> None:
@@ -161,22 +161,22 @@ def test_a_damaged_note_beside_the_weights_is_named(trained: Run, tmp_path: Path
         )
 
 
-# --init
+# --init-from
 
 
 def test_init_takes_mean_and_spread_too(trained: Run, tmp_path: Path) -> None:
     dark = make_photos(tmp_path / "dark", classes="bcd")
-    experiment = Experiment.create(dark, init=trained.path, out="run", **TRAINED)
+    experiment = Experiment.create(dark, init_from=trained.path, out="run", **TRAINED)
     assert experiment.preprocess.mean == trained.classifier.preprocess.mean
 
 
-# --frozen
+# --freeze
 
 
 @pytest.mark.usefixtures("no_plots")
 def test_frozen_stages_stay_as_they_were_trained(trained: Run, tmp_path: Path) -> None:
     photos = make_photos(tmp_path / "photos", classes="bcd")
-    run = convlens.train(photos, init=trained.path, frozen=2, ema=0.5, out="run", **TRAINED)
+    run = convlens.train(photos, init_from=trained.path, freeze=2, ema_decay=0.5, out="run", **TRAINED)
     before, after = tensors_of(trained.classifier.net), tensors_of(run.classifier.net)
     kept = [key for key in before if key.startswith(("body.stem.", "body.conv1."))]
     assert "body.conv1.2.running_mean" in kept or "body.conv1.1.running_mean" in kept  # BatchNorm's statistics too
@@ -186,32 +186,32 @@ def test_frozen_stages_stay_as_they_were_trained(trained: Run, tmp_path: Path) -
 
 
 def test_the_loop_of_ones_own_freezes_too() -> None:
-    net = create_model("small", channels=1, height=8, width=8, classes=10, filters=4)
+    net = create_model("small", channels=1, image_height=8, image_width=8, classes=10, width=4)
     before = tensors_of(net)
-    list(fit(net, convlens.load_dataset("digits"), Recipe(frozen=4, iterations=2, lr=0.1, **QUICK)))
+    list(fit(net, convlens.load_dataset("digits"), Recipe(freeze=4, max_steps=2, lr=0.1, **QUICK)))
     changed = [key for key, value in net.state_dict().items() if not torch.equal(value, before[key])]
     assert changed == ["head.2.weight", "head.2.bias"]
 
 
 def test_more_frozen_stages_than_there_are() -> None:
-    net = create_model("small", channels=1, height=8, width=8, classes=10, filters=4)
-    with pytest.raises(UsageError, match="^--frozen 5: the net has 4 stages, stem, conv1, conv2, conv3$"):
-        list(fit(net, convlens.load_dataset("digits"), Recipe(frozen=5, iterations=1, **QUICK)))
+    net = create_model("small", channels=1, image_height=8, image_width=8, classes=10, width=4)
+    with pytest.raises(UsageError, match="^--freeze 5: the net has 4 stages, stem, conv1, conv2, conv3$"):
+        list(fit(net, convlens.load_dataset("digits"), Recipe(freeze=5, max_steps=1, **QUICK)))
 
 
 def test_only_a_convnet_can_be_frozen() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    with pytest.raises(UsageError, match="^--frozen: the net small is no convlens.models.ConvNet"):
-        list(fit(net, convlens.load_dataset("digits"), Recipe(frozen=1, iterations=1, **QUICK)))
+    with pytest.raises(UsageError, match="^--freeze: the net small is no convlens.models.ConvNet"):
+        list(fit(net, convlens.load_dataset("digits"), Recipe(freeze=1, max_steps=1, **QUICK)))
 
 
 def test_what_is_frozen_must_have_been_trained() -> None:
-    net = create_model("small", channels=3, height=8, width=8, classes=4, filters=4)
+    net = create_model("small", channels=3, image_height=8, image_width=8, classes=4, width=4)
     assert isinstance(net, ConvNet)
     weights = {key: value + 1 for key, value in tensors_of(net).items() if "stem.0" not in key}
     start = PretrainedWeights("--pretrained", "some.safetensors", weights)
     with pytest.raises(
-        UsageError, match="^--frozen 2: 1 of the tensors .* some.safetensors, such as body.stem.0.weight$"
+        UsageError, match="^--freeze 2: 1 of the tensors .* some.safetensors, such as body.stem.0.weight$"
     ):
         load_matching_weights(net, start, frozen=2)
     load_matching_weights(net, start)
@@ -236,7 +236,7 @@ def test_without_timm_the_line_that_installs_it(
     monkeypatch.setitem(sys.modules, "timm", None)
     assert "timm:resnet18" in MODELS and "timm:resnet18" not in MODELS.names()
     with pytest.raises(UsageError, match=MISSING):
-        create_model("timm:resnet18", channels=3, height=64, width=64, classes=2)
+        create_model("timm:resnet18", channels=3, image_height=64, image_width=64, classes=2)
     monkeypatch.setattr("sys.argv", ["convlens", "models"])
     with pytest.raises(SystemExit):
         main()

@@ -38,8 +38,8 @@ from convlens.training.recipe import Recipe
 from convlens.training.recipes import RECIPES, get_recipe, read_recipe
 
 QUICK: dict[str, Any] = {
-    "epochs": 1, "filters": 4, "batch_size": 16, "validation": 0.25, "device": "cpu", "threads": 1, "precision": "fp32",
-    "shift": 0, "schedule": "constant", "warmup": 0.0,
+    "epochs": 1, "width": 4, "batch_size": 16, "val_fraction": 0.25, "device": "cpu", "threads": 1, "precision": "fp32",
+    "translate": 0, "lr_schedule": "constant", "warmup_fraction": 0.0,
 }  # fmt: skip
 FLAGS = [
     word for name, value in QUICK.items() for word in (f"--{name.replace('_', '-')}", str(value))
@@ -90,9 +90,9 @@ def test_choices_are_read_as_they_are_written(values: list[int]) -> None:
 def test_the_type_is_that_of_the_field() -> None:
     space = parse_space(["epochs=1..9", "momentum=0..0.9", "flip=yes,no", "optimizer=sgd,adam", "--kernel-size=3,5"])
     assert space["epochs"] == Range(1, 9) and isinstance(space["epochs"].inside(), int)  # type: ignore[union-attr]
-    assert space["momentum"] == Range(0.0, 0.9) and space["flip"] == Choice((True, False))
+    assert space["momentum"] == Range(0.0, 0.9) and space["hflip"] == Choice((True, False))
     assert space["optimizer"] == Choice(("sgd", "adam")) and space["kernel_size"] == Choice((3, 5))
-    assert str(space["flip"]) == "yes,no"
+    assert str(space["hflip"]) == "yes,no"
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_other_plans_that_cannot_work(toy: str) -> None:
         ({"params": LR, "lr": 0.1}, "--lr is searched and fixed"),
         ({"params": [*LR, *LR]}, "--param lr is given twice"),
         ({"params": ["epochs=1,2", "iterations=5,9"]}, "--param epochs or --param iterations, not both"),
-        ({"params": LR, "validation": 0.0}, "a sweep chooses on validation images, and this recipe holds none out"),
+        ({"params": LR, "val_fraction": 0.0}, "a sweep chooses on validation images, and this recipe holds none out"),
         ({"params": LR, "loss": "nll"}, "--loss nll needs a net that ends in log-softmax"),
         ({"preset": "classic", "loss": "nll"}, "--loss nll needs a net that ends in log-softmax"),
         ({"params": ["loss=cross-entropy,nll"]}, "--param loss=nll: --loss nll needs a net that ends in log-softmax"),
@@ -150,11 +150,11 @@ def test_the_classic_preset_takes_what_fits(big: str) -> None:
     sweep = Sweep.create("digits", preset="classic", epochs=1)
     assert list(sweep.space) == ["batch_size", "lr", "momentum"]
     assert sweep.notes == ("kernel-size is left out: it is no option of the net small",)
-    sweep = Sweep.create(big, "mnist-4conv", preset="classic", params=["lr=0.1,0.2"], validation=0.1)
+    sweep = Sweep.create(big, "mnist-4conv", preset="classic", params=["lr=0.1,0.2"], val_fraction=0.1)
     assert sweep.space["kernel_size"] == Choice((3, 5)) and sweep.space["lr"] == Choice((0.1, 0.2))
     told = "kernel-size 7 is left out: the images are too small for model 'mnist-4conv', or its kernel is too large"
     assert sweep.notes == (told,)
-    assert not sweep.base.watch_test
+    assert not sweep.base.log_test_metrics
 
 
 # nll takes a net that ends in log-softmax, as mnist-4conv does, which has no filters, and plain labels
@@ -164,7 +164,7 @@ def test_the_classic_preset_takes_what_fits(big: str) -> None:
         (["model=small,mnist-4conv", "loss=cross-entropy,nll", "filters=8,16", "mixup=0,0.4"], {}),
         (["model=small,mnist-4conv", "loss=cross-entropy,nll", "label-smoothing=0.1,0,0.2"], {}),
         (["model=small,mnist-4conv", "filters=8..16"], {"kernel_size": 5}),
-        (["model=small,mnist-4conv", "lr=0.1,0.2"], {"filters": 8, "kernel_size": 5}),
+        (["model=small,mnist-4conv", "lr=0.1,0.2"], {"width": 8, "kernel_size": 5}),
         (["model=fashion-2conv,mnist-4conv", "kernel-size=1..15"], {}),
         (["kernel-size=1,5"], {"model": "mnist-4conv"}),
         (["optimizer=sgd,adam", "nesterov=yes,no"], {}),
@@ -174,7 +174,7 @@ def test_the_classic_preset_takes_what_fits(big: str) -> None:
 def test_a_value_is_searched_if_some_trial_could_train_with_it(
     params: list[str], overrides: dict[str, Any], big: str
 ) -> None:
-    assert Sweep.create(big, "digits", params=params, validation=0.1, **overrides).space == parse_space(params)
+    assert Sweep.create(big, "digits", params=params, val_fraction=0.1, **overrides).space == parse_space(params)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +189,12 @@ def test_a_value_is_searched_if_some_trial_could_train_with_it(
         ),
         (["kernel-size=5,99"], {"model": "mnist-4conv"}, "--param kernel-size=99: the images are too small "),
         (["kernel-size=5..99"], {"model": "mnist-4conv"}, "--param kernel-size=99: the images are too small "),
-        (["model=small,fashion-2conv"], {"small_size": 14}, "--param model=fashion-2conv: --small-size 14: the net "),
-        (["small-size=7,14"], {"model": "fashion-2conv"}, "--small-size 7: the net fashion-2conv does not take "),
+        (
+            ["model=small,fashion-2conv"],
+            {"initial_size": 14},
+            "--param model=fashion-2conv: --initial-size 14: the net ",
+        ),
+        (["small-size=7,14"], {"model": "fashion-2conv"}, "--initial-size 7: the net fashion-2conv does not take "),
         (["lr=0.1,0.2"], {"device": "cuda"}, "this machine has no"),
         (["lr=0.1,0.2"], {"image_size": 32}, "--image-size is for folders; big has images of 28 pixels"),
         (
@@ -204,12 +208,12 @@ def test_a_value_is_refused_if_no_trial_could_train_with_it(
     params: list[str], overrides: dict[str, Any], message: str, big: str
 ) -> None:
     with pytest.raises(UsageError, match=f"^{re.escape(message)}"):
-        Sweep.create(big, "digits", params=params, validation=0.1, **overrides)
+        Sweep.create(big, "digits", params=params, val_fraction=0.1, **overrides)
     assert not Path("runs").exists()
 
 
 def test_a_preset_fits_one_of_the_nets_that_are_searched(big: str) -> None:
-    sweep = Sweep.create(big, "digits", preset="classic", params=["model=small,mnist-4conv"], validation=0.1)
+    sweep = Sweep.create(big, "digits", preset="classic", params=["model=small,mnist-4conv"], val_fraction=0.1)
     assert sweep.space["kernel_size"] == Choice((3, 5))
     assert len(sweep.notes) == 1 and sweep.notes[0].startswith("kernel-size 7 is left out: ")
 
@@ -221,7 +225,7 @@ def test_no_trial_can_look_at_a_test_image(toy: str, monkeypatch: pytest.MonkeyP
 
     dataset = dataclasses.replace(load_dataset(toy), test=Untouchable())  # type: ignore[arg-type]
     monkeypatch.setattr(study, "load_dataset", lambda *_, **__: dataset)
-    sweep = Sweep.create(toy, params=LR, trials=2, watch_test=True, **QUICK)
+    sweep = Sweep.create(toy, params=LR, trials=2, log_test_metrics=True, **QUICK)
     assert len(sweep.data.test) == 0
     run_all(sweep)
     assert write_outcome(sweep)["states"] == {"complete": 2}
@@ -248,7 +252,7 @@ def test_a_trial_is_what_train_does_and_its_recipe_travels_in_a_file(toy: str, n
 
 @pytest.mark.parametrize("name", RECIPES.names())
 def test_every_recipe_can_be_a_file(name: str) -> None:
-    for recipe in (get_recipe(name), get_recipe(name).override(iterations=7, lr=0.3, optimizer="sgd", momentum=0.5)):
+    for recipe in (get_recipe(name), get_recipe(name).override(max_steps=7, lr=0.3, optimizer="sgd", momentum=0.5)):
         Path("recipe.json").write_text(json.dumps(recipe_file(recipe)))
         assert read_recipe("recipe.json") == recipe
     own = Recipe(epochs=1, lr=0.2)
@@ -306,7 +310,7 @@ def test_trials_that_lag_behind_are_stopped(toy: str, monkeypatch: pytest.Monkey
     assert "<th>reason</th>" not in page and "no trial looked at a test image" in page
 
 
-@pytest.mark.parametrize("length", [{"epochs": 3}, {"epochs": None, "iterations": 12}])  # 5 steps an epoch
+@pytest.mark.parametrize("length", [{"epochs": 3}, {"epochs": None, "max_steps": 12}])  # 5 steps an epoch
 def test_no_trial_is_stopped_in_its_last_epoch(
     length: dict[str, int | None], toy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -639,7 +643,7 @@ def test_on_the_command_line(
             (toy, "--param", "model=small,tiny", "--param", "pool=avg,max"),
             "--param pool=avg: model 'small' has no option 'pool'; it takes filters; model 'tiny' has no",
         ),
-        ((toy, "--param", LR[0], "--frozen", 1), "a sweep starts every net from random weights, so it takes no --fr"),
+        ((toy, "--param", LR[0], "--freeze", 1), "a sweep starts every net from random weights, so it takes no --fr"),
         ((toy, "--param", "frozen=0,1"), "--param frozen makes no sense to search: all nets start from random weights"),
         ((toy, "--param", LR[0], "--out", "runs"), "runs exists already; choose another --out"),
         (
@@ -656,7 +660,7 @@ def test_on_the_command_line(
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
 def test_the_range_test_finds_a_rate_between_nothing_and_too_much(optimizer: str) -> None:
-    recipe = get_recipe("digits").override(optimizer=optimizer, nesterov=False, filters=4, bias_lr=0.5)
+    recipe = get_recipe("digits").override(optimizer=optimizer, nesterov=False, width=4, bias_lr=0.5)
     dataset = load_dataset("digits")
     found = lr_finder.find_lr(dataset, recipe)
     assert (
@@ -710,7 +714,7 @@ def test_batch_sizes_are_tried_until_they_bring_nothing(monkeypatch: pytest.Monk
 def test_what_a_batch_costs_is_measured_without_a_test_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lr_finder, "PROBE_SECONDS", 0.01)
     dataset = dataclasses.replace(load_dataset("digits"), test=None)  # type: ignore[arg-type]
-    recipe = get_recipe("digits").override(filters=4)
+    recipe = get_recipe("digits").override(width=4)
     small, large = (lr_finder.measure(dataset, recipe, size) for size in (16, 64))
     assert small.images_per_second > 0 and large.memory == 4 * small.memory > 0
     assert lr_finder.free_memory(recipe) > 0
@@ -718,8 +722,8 @@ def test_what_a_batch_costs_is_measured_without_a_test_image(monkeypatch: pytest
 
 def test_a_net_without_an_option_is_searched_beside_one_with_it(toy: str) -> None:
     sweep = Sweep.create(toy, "digits", params=["model=small,fashion-2conv", "filters=4,8"], trials=1)
-    assert worker.resolve(sweep, {"model": "small", "filters": 4}).filters == 4
-    assert worker.resolve(sweep, {"model": "fashion-2conv", "filters": 4}).filters is None
+    assert worker.resolve(sweep, {"model": "small", "width": 4}).filters == 4
+    assert worker.resolve(sweep, {"model": "fashion-2conv", "width": 4}).filters is None
 
 
 def test_tune_takes_another_net(
@@ -733,7 +737,7 @@ def test_tune_takes_another_net(
     with pytest.raises(SystemExit) as leaving:
         main.main()
     said = capsys.readouterr().out.splitlines()[-1]
-    assert not leaving.value.code and "--model fashion-2conv" in said and "--filters" not in said
+    assert not leaving.value.code and "--model fashion-2conv" in said and "--width" not in said
 
 
 def test_tune_prints_a_command_that_runs(
@@ -742,7 +746,7 @@ def test_tune_prints_a_command_that_runs(
     from convlens.cli import main
 
     monkeypatch.setattr(lr_finder, "PROBE_SECONDS", 0.01)
-    monkeypatch.setattr(sys, "argv", ["convlens", "tune", "digits", "--filters", "4", "--no-nesterov", "--seed", "2"])
+    monkeypatch.setattr(sys, "argv", ["convlens", "tune", "digits", "--width", "4", "--no-nesterov", "--seed", "2"])
     with pytest.raises(SystemExit) as leaving:
         main.main()
     out = capsys.readouterr().out

@@ -27,7 +27,7 @@ FAST = {"epochs": 3, "batch_size": 100, "device": "cpu", "threads": 1}
 @pytest.fixture
 def remembered(tmp_path: Path) -> Run:
     """Train on the digits and keep snapshots."""
-    return convlens.train("digits", out=tmp_path / "remembered", snapshots=True, **FAST)
+    return convlens.train("digits", out=tmp_path / "remembered", save_snapshots=True, **FAST)
 
 
 def test_what_is_kept() -> None:
@@ -52,7 +52,7 @@ def test_snapshots_are_what_the_net_was_and_change_nothing(remembered: Run, tmp_
 
 
 def test_a_stopped_training_goes_on_with_its_snapshots(remembered: Run, tmp_path: Path) -> None:
-    experiment = Experiment.create("digits", out=tmp_path / "stopped", snapshots=True, **FAST)
+    experiment = Experiment.create("digits", out=tmp_path / "stopped", save_snapshots=True, **FAST)
     with pytest.raises(convlens.ConvlensError):
         asked = iter([False] * 17 + [True] * 2)
         list(experiment.epochs(should_stop=lambda: next(asked)))
@@ -65,7 +65,7 @@ def test_a_stopped_training_goes_on_with_its_snapshots(remembered: Run, tmp_path
 
 def test_moments(remembered: Run) -> None:
     dataset = convlens.load_dataset("digits")
-    held_out = dataset.with_validation(remembered.config["recipe"]["validation"], 0).validation
+    held_out = dataset.with_validation(remembered.config["recipe"]["val_fraction"], 0).validation
     assert held_out is not None
     pixels = held_out.images[0].numpy()
     moments = replay(remembered.classifier, remembered.folder, pixels, held_out)
@@ -122,14 +122,14 @@ def test_what_is_missing_is_said(remembered: Run, tmp_path: Path, capsys: pytest
     shutil.rmtree(remembered.folder.snapshots)
     capsys.readouterr()
     assert run("timelapse", remembered.path) == 2
-    told = "kept no snapshots; train with --snapshots, such as: convlens train digits --snapshots"
+    told = "kept no snapshots; train with --save-snapshots, such as: convlens train digits --save-snapshots"
     assert capsys.readouterr().err == f"convlens: {remembered.path} {told}\n"
     assert not (remembered.path / "timelapse.html").exists()
     assert run("timelapse", tmp_path / "nothing") == 2
 
 
 def test_without_validation_it_asks_about_training_images(tmp_path: Path) -> None:
-    convlens.train("digits", out=tmp_path / "all", snapshots=True, validation=0.0, **FAST)
+    convlens.train("digits", out=tmp_path / "all", save_snapshots=True, val_fraction=0.0, **FAST)
     assert run("timelapse", tmp_path / "all") == 0
     assert str(model_of(tmp_path / "all" / "timelapse.html")["images"]).endswith(" training images")
 

@@ -125,7 +125,7 @@ def test_sets_on_request(run: Run) -> None:
 
 @pytest.mark.usefixtures("no_plots")
 def test_without_validation_images_it_says_that_it_cannot() -> None:
-    run = convlens.train("digits", validation=0.0, **QUICK)
+    run = convlens.train("digits", val_fraction=0.0, **QUICK)
     assert "calibration" not in run.test and run.classifier.trust is None
     image = np.zeros((8, 8), dtype=np.uint8)
     assert run.predict(image).known is None

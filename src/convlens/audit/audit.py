@@ -187,7 +187,7 @@ def out_of_fold_logits(dataset: Dataset, everything: Split, recipe: Recipe) -> t
 
     Each image is judged by a model that was trained without its fold.
     """
-    recipe = recipe.override(validation=0.0, select="last", patience=0, watch_test=False)
+    recipe = recipe.override(val_fraction=0.0, restore_best=False, patience=0, log_test_metrics=False)
     fold = assign_folds(everything.labels, dataset.classes, FOLDS)
     device = select_device(recipe.device)
     own, top = torch.zeros(2, len(everything))

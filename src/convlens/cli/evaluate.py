@@ -24,9 +24,7 @@ WORST = 10
 def evaluate(
     run: Annotated[str, typer.Argument(help="A run folder, a model folder, or a model by name.")],
     data: Annotated[str | None, typer.Option(help="Test on this data instead of the run's own.")] = None,
-    test_views: Annotated[
-        bool, typer.Option("--test-views", help="Also average over mirrored, shifted views.")
-    ] = False,
+    tta: Annotated[bool, typer.Option("--tta", help="Also average over mirrored, shifted views.")] = False,
     corruptions: Annotated[
         bool, typer.Option("--corruptions", help="Instead, test on noisy, blurred, turned, ... images.")
     ] = False,
@@ -48,8 +46,8 @@ def evaluate(
 
     restore_sigint()
     if corruptions:
-        if test_views:
-            raise UsageError("--corruptions and --test-views do not go together")
+        if tta:
+            raise UsageError("--corruptions and --tta do not go together")
         check_new_file(plot, "--plot", "png")
         clean, figures = evaluate_corruptions(run, data)
         print_corruptions(run, clean, figures, format)
@@ -61,7 +59,7 @@ def evaluate(
     if plot is not None:
         raise UsageError("--plot draws --corruptions; give both")
 
-    test = evaluate_run(run, data, test_views=test_views)
+    test = evaluate_run(run, data, tta=tta)
     if format is Format.json:
         print(json.dumps(test, indent=2))
         return

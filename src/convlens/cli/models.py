@@ -49,7 +49,7 @@ def models(
         return
     usual = getattr(MODELS[name], "usual_shape", (1, 28, 28))
     channels, side = channels or usual[0], size or usual[1]
-    net = create_model(name, channels=channels, height=side, width=side, classes=classes)
+    net = create_model(name, channels=channels, image_height=side, image_width=side, classes=classes)
     layers = summarize(net, channels, side, side)
     rows = [("layer", "kind", "output", "parameters", "MFLOPs", "sees")]
     for layer in layers:

@@ -56,8 +56,8 @@ def describe_experiment(experiment: Experiment) -> None:
     tests = len(range(0, len(dataset.test), recipe.batch_size))  # the last one may be smaller
     total = recipe.total_steps(steps)
     length = f"{count(math.ceil(total / steps), 'epoch')} ({total:,} steps)"
-    if recipe.seconds is not None:
-        length = f"{recipe.seconds:,.1f} s of training"
+    if recipe.max_seconds is not None:
+        length = f"{recipe.max_seconds:,.1f} s of training"
     model, machine = config["model"], config["machine"]
     sizes = torch.bincount(dataset.train.labels, minlength=len(dataset.classes))
     echo(f"data    {dataset.name}: {counts} images {channels}x{height}x{width}, {len(dataset.classes)} classes")
@@ -66,11 +66,11 @@ def describe_experiment(experiment: Experiment) -> None:
     if dataset.unreadable:
         some = first_few(dataset.unreadable, 3, "; ")
         echo(f"        {count(len(dataset.unreadable), 'unreadable file')} skipped: {some}")
-    if sizes.max() > SKEWED * sizes.min() and not recipe.balance:
+    if sizes.max() > SKEWED * sizes.min() and not recipe.balanced_sampling:
         most, least = (dataset.classes[int(row)] for row in (sizes.argmax(), sizes.argmin()))
         echo(
             f"        class {most!r} has {int(sizes.max()):,} images and {least!r} {int(sizes.min()):,}: "
-            "--balance shows both as often"
+            "--balanced-sampling shows both as often"
         )
     echo(f"net     {model['name']}: {model['parameters']:,} parameters")
     if "init" in config:
@@ -228,7 +228,9 @@ def describe_findings(findings: AuditReport) -> list[str]:
         number = f"{len(small)} classes have" if len(small) > 1 else "1 class has"
         lines.append(f"{number} too few training images to learn from: {some(told)}")
     if findings.imbalance > SKEWED:
-        lines.append(f"the largest class has {findings.imbalance:.1f} times the images of the smallest; see --balance")
+        lines.append(
+            f"the largest class has {findings.imbalance:.1f} times the images of the smallest; see --balanced-sampling"
+        )
     for found, kind in ((findings.copies, "exact copies"), (findings.near_copies, "near copies")):
         if found:
             groups = [" = ".join(group[:3]) + " = ..." * (len(group) > 3) for group in found]

@@ -66,7 +66,7 @@ def sweep(
     Examples:
       convlens sweep digits --param lr=1e-3..1:log --param momentum=0..0.99 --trials 50
 
-      convlens sweep mnist --recipe mnist-4conv --validation 0.1 --preset classic --epochs 3 --jobs 2
+      convlens sweep mnist --recipe mnist-4conv --val-fraction 0.1 --preset classic --epochs 3 --jobs 2
 
       convlens sweep mnist --param filters=8,16,32 --storage sqlite:///sweep.db
 

@@ -14,7 +14,7 @@ from convlens.cli.signals import restore_sigint
 
 @app.command()
 def timelapse(
-    run: Annotated[str, typer.Argument(help="A run that was trained with --snapshots.")],
+    run: Annotated[str, typer.Argument(help="A run that was trained with --save-snapshots.")],
     image: Annotated[str | None, typer.Option(help="A picture to follow, instead of an image held out.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="New .html file, instead of RUN/timelapse.html, which is made anew.")
@@ -26,7 +26,7 @@ def timelapse(
     """Show how a net learned: a page with a slider over its training, with filters, feature maps, verdict, mistakes.
 
     Examples:
-      convlens train mnist --snapshots
+      convlens train mnist --save-snapshots
 
       convlens timelapse runs/mnist-1 --image scan.png --gif learning.gif
     """

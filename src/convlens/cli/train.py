@@ -127,7 +127,7 @@ def train(
     if recipe is not None and config is not None:
         raise UsageError("give --recipe or --config, not both")
     if several and (init or budget):
-        raise UsageError("--seeds and --folds take no --init and no --budget")
+        raise UsageError("--seeds and --folds take no --init-from and no --budget")
     if processes > 1 and several:
         raise UsageError("--processes is for one training; --seeds and --folds train one after the other")
     own = os.environ.get("TORCHELASTIC_RUN_ID", "")
@@ -158,7 +158,7 @@ def train(
         if several:
             run_series(RunGroup.create(data, chosen, seeds=seeds, folds=folds, **given), live=live)
         else:
-            experiment = Experiment.create(data, chosen, started=STARTED, init=init, budget=budget, **given)
+            experiment = Experiment.create(data, chosen, started=STARTED, init_from=init, budget=budget, **given)
             run_experiment(experiment, live=live)
 
 

@@ -30,7 +30,9 @@ def count_batches(images: int, batch_size: int) -> int:
 def require_balance(split: Split) -> None:
     """Raise UsageError if the images of ``split`` cannot be drawn one by one: those in shards."""
     if not isinstance(split.images, Tensor):
-        raise UsageError("--balance draws images from all over; those in shards are read a few shards at a time")
+        raise UsageError(
+            "--balanced-sampling draws images from all over; those in shards are read a few shards at a time"
+        )
 
 
 class BatchLoader:

@@ -48,8 +48,8 @@ def replay(classifier: Classifier, folder: RunDir, pixels: Pixels, asked: Split)
     snapshots = list_snapshots(folder.snapshots)
     if not snapshots:
         raise UsageError(
-            f"{folder.path} kept no snapshots; train with --snapshots, such as: convlens train "
-            f"{quoted(folder.read_config()['data']['name'])} --snapshots"
+            f"{folder.path} kept no snapshots; train with --save-snapshots, such as: convlens train "
+            f"{quoted(folder.read_config()['data']['name'])} --save-snapshots"
         )
     config = folder.read_config()
     epoch_steps = count_batches(config["data"]["counts"]["train"], config["recipe"]["batch_size"])

@@ -90,7 +90,7 @@ A small convolutional image classifier, trained by convlens {about["convlens"]}.
 | command | `{about["command"]}` |
 | training | {about["seconds"]:.0f} s on {machine["device_name"]}, {machine["threads"]} thread(s) |
 
-{WATCHED if about["recipe"].get("watch_test") else UNSEEN} The interval is that of the test sample
+{WATCHED if about["recipe"].get("log_test_metrics") else UNSEEN} The interval is that of the test sample
 alone; another seed gives another net.
 
 {self.say_trust()}

@@ -63,7 +63,7 @@ class ConvNet(nn.Module):
         """
         stages = list(self.stages())
         if count > len(stages):
-            raise UsageError(f"--frozen {count}: the net has {len(stages)} stages, {', '.join(stages)}")
+            raise UsageError(f"--freeze {count}: the net has {len(stages)} stages, {', '.join(stages)}")
         self.frozen = tuple(self.first_modules(count))
         for module in self.frozen:
             module.requires_grad_(False)
@@ -77,10 +77,10 @@ class ConvNet(nn.Module):
         return self
 
 
-# name -> constructor (channels, height, width, classes, **options), all plain numbers and strings
+# name -> constructor (channels, image_height, image_width, classes, **options), all plain numbers and strings
 MODELS: Registry[Callable[..., nn.Module]] = Registry("model")
 
-"""Every net by name: constructors (channels, height, width, classes, **options), all plain numbers and strings.
+"""Every model by name: constructors (channels, image_height, image_width, classes, **options) of plain values.
 
 ``MODELS.names()`` lists them in the order in which they were registered, ``MODELS["small"]`` is one of them, and a name
 that there is not raises UnknownName.
@@ -96,19 +96,19 @@ def model_options(name: str) -> dict[str, Any]:
     {'pool': 'max', 'kernel_size': 5}
     """
     parameters = inspect.signature(MODELS[name]).parameters.values()
-    sizes = ("channels", "height", "width", "classes")
+    sizes = ("channels", "image_height", "image_width", "classes")
     return {p.name: p.default for p in parameters if p.name not in sizes}
 
 
 def create_model(
-    name: str, *, channels: int, height: int, width: int, classes: int, **options: int | float | str | bool
+    name: str, *, channels: int, image_height: int, image_width: int, classes: int, **options: int | float | str | bool
 ) -> nn.Module:
-    """Build the registered model ``name`` for images (channels, height, width) and ``classes`` classes.
+    """Build the registered model ``name`` for images (channels, image_height, image_width) and ``classes`` classes.
 
-    Weights are random, float32, drawn from PyTorch's global generator. ``height`` and ``width`` are in pixels. Raises
+    Weights are random, float32, drawn from PyTorch's global generator. The height and the width are in pixels. Raises
     UsageError for an unknown model, an option that it does not take, and images that are too small for it.
 
-    >>> net = create_model("small", channels=1, height=8, width=8, classes=10, filters=4)
+    >>> net = create_model("small", channels=1, image_height=8, image_width=8, classes=10, width=4)
     >>> net(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
     >>> list(net.stages())
@@ -119,12 +119,14 @@ def create_model(
         if option not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
             raise UsageError(f"model {name!r} has no option {option!r}; {takes}")
-    return MODELS[name](channels=channels, height=height, width=width, classes=classes, **options)
+    return MODELS[name](
+        channels=channels, image_height=image_height, image_width=image_width, classes=classes, **options
+    )
 
 
-def require_pixels(model: str, height: int, width: int) -> None:
+def require_pixels(model: str, image_height: int, image_width: int) -> None:
     """Raise UsageError if nothing is left of the image after the unpadded convolutions and pools."""
-    if min(height, width) < 1:
+    if min(image_height, image_width) < 1:
         raise UsageError(f"the images are too small for model {model!r}, or its kernel is too large")
 
 
@@ -134,7 +136,9 @@ def require(condition: bool, message: str) -> None:
         raise ConvlensError(message)
 
 
-def check_model(name: str, *, channels: int = 1, height: int = 28, width: int = 28, classes: int = 7) -> None:
+def check_model(
+    name: str, *, channels: int = 1, image_height: int = 28, image_width: int = 28, classes: int = 7
+) -> None:
     """Test that the registered model ``name``, a user's own too, keeps the model contract.
 
     Builds it twice, runs a batch through it forward and backward, and raises ConvlensError that says which part
@@ -143,14 +147,16 @@ def check_model(name: str, *, channels: int = 1, height: int = 28, width: int = 
     fit a net rebuilt from the same arguments. The images that it is tried on are random, of the size that is given,
     in pixels. Returns None where all is well. Raises UnknownName if there is no such model.
 
-    >>> check_model("tiny", height=12, width=12)
+    >>> check_model("tiny", image_height=12, image_width=12)
     """
     for option, default in model_options(name).items():
         plain = isinstance(default, (int, float, str, bool))
         require(plain, f"model {name!r}: option {option!r} must have a plain number or string as its default")
 
     def build() -> Any:
-        return create_model(name, channels=channels, height=height, width=width, classes=classes)
+        return create_model(
+            name, channels=channels, image_height=image_height, image_width=image_width, classes=classes
+        )
 
     try:
         net, twin = build(), build()
@@ -158,7 +164,7 @@ def check_model(name: str, *, channels: int = 1, height: int = 28, width: int = 
     except (TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ConvlensError(f"model {name!r}: it cannot be built, and rebuilt with its weights: {reason}") from None
-    x = torch.rand(5, channels, height, width)  # (N, C, H, W)
+    x = torch.rand(5, channels, image_height, image_width)  # (N, C, H, W)
     net.train()
     logits = net(x)
     require(isinstance(logits, Tensor), f"model {name!r}: net(x) is a {type(logits).__name__}, not a tensor")

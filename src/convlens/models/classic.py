@@ -27,7 +27,9 @@ class FashionTwoConv(ConvNet):
     tutorial that its batch size and iteration count come from. 28,938 parameters on 28x28 grey images.
     """
 
-    def __init__(self, channels: int, height: int, width: int, classes: int, pool: str = "max", kernel_size: int = 5):
+    def __init__(
+        self, channels: int, image_height: int, image_width: int, classes: int, pool: str = "max", kernel_size: int = 5
+    ):
         super().__init__()
         pad = kernel_size // 2
         self.body = nn.Sequential(
@@ -39,9 +41,11 @@ class FashionTwoConv(ConvNet):
             )
         )
         for _ in range(2):  # an even kernel adds a pixel, then the pool halves
-            height, width = ((side + 2 * pad - kernel_size + 1) // 2 for side in (height, width))
-        require_pixels("fashion-2conv", height, width)
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(32 * height * width, classes))
+            image_height, image_width = (
+                (side + 2 * pad - kernel_size + 1) // 2 for side in (image_height, image_width)
+            )
+        require_pixels("fashion-2conv", image_height, image_width)
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(32 * image_height * image_width, classes))
 
 
 @MODELS.register("folder-cnn")
@@ -54,7 +58,7 @@ class FolderCNN(ConvNet):
 
     usual_shape = (3, 64, 64)
 
-    def __init__(self, channels: int, height: int, width: int, classes: int, kernel_size: int = 3):
+    def __init__(self, channels: int, image_height: int, image_width: int, classes: int, kernel_size: int = 3):
         super().__init__()
         pad = kernel_size // 2
         stages: OrderedDict[str, nn.Module] = OrderedDict()
@@ -63,12 +67,14 @@ class FolderCNN(ConvNet):
             conv = nn.Conv2d(inputs, filters, kernel_size, padding=pad)
             stages[f"conv{number}"] = nn.Sequential(conv, nn.ReLU())
             stages[f"pool{number}"] = nn.MaxPool2d(2)
-            height, width = ((side + 2 * pad - kernel_size + 1) // 2 for side in (height, width))
+            image_height, image_width = (
+                (side + 2 * pad - kernel_size + 1) // 2 for side in (image_height, image_width)
+            )
             inputs = filters
-        require_pixels("folder-cnn", height, width)
+        require_pixels("folder-cnn", image_height, image_width)
         self.body = nn.Sequential(stages)
         self.head = nn.Sequential(
-            nn.Flatten(), nn.Linear(inputs * height * width, 128), nn.ReLU(), nn.Linear(128, classes)
+            nn.Flatten(), nn.Linear(inputs * image_height * image_width, 128), nn.ReLU(), nn.Linear(128, classes)
         )
 
 
@@ -85,8 +91,8 @@ class CifarLeNet(ConvNet):
     def __init__(
         self,
         channels: int,
-        height: int,
-        width: int,
+        image_height: int,
+        image_width: int,
         classes: int,
         kernel_size: int = 5,
         output_relu: bool = True,
@@ -101,9 +107,9 @@ class CifarLeNet(ConvNet):
             )
         )
         for _ in range(2):
-            height, width = ((side - kernel_size + 1) // 2 for side in (height, width))
-        require_pixels("cifar-lenet", height, width)
-        layers: list[nn.Module] = [nn.Flatten(), nn.Linear(16 * height * width, 128), nn.ReLU()]
+            image_height, image_width = ((side - kernel_size + 1) // 2 for side in (image_height, image_width))
+        require_pixels("cifar-lenet", image_height, image_width)
+        layers: list[nn.Module] = [nn.Flatten(), nn.Linear(16 * image_height * image_width, 128), nn.ReLU()]
         layers += [nn.Linear(128, 84), nn.ReLU(), nn.Linear(84, classes)]
         if output_relu:
             layers.append(nn.ReLU())
@@ -120,7 +126,7 @@ class MnistFourConv(ConvNet):
 
     log_probabilities = True
 
-    def __init__(self, channels: int, height: int, width: int, classes: int, kernel_size: int = 3):
+    def __init__(self, channels: int, image_height: int, image_width: int, classes: int, kernel_size: int = 3):
         super().__init__()
         self.body = nn.Sequential(
             OrderedDict(
@@ -131,11 +137,11 @@ class MnistFourConv(ConvNet):
             )
         )
         for _ in range(2):
-            height, width = ((side - 2 * (kernel_size - 1)) // 2 for side in (height, width))
-        require_pixels("mnist-4conv", height, width)
+            image_height, image_width = ((side - 2 * (kernel_size - 1)) // 2 for side in (image_height, image_width))
+        require_pixels("mnist-4conv", image_height, image_width)
         self.head = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(256 * height * width, 50),
+            nn.Linear(256 * image_height * image_width, 50),
             nn.ReLU(),
             nn.Linear(50, classes),
             nn.LogSoftmax(dim=1),

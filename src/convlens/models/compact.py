@@ -26,17 +26,17 @@ class SmallNet(ConvNet):
     layers see about 14x14 pixels whatever comes in, and images of any size from 1x1 up are taken.
     """
 
-    def __init__(self, channels: int, height: int, width: int, classes: int, filters: int = 32):
+    def __init__(self, channels: int, image_height: int, image_width: int, classes: int, width: int = 32):
         super().__init__()
-        side = min(height, width)
+        side = min(image_height, image_width)
         stride = 1 if side < 16 else 2 if side < 64 else 4
         stem = {1: 3, 2: 4, 4: 8}[stride]
         stages: OrderedDict[str, nn.Module] = OrderedDict(
-            stem=nn.Sequential(*conv_block(channels, filters, stride=stride, kernel_size=stem))
+            stem=nn.Sequential(*conv_block(channels, width, stride=stride, kernel_size=stem))
         )
         side = (side + 2 * ((stem - 1) // 2) - stem) // stride + 1
-        inputs = filters
-        for number, outputs in enumerate((2 * filters, 4 * filters, 4 * filters), start=1):
+        inputs = width
+        for number, outputs in enumerate((2 * width, 4 * width, 4 * width), start=1):
             block = conv_block(inputs, outputs)
             # the last stage keeps its pixels for the global maximum and for the class activation map
             if number < 3 and side >= 4:
@@ -56,14 +56,14 @@ class TinyNet(ConvNet):
     stride 2 has no padding, for there is no ink at the border.
     """
 
-    def __init__(self, channels: int, height: int, width: int, classes: int, filters: int = 16):
+    def __init__(self, channels: int, image_height: int, image_width: int, classes: int, width: int = 16):
         super().__init__()
-        side = (min(height, width) - 5) // 2 + 1
+        side = (min(image_height, image_width) - 5) // 2 + 1
         require_pixels("tiny", side, side)
         stages: OrderedDict[str, nn.Module] = OrderedDict()
-        conv = nn.Conv2d(channels, filters, 5, stride=2, bias=False)
-        inputs = filters
-        for number, outputs in enumerate((filters, 2 * filters, 4 * filters), start=1):
+        conv = nn.Conv2d(channels, width, 5, stride=2, bias=False)
+        inputs = width
+        for number, outputs in enumerate((width, 2 * width, 4 * width), start=1):
             if number > 1:
                 conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
             pools = number < 3 and side >= 2
@@ -86,16 +86,16 @@ class WhitenedNet(ConvNet):
 
     usual_shape = (3, 32, 32)
 
-    def __init__(self, channels: int, height: int, width: int, classes: int, filters: int = 64):
+    def __init__(self, channels: int, image_height: int, image_width: int, classes: int, width: int = 64):
         super().__init__()
         patch = 3 if channels == 1 else 2  # side of the whitened patches
-        side = min(height, width) - patch + 1
+        side = min(image_height, image_width) - patch + 1
         require_pixels("whitened", side, side)
         inputs = 2 * channels * patch**2
         stem = nn.Conv2d(channels, inputs, patch)
         stem.weight.requires_grad_(False)
         stages: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Sequential(stem, nn.GELU()))
-        for number, outputs in enumerate((filters, 4 * filters, 4 * filters), start=1):
+        for number, outputs in enumerate((width, 4 * width, 4 * width), start=1):
             pool = [nn.MaxPool2d(2)] if side >= 2 else []
             side = max(side // 2, 1)
             stages[f"group{number}"] = nn.Sequential(
@@ -129,19 +129,19 @@ class ResidualNet(ConvNet):
 
     is_chain = False
 
-    def __init__(self, channels: int, height: int, width: int, classes: int, filters: int = 32):
+    def __init__(self, channels: int, image_height: int, image_width: int, classes: int, width: int = 32):
         super().__init__()
         self.body = nn.Sequential(OrderedDict(
-            stem=nn.Sequential(*conv_block(channels, filters)),
-            group1=ResidualBlock(filters, filters),
+            stem=nn.Sequential(*conv_block(channels, width)),
+            group1=ResidualBlock(width, width),
             group2=nn.Sequential(
-                ResidualBlock(filters, 2 * filters, stride=2), ResidualBlock(2 * filters, 2 * filters)
+                ResidualBlock(width, 2 * width, stride=2), ResidualBlock(2 * width, 2 * width)
             ),
             group3=nn.Sequential(
-                ResidualBlock(2 * filters, 4 * filters, stride=2), ResidualBlock(4 * filters, 4 * filters)
+                ResidualBlock(2 * width, 4 * width, stride=2), ResidualBlock(4 * width, 4 * width)
             ),
         ))  # fmt: skip
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * filters, classes))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, classes))
 
 
 class ResidualBlock(nn.Module):

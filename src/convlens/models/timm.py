@@ -79,7 +79,7 @@ class Backbone(ConvNet):
 
     is_chain = False
 
-    def __init__(self, name: str, channels: int, height: int, width: int, classes: int):
+    def __init__(self, name: str, channels: int, image_height: int, image_width: int, classes: int):
         super().__init__()
         timm = import_timm()
         self.net = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
@@ -90,10 +90,12 @@ class Backbone(ConvNet):
         self._places = [place for place in places if place and place in modules]
         try:
             with torch.no_grad():
-                maps = self.net.eval().forward_features(torch.zeros(1, channels, height, width))
+                maps = self.net.eval().forward_features(torch.zeros(1, channels, image_height, image_width))
         except (RuntimeError, AssertionError, ValueError) as error:
             reason = str(error).strip().split("\n", 1)[0]
-            raise UsageError(f"the net {PREFIX}{name} takes no images of {width} x {height} pixels: {reason}") from None
+            raise UsageError(
+                f"the net {PREFIX}{name} takes no images of {image_width} x {image_height} pixels: {reason}"
+            ) from None
         finally:
             self.net.train()
         if not isinstance(maps, Tensor) or maps.dim() != 4 or maps.shape[1] != self.net.num_features:

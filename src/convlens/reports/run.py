@@ -64,7 +64,8 @@ def write_report(folder: RunDir, drawn: Mapping[str, str]) -> None:
 <section class=wide><details><summary>Epochs</summary>{epoch_table(metrics)}</details></section>
 <section class=wide><details><summary>Recipe and machine</summary>
 {pairs_table({**recipe, **machine})}</details></section>
-<p class=quiet>{WATCHED if recipe["watch_test"] else UNSEEN} The interval is that of the test sample; another seed gives
+<p class=quiet>{WATCHED if recipe["log_test_metrics"] else UNSEEN} The interval is that of the test sample; another seed
+gives
 another net.</p>
 """
     write_page(folder.report, folder.path.name, body)

@@ -83,15 +83,15 @@ def describe_class_diff(classes: Sequence[str], others: Sequence[str]) -> str:
     return ", and ".join(told) or "the same in another order"
 
 
-def evaluate_run(source: str | Path, data: Any = None, *, test_views: bool = False) -> dict[str, Any]:
+def evaluate_run(source: str | Path, data: Any = None, *, tta: bool = False) -> dict[str, Any]:
     """Test a run's (or model's) net again, on its own test split or on that of ``data``; nothing is written.
 
     Returns the values that ``test.json`` has, and as ``confusion_matrix`` the rows of ``confusion_matrix.csv``; with
-    ``test_views``, the metrics of test-time augmentation as well.
+    ``tta``, the metrics of test-time augmentation as well.
     """
     set_num_threads()
     bundle, dataset = load_evaluation_data(source, data, other=True)
-    views = make_tta(bundle.trained["recipe"].get("flip", False)) if test_views else None
+    views = make_tta(bundle.trained["recipe"].get("hflip", False)) if tta else None
     test, _ = Classifier(bundle).test(dataset.test, views)
     return test
 

@@ -84,7 +84,7 @@ class Experiment:
             return cls._follow(data, ranks)
         with ranks.leading():
             if budget is not None and ranks.size > 1:
-                raise UsageError("--budget measures the pace of one process; give several of them --seconds")
+                raise UsageError("--budget measures the pace of one process; give several of them --max-seconds")
             training = launch_id()
             if ranks.again and (begun := find_interrupted_run(out, training)):
                 return cls._go_on(begun, memory_of(data), accept_changes=True, finished_too=True)._lead()
@@ -92,7 +92,7 @@ class Experiment:
                 data,
                 recipe,
                 out=out,
-                init=init,
+                init_from=init,
                 allow_unreadable=allow_unreadable,
                 budget=budget,
                 exclude=exclude,
@@ -120,7 +120,7 @@ class Experiment:
         started = time.perf_counter() if started is None else started
         allowed = None if budget is None else parse_budget(str(budget))  # seconds
         if budget is not None and any(overrides.get(name) is not None for name in LENGTHS):
-            raise UsageError("--budget decides the length; give no --epochs, --iterations or --seconds beside it")
+            raise UsageError("--budget decides the length; give no --epochs, --max-steps or --max-seconds beside it")
         if out is not None:
             RunDir.refuse_existing(out)
         if isinstance(recipe, str):
@@ -136,10 +136,10 @@ class Experiment:
 
         settled = settle(recipe or default_recipe(data_name(data)))
         if start is not None and settled.pretrained:
-            raise UsageError("--init or --pretrained, not both: each says what weights to start from")
+            raise UsageError("--init-from or --pretrained, not both: each says what weights to start from")
         start = start or start_from_weights(settled)
-        if settled.frozen and start is None:
-            raise UsageError("--frozen leaves trained stages as they are; name them with --pretrained or --init")
+        if settled.freeze and start is None:
+            raise UsageError("--freeze leaves trained stages as they are; name them with --pretrained or --init-from")
         if settled.tensorboard:
             find_tensorboard()
         refuse_inside_data(out, data)
@@ -152,7 +152,7 @@ class Experiment:
         loaded = load_dataset(data, **form, allow_unreadable=allow_unreadable)
         if exclude is not None:
             loaded = loaded.without(read_name_list(exclude))
-        if settled.balance:
+        if settled.balanced_sampling:
             require_balance(loaded.train)
         require_size(settled.image_size, loaded)
         if loaded.shape[1] == form["image_size"]:
@@ -161,7 +161,7 @@ class Experiment:
             running = {"device": device.type, "threads": threads, "image_size": settled.image_size}
             choices = [settle(choice).override(**running) for choice in budget_candidates(data_name(data), recipe)]
             settled = choose_for_budget(allowed, started, loaded, choices)
-        dataset = loaded.with_validation(settled.validation, settled.seed)
+        dataset = loaded.with_validation(settled.val_fraction, settled.seed)
         preprocess = Preprocess.measure(dataset.train.images, dataset.style)
         if start is not None:
             if settled.pretrained:
@@ -187,7 +187,7 @@ class Experiment:
             **({"job": training} if training else {}),
         }
         if start is not None:
-            config["init"] = {"from": start.origin, "tensors": load_matching_weights(net, start, settled.frozen)}
+            config["init"] = {"from": start.origin, "tensors": load_matching_weights(net, start, settled.freeze)}
         folder = RunDir.create(out, dataset.name)
         try:
             write_split(folder, dataset)
@@ -285,7 +285,7 @@ class Experiment:
                 f"the data in {recorded['source'] or loaded.name} have changed since {folder.path} was started; "
                 "train anew"
             )
-        dataset = loaded.with_validation(recipe.validation, recipe.seed)
+        dataset = loaded.with_validation(recipe.val_fraction, recipe.seed)
         torch.manual_seed(recipe.seed)  # the first weights again, should no checkpoint have been written yet
         return cls(folder, config, recipe, dataset, preprocess, make_model(model, dataset, preprocess))
 
@@ -326,7 +326,7 @@ class Experiment:
             ):
                 records.append(record)
                 if self.ranks.first:
-                    write_metrics(self.folder, records, watched=self.recipe.watch_test)
+                    write_metrics(self.folder, records, watched=self.recipe.log_test_metrics)
                 board.add(record)
                 yield record
 
@@ -358,7 +358,7 @@ def train(
     the data; ``overrides`` are recipe options, such as ``epochs=3, seed=1``. The run lies in ``out``, a new folder, or
     the next free ``runs/<data>-<n>``. ``init`` names a run or model whose trained stages the net starts from, with a
     new head. ``budget`` is the time that all of it may take (seconds, or "5m"): the recipe, if none is given, and the
-    length are chosen to fit, and the images are tested once unless ``test_views=True``.
+    length are chosen to fit, and the images are tested once unless ``tta=True``.
     ``exclude`` is a file that names images to leave out, one a line, as the data doctor writes it. ``allow_unreadable``
     trains although more than 1% of a folder's files cannot be read. PyTorch's random numbers and threads are left as
     they were; on a CPU, with glibc, the process keeps the memory that it frees from then on. Raises UsageError for what
@@ -370,7 +370,7 @@ def train(
             data,
             recipe,
             out=out,
-            init=init,
+            init_from=init,
             allow_unreadable=allow_unreadable,
             budget=budget,
             exclude=exclude,

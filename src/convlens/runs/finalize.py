@@ -42,7 +42,7 @@ def finalize(
         )
     bundle = Bundle(net, model, dataset.classes, preprocess, {}, trust)
     classifier = Classifier(bundle, recipe.device)
-    test, logits = classifier.test(dataset.test, make_tta(recipe.flip) if recipe.test_views else None)
+    test, logits = classifier.test(dataset.test, make_tta(recipe.hflip) if recipe.tta else None)
     trained = {
         "convlens": version("convlens"),
         "command": redact_paths(config["command"], config["data"]),
@@ -85,7 +85,7 @@ def draw_plots(
     augment, normalise = make_augment(recipe, len(classes)), preprocess.normaliser()
     with torch.no_grad():
         turned = torch.arange(len(rows)) % 2 == 1  # every second one, as in each epoch
-        seen = mirror(normalise(images), turned) if recipe.flip else normalise(images)
+        seen = mirror(normalise(images), turned) if recipe.hflip else normalise(images)
         changed, _ = augment(seen, labels, BatchRandom.seeded(recipe.seed, len(rows)))
     drawn = {
         "samples.png": image_grid.image_grid(images, names, "What it learns from: training images"),

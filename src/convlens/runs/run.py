@@ -141,4 +141,4 @@ def load_training_images(source: str | Path, classifier: Classifier, data: Any =
     with contextlib.nullcontext() if data is not None else offline():
         bundle, dataset = load_evaluation_data(source, data)
     recipe = bundle.trained["recipe"]
-    return TrainingImages(classifier, dataset.with_validation(recipe["validation"], recipe["seed"]))
+    return TrainingImages(classifier, dataset.with_validation(recipe["val_fraction"], recipe["seed"]))

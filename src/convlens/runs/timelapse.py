@@ -40,7 +40,7 @@ def write_timelapse_page(
             refuse_inside_data(place, data or recorded_source(source), flag)
     bundle, dataset = load_evaluation_data(run.path, data)
     recipe = run.config["recipe"]
-    held_out = dataset.with_validation(recipe["validation"], recipe["seed"]).validation
+    held_out = dataset.with_validation(recipe["val_fraction"], recipe["seed"]).validation
     asked = dataset.train if held_out is None else held_out
     classifier = Classifier(bundle)
     if picture is None:
@@ -54,7 +54,7 @@ def write_timelapse_page(
         "net": bundle.model["name"],
         "classes": list(dataset.classes),
         "picture": name,
-        "images": f"{min(MAX_IMAGES, len(asked)):,} {'training' if held_out is None else 'validation'} images",
+        "images": f"{min(MAX_IMAGES, len(asked)):,} {'training' if held_out is None else 'val_fraction'} images",
     }
     write_timelapse(page, moments, pixels, about)
     if gif is not None:

@@ -24,17 +24,17 @@ NOT_SEARCHED = {  # field -> why
     "device": UNTOLD,
     "threads": UNTOLD,
     "precision": "the machine decides it",
-    "parts": "it is for nets that do not fit into memory",
-    "validation": "all trials are compared on the same validation images",
+    "grad_accum_steps": "it is for nets that do not fit into memory",
+    "val_fraction": "all trials are compared on the same validation images",
     "image_size": "all trials are compared on the same images; make a sweep for each size",
-    "seconds": "how far a training comes in a time depends on what else the machine does",
-    "select": "the best epoch looks better on validation images than the last one, whatever it is worth",
-    "watch_test": "no trial looks at the test split",
-    "test_views": "no trial looks at the test split",
+    "max_seconds": "how far a training comes in a time depends on what else the machine does",
+    "restore_best": "the best epoch looks better on validation images than the last one, whatever it is worth",
+    "log_test_metrics": "no trial looks at the test split",
+    "tta": "no trial looks at the test split",
     "pretrained": "all nets start from random weights",
-    "frozen": "all nets start from random weights",
+    "freeze": "all nets start from random weights",
     "sync_batchnorm": "each training of a sweep is one process",
-    "snapshots": UNTOLD,
+    "save_snapshots": UNTOLD,
     "save_every": UNTOLD,
     "tensorboard": UNTOLD,
 }
@@ -120,7 +120,7 @@ def parse_space(params: Iterable[str]) -> Space:
         except UsageError as error:
             raise UsageError(f"--param {text}: {error}") from None
     if len([name for name in LENGTHS if name in space]) > 1:
-        raise UsageError("--param epochs or --param iterations, not both: each is the length of a training")
+        raise UsageError("--param epochs or --param max_steps, not both: each is the length of a training")
     return space
 
 
@@ -156,7 +156,7 @@ def parse_value(name: str, text: str) -> Any:
         value = WORDS[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
         raise UsageError(f"{flag(name)} takes {KIND_NAMES[kind]}, not {text!r}") from None
-    neutral = Recipe(epochs=1, optimizer="sgd", schedule="constant")
+    neutral = Recipe(epochs=1, optimizer="sgd", lr_schedule="constant")
     if not (name == "nesterov" and value):  # that is no matter of its own
         neutral.override(**{name: value})
     return value

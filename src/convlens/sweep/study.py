@@ -93,7 +93,7 @@ class Sweep:
         base = (
             recipe if isinstance(recipe, Recipe) else get_recipe(recipe) if recipe else default_recipe(data_name(data))
         )
-        base = base.override(**{**overrides, "watch_test": False, "snapshots": False, "save_every": 0})
+        base = base.override(**{**overrides, "log_test_metrics": False, "save_snapshots": False, "save_every": 0})
         for name in set(space) & set(overrides):
             raise UsageError(f"{flag(name)} is searched and fixed: give it once")
         reject_pretrained(base, "a sweep")
@@ -160,11 +160,11 @@ def load_for_sweep(data: Any, base: Recipe, allow_unreadable: bool) -> Dataset:
     dataset = load_dataset(data, image_size=base.image_size, allow_unreadable=allow_unreadable)
     dataset = dataclasses.replace(dataset, test=Split(dataset.train.images[:0], dataset.train.labels[:0], []))
     require_size(base.image_size, dataset)
-    if base.balance:
+    if base.balanced_sampling:
         require_balance(dataset.train)
-    dataset = dataset.with_validation(base.validation, base.seed)
+    dataset = dataset.with_validation(base.val_fraction, base.seed)
     if dataset.validation is None:
-        raise UsageError("a sweep chooses on validation images, and this recipe holds none out: add --validation 0.1")
+        raise UsageError("a sweep chooses on validation images, and this recipe holds none out: add --val-fraction 0.1")
     return dataset
 
 

@@ -24,7 +24,7 @@ from convlens.training.schedule import require_any_size
 
 # fields of which one value may shut out another's; those of one group have nothing to do with the other
 BOUND = (
-    ("model", *MODEL_OPTIONS, "small_size", "loss", "label_smoothing", "mixup", "cutmix"),
+    ("model", *MODEL_OPTIONS, "initial_size", "loss", "label_smoothing", "mixup", "cutmix"),
     ("optimizer", "nesterov", "momentum"),
 )
 

@@ -174,12 +174,12 @@ def run_trial(
         trial.set_user_attr("worker", process_name())
         recipe = resolve(sweep, trial.params, threads)
         steps = count_batches(len(sweep.data.train), recipe.batch_size)
-        last = math.ceil(recipe.total_steps(steps) / steps) if recipe.seconds is None else 0
+        last = math.ceil(recipe.total_steps(steps) / steps) if recipe.max_seconds is None else 0
         for record in train_trial(sweep, recipe, stop_or_beat, show):
             assert record.val_acc is not None and record.val_loss is not None  # the data have a validation split
             epochs = record.epoch
             better = (record.val_acc, -record.val_loss) > (accuracy, -loss)
-            if recipe.select == "last" or better:  # its weights are kept
+            if not recipe.restore_best or better:  # its weights are kept
                 accuracy, loss = record.val_acc, record.val_loss
             trial.report(record.val_acc, epochs)
             between()

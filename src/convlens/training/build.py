@@ -34,7 +34,7 @@ def drop_unsupported_options(recipe: Recipe, asked: Collection[str]) -> Recipe:
 def model_config(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     """Return the name and the constructor arguments of the recipe's net for these images: what a run records."""
     channels, height, width = dataset.shape
-    sizes = {"channels": channels, "height": height, "width": width, "classes": len(dataset.classes)}
+    sizes = {"channels": channels, "image_height": height, "image_width": width, "classes": len(dataset.classes)}
     return {"name": recipe.model, "arguments": {**sizes, **recipe.model_options()}}
 
 
@@ -48,7 +48,7 @@ def make_model(described: dict[str, Any], dataset: Dataset, preprocess: Preproce
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UsageError(f"there is not enough memory for this net {described['name']}; try fewer --filters") from None
+        raise UsageError(f"there is not enough memory for this net {described['name']}; try fewer --width") from None
     if isinstance(net, ConvNet):
         _, height, width = dataset.shape
         some = dataset.train.spread(max(MAX_INIT_PIXELS // (height * width), 50))
@@ -58,10 +58,10 @@ def make_model(described: dict[str, Any], dataset: Dataset, preprocess: Preproce
 
 def freeze(net: nn.Module, recipe: Recipe) -> None:
     """Freeze the recipe's first stages of ``net``; UsageError if it has not so many, or is none that can."""
-    if recipe.frozen:
+    if recipe.freeze:
         if not isinstance(net, ConvNet):
-            raise UsageError(f"--frozen: the net {recipe.model} is no convlens.models.ConvNet, which it takes")
-        net.freeze(recipe.frozen)
+            raise UsageError(f"--freeze: the net {recipe.model} is no convlens.models.ConvNet, which it takes")
+        net.freeze(recipe.freeze)
 
 
 def make_optimizer(net: nn.Module, recipe: Recipe) -> Optimizer:
@@ -111,23 +111,23 @@ def make_loss(recipe: Recipe, net: nn.Module) -> Callable[[Tensor, Tensor], Tens
 
 def make_clip(net: nn.Module, recipe: Recipe) -> Callable[[], object]:
     """Return what clips the gradient before a step, or nothing at all."""
-    if not recipe.clip_norm:
+    if not recipe.max_grad_norm:
         return lambda: None
-    return lambda: nn.utils.clip_grad_norm_(net.parameters(), recipe.clip_norm)
+    return lambda: nn.utils.clip_grad_norm_(net.parameters(), recipe.max_grad_norm)
 
 
 def make_augment(recipe: Recipe, classes: int) -> Augment:
     """Return the recipe's augmentation as one function of (images, labels, draws)."""
 
     def apply(x: Tensor, y: Tensor, draws: BatchRandom) -> tuple[Tensor, Tensor]:
-        if recipe.crop_probability:
-            x = augment.center_crop_resize(x, draws, recipe.crop_probability, recipe.crop_fraction)
+        if recipe.center_crop_prob:
+            x = augment.center_crop_resize(x, draws, recipe.center_crop_prob, recipe.center_crop_ratio)
         if recipe.rotation or recipe.scale:
             x = augment.affine(x, draws, recipe.rotation, recipe.scale)
-        if recipe.shift:
-            x = augment.shift(x, draws, recipe.shift)
-        if recipe.colour_jitter:
-            x = augment.color_jitter(x, draws, recipe.colour_jitter)
+        if recipe.translate:
+            x = augment.shift(x, draws, recipe.translate)
+        if recipe.color_jitter:
+            x = augment.color_jitter(x, draws, recipe.color_jitter)
         if recipe.cutout:
             x = augment.cutout(x, draws, recipe.cutout)
         if recipe.mixup:

@@ -105,7 +105,7 @@ class LiveStatus(Callback):
 
     def keep(self, step: int, net: nn.Module) -> None:
         """Keep a snapshot, if the recipe says so."""
-        if self.recipe.snapshots:
+        if self.recipe.save_snapshots:
             write_snapshot(self.folder.snapshots, step, net)
 
     def look(self, epoch: int, net: nn.Module) -> None:

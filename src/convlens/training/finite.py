@@ -50,5 +50,5 @@ def divergence_error(what: str, state: TrainState, recipe: Recipe) -> Divergence
     """Return the error that says what is not a number, and what to try."""
     return DivergenceError(
         f"{what} is not a number any more (at step {state.step}); try a lower --lr (now {recipe.lr:g}), "
-        "a longer --warmup, or --clip-norm 1"
+        "a longer --warmup-fraction, or --max-grad-norm 1"
     )

@@ -69,25 +69,32 @@ def fit(
     ranks = init_world()
     device = select_device(recipe.device)
     precision = ranks.share(choose_precision(recipe, device, net, dataset.shape))
-    dataset = dataset.with_validation(recipe.validation, recipe.seed)
+    dataset = dataset.with_validation(recipe.val_fraction, recipe.seed)
     require_possible(recipe, net, dataset)
     normalise = (preprocess or Preprocess.measure(dataset.train.images, dataset.style)).normaliser()
     augment = make_augment(recipe, len(dataset.classes))
     batches = BatchLoader(
-        dataset.train, recipe.batch_size, normalise, seed=recipe.seed, device=device, augment=augment, flip=recipe.flip,
-        balance=recipe.balance, ranks=ranks,
-    )  # fmt: skip
+        dataset.train,
+        recipe.batch_size,
+        normalise,
+        seed=recipe.seed,
+        device=device,
+        augment=augment,
+        flip=recipe.hflip,
+        balance=recipe.balanced_sampling,
+        ranks=ranks,
+    )
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     ranks.equalise(net)
     freeze(net, recipe)
     compute_loss, clip = make_loss(recipe, net), make_clip(net, recipe)
-    optimizer, average = make_optimizer(net, recipe), EMA(net, recipe.ema)
+    optimizer, average = make_optimizer(net, recipe), EMA(net, recipe.ema_decay)
 
     together = recipe.sync_batchnorm and ranks.size > 1
-    if together and recipe.parts > 1:
-        raise UsageError("--sync-batchnorm measures a batch in one go; leave --parts out")
+    if together and recipe.grad_accum_steps > 1:
+        raise UsageError("--sync-batchnorm measures a batch in one go; leave --grad-accum-steps out")
     batchnorm = SyncBatchNorm(net) if together else contextlib.nullcontext()
-    state, best = TrainState(parts=recipe.parts), dict[str, Tensor]()
+    state, best = TrainState(grad_accum_steps=recipe.grad_accum_steps), dict[str, Tensor]()
 
     def save() -> None:
         weights = {f"the weight {k}": v for k, v in net.state_dict().items() if v.is_floating_point()}
@@ -138,18 +145,20 @@ def fit(
         started = time.perf_counter() - before
         # the last epoch may be a part of one
         steps = min(len(batches), total - epoch * len(batches))
-        title = f"epoch {epoch + 1}" + ("" if recipe.seconds else f" of {math.ceil(total / len(batches))}")
+        title = f"epoch {epoch + 1}" + ("" if recipe.max_seconds else f" of {math.ceil(total / len(batches))}")
         whole = work_between(recipe, dataset.shape, total, first_step, first_step + steps - first)
         with ProgressBar(title, whole, shown=show_progress) as meter:
             for index in range(first, len(batches)):
                 images, labels = batches(epoch, index)  # (N, C, H, W), (N,) or (N, K)
-                if recipe.small_size and state.step < recipe.small_share * total:
-                    images = shrink(images, recipe.small_size)
+                if recipe.initial_size and state.step < recipe.initial_size_fraction * total:
+                    images = shrink(images, recipe.initial_size)
                 lr = learning_rate(recipe, state.step, total, len(batches))
-                loss, logits, state.parts = accumulate_gradients(
-                    forward_backward, optimizer.zero_grad, images, labels, state.parts, again=not together
+                loss, logits, state.grad_accum_steps = accumulate_gradients(
+                    forward_backward, optimizer.zero_grad, images, labels, state.grad_accum_steps, again=not together
                 )
-                if unkept and state.parts == recipe.parts:  # a step has shown that there is enough
+                if (
+                    unkept and state.grad_accum_steps == recipe.grad_accum_steps
+                ):  # a step has shown that there is enough
                     retain_freed_memory()
                     unkept = False
                 gradients = [p.grad for p in weights if p.grad is not None]
@@ -172,8 +181,8 @@ def fit(
                 ends = index + 1 == len(batches) or state.step >= total
                 if state.step % LOG_EVERY_STEPS == 0 or ends:
                     done = work_between(recipe, dataset.shape, total, first_step, state.step)
-                    if recipe.seconds is not None:  # the clock decides, whatever the steps cost
-                        left = max(recipe.seconds - state.elapsed, 0.0)
+                    if recipe.max_seconds is not None:  # the clock decides, whatever the steps cost
+                        left = max(recipe.max_seconds - state.elapsed, 0.0)
                     else:  # at the pace of this epoch, for that of a machine changes
                         ahead = work_between(recipe, dataset.shape, total, state.step, total)
                         left = (state.seconds - before) / done * ahead
@@ -196,7 +205,7 @@ def fit(
         scores: dict[str, Scores] = {}
         with average.applied():
             watcher.look(epoch + 1, net)
-            watched = {"val": dataset.validation, "test": dataset.test if recipe.watch_test else None}
+            watched = {"val": dataset.validation, "test": dataset.test if recipe.log_test_metrics else None}
             for name, split in watched.items():
                 if split is not None:
                     cast = autocast(precision, device)
@@ -208,7 +217,7 @@ def fit(
             # chosen by validation alone; the test split is never looked at here
             if "val" in scores and is_best(record, state):
                 state.best_epoch = record.epoch
-                if recipe.select == "best":
+                if recipe.restore_best:
                     best = {key: value.detach().clone() for key, value in net.state_dict().items()}
         state.records.append(record)
         state.loss_sum, state.correct, state.seen = 0.0, 0, 0
@@ -223,8 +232,10 @@ def fit(
 
 def require_possible(recipe: Recipe, net: nn.Module, dataset: Dataset) -> None:
     """Raise UsageError for what the recipe asks of the net, or of ``dataset`` (divided already), and cannot have."""
-    if dataset.validation is None and (recipe.patience or recipe.select == "best"):
-        raise UsageError("--patience and --select best choose by validation images; set a --validation share above 0")
+    if dataset.validation is None and (recipe.patience or recipe.restore_best):
+        raise UsageError(
+            "--patience and --restore-best choose by validation images; set a --val-fraction share above 0"
+        )
     make_loss(recipe, net)
 
 
@@ -235,7 +246,7 @@ def is_snapshot_step(step: int, epoch_steps: int, total: int) -> bool:
 
 def describe_position(recipe: Recipe, step: int, total: int) -> str:
     """Return where a training is; one that is given in seconds has no total that would not change."""
-    return f"step {step}" if recipe.seconds else f"step {step} of {total}"
+    return f"step {step}" if recipe.max_seconds else f"step {step} of {total}"
 
 
 def make_record(epoch: int, state: TrainState, lr: float, scores: dict[str, Scores]) -> EpochRecord:

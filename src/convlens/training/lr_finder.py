@@ -79,7 +79,7 @@ class Trainer:
 
     def __init__(self, dataset: Dataset, recipe: Recipe):
         self.device = select_device(recipe.device)
-        train = dataset.with_validation(recipe.validation, recipe.seed).train
+        train = dataset.with_validation(recipe.val_fraction, recipe.seed).train
         preprocess = Preprocess.measure(train.images, dataset.style)
         torch.manual_seed(recipe.seed)
         self.net: nn.Module = make_model(
@@ -89,11 +89,11 @@ class Trainer:
         self.net.to(self.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self._batches = BatchLoader(
             train, recipe.batch_size, preprocess.normaliser(), seed=recipe.seed, device=self.device,
-            augment=make_augment(recipe, len(dataset.classes)), flip=recipe.flip, balance=recipe.balance,
+            augment=make_augment(recipe, len(dataset.classes)), flip=recipe.hflip, balance=recipe.balanced_sampling,
         )  # fmt: skip
         self.whole = max(len(self._batches) - 1, 1)  # batches of an epoch without the last, which may be smaller
         self._loss, self._clip = make_loss(recipe, self.net), make_clip(self.net, recipe)
-        self._optimizer, self._small = make_optimizer(self.net, recipe), recipe.small_size
+        self._optimizer, self._small = make_optimizer(self.net, recipe), recipe.initial_size
 
     def step(self, number: int, lr: float) -> Tensor:
         """Take step ``number`` (from 0) and return its loss, before the weights moved."""
@@ -156,7 +156,7 @@ def probe_batches(
     It ends where the pace has not grown for two sizes, where half of the free memory would not suffice for the next
     size, and where an epoch would have fewer than 10 steps. ``tell`` is called with each as it is measured.
     """
-    train = len(dataset.with_validation(recipe.validation, recipe.seed).train)
+    train = len(dataset.with_validation(recipe.val_fraction, recipe.seed).train)
     size = min(SMALLEST_BATCH, train)
     most = max(min(train // FEWEST_STEPS, LARGEST_BATCH), size)
     seen: list[Pace] = []
@@ -237,6 +237,6 @@ def free_memory(recipe: Recipe) -> float:
 def pick_batch(paces: Sequence[Pace]) -> int:
     """Return the smallest batch size whose pace is within 5% of the highest: beyond it nothing is gained."""
     if not paces:
-        raise ConvlensError(f"there is not enough memory for {SMALLEST_BATCH} images at once; try fewer --filters")
+        raise ConvlensError(f"there is not enough memory for {SMALLEST_BATCH} images at once; try fewer --width")
     best = max(pace.images_per_second for pace in paces)
     return next(pace.batch_size for pace in paces if pace.images_per_second >= AS_GOOD * best)

@@ -44,8 +44,8 @@ def choose_precision(recipe: Recipe, device: torch.device, net: nn.Module, shape
     with contextlib.suppress(ConvlensError):  # no file yet, or a damaged one: everything is tried again
         known = read_json(file)
     sizes = [shape]
-    if recipe.small_size:
-        sizes.append((shape[0], *resized_shape(shape[1:], recipe.small_size)))
+    if recipe.initial_size:
+        sizes.append((shape[0], *resized_shape(shape[1:], recipe.initial_size)))
     results, tried = [], False
     # the name of a rented processor may stand for several kinds
     processor = f"{processor_name()} with{'' if has_bf16() else 'out'} bf16"

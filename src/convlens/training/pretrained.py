@@ -1,4 +1,4 @@
-"""What a training starts from other than random weights: a trained model (--init), or a file (--pretrained).
+"""What a training starts from other than random weights: a trained model (--init-from), or a file (--pretrained).
 
 Either way the head is fresh, and images are normalised as they were for those weights.
 """
@@ -47,7 +47,7 @@ class PretrainedWeights:
 
 
 def start_from_model(source: str | Path) -> PretrainedWeights:
-    """Return what ``--init`` starts from: a run, a bundle, or a model that comes with convlens."""
+    """Return what ``--init-from`` starts from: a run, a bundle, or a model that comes with convlens."""
     bundle = load_bundle(resolve_bundle(source))
     origin = str(source) if str(source) in bundled_models() else str(Path(source).resolve())
     name, arguments = bundle.model["name"], bundle.model["arguments"]
@@ -55,7 +55,7 @@ def start_from_model(source: str | Path) -> PretrainedWeights:
     options = {"model": name, **unset, **{key: arguments[key] for key in model_options(name) if key in arguments}}
     shape = bundle.preprocess
     return PretrainedWeights(
-        "--init", origin, bundle.net.state_dict(), shape.mean, shape.std, shape.channels, options=options
+        "--init-from", origin, bundle.net.state_dict(), shape.mean, shape.std, shape.channels, options=options
     )
 
 
@@ -77,7 +77,9 @@ def start_from_weights(recipe: Recipe) -> PretrainedWeights | None:
         path = Path(recipe.pretrained)
         origin = str(path.resolve())
         if path.is_dir():
-            raise UsageError(f"--pretrained takes a .safetensors file; for the run or model {path} there is --init")
+            raise UsageError(
+                f"--pretrained takes a .safetensors file; for the run or model {path} there is --init-from"
+            )
         if not path.is_file():
             raise UsageError(f"--pretrained: there is no file {path}")
     try:
@@ -93,8 +95,8 @@ def start_from_weights(recipe: Recipe) -> PretrainedWeights | None:
 
 def reject_pretrained(recipe: Recipe, what: str) -> None:
     """Raise UsageError if the recipe starts from trained weights, which ``what`` does not do."""
-    if recipe.pretrained or recipe.frozen:
-        flag = "--pretrained" if recipe.pretrained else "--frozen"
+    if recipe.pretrained or recipe.freeze:
+        flag = "--pretrained" if recipe.pretrained else "--freeze"
         raise UsageError(f"{what} starts every net from random weights, so it takes no {flag}")
 
 
@@ -144,7 +146,7 @@ def load_matching_weights(net: nn.Module, start: PretrainedWeights, frozen: int 
         kept = {id(v) for part in net.first_modules(frozen) for v in part.state_dict(keep_vars=True).values()}
         if lacking := [key for key, value in own.items() if id(value) in kept and key not in fitting]:
             raise UsageError(
-                f"--frozen {frozen}: {len(lacking)} of the tensors that would stay as they are do not come from "
+                f"--freeze {frozen}: {len(lacking)} of the tensors that would stay as they are do not come from "
                 f"{start.origin}, such as {lacking[0]}"
             )
     net.load_state_dict({**net.state_dict(), **fitting})

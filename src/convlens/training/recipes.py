@@ -72,7 +72,7 @@ def digits() -> Recipe:
     on two cores of an AMD EPYC.
     """
     return Recipe(
-        name="digits", model="small", filters=16, epochs=30, batch_size=64, lr=0.1, nesterov=True, warmup=0.1,
+        name="digits", model="small", width=16, epochs=30, batch_size=64, lr=0.1, nesterov=True, warmup_fraction=0.1,
         weight_decay=1e-3, rotation=10.0, scale=0.1, precision="fp32", threads=1,
     )  # fmt: skip
 
@@ -85,9 +85,9 @@ def mnist_99() -> Recipe:
     on two cores of an AMD EPYC.
     """
     return Recipe(
-        name="mnist-99", model="tiny", filters=16, validation=0.0, iterations=112, batch_size=512, optimizer="muon",
+        name="mnist-99", model="tiny", width=16, val_fraction=0.0, max_steps=112, batch_size=512, optimizer="muon",
         lr=0.22, head_lr=0.15, bias_lr=2.0, momentum=0.85, nesterov=True, muon_momentum=0.5, weight_decay=2e-3,
-        warmup=0.03, label_smoothing=0.07,
+        warmup_fraction=0.03, label_smoothing=0.07,
     )  # fmt: skip
 
 
@@ -99,9 +99,9 @@ def mnist_995() -> Recipe:
     on two cores of an AMD EPYC.
     """
     return Recipe(
-        name="mnist-995", model="tiny", filters=32, validation=1 / 12, epochs=7, batch_size=512, optimizer="muon",
+        name="mnist-995", model="tiny", width=32, val_fraction=1 / 12, epochs=7, batch_size=512, optimizer="muon",
         lr=0.2, head_lr=0.15, bias_lr=2.0, momentum=0.85, nesterov=True, muon_momentum=0.5, weight_decay=2e-3,
-        warmup=0.03, label_smoothing=0.1, shift=1, rotation=10.0, scale=0.1,
+        warmup_fraction=0.03, label_smoothing=0.1, translate=1, rotation=10.0, scale=0.1,
     )  # fmt: skip
 
 
@@ -113,9 +113,9 @@ def mnist_best() -> Recipe:
     on two cores of an AMD EPYC; with test-time augmentation 99.84%.
     """
     return Recipe(
-        name="mnist-best", model="residual", filters=32, validation=0.02, epochs=20, batch_size=250,
+        name="mnist-best", model="residual", width=32, val_fraction=0.02, epochs=20, batch_size=250,
         optimizer="muon", lr=0.04, head_lr=0.02, bias_lr=0.05, momentum=0.85, nesterov=True, weight_decay=5e-4,
-        label_smoothing=0.05, shift=2, rotation=12.0, scale=0.12, test_views=True,
+        label_smoothing=0.05, translate=2, rotation=12.0, scale=0.12, tta=True,
     )  # fmt: skip
 
 
@@ -127,9 +127,9 @@ def fashion_85() -> Recipe:
     on two cores of an AMD EPYC.
     """
     return Recipe(
-        name="fashion-85", model="tiny", filters=16, validation=1 / 12, iterations=100, batch_size=512,
+        name="fashion-85", model="tiny", width=16, val_fraction=1 / 12, max_steps=100, batch_size=512,
         optimizer="muon", lr=0.22, head_lr=0.15, bias_lr=2.0, momentum=0.85, nesterov=True, muon_momentum=0.5,
-        weight_decay=2e-3, warmup=0.03, label_smoothing=0.07,
+        weight_decay=2e-3, warmup_fraction=0.03, label_smoothing=0.07,
     )  # fmt: skip
 
 
@@ -141,9 +141,9 @@ def fashion_92() -> Recipe:
     on two cores of an AMD EPYC.
     """
     return Recipe(
-        name="fashion-92", model="whitened", filters=16, validation=1 / 12, iterations=390, batch_size=500,
+        name="fashion-92", model="whitened", width=16, val_fraction=1 / 12, max_steps=390, batch_size=500,
         optimizer="muon", lr=0.24, head_lr=0.082, bias_lr=26.0, momentum=0.85, nesterov=True, weight_decay=0.012,
-        label_smoothing=0.1, flip=True, small_size=18, small_share=0.65,
+        label_smoothing=0.1, hflip=True, initial_size=18, initial_size_fraction=0.65,
     )  # fmt: skip
 
 
@@ -155,9 +155,9 @@ def fashion_94() -> Recipe:
     on two cores of an AMD EPYC; with test-time augmentation 94.33% +- 0.10.
     """
     return Recipe(
-        name="fashion-94", model="whitened", filters=30, validation=1 / 12, epochs=7, batch_size=500, optimizer="muon",
+        name="fashion-94", model="whitened", width=30, val_fraction=1 / 12, epochs=7, batch_size=500, optimizer="muon",
         lr=0.12, head_lr=0.0233, bias_lr=26.0, momentum=0.85, nesterov=True, weight_decay=0.05, label_smoothing=0.1,
-        flip=True, shift=1, test_views=True,
+        hflip=True, translate=1, tta=True,
     )  # fmt: skip
 
 
@@ -169,9 +169,9 @@ def fashion_best() -> Recipe:
     on two cores of an AMD EPYC; with test-time augmentation 95.96%.
     """
     return Recipe(
-        name="fashion-best", model="residual", filters=48, validation=0.02, epochs=48, batch_size=250,
+        name="fashion-best", model="residual", width=48, val_fraction=0.02, epochs=48, batch_size=250,
         optimizer="muon", lr=0.04, head_lr=0.02, bias_lr=0.05, momentum=0.85, nesterov=True, weight_decay=5e-4,
-        label_smoothing=0.1, flip=True, shift=2, cutout=14, test_views=True,
+        label_smoothing=0.1, hflip=True, translate=2, cutout=14, tta=True,
     )  # fmt: skip
 
 
@@ -183,9 +183,9 @@ def cifar10_small() -> Recipe:
     on two cores of an AMD EPYC; with test-time augmentation 87.42% +- 0.12.
     """
     return Recipe(
-        name="cifar10-small", model="whitened", filters=30, validation=0.06, epochs=9, batch_size=500,
+        name="cifar10-small", model="whitened", width=30, val_fraction=0.06, epochs=9, batch_size=500,
         optimizer="muon", lr=0.24, head_lr=0.0233, bias_lr=26.0, momentum=0.85, nesterov=True, weight_decay=0.05,
-        label_smoothing=0.1, flip=True, shift=2, small_size=20, small_share=0.5, test_views=True,
+        label_smoothing=0.1, hflip=True, translate=2, initial_size=20, initial_size_fraction=0.5, tta=True,
     )  # fmt: skip
 
 
@@ -197,10 +197,27 @@ def cifar10_90() -> Recipe:
     on two cores of an AMD EPYC; with test-time augmentation 89.11% +- 0.10.
     """
     return Recipe(
-        name="cifar10-90", model="whitened", filters=64, validation=0.06, iterations=270, batch_size=1000, parts=4,
-        optimizer="muon", lr=0.24, head_lr=0.0102, bias_lr=53.0, momentum=0.85, nesterov=True, weight_decay=0.2,
-        label_smoothing=0.1, flip=True, shift=2, small_size=20, small_share=0.55, test_views=True,
-    )  # fmt: skip
+        name="cifar10-90",
+        model="whitened",
+        width=64,
+        val_fraction=0.06,
+        max_steps=270,
+        batch_size=1000,
+        grad_accum_steps=4,
+        optimizer="muon",
+        lr=0.24,
+        head_lr=0.0102,
+        bias_lr=53.0,
+        momentum=0.85,
+        nesterov=True,
+        weight_decay=0.2,
+        label_smoothing=0.1,
+        hflip=True,
+        translate=2,
+        initial_size=20,
+        initial_size_fraction=0.55,
+        tta=True,
+    )
 
 
 @RECIPES.register("cifar10-94")
@@ -211,9 +228,9 @@ def cifar10_94() -> Recipe:
     on two cores of an AMD EPYC; with test-time augmentation 90.60% +- 0.24.
     """
     return Recipe(
-        name="cifar10-94", model="whitened", filters=64, validation=0.0, epochs=10, batch_size=1000, parts=4,
+        name="cifar10-94", model="whitened", width=64, val_fraction=0.0, epochs=10, batch_size=1000, grad_accum_steps=4,
         optimizer="muon", lr=0.24, head_lr=0.0102, bias_lr=53.0, momentum=0.85, nesterov=True, weight_decay=0.2,
-        label_smoothing=0.2, flip=True, shift=2, small_size=20, small_share=0.5, test_views=True,
+        label_smoothing=0.2, hflip=True, translate=2, initial_size=20, initial_size_fraction=0.5, tta=True,
     )  # fmt: skip
 
 
@@ -225,10 +242,28 @@ def cifar10_best() -> Recipe:
     on two cores of an AMD EPYC; with test-time augmentation 91.85%.
     """
     return Recipe(
-        name="cifar10-best", model="whitened", filters=96, validation=0.02, epochs=36, batch_size=1000, parts=4,
-        optimizer="muon", lr=0.24, head_lr=0.0102, bias_lr=53.0, momentum=0.85, nesterov=True, weight_decay=0.2,
-        label_smoothing=0.2, flip=True, shift=4, cutout=12, small_size=20, small_share=0.53, test_views=True,
-    )  # fmt: skip
+        name="cifar10-best",
+        model="whitened",
+        width=96,
+        val_fraction=0.02,
+        epochs=36,
+        batch_size=1000,
+        grad_accum_steps=4,
+        optimizer="muon",
+        lr=0.24,
+        head_lr=0.0102,
+        bias_lr=53.0,
+        momentum=0.85,
+        nesterov=True,
+        weight_decay=0.2,
+        label_smoothing=0.2,
+        hflip=True,
+        translate=4,
+        cutout=12,
+        initial_size=20,
+        initial_size_fraction=0.53,
+        tta=True,
+    )
 
 
 @RECIPES.register("folder")
@@ -238,12 +273,25 @@ def folder() -> Recipe:
     `convlens train hymenoptera`: test accuracy 69.41% +- 1.69 (5 seeds), 2.1 s
     on two cores of an AMD EPYC.
 
-    Also for arrays and .npz files. It mirrors images: for signs and letters add ``--no-flip``.
+    Also for arrays and .npz files. It mirrors images: for signs and letters add ``--no-hflip``.
     """
     return Recipe(
-        name="folder", model="small", validation=0.15, epochs=30, batch_size=32, lr=0.02, nesterov=True, warmup=0.1,
-        weight_decay=1e-3, shift=6, rotation=10.0, scale=0.2, flip=True, colour_jitter=0.2, label_smoothing=0.1,
-    )  # fmt: skip
+        name="folder",
+        model="small",
+        val_fraction=0.15,
+        epochs=30,
+        batch_size=32,
+        lr=0.02,
+        nesterov=True,
+        warmup_fraction=0.1,
+        weight_decay=1e-3,
+        translate=6,
+        rotation=10.0,
+        scale=0.2,
+        hflip=True,
+        color_jitter=0.2,
+        label_smoothing=0.1,
+    )
 
 
 @RECIPES.register("fashion-2conv")
@@ -256,9 +304,16 @@ def fashion_2conv() -> Recipe:
     ``--pool avg`` pools by the average.
     """
     return Recipe(
-        name="fashion-2conv", model="fashion-2conv", validation=0.0, watch_test=True, iterations=3000, batch_size=100,
-        lr=0.01, momentum=0.0, schedule="constant",
-    )  # fmt: skip
+        name="fashion-2conv",
+        model="fashion-2conv",
+        val_fraction=0.0,
+        log_test_metrics=True,
+        max_steps=3000,
+        batch_size=100,
+        lr=0.01,
+        momentum=0.0,
+        lr_schedule="constant",
+    )
 
 
 @RECIPES.register("folder-cnn")
@@ -271,7 +326,7 @@ def folder_cnn() -> Recipe:
     The document names no sizes: three stages of 16, 32 and 64 filters, and 128 hidden units, are our choice.
     """
     return Recipe(
-        name="folder-cnn", model="folder-cnn", epochs=20, batch_size=32, lr=0.01, momentum=0.9, schedule="constant",
+        name="folder-cnn", model="folder-cnn", epochs=20, batch_size=32, lr=0.01, momentum=0.9, lr_schedule="constant",
     )  # fmt: skip
 
 
@@ -285,9 +340,16 @@ def cifar_lenet() -> Recipe:
     The document names no learning rate, batch size or length; ours are the usual ones.
     """
     return Recipe(
-        name="cifar-lenet", model="cifar-lenet", validation=0.0, watch_test=True, epochs=10, batch_size=32, lr=0.01,
-        momentum=0.9, schedule="constant",
-    )  # fmt: skip
+        name="cifar-lenet",
+        model="cifar-lenet",
+        val_fraction=0.0,
+        log_test_metrics=True,
+        epochs=10,
+        batch_size=32,
+        lr=0.01,
+        momentum=0.9,
+        lr_schedule="constant",
+    )
 
 
 @RECIPES.register("mnist-4conv")
@@ -301,6 +363,6 @@ def mnist_4conv() -> Recipe:
     choice: the document names none) with p = 0.1, resized bilinearly, and the rotation; the border continues the image.
     """
     return Recipe(
-        name="mnist-4conv", model="mnist-4conv", validation=0.0, watch_test=True, epochs=20, batch_size=512,
-        loss="nll", lr=0.01, momentum=0.9, schedule="step", step_epochs=15, crop_probability=0.1, rotation=15.0,
+        name="mnist-4conv", model="mnist-4conv", val_fraction=0.0, log_test_metrics=True, epochs=20, batch_size=512,
+        loss="nll", lr=0.01, momentum=0.9, lr_schedule="step", lr_step_size=15, center_crop_prob=0.1, rotation=15.0,
     )  # fmt: skip

@@ -19,34 +19,34 @@ def learning_rate(recipe: Recipe, step: int, total: int, steps_per_epoch: int) -
     All rise in a line over ``warmup`` of the steps; ``cosine`` and ``linear`` fall to 0 at the end; ``one-cycle``
     rises from 1/25 of the peak over the first 30% (or ``warmup``) and falls, both along a cosine (Smith 2018).
     """
-    rise = (recipe.warmup or (0.3 if recipe.schedule == "one-cycle" else 0.0)) * total
+    rise = (recipe.warmup_fraction or (0.3 if recipe.lr_schedule == "one-cycle" else 0.0)) * total
     if step < rise:
         share = (step + 1) / (rise + 1)
-        if recipe.schedule == "one-cycle":
+        if recipe.lr_schedule == "one-cycle":
             return recipe.lr * (1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * share)) / 2)
         return recipe.lr * share
-    if recipe.schedule == "constant":
+    if recipe.lr_schedule == "constant":
         return recipe.lr
-    if recipe.schedule == "step":
-        return recipe.lr * recipe.step_factor ** (step // steps_per_epoch // recipe.step_epochs)
+    if recipe.lr_schedule == "step":
+        return recipe.lr * recipe.lr_gamma ** (step // steps_per_epoch // recipe.lr_step_size)
     left = 1 - (step - rise) / (total - rise)
-    return recipe.lr * (left if recipe.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
+    return recipe.lr * (left if recipe.lr_schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
 @torch.no_grad()
 def require_any_size(net: nn.Module, shape: tuple[int, int, int], recipe: Recipe) -> None:
     """Raise UsageError unless ``net`` takes images of ``shape`` (C, H, W) at the recipe's small size too, if any."""
-    if not recipe.small_size:
+    if not recipe.initial_size:
         return
     image = torch.zeros(1, *shape, device=next(net.parameters()).device)
     training = net.training
     try:
-        net.eval()(shrink(image, recipe.small_size))
+        net.eval()(shrink(image, recipe.initial_size))
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
         raise UsageError(
-            f"--small-size {recipe.small_size}: the net {recipe.model} does not take images of that size"
+            f"--initial-size {recipe.initial_size}: the net {recipe.model} does not take images of that size"
         ) from None
     finally:
         net.train(training)
@@ -57,17 +57,19 @@ def equivalent_seconds(recipe: Recipe, shape: tuple[int, int, int], elapsed: flo
 
     Those on smaller images come first and are quicker: after half of the time more than half of the steps are done.
     """
-    if recipe.seconds is None or not recipe.small_size:
+    if recipe.max_seconds is None or not recipe.initial_size:
         return elapsed
-    cost, share = relative_step_cost(recipe, shape), recipe.small_share
-    work = elapsed / recipe.seconds * (share * cost + 1 - share)  # of all steps, in whole ones; a small one is a share
+    cost, share = relative_step_cost(recipe, shape), recipe.initial_size_fraction
+    work = (
+        elapsed / recipe.max_seconds * (share * cost + 1 - share)
+    )  # of all steps, in whole ones; a small one is a share
     done = min(work, share * cost) / cost + max(work - share * cost, 0.0)  # of all steps
-    return done * recipe.seconds
+    return done * recipe.max_seconds
 
 
 def relative_step_cost(recipe: Recipe, shape: tuple[int, int, int]) -> float:
     """Return the share of the pixels of images (C, H, W) that smaller ones have."""
-    return math.prod(resized_shape(shape[1:], recipe.small_size)) / math.prod(shape[1:])
+    return math.prod(resized_shape(shape[1:], recipe.initial_size)) / math.prod(shape[1:])
 
 
 def work_between(recipe: Recipe, shape: tuple[int, int, int], total: int, start: int, stop: int) -> float:
@@ -76,7 +78,7 @@ def work_between(recipe: Recipe, shape: tuple[int, int, int], total: int, start:
     A step counts 1; one on smaller images counts the share of the pixels that they have. By the clock, where ``total``
     is a guess that changes, each counts 1.
     """
-    if not recipe.small_size or recipe.seconds is not None:
+    if not recipe.initial_size or recipe.max_seconds is not None:
         return stop - start
-    small = max(min(math.ceil(recipe.small_share * total), stop) - start, 0)
+    small = max(min(math.ceil(recipe.initial_size_fraction * total), stop) - start, 0)
     return stop - start - small * (1 - relative_step_cost(recipe, shape))

@@ -40,7 +40,7 @@ class TrainState:
     records: list[EpochRecord] = field(default_factory=list)
     best_epoch: int = 0  # 0: none yet
     finished: bool = False
-    parts: int = 1  # in which a batch goes through the net: the recipe's, or more once memory has run out
+    grad_accum_steps: int = 1  # in which a batch goes through the net: the recipe's, or more once memory has run out
 
 
 METRIC_COLUMNS = [field.name for field in dataclasses.fields(EpochRecord)]

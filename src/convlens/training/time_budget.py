@@ -51,7 +51,7 @@ def budget_candidates(data_name: str, recipe: Recipe | None) -> list[Recipe]:
     They are tested without test-time augmentation, whose time is worth more in training.
     """
     ladder = [get_recipe(name) for name in BUDGET_RECIPES.get(data_name, ())] or [default_recipe(data_name)]
-    return [choice.override(test_views=False) for choice in ([recipe] if recipe is not None else ladder)]
+    return [choice.override(tta=False) for choice in ([recipe] if recipe is not None else ladder)]
 
 
 def choose_for_budget(budget: float, started: float, dataset: Dataset, choices: Sequence[Recipe]) -> Recipe:
@@ -63,8 +63,8 @@ def choose_for_budget(budget: float, started: float, dataset: Dataset, choices: 
     chosen, finishing = choices[0], 0.0
     for number, recipe in enumerate(choices):
         pace = measure_throughput(dataset, recipe)
-        passes = 1 + recipe.test_views * (6 if recipe.flip else 3)
-        divided = dataset.with_validation(recipe.validation, recipe.seed)
+        passes = 1 + recipe.tta * (6 if recipe.hflip else 3)
+        divided = dataset.with_validation(recipe.val_fraction, recipe.seed)
         train = len(divided.train)
         # what Trust.fit looks at
         looked_at = len(divided.validation) + min(train, MAX_FEATURE_IMAGES) if divided.validation is not None else 0
@@ -78,7 +78,7 @@ def choose_for_budget(budget: float, started: float, dataset: Dataset, choices: 
     if seconds < 0.5:
         spent = budget - seconds
         raise UsageError(f"--budget {budget:g}s is too short: loading, testing and the report take {spent:.0f} s here")
-    return chosen.override(seconds=seconds)
+    return chosen.override(max_seconds=seconds)
 
 
 @dataclass(frozen=True)
@@ -92,20 +92,28 @@ class Throughput:
 def measure_throughput(dataset: Dataset, recipe: Recipe) -> Throughput:
     """Return the pace of ``recipe`` on this machine, from a few steps and answers."""
     # one part, as in_parts makes them, stands for a step: the update that comes with each costs little beside it
-    part = recipe.batch_size // max(min(recipe.parts, recipe.batch_size // 2), 1)
+    part = recipe.batch_size // max(min(recipe.grad_accum_steps, recipe.batch_size // 2), 1)
     batch = max(min(part, len(dataset.train)), 1)
     rows = torch.arange(min(len(dataset.train) // batch, PROBE_BATCHES) * batch)
     few = dataclasses.replace(dataset, train=dataset.train.take(rows), validation=None)
     # a learning rate of 0: the net is only timed
     idle = recipe.override(
-        batch_size=batch, parts=1, small_size=0, lr=0.0, head_lr=0.0, bias_lr=0.0, validation=0.0, select="last",
-        patience=0, watch_test=False,
-    )  # fmt: skip
+        batch_size=batch,
+        grad_accum_steps=1,
+        initial_size=0,
+        lr=0.0,
+        head_lr=0.0,
+        bias_lr=0.0,
+        val_fraction=0.0,
+        restore_best=False,
+        patience=0,
+        log_test_metrics=False,
+    )
     preprocess = Preprocess.measure(few.train.images, dataset.style)
     images, normalise = few.train.images[:batch], preprocess.normaliser()
 
     def train(steps: int) -> float:
-        return list(fit(net, few, idle.override(iterations=steps), preprocess=preprocess))[-1].seconds
+        return list(fit(net, few, idle.override(max_steps=steps), preprocess=preprocess))[-1].seconds
 
     def answer(times: int) -> float:
         started = time.perf_counter()
