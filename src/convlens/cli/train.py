@@ -72,7 +72,7 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the run, instead of runs/DATA-N.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder.")] = None,
-    init: Annotated[str | None, typer.Option(help="Start from this run's or model's trained stages.")] = None,
+    init_from: Annotated[str | None, typer.Option(help="Start from this run's or model's trained stages.")] = None,
     budget: Annotated[
         str | None, typer.Option(help="Time for all of it, such as 60s or 5m: recipe and length are chosen.")
     ] = None,
@@ -120,13 +120,13 @@ def train(
     if (data is None) == (resume is None):
         raise UsageError("name the data to train on, or a run to --resume, one of the two")
     several = seeds is not None or folds is not None
-    if resume is not None and (overrides or recipe or config or out or init or budget or several or exclude):
+    if resume is not None and (overrides or recipe or config or out or init_from or budget or several or exclude):
         raise UsageError("--resume goes on with the run's own recipe, so it takes nothing that would change it")
     if accept_changes and resume is None:
         raise UsageError("--accept-changes goes with --resume")
     if recipe is not None and config is not None:
         raise UsageError("give --recipe or --config, not both")
-    if several and (init or budget):
+    if several and (init_from or budget):
         raise UsageError("--seeds and --folds take no --init-from and no --budget")
     if processes > 1 and several:
         raise UsageError("--processes is for one training; --seeds and --folds train one after the other")
@@ -158,7 +158,7 @@ def train(
         if several:
             run_series(RunGroup.create(data, chosen, seeds=seeds, folds=folds, **given), live=live)
         else:
-            experiment = Experiment.create(data, chosen, started=STARTED, init_from=init, budget=budget, **given)
+            experiment = Experiment.create(data, chosen, started=STARTED, init_from=init_from, budget=budget, **given)
             run_experiment(experiment, live=live)
 
 

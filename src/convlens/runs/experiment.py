@@ -62,7 +62,7 @@ class Experiment:
         recipe: str | Recipe | None = None,
         *,
         out: str | Path | None = None,
-        init: str | Path | None = None,
+        init_from: str | Path | None = None,
         allow_unreadable: bool = False,
         budget: float | str | None = None,
         exclude: str | Path | None = None,
@@ -72,7 +72,7 @@ class Experiment:
         """Load the data, settle the recipe, build the net and make the run folder.
 
         ``recipe`` is a name, a Recipe, or None for the default of the data; ``overrides`` are recipe options.
-        ``init`` names a run or model whose trained stages the net starts from, with a new head. ``budget`` is the
+        ``init_from`` names a run or model whose trained stages the net starts from, with a new head. ``budget`` is the
         time that everything may take (seconds, or "5m"), counted from ``started`` (time.perf_counter; by default now).
         ``exclude`` is a file that names images to leave out, as the data doctor writes it.
 
@@ -92,7 +92,7 @@ class Experiment:
                 data,
                 recipe,
                 out=out,
-                init_from=init,
+                init_from=init_from,
                 allow_unreadable=allow_unreadable,
                 budget=budget,
                 exclude=exclude,
@@ -108,7 +108,7 @@ class Experiment:
         recipe: str | Recipe | None,
         *,
         out: str | Path | None,
-        init: str | Path | None,
+        init_from: str | Path | None,
         allow_unreadable: bool,
         budget: float | str | None,
         exclude: str | Path | None,
@@ -127,7 +127,7 @@ class Experiment:
             recipe = get_recipe(recipe)
         elif not isinstance(recipe, Recipe | None):
             raise UsageError(f"a recipe is a name or a Recipe, not a {type(recipe).__name__}; arrays go as one: (x, y)")
-        start = start_from_model(init) if init is not None else None
+        start = start_from_model(init_from) if init_from is not None else None
 
         def settle(recipe: Recipe) -> Recipe:
             if start is not None and start.options is not None:
@@ -136,10 +136,10 @@ class Experiment:
 
         settled = settle(recipe or default_recipe(data_name(data)))
         if start is not None and settled.pretrained:
-            raise UsageError("--init-from or --pretrained, not both: each says what weights to start from")
+            raise UsageError("--init_from-from or --pretrained, not both: each says what weights to start from")
         start = start or start_from_weights(settled)
         if settled.freeze and start is None:
-            raise UsageError("--freeze leaves trained stages as they are; name them with --pretrained or --init-from")
+            raise UsageError("--freeze leaves trained stages as they are; name them with --pretrained or --init_from-from")
         if settled.tensorboard:
             find_tensorboard()
         refuse_inside_data(out, data)
@@ -345,7 +345,7 @@ def train(
     recipe: str | Recipe | None = None,
     *,
     out: str | Path | None = None,
-    init: str | Path | None = None,
+    init_from: str | Path | None = None,
     allow_unreadable: bool = False,
     budget: float | str | None = None,
     exclude: str | Path | None = None,
@@ -356,7 +356,7 @@ def train(
 
     ``data`` is whatever :func:`convlens.load_dataset` takes; ``recipe`` a name, a Recipe, or None for the default of
     the data; ``overrides`` are recipe options, such as ``epochs=3, seed=1``. The run lies in ``out``, a new folder, or
-    the next free ``runs/<data>-<n>``. ``init`` names a run or model whose trained stages the net starts from, with a
+    the next free ``runs/<data>-<n>``. ``init_from`` names a run or model whose trained stages the net starts from, with a
     new head. ``budget`` is the time that all of it may take (seconds, or "5m"): the recipe, if none is given, and the
     length are chosen to fit, and the images are tested once unless ``tta=True``.
     ``exclude`` is a file that names images to leave out, one a line, as the data doctor writes it. ``allow_unreadable``
@@ -370,7 +370,7 @@ def train(
             data,
             recipe,
             out=out,
-            init_from=init,
+            init_from=init_from,
             allow_unreadable=allow_unreadable,
             budget=budget,
             exclude=exclude,

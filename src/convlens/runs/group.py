@@ -190,7 +190,7 @@ def train_series(
 ) -> dict[str, Any]:
     """Train several seeds, or the folds of a cross-validation, and return what they came to.
 
-    ``seeds=5`` or ``folds=5``, and the options of :func:`convlens.train` but ``init`` and ``budget``; the runs lie
+    ``seeds=5`` or ``folds=5``, and the options of :func:`convlens.train` but ``init_from`` and ``budget``; the runs lie
     beside each other in ``out``, or in the next free ``runs/<data>-seeds-<n>`` (or ``folds``). The summary is that of
     ``summary.json``: ``kind`` ("seed" or "fold"), ``n``, ``mean`` and ``sd`` (n - 1) of the test accuracies, 0..1,
     ``best`` and ``worst``, ``runs`` by name with the Wilson interval of each, and for folds ``together``: all images,
