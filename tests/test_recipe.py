@@ -206,7 +206,7 @@ def test_epochs_and_iterations_take_each_others_place() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"epochs": 1, "max_steps": 1}])
 def test_one_of_epochs_and_iterations_is_needed(options: dict[str, int]) -> None:
-    with pytest.raises(UsageError, match="^a recipe needs epochs, iterations or seconds, one of the three$"):
+    with pytest.raises(UsageError, match="^a recipe needs epochs, max_steps or max_seconds, one of the three$"):
         Recipe(**options)
 
 

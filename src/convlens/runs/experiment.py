@@ -136,10 +136,10 @@ class Experiment:
 
         settled = settle(recipe or default_recipe(data_name(data)))
         if start is not None and settled.pretrained:
-            raise UsageError("--init_from-from or --pretrained, not both: each says what weights to start from")
+            raise UsageError("--init-from or --pretrained, not both: each says what weights to start from")
         start = start or start_from_weights(settled)
         if settled.freeze and start is None:
-            raise UsageError("--freeze leaves trained stages as they are; name them with --pretrained or --init_from-from")
+            raise UsageError("--freeze leaves trained stages as they are; name them with --pretrained or --init-from")
         if settled.tensorboard:
             find_tensorboard()
         refuse_inside_data(out, data)
