@@ -264,26 +264,26 @@ def test_one_cycle() -> None:
     lr_gamma=st.floats(0, 1),
 )
 def test_learning_rate_lies_between_zero_and_the_peak(
-    schedule: str,
+    lr_schedule: str,
     lr: float,
-    warmup: float,
-    iterations: int,
+    warmup_fraction: float,
+    max_steps: int,
     steps_per_epoch: int,
-    step_epochs: int,
-    step_factor: float,
+    lr_step_size: int,
+    lr_gamma: float,
 ) -> None:
     recipe = Recipe(
-        max_steps=iterations,
+        max_steps=max_steps,
         lr=lr,
-        warmup_fraction=warmup,
-        lr_schedule=schedule,
-        lr_step_size=step_epochs,
-        lr_gamma=step_factor,
+        warmup_fraction=warmup_fraction,
+        lr_schedule=lr_schedule,
+        lr_step_size=lr_step_size,
+        lr_gamma=lr_gamma,
     )
     values = rates(recipe, steps_per_epoch)
-    assert len(values) == iterations
+    assert len(values) == max_steps
     assert all(0 <= value <= lr * (1 + 1e-12) for value in values)
-    if schedule != "step":
+    if lr_schedule != "step":
         assert all(value > 0 for value in values), "a step that learns nothing is a step wasted"
     # one rise, then one fall
     peak = values.index(max(values))
@@ -297,8 +297,10 @@ def test_learning_rate_lies_between_zero_and_the_peak(
     warmup_fraction=st.floats(0, 1),
     step=st.integers(0, 59),
 )
-def test_learning_rate_is_in_proportion_to_the_peak(schedule: str, lr: float, warmup: float, step: int) -> None:
-    recipe = Recipe(epochs=6, lr=1.0, lr_schedule=schedule, warmup_fraction=warmup, lr_step_size=2)
+def test_learning_rate_is_in_proportion_to_the_peak(
+    lr_schedule: str, lr: float, warmup_fraction: float, step: int
+) -> None:
+    recipe = Recipe(epochs=6, lr=1.0, lr_schedule=lr_schedule, warmup_fraction=warmup_fraction, lr_step_size=2)
     one = learning_rate(recipe, step, 60, 10)
     assert learning_rate(recipe.override(lr=lr), step, 60, 10) == pytest.approx(one * lr)
 
