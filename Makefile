@@ -48,16 +48,16 @@ docs: setup ## build the site from docs/ and the code into site/, without a netw
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup ## measure speed and write the tables of docs/benchmarks.md (about three hours; an idle machine; needs the data)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/bench.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.run
 
 bench-gpu: setup ## the same recipes on a CUDA device, beside the published speedrun (needs the data)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/bench.py gpu
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.run gpu
 
 results: setup ## train every run of docs/results.md, write its tables, ship the models (hours; needs the data)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/results.py runs
-	$(BIN)/python benchmarks/results.py table
-	$(BIN)/python benchmarks/results.py ship
-	$(BIN)/python benchmarks/trust.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m scripts.results runs
+	$(BIN)/python -m scripts.results table
+	$(BIN)/python -m scripts.results ship
+	$(BIN)/python -m benchmarks.ood
 
 clean: ## remove the environment and caches
 	rm -rf .venv build site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage src/*.egg-info

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from fastapi import FastAPI, UploadFile
 from PIL import Image
-from sections import Record, table
 
+from benchmarks.harness import Record, table
 from convlens.data.loading import load_dataset
 from convlens.inference.classifier import Classifier
 
@@ -51,7 +51,7 @@ def server(who: str) -> Iterator[int]:
     """Run a server; yield its port when it answers."""
     port = 8731 if who == "plain" else 8732
     ours = [sys.executable, "-m", "convlens", "serve", "mnist", "--port", str(port)]
-    process = subprocess.Popen([sys.executable, __file__, str(port)] if who == "plain" else ours)
+    process = subprocess.Popen([sys.executable, "-m", __name__, str(port)] if who == "plain" else ours)
     try:
         form = make_form([encode(np.zeros((28, 28), np.uint8))])
         while True:

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import races
 import results
-import sections
 import torch
+from benchmarks import harness, time_to_accuracy
 
 from convlens.data.dataset import Split
 from convlens.data.loading import load_dataset
@@ -45,16 +44,16 @@ RECORDED = sorted(path for path in (ROOT / "benchmarks" / "records").glob("*.jso
 
 @pytest.mark.parametrize("path", RECORDED, ids=[path.stem for path in RECORDED])
 def test_the_tables_of_the_benchmarks_are_those_of_their_records(path: Path) -> None:
-    table = sections.shown(json.loads(path.read_text(encoding="utf-8")))
+    table = harness.shown(json.loads(path.read_text(encoding="utf-8")))
     pages = [page for page in (PAGE, BENCHMARKS) if f"<!-- {path.stem} -->" in page.read_text(encoding="utf-8")]
     assert [between(page, path.stem) for page in pages] == [table]
 
 
-@pytest.mark.parametrize("name", races.RACES)
+@pytest.mark.parametrize("name", time_to_accuracy.RACES)
 def test_the_races_are_tables_of_their_courses(name: str) -> None:
     told = json.loads((ROOT / "benchmarks" / "records" / f"race-{name}.json").read_text(encoding="utf-8"))
-    assert races.race_table(told["records"]).splitlines() == told["table"]
-    race = races.RACES[name]  # the races that were run are those that would be run
+    assert time_to_accuracy.race_table(told["records"]).splitlines() == told["table"]
+    race = time_to_accuracy.RACES[name]  # the races that were run are those that would be run
     assert all(tuple(record["targets"]) == race.targets for record in told["records"])
     ours = [record["who"] for record in told["records"] if "convlens" in record["who"]]
     assert ours == [f"convlens, recipe `{recipe}`" for recipe in race.recipes]

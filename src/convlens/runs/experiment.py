@@ -72,7 +72,7 @@ class Experiment:
         """Load the data, settle the recipe, build the net and make the run folder.
 
         ``recipe`` is a name, a Recipe, or None for the default of the data; ``overrides`` are recipe options.
-        ``init_from`` names a run or model whose trained stages the net starts from, with a new head. ``budget`` is the
+        ``init_from`` names a run or model whose stages the net starts from, with a new head. ``budget`` is the
         time that everything may take (seconds, or "5m"), counted from ``started`` (time.perf_counter; by default now).
         ``exclude`` is a file that names images to leave out, as the data doctor writes it.
 
@@ -356,7 +356,7 @@ def train(
 
     ``data`` is whatever :func:`convlens.load_dataset` takes; ``recipe`` a name, a Recipe, or None for the default of
     the data; ``overrides`` are recipe options, such as ``epochs=3, seed=1``. The run lies in ``out``, a new folder, or
-    the next free ``runs/<data>-<n>``. ``init_from`` names a run or model whose trained stages the net starts from, with a
+    the next free ``runs/<data>-<n>``. ``init_from`` names a run or model whose stages the net starts from, with a
     new head. ``budget`` is the time that all of it may take (seconds, or "5m"): the recipe, if none is given, and the
     length are chosen to fit, and the images are tested once unless ``tta=True``.
     ``exclude`` is a file that names images to leave out, one a line, as the data doctor writes it. ``allow_unreadable``

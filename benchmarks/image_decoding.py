@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sections import Record, answer, print_cost, table, timed
 
+from benchmarks.harness import Record, answer, print_cost, table, timed
 from convlens.data.loading import load_dataset
 
 PHOTOS, MANY = 2_000, 100_000
@@ -83,7 +83,7 @@ def many() -> tuple[list[Record], str]:
             ]
         os.environ["CONVLENS_CACHE"] = str(Path(folder) / "cache")
         for who in ("convlens, first time", "convlens, cached"):
-            records.append({"who": who, **answer(__file__, root)})
+            records.append({"who": who, **answer(__name__, root)})
         del os.environ["CONVLENS_CACHE"]
     rows = [
         [r["who"], f"{r['seconds']:.1f}", f"{MANY / r['seconds']:,.0f}", f"{r['mib']:,.0f}" if "mib" in r else ""]

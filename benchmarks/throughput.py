@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sections import Record, answer, net_label, print_cost, spread, table, timed
 
 import convlens
+from benchmarks.harness import Record, answer, net_label, print_cost, spread, table, timed
 from convlens.data.augment import mirror
 from convlens.data.dataset import Dataset
 from convlens.data.loading import load_dataset
@@ -214,7 +214,7 @@ def growth() -> tuple[list[Record], str]:
     """Training seconds and peak memory against the number of images, their size and the number of classes."""
     records, rows = [], []
     for images, side, classes in GROWTH:
-        cost = answer(__file__, images, side, classes)
+        cost = answer(__name__, images, side, classes)
         record = {"images": images, "side": side, "classes": classes, **cost}
         records.append(record)
         rows.append([f"{images:,}", str(side), f"{classes:,}", f"{record['seconds']:.1f}", f"{record['mib']:,.0f}"])

@@ -1,7 +1,7 @@
 """Prove what convlens says of trust, and write the tables of docs/results.md.
 
-    python benchmarks/trust.py                  # all sections: unknown, doctor, balance
-    python benchmarks/trust.py unknown doctor   # some
+    python -m benchmarks.ood                  # all sections: unknown, doctor, balance
+    python -m benchmarks.ood unknown doctor   # some
 
 It needs MNIST and Fashion-MNIST (CONVLENS_DATA), and ``cifar10-jpeg/`` here. Nets for ``unknown`` are those that come
 with convlens.
@@ -22,11 +22,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from results import RESULTS
-from sections import Record, peak_mib, run_sections, table
 from torch import Tensor
 
 import convlens
+from benchmarks.harness import Record, peak_mib, run_sections, table
 from convlens.audit.audit import AuditReport, audit
 from convlens.audit.duplicates import move
 from convlens.data.dataset import Dataset, Split
@@ -36,6 +35,8 @@ from convlens.evaluation.ood import auroc, energy, false_positive_rate
 from convlens.inference.classifier import Classifier
 
 PLANTED = 300  # copies of each kind
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results.md"
 
 
 # pictures of other things

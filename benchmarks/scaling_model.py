@@ -1,6 +1,6 @@
 """What a training would cost on more machines than we have: the tables of docs/scale.md.
 
-    python benchmarks/cost.py
+    python -m benchmarks.scaling_model
 
 A step on R processes takes as long as the arithmetic of one process's part of the batch, and then the exchange of the
 gradients: a ring sends 2 (R - 1) / R of their bytes through each link, in 2 (R - 1) messages (Patarasuk, Yuan 2009).
@@ -12,8 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sections import put
-
+from benchmarks.harness import put
 from convlens.models import create_model, summarize
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from sections import Record, load_named, percent, spread, table, timed
 
+from benchmarks.harness import Record, load_named, percent, spread, table, timed
 from convlens.data.loading import load_dataset
 from convlens.explain.cam import class_activation_map
 from convlens.export.html import render_playground

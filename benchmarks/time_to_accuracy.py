@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import contenders
 import torch
-from sections import Record, answer, load_named, percent, spread, table
 
 import convlens
+from benchmarks import baselines
+from benchmarks.harness import Record, answer, load_named, percent, spread, table
 from convlens.data.dataset import Dataset
 from convlens.system.device import select_device, set_num_threads
 from convlens.training.recipe import Recipe
@@ -54,23 +54,23 @@ def race(name: str) -> tuple[list[Record], str]:
 
     Each trains in a process of its own, one after the other, as whoever runs it would.
     """
-    records: list[Record] = [answer(__file__, "--enter", name, who) for who in entrants(name)]
+    records: list[Record] = [answer(__name__, "--enter", name, who) for who in entrants(name)]
     return records, race_table(records)
 
 
-def entrants(name: str) -> dict[str, Callable[[Dataset], contenders.Course]]:
+def entrants(name: str) -> dict[str, Callable[[Dataset], baselines.Course]]:
     """Return who races on a data set, by what the table calls them."""
     asked = RACES[name]
     (model, filters), (longest, others) = asked.plain, asked.patience
     rivals = {
         f"plain loop with our net `{model} --width {filters}`, Adam, fp32": (
-            partial(contenders.plain_loop, model=model, filters=filters), others,
+            partial(baselines.plain_loop, model=model, filters=filters), others,
         ),
-        "scikit-learn's MLPClassifier": (contenders.scikit_learn, others),
-        f"the tutorial program, as `{asked.classic}`": (partial(contenders.tutorial, classic=asked.classic), longest),
+        "scikit-learn's MLPClassifier": (baselines.scikit_learn, others),
+        f"the tutorial program, as `{asked.classic}`": (partial(baselines.tutorial, classic=asked.classic), longest),
     }  # fmt: skip
     return {
-        **{f"{OURS}{recipe}`": partial(contenders.convlens, recipe=settled(recipe)) for recipe in asked.recipes},
+        **{f"{OURS}{recipe}`": partial(baselines.convlens, recipe=settled(recipe)) for recipe in asked.recipes},
         **{
             who: lambda data, course=course, most=most: until(course(data), most, max(asked.targets))
             for who, (course, most) in rivals.items()
@@ -94,7 +94,7 @@ def enter(name: str, who: str) -> None:
     print(json.dumps(record))
 
 
-def until(course: contenders.Course, seconds: float, accuracy: float) -> contenders.Course:
+def until(course: baselines.Course, seconds: float, accuracy: float) -> baselines.Course:
     """Follow a course to its first point past so many seconds, or with such an accuracy."""
     for point in course:
         yield point
@@ -134,7 +134,7 @@ def test_of(recipe: str, data: Dataset, seed: int = 0) -> Record:
 
 def speedrun_of(data: Dataset, device: torch.device, seed: int = 0) -> Record:
     """Train the published recipe, and return its seconds and accuracies."""
-    return dict(zip(("seconds", "plain", "averaged"), contenders.speedrun(data, device, seed), strict=True))
+    return dict(zip(("seconds", "plain", "averaged"), baselines.speedrun(data, device, seed), strict=True))
 
 
 def speedrun() -> tuple[list[Record], str]:
@@ -162,7 +162,7 @@ def gpu() -> tuple[list[Record], str]:
         sys.exit("bench-gpu needs a CUDA device, and PyTorch sees none here")
     records, rows = [], []
     for who in ON_GPU:
-        cold, *warm = answer(__file__, who)
+        cold, *warm = answer(__name__, who)
         records.append({"who": who, "cold": cold, "warm": warm})
         plain, averaged = (
             percent(None if None in shares else statistics.mean(shares))

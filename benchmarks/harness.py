@@ -44,12 +44,12 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
-def answer(file: str, *arguments: object) -> Any:
-    """Run a benchmark's file in a process of its own; return the JSON that it prints last.
+def answer(module: str, *arguments: object) -> Any:
+    """Run a benchmark's module in a process of its own; return the JSON that it prints last.
 
     How OpenMP's threads wait there is in the environment, since convlens was imported here.
     """
-    command = [sys.executable, file, *map(str, arguments)]
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sections import Record, answer, net_label, print_cost, table, timed
 
 import convlens
+from benchmarks.harness import Record, answer, net_label, print_cost, table, timed
 from convlens.data.arrays import from_arrays
 from convlens.data.dataset import Dataset, Split
 from convlens.data.images import InputStyle
@@ -125,9 +125,9 @@ def streams() -> tuple[list[Record], str]:
     for images in GROWN:
         with tempfile.TemporaryDirectory() as folder:
             packed = Path(folder) / "shards"
-            subprocess.run([sys.executable, __file__, "--pack", str(images), str(packed)], check=True)
+            subprocess.run([sys.executable, "-m", __name__, "--pack", str(images), str(packed)], check=True)
             size = sum(file.stat().st_size for file in packed.iterdir())
-            record = {"images": images, "bytes": size, **answer(__file__, "--stream", packed)}
+            record = {"images": images, "bytes": size, **answer(__name__, "--stream", packed)}
         records.append(record)
         rows.append(
             [f"{images:,}", f"{size / 2**20:,.0f}", f"{record['seconds']:.1f}", f"{images / record['seconds']:,.0f}",

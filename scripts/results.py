@@ -1,9 +1,9 @@
 """Run the experiments of docs/results.md that are not there yet, write its tables, and ship the models.
 
-    python benchmarks/results.py runs        # train what is missing, one run after another (hours on two cores)
-    python benchmarks/results.py table       # record what came of them in records/results.json, and write it into the
+    python -m scripts.results runs        # train what is missing, one run after another (hours on two cores)
+    python -m scripts.results table       # record what came of them in records/results.json, and write it into the
                                              # tables and the recipes' docstrings; a row without records stays as it is
-    python benchmarks/results.py ship        # copy the bundles of seed 0 into the package
+    python -m scripts.results ship        # copy the bundles of seed 0 into the package
 
 Run it in a folder that has ``cifar10-jpeg/`` and ``hymenoptera/`` (real data sets in class folders), with
 CONVLENS_DATA pointing at MNIST and Fashion-MNIST. Every run is one ``convlens train`` command; its figures are
@@ -21,14 +21,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sections import Record, put
+from benchmarks.harness import Record, put
 
 from convlens.runs.run import Run
 
 RUNS = Path("runs/results")
 RESULTS = Path(__file__).parent.parent / "docs" / "results.md"
 RECIPES = Path(__file__).parent.parent / "src" / "convlens" / "training" / "recipes.py"
-RECORDS = Path(__file__).parent / "records" / "results.json"
+RECORDS = Path(__file__).parent.parent / "benchmarks" / "records" / "results.json"
 README = Path(__file__).parent.parent / "README.md"
 WEIGHTS = Path(__file__).parent.parent / "src" / "convlens" / "weights"
 JPEG_COPY = "CIFAR-10 (JPEG copy)"

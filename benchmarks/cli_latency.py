@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw
-from sections import Record, cifar_name, spread, table, timed
 
+from benchmarks.harness import Record, cifar_name, spread, table, timed
 from convlens.runs.run import Run
 from convlens.training.time_budget import parse_budget
 

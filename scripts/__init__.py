@@ -1,0 +1,1 @@
+"""Release tools: reproduce the results, update their tables, release the weights."""
