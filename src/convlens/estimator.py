@@ -33,7 +33,7 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     >>> X, y = np.zeros((20, 4, 4)), np.arange(20) % 2
     >>> X[y == 1, 1:3, 1:3] = 1  # class 1 has a bright middle
-    >>> classifier = ConvClassifier(epochs=20, filters=4, random_state=0).fit(X, y)
+    >>> classifier = ConvClassifier(epochs=20, width=4, random_state=0).fit(X, y)
     >>> classifier.score(X, y)
     1.0
     >>> classifier.predict_proba(X).shape
@@ -44,26 +44,26 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self,
         *,
         model: str = "small",
-        filters: int | None = 16,
+        width: int | None = 16,
         epochs: int = 30,
         batch_size: int = 64,
         optimizer: str = "adamw",
         lr: float = 0.01,
         weight_decay: float = 0.01,
-        shift: int = 0,
-        flip: bool = False,
+        translate: int = 0,
+        hflip: bool = False,
         rotation: float = 0.0,
         random_state: Any = None,
     ):
         self.model = model
-        self.filters = filters
+        self.width = width
         self.epochs = epochs
         self.batch_size = batch_size
         self.optimizer = optimizer
         self.lr = lr
         self.weight_decay = weight_decay
-        self.shift = shift
-        self.flip = flip
+        self.translate = translate
+        self.hflip = hflip
         self.rotation = rotation
         self.random_state = random_state
 
@@ -90,15 +90,15 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.preprocess_ = Preprocess.measure(images, InputStyle())
         recipe = Recipe(
             model=self.model,
-            width=self.filters,
+            width=self.width,
             val_fraction=0.0,
             epochs=self.epochs,
             batch_size=self.batch_size,
             optimizer=self.optimizer,
             lr=self.lr,
             weight_decay=self.weight_decay,
-            translate=self.shift,
-            hflip=self.flip,
+            translate=self.translate,
+            hflip=self.hflip,
             rotation=self.rotation,
             seed=self._seed(),
             device="cpu",

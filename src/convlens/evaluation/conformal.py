@@ -17,7 +17,8 @@ def require_coverage(coverage: float, bounds: Sequence[float] | None) -> None:
     if bounds is None:
         raise UsageError("this model has no prediction sets: it was trained without validation images")
     if not COVERAGE_LEVELS[0] <= coverage <= COVERAGE_LEVELS[-1]:
-        raise UsageError(f"--coverage is {coverage:g}; it must be {COVERAGE_LEVELS[0]:g} to {COVERAGE_LEVELS[-1]:g}")
+        low, high = COVERAGE_LEVELS[0], COVERAGE_LEVELS[-1]
+        raise UsageError(f"--coverage is {coverage:g}; it must be from {low:g} to {high:g}")
 
 
 def prediction_sets(surprise: NDArray[np.floating], bounds: Sequence[float], coverage: float) -> NDArray[np.bool_]:

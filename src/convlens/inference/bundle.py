@@ -25,7 +25,7 @@ from convlens.system.text import first_few
 
 FORMAT = 1
 
-SIDES = ("channels", "height", "width")
+SIDES = ("channels", "image_height", "image_width")
 
 # how the test split was used: said on the model card and in the report
 UNSEEN = "The test split was measured once, after training; nothing was chosen by it."
