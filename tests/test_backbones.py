@@ -112,19 +112,19 @@ def test_a_frozen_stage_gives_what_it_gave(name: str) -> None:
 
 
 def test_unknown_names_get_the_nearest() -> None:
-    with pytest.raises(UnknownNameError, match="^unknown net of timm 'resnet1O'; did you mean 'resnet"):
+    with pytest.raises(UnknownNameError, match="^unknown timm model 'resnet1O'; did you mean 'resnet"):
         build("resnet1O")
     assert build("resnet18.a1_in1k").stages().keys() == build("resnet18").stages().keys()
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_nets_without_maps_are_refused(name: str) -> None:
-    with pytest.raises(UsageError, match=f"^the net timm:{name} gives no maps of features; take a convolutional one$"):
+    with pytest.raises(UsageError, match=f"^the model timm:{name} has no feature maps; choose a convolutional one$"):
         build(name, side=224)
 
 
 def test_images_that_are_too_small_are_refused() -> None:
-    with pytest.raises(UsageError, match="^the net timm:vgg11 takes no images of 8 x 8 pixels: "):
+    with pytest.raises(UsageError, match="^the model timm:vgg11 does not accept images of 8 x 8 pixels: "):
         build("vgg11", side=8)
 
 
@@ -220,8 +220,8 @@ def test_a_run_is_a_start_for_another(run: Run, tmp_path: Path) -> None:
     again = convlens.train(photos, init_from=run.path, freeze=3, image_size=48, out="again", **QUICK)
     assert again.config["model"]["name"] == "timm:resnet10t"
     before, after = run.classifier.net.state_dict(), again.classifier.net.state_dict()
-    assert torch.equal(before["net.layer2.0.bn1.running_mean"], after["net.layer2.0.bn1.running_mean"])
-    assert not torch.equal(before["net.layer3.0.conv1.weight"], after["net.layer3.0.conv1.weight"])
+    assert torch.equal(before["model.layer2.0.bn1.running_mean"], after["model.layer2.0.bn1.running_mean"])
+    assert not torch.equal(before["model.layer3.0.conv1.weight"], after["model.layer3.0.conv1.weight"])
 
 
 def test_it_is_explained(run: Run) -> None:
@@ -240,4 +240,4 @@ def test_the_report_is_there(run: Run) -> None:
 
 def test_nn_modules_hold_no_head_twice(run: Run) -> None:
     net: nn.Module = run.classifier.net
-    assert all(key.startswith("net.") for key in net.state_dict())
+    assert all(key.startswith("model.") for key in net.state_dict())

@@ -55,9 +55,9 @@ def test_every_net_keeps_the_contract_at_every_size_it_takes(name: str, size: tu
 
 @pytest.mark.parametrize("name", ["small", "whitened", "residual", "tiny"])
 @pytest.mark.parametrize("width", [1, 5])
-def test_width_is_an_option_of_the_strong_nets(name: str, filters: int) -> None:
-    net = build(name, 3, 32, width=filters)
-    assert net.features(torch.zeros(1, 3, 32, 32)).shape[1] == 4 * filters
+def test_width_is_an_option_of_the_strong_nets(name: str, width: int) -> None:
+    net = build(name, 3, 32, width=width)
+    assert net.features(torch.zeros(1, 3, 32, 32)).shape[1] == 4 * width
 
 
 @pytest.mark.parametrize(
@@ -253,9 +253,7 @@ def test_unknown_model_offers_the_nearest() -> None:
 
 
 def test_unknown_option_says_what_the_net_takes() -> None:
-    with pytest.raises(
-        UsageError, match=r"^model 'fashion-2conv' has no option 'filters'; it takes pool, kernel_size$"
-    ):
+    with pytest.raises(UsageError, match=r"^model 'fashion-2conv' has no option 'width'; it takes pool, kernel_size$"):
         build("fashion-2conv", 1, 28, width=3)
     with pytest.raises(UsageError, match=r"^unknown pooling 'median'; choose from: max, avg$"):
         build("fashion-2conv", 1, 28, pool="median")
@@ -283,10 +281,10 @@ def test_too_large_kernel() -> None:
 class Whole(nn.Module):
     """A net that keeps the contract, in no way derived from ConvNet: what the broken ones below start from."""
 
-    def __init__(self, channels: int, image_height: int, image_width: int, classes: int, filters: int = 4):
+    def __init__(self, channels: int, image_height: int, image_width: int, classes: int, width: int = 4):
         super().__init__()
-        self.conv = nn.Conv2d(channels, filters, 3, padding=1)
-        self.head: Any = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(filters, classes))
+        self.conv = nn.Conv2d(channels, width, 3, padding=1)
+        self.head: Any = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 
     def features(self, x: Tensor) -> Any:
         return self.conv(x).relu()
@@ -421,22 +419,22 @@ def test_a_whole_net_of_a_user_passes(entered: Callable[[Any], str]) -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (WrongShape, r"net\(x\) is \(5, 6\), not \(5, 7\)"),
-        (NotFinite, "logits that are not finite"),
+        (WrongShape, r"model\(x\) is \(5, 6\), not \(5, 7\)"),
+        (NotFinite, "logits that are NaN or infinite"),
         (UnusedWeight, "idle gets no finite gradient"),
         (NoFeatures, "it has no 'features'"),
         (NoHead, "it has no 'head'"),
         (NoStages, "it has no 'stages'"),
         (FlatFeatures, r"features\(x\) must be N x C x H x W, not 2-d"),
-        (OtherPath, r"head\(features\(x\)\) differs from net\(x\)"),
+        (OtherPath, r"head\(features\(x\)\) differs from model\(x\)"),
         (EmptyStages, r"stages\(\) is empty"),
-        (IdleStage, r"stages\(\) names \['elsewhere'\], which net\(x\) does not pass"),
-        (HiddenState, "a rebuilt net with the same weights differs"),
-        (RandomShape, "rebuilt"),
+        (IdleStage, r"stages\(\) names \['elsewhere'\], which model\(x\) does not use"),
+        (HiddenState, "a second model with the same weights gives other logits"),
+        (RandomShape, "built twice"),
         (OptionNone, "option 'act' must have a plain number or string as its default"),
         (OptionWithoutDefault, "option 'depth' must have a plain number or string as its default"),
         (NoSizes, "height|width|construct"),
-        (Pair, r"net\(x\)"),
+        (Pair, r"model\(x\)"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
@@ -480,7 +478,7 @@ def test_whitened_starts_from_the_images_it_is_shown() -> None:
     x = x - x.mean()
     torch.manual_seed(0)
     net = create_model("whitened", channels=3, image_height=10, image_width=10, classes=4, width=4)
-    net.initialise(x)
+    net.initialize(x)
     stem = net.body.stem[0]
     out = nn.functional.conv2d(x, stem.weight)[:, :12].transpose(0, 1).flatten(1)  # (12, positions)
     covariance = out @ out.T / out.shape[1]
@@ -513,7 +511,7 @@ def test_shortcuts_of_residual_carry_what_came_in() -> None:
 def test_most_nets_take_nothing_from_the_images() -> None:
     net = create_model("small", channels=1, image_height=12, image_width=12, classes=4)
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    net.initialise(torch.randn(9, 1, 12, 12))
+    net.initialize(torch.randn(9, 1, 12, 12))
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 

@@ -26,7 +26,7 @@ from convlens.training.recipe import Recipe
 QUICK: dict[str, Any] = {"threads": 1, "device": "cpu", "precision": "fp32"}
 TRAINED: dict[str, Any] = {"epochs": 1, "batch_size": 16, "val_fraction": 0.25, **QUICK}
 SMALL: dict[str, Any] = {"width": 4, **TRAINED}
-MISSING = "^this needs a package more: pip install 'convlens\\[backbones\\]'$"
+MISSING = "^timm is not installed: pip install 'convlens\\[backbones\\]'$"
 
 
 def make_photos(root: Path, side: int = 12, mode: str = "RGB", classes: str = "ab") -> Path:

@@ -47,7 +47,7 @@ def models(
         card = (bundled_models()[name] / "README.md").read_text(encoding="utf-8")
         print(card.split("---\n\n", 1)[1])  # without what is for machines
         return
-    usual = getattr(MODELS[name], "usual_shape", (1, 28, 28))
+    usual = getattr(MODELS[name], "default_input_shape", (1, 28, 28))
     channels, side = channels or usual[0], size or usual[1]
     net = create_model(name, channels=channels, image_height=side, image_width=side, classes=classes)
     layers = summarize(net, channels, side, side)

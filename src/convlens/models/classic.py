@@ -1,4 +1,4 @@
-"""The nets of the five classic programs, exactly as their documents describe them."""
+"""The models of the five classic programs, exactly as their documents describe them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ POOLS = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
 
 
 def make_pool(pool: str) -> nn.Module:
-    """Return 2x2 pooling with stride 2: ``max`` or ``avg``."""
+    """Return 2x2 pooling with stride 2, ``max`` or ``avg``."""
     if pool not in POOLS:
         raise UsageError(f"unknown pooling {pool!r}; choose from: max, avg")
     return POOLS[pool](2)
@@ -23,8 +23,8 @@ def make_pool(pool: str) -> nn.Module:
 class FashionTwoConv(ConvNet):
     """Program 000: two 5x5 convolutions with ReLU, each pooled 2x2 (max or average), and one linear head.
 
-    The document leaves the widths open; 16 and 32 filters, padded to keep the size, are the ones of the
-    tutorial that its batch size and iteration count come from. 28,938 parameters on 28x28 grey images.
+    The document leaves the widths open. 16 and 32 filters, padded to keep the size, are those of the tutorial that has
+    the same batch size and number of steps. 28,938 parameters on 28x28 gray images.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class FashionTwoConv(ConvNet):
                 pool2=make_pool(pool),
             )
         )
-        for _ in range(2):  # an even kernel adds a pixel, then the pool halves
+        for _ in range(2):  # an even kernel adds a pixel, and the pool halves
             image_height, image_width = (
                 (side + 2 * pad - kernel_size + 1) // 2 for side in (image_height, image_width)
             )
@@ -52,11 +52,11 @@ class FashionTwoConv(ConvNet):
 class FolderCNN(ConvNet):
     """Program 001: three stages of convolution and max pooling, flatten, two fully connected layers.
 
-    The size of the first fully connected layer follows the size of the images. Softmax is part of the loss and
-    of prediction, so the net itself returns logits.
+    The size of the first fully connected layer depends on the size of the images. Softmax is part of the loss and of
+    prediction, so the model returns logits.
     """
 
-    usual_shape = (3, 64, 64)
+    default_input_shape = (3, 64, 64)
 
     def __init__(self, channels: int, image_height: int, image_width: int, classes: int, kernel_size: int = 3):
         super().__init__()
@@ -82,11 +82,11 @@ class FolderCNN(ConvNet):
 class CifarLeNet(ConvNet):
     """Program 002: two unpadded 5x5 convolutions (6 and 16 filters), each max-pooled, and three linear layers.
 
-    The document draws a ReLU behind the last layer too, which cuts every negative logit to zero;
-    ``output_relu=False`` leaves it out. 65,886 parameters on 32x32 colour images.
+    The document also has a ReLU after the last layer, which sets negative logits to zero; ``output_relu=False`` removes
+    it. 65,886 parameters on 32x32 color images.
     """
 
-    usual_shape = (3, 32, 32)
+    default_input_shape = (3, 32, 32)
 
     def __init__(
         self,
@@ -120,8 +120,8 @@ class CifarLeNet(ConvNet):
 class MnistFourConv(ConvNet):
     """Programs 003 and 004: four unpadded 3x3 convolutions (32, 64, 128, 256 filters), two linear layers.
 
-    Max pooling follows the second and the fourth convolution, before their ReLU; log-softmax ends it.
-    593,200 parameters on 28x28 grey images.
+    Max pooling follows the second and the fourth convolution, before their ReLU. The output is log-softmax.
+    593,200 parameters on 28x28 gray images.
     """
 
     log_probabilities = True

@@ -1,4 +1,4 @@
-"""Our own nets: three that take few operations for each point of accuracy, and one for accuracy itself."""
+"""Our own models: three that are accurate for few operations, and one for accuracy."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from convlens.models.base import MODELS, ConvNet, require_pixels
 
 
 def conv_block(inputs: int, outputs: int, *, stride: int = 1, kernel_size: int = 3) -> list[nn.Module]:
-    """Return convolution (padded to keep the size at stride 1), BatchNorm and ReLU."""
+    """Return a convolution (padded to keep the size at stride 1), BatchNorm and ReLU."""
     pad = (kernel_size - 1) // 2
-    conv = nn.Conv2d(inputs, outputs, kernel_size, stride, pad, bias=False)  # BatchNorm brings the bias
+    conv = nn.Conv2d(inputs, outputs, kernel_size, stride, pad, bias=False)  # BatchNorm has the bias
     return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
 @MODELS.register("small")
 class SmallNet(ConvNet):
-    """A strided stem and three 3x3 convolutions with BatchNorm, max-pooled down; a global maximum and one linear.
+    """A strided stem, three 3x3 convolutions with BatchNorm and max pooling, global max pooling and a linear layer.
 
-    The stem's stride grows with the image (1 below 16 pixels, 2 below 64, else 4), so that the costly inner
-    layers see about 14x14 pixels whatever comes in, and images of any size from 1x1 up are taken.
+    The stride of the stem grows with the image (1 below 16 pixels, 2 below 64, else 4), so that the costly inner layers
+    see about 14x14 pixels. Images may have any size from 1x1.
     """
 
     def __init__(self, channels: int, image_height: int, image_width: int, classes: int, width: int = 32):
@@ -38,7 +38,7 @@ class SmallNet(ConvNet):
         inputs = width
         for number, outputs in enumerate((2 * width, 4 * width, 4 * width), start=1):
             block = conv_block(inputs, outputs)
-            # the last stage keeps its pixels for the global maximum and for the class activation map
+            # the last stage keeps its resolution for global pooling and the class activation map
             if number < 3 and side >= 4:
                 block.insert(1, nn.MaxPool2d(2))
                 side //= 2
@@ -50,10 +50,10 @@ class SmallNet(ConvNet):
 
 @MODELS.register("tiny")
 class TinyNet(ConvNet):
-    """Three convolutions, pooled before BatchNorm: the fewest operations for 99% of MNIST's digits.
+    """Three convolutions, pooled before BatchNorm: the fewest operations for 99% on MNIST.
 
-    Whatever comes behind a pool costs a quarter of what it costs before, so each stage pools first; the 5x5 stem with
-    stride 2 has no padding, for there is no ink at the border.
+    A layer after pooling costs a quarter, so each stage pools first. The 5x5 stem with stride 2 has no padding, because
+    MNIST has no ink at the border.
     """
 
     def __init__(self, channels: int, image_height: int, image_width: int, classes: int, width: int = 16):
@@ -77,14 +77,14 @@ class TinyNet(ConvNet):
 
 @MODELS.register("whitened")
 class WhitenedNet(ConvNet):
-    """A frozen whitening stem and three groups of two 3x3 convolutions that start as the identity: made for Muon.
+    """A frozen whitening stem and three groups of two 3x3 convolutions that start as the identity, for Muon.
 
-    The net of K. Jordan's "94% on CIFAR-10 in 3.29 seconds" (2024) and its Muon version: the stem's filters are the
-    eigenvectors of small patches of the training images, so that training starts from decorrelated pixels; BatchNorm
-    shifts but does not scale; each group halves the image between its first convolution and BatchNorm.
+    The model of "94% on CIFAR-10 in 3.29 seconds" (Jordan 2024) and its Muon version. The filters of the stem are the
+    eigenvectors of small patches of the training images, so that training starts from decorrelated pixels. BatchNorm
+    has no scale. Each group halves the image between its first convolution and BatchNorm.
     """
 
-    usual_shape = (3, 32, 32)
+    default_input_shape = (3, 32, 32)
 
     def __init__(self, channels: int, image_height: int, image_width: int, classes: int, width: int = 64):
         super().__init__()
@@ -105,14 +105,14 @@ class WhitenedNet(ConvNet):
             inputs = outputs
         self.body = nn.Sequential(stages)
         head = nn.Linear(inputs, classes, bias=False)
-        head.weight.data /= inputs * head.weight.data.std()  # all classes are about as likely at the start
+        head.weight.data /= inputs * head.weight.data.std()  # all classes start about equally likely
         self.head = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten(), head)
 
     @torch.no_grad()
-    def initialise(self, x: Tensor) -> None:
-        """Whiten: make the stem's filters the eigenvectors of the patches of ``x``, scaled to variance 1, and -1x."""
+    def initialize(self, x: Tensor) -> None:
+        """Set the filters of the stem to the whitening eigenvectors of patches of ``x`` and their negatives."""
         stem: nn.Conv2d = self.body.stem[0]  # type: ignore[assignment, index]
-        patches = F.unfold(x, stem.kernel_size).transpose(1, 2).flatten(0, 1).double()  # (N positions, C k k)
+        patches = F.unfold(x, stem.kernel_size).transpose(1, 2).flatten(0, 1).double()  # (N x positions, C x k x k)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
         filters = (vectors / (values + 5e-4).sqrt()).T.reshape(-1, *stem.weight.shape[1:]).flip(0)
         stem.weight.copy_(torch.cat([filters, -filters]))
@@ -121,10 +121,10 @@ class WhitenedNet(ConvNet):
 
 @MODELS.register("residual")
 class ResidualNet(ConvNet):
-    """Eleven 3x3 convolutions with shortcuts around every two, the first three at full size: for accuracy.
+    """A ResNet of eleven 3x3 convolutions, the first three at full resolution: for accuracy.
 
-    After He, Zhang, Ren and Sun's ResNet (2015), with a 1x1 convolution where a shortcut changes its form: a stem,
-    groups of one, two and two blocks, each group but the first at half the size and twice the width, a global mean.
+    After He et al. (2015): a stem, groups of one, two and two residual blocks, and global average pooling. Each group
+    after the first has half the resolution and twice the width. A shortcut that changes the shape is a 1x1 convolution.
     """
 
     is_chain = False
@@ -145,23 +145,23 @@ class ResidualNet(ConvNet):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions whose result is added to what came in, or to a 1x1 convolution of it where its form changes."""
+    """Two convolutions plus a shortcut: the identity, or a 1x1 convolution if the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1):
         super().__init__()
-        # the last ReLU comes behind the sum
+        # the last ReLU follows the sum
         self.branch = nn.Sequential(*conv_block(inputs, outputs, stride=stride), *conv_block(outputs, outputs)[:-1])
-        other_form = conv_block(inputs, outputs, stride=stride, kernel_size=1)[:-1]
-        self.shortcut = nn.Sequential(*other_form) if (inputs, stride) != (outputs, 1) else nn.Identity()
+        projection = conv_block(inputs, outputs, stride=stride, kernel_size=1)[:-1]
+        self.shortcut = nn.Sequential(*projection) if (inputs, stride) != (outputs, 1) else nn.Identity()
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return maps (N, C', H', W') of maps (N, C, H, W)."""
+        """Return feature maps (N, C', H', W') of feature maps (N, C, H, W)."""
         return self.relu(self.shortcut(x) + self.branch(x))  # type: ignore[no-any-return]
 
 
 class ScaleFreeBatchNorm(nn.BatchNorm2d):
-    """BatchNorm that shifts but does not scale, with statistics that settle within a few steps."""
+    """BatchNorm without scale, whose running statistics converge within a few steps."""
 
     def __init__(self, channels: int):
         super().__init__(channels, eps=1e-12, momentum=0.4)
@@ -169,7 +169,7 @@ class ScaleFreeBatchNorm(nn.BatchNorm2d):
 
 
 def identity_conv(inputs: int, outputs: int) -> nn.Conv2d:
-    """Return a 3x3 convolution without bias whose first filters pass their channel on (Zagoruyko, Komodakis 2017)."""
+    """Return a 3x3 convolution without bias that starts as the identity (DiracNets, Zagoruyko & Komodakis 2017)."""
     conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
     nn.init.dirac_(conv.weight.data[: min(inputs, outputs)])
     return conv

@@ -1,4 +1,4 @@
-"""The summary table of a net: output shape, parameters, FLOPs and receptive field of every layer."""
+"""Output shape, parameters, FLOPs and receptive field of every layer of a model."""
 
 from __future__ import annotations
 
@@ -11,28 +11,40 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer as an image passes it.
+    """One layer of a model.
 
-    ``flops`` are those of convolutions and linear layers; what else there is costs little beside them.
+    Args:
+        name: As in ``model.named_modules()``, such as "body.conv1.0".
+        kind: The class, such as "Conv2d".
+        output_shape: Without the batch dimension.
+        parameters: Their number.
+        flops: Of the forward pass of one image, for convolutions and linear layers; other layers count 0. A
+            multiply-add counts as two.
+        receptive_field: Its side in input pixels; None for the whole image.
     """
 
-    name: str  # as in net.named_modules(): "body.conv1.0"
-    kind: str  # its class: "Conv2d"
-    output_shape: tuple[int, ...]  # without the batch dimension
+    name: str
+    kind: str
+    output_shape: tuple[int, ...]
     parameters: int
-    flops: int  # forward, one image; a multiply-add counts as two
-    receptive_field: int | None  # side in input pixels of what one output sees; None: the whole image
+    flops: int
+    receptive_field: int | None
 
 
-def summarize(net: nn.Module, channels: int, height: int, width: int) -> list[LayerSummary]:
-    """Return every leaf layer of ``net`` in the order in which one (channels, height, width) image passes it.
+def summarize(model: nn.Module, channels: int, height: int, width: int) -> list[LayerSummary]:
+    """Return the leaf layers of ``model`` in forward order.
 
-    The receptive field is that of a chain of layers (Araujo, Norris, Sim 2019): it grows by (kernel - 1) times
-    the product of all strides before. For nets that are no chain ``convlens.explain.activations.receptive_field``
-    measures it. Raises what the net raises for images of another size than it was built for.
+    The receptive field is that of a chain of layers (Araujo et al. 2019): it grows by (kernel - 1) times the product of
+    all strides before. ``convlens.explain.activations.receptive_field`` measures it for other models.
 
-    >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 8, 3))
-    >>> [(layer.kind, layer.output_shape, layer.receptive_field) for layer in summarise(net, 1, 12, 12)]
+    Args:
+        model: Must accept the images.
+        channels: The number of image channels.
+        height: In pixels.
+        width: In pixels.
+
+    >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 8, 3))
+    >>> [(layer.kind, layer.output_shape, layer.receptive_field) for layer in summarize(model, 1, 12, 12)]
     [('Conv2d', (4, 10, 10), 3), ('MaxPool2d', (4, 5, 5), 4), ('Conv2d', (8, 3, 3), 8)]
     """
     rows: list[LayerSummary] = []
@@ -61,24 +73,24 @@ def summarize(net: nn.Module, channels: int, height: int, width: int) -> list[La
     def hook(name: str) -> Any:
         return lambda module, _inputs, output: record(name, module, output)
 
-    leaves = [(name, module) for name, module in net.named_modules() if not list(module.children())]
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
     hooks = [module.register_forward_hook(hook(name)) for name, module in leaves]
-    training = net.training
+    training = model.training
     try:
         with torch.no_grad():
-            device = next(net.parameters()).device
-            net.eval()(torch.zeros(1, channels, height, width, device=device))
+            device = next(model.parameters()).device
+            model.eval()(torch.zeros(1, channels, height, width, device=device))
     finally:
-        net.train(training)
+        model.train(training)
         for handle in hooks:
             handle.remove()
     return rows
 
 
-def count_parameters(net: nn.Module) -> int:
-    """Return the number of trainable and frozen parameters; buffers do not count.
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters, trainable and frozen; buffers do not count.
 
     >>> count_parameters(nn.Linear(3, 2))
     8
     """
-    return sum(parameter.numel() for parameter in net.parameters())
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""The convolutional nets of timm, by name: ``timm:resnet18``. timm is imported when one is asked for."""
+"""timm's convolutional models, by name: ``timm:resnet18``. timm is imported when one is used."""
 
 from __future__ import annotations
 
@@ -17,64 +17,80 @@ PREFIX = "timm:"
 
 
 def import_timm() -> Any:
-    """Return the package timm; UsageError with the line that installs it where it is missing."""
+    """Return the package timm; UsageError, with the command that installs it, if it is missing."""
     try:
         import timm
     except ImportError:
-        raise UsageError("this needs a package more: pip install 'convlens[backbones]'") from None
+        raise UsageError("timm is not installed: pip install 'convlens[backbones]'") from None
     return timm
 
 
 @MODELS.family(PREFIX)
 def find_backbone(name: str) -> Callable[..., nn.Module]:
-    """A convolutional net of timm, such as timm:resnet18; with the extra backbones.
+    """A convolutional model of timm, such as timm:resnet18; needs the extra backbones.
 
-    Returns its constructor. Raises UnknownNameError, which offers the nearest name, if timm has no such net.
+    Returns:
+        Its constructor.
+
+    Raises:
+        UnknownNameError: timm has no such model.
     """
     timm = import_timm()
     if name not in (known := timm.list_models()) and name not in timm.list_pretrained():
-        raise UnknownNameError("net of timm", name, known)
-    made = functools.partial(Backbone, name)
-    # what the command line asks of every net's class
-    made.usual_shape = tuple(timm.get_pretrained_cfg(name).input_size)  # type: ignore[attr-defined]
-    return made
+        raise UnknownNameError("timm model", name, known)
+    constructor = functools.partial(Backbone, name)
+    constructor.default_input_shape = tuple(  # type: ignore[attr-defined]  # as ConvNet's classes have it
+        timm.get_pretrained_cfg(name).input_size
+    )
+    return constructor
 
 
 def pretrained_cfg(name: str) -> dict[str, Any]:
-    """Return mean, std, channels and image_size of the images that timm's own weights of a net were made with."""
-    told = import_timm().get_pretrained_cfg(name)
-    channels, side, _ = told.input_size
-    return {"mean": tuple(told.mean), "std": tuple(told.std), "channels": channels, "image_size": side}
+    """Return the mean, std, channels and image_size that timm's own weights of a model were trained with."""
+    cfg = import_timm().get_pretrained_cfg(name)
+    channels, side, _ = cfg.input_size
+    return {"mean": tuple(cfg.mean), "std": tuple(cfg.std), "channels": channels, "image_size": side}
 
 
 def download_weights(name: str) -> Path:
-    """Return the file of timm's own weights of the net ``name``, downloaded unless it is in Hugging Face's cache.
+    """Return the safetensors file of timm's own weights, from Hugging Face's cache or downloaded.
 
-    Always the safetensors file: others that timm takes are pickles, which can run code. Raises UsageError if timm has
-    no weights of the net, ConvlensError if they cannot be had.
+    Other formats that timm accepts are pickles, which can run code.
+
+    Raises:
+        UsageError: timm has no weights of the model.
+        ConvlensError: The download failed.
     """
-    place = import_timm().get_pretrained_cfg(name).hf_hub_id
-    if not place:
-        raise UsageError(f"timm has no weights of {PREFIX}{name}; train from a file of them: --pretrained FILE")
+    repository = import_timm().get_pretrained_cfg(name).hf_hub_id
+    if not repository:
+        raise UsageError(f"timm has no weights of {PREFIX}{name}; set `pretrained` to a file with weights")
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(place, "model.safetensors"))
-    except Exception as error:  # of the network, the server, the disk: many packages' own
+        return Path(hf_hub_download(repository, "model.safetensors"))
+    except Exception as error:  # several packages have their own errors of the network, the server and the disk
         reason = str(error).strip().split("\n", 1)[0].removesuffix(".")
         raise ConvlensError(
-            f"the weights of {PREFIX}{name} cannot be downloaded from {place}: {reason}; "
-            "where there is no network, copy the file and name it: --pretrained FILE"
+            f"the weights of {PREFIX}{name} cannot be downloaded from {repository}: {reason}; "
+            "without network access, copy the file here and set `pretrained` to it"
         ) from None
 
 
 class Backbone(ConvNet):
-    """A convolutional net of timm, with random weights and a head for our classes.
+    """A convolutional model of timm with random weights and a head for our classes.
 
-    ``net`` is timm's own net, so weights keep timm's names behind ``net.``. The stages are those that timm takes
-    features from, called what they are called there, with ``-`` for ``.``; a stage's weights are all from the end of
-    the one before it to its own. Raises UsageError for a net whose last features are no maps (N, C, H, W), and for
-    images that it does not take.
+    The names of the weights are timm's after ``model.``. The stages are the modules that timm extracts features from,
+    with ``-`` for ``.`` in their names. The weights of a stage are those after the previous stage up to its own end.
+
+    Args:
+        name: timm's name of the model.
+        channels: The number of image channels.
+        image_height: In pixels.
+        image_width: In pixels.
+        classes: The number of classes.
+
+    Raises:
+        UsageError: The model does not accept the images, or its last features are not maps (N, C, H, W).
     """
 
     is_chain = False
@@ -82,43 +98,43 @@ class Backbone(ConvNet):
     def __init__(self, name: str, channels: int, image_height: int, image_width: int, classes: int):
         super().__init__()
         timm = import_timm()
-        self.net = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
-        own = self.net.pretrained_cfg["classifier"]  # one name, or several
-        self.head_names = tuple(f"net.{head}." for head in ([own] if isinstance(own, str) else own))
-        modules = dict(self.net.named_modules())
-        places = [about["module"] for about in self.net.feature_info]
-        self._places = [place for place in places if place and place in modules]
+        self.model = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
+        heads = self.model.pretrained_cfg["classifier"]  # one name, or several
+        self.head_names = tuple(f"model.{head}." for head in ([heads] if isinstance(heads, str) else heads))
+        modules = dict(self.model.named_modules())
+        paths = [info["module"] for info in self.model.feature_info]
+        self._stage_paths = [path for path in paths if path and path in modules]
         try:
             with torch.no_grad():
-                maps = self.net.eval().forward_features(torch.zeros(1, channels, image_height, image_width))
+                maps = self.model.eval().forward_features(torch.zeros(1, channels, image_height, image_width))
         except (RuntimeError, AssertionError, ValueError) as error:
             reason = str(error).strip().split("\n", 1)[0]
             raise UsageError(
-                f"the net {PREFIX}{name} takes no images of {image_width} x {image_height} pixels: {reason}"
+                f"the model {PREFIX}{name} does not accept images of {image_width} x {image_height} pixels: {reason}"
             ) from None
         finally:
-            self.net.train()
-        if not isinstance(maps, Tensor) or maps.dim() != 4 or maps.shape[1] != self.net.num_features:
-            raise UsageError(f"the net {PREFIX}{name} gives no maps of features; take a convolutional one")
+            self.model.train()
+        if not isinstance(maps, Tensor) or maps.dim() != 4 or maps.shape[1] != self.model.num_features:
+            raise UsageError(f"the model {PREFIX}{name} has no feature maps; choose a convolutional one")
 
     def features(self, x: Tensor) -> Tensor:
-        """Return the last spatial map, float (N, C', H', W'), of normalised images, float (N, C, H, W)."""
-        return self.net.forward_features(x)  # type: ignore[no-any-return]
+        """Return the last feature maps, float (N, C', H', W'), of normalized images, float (N, C, H, W)."""
+        return self.model.forward_features(x)  # type: ignore[no-any-return]
 
     def head(self, maps: Tensor) -> Tensor:  # type: ignore[override]  # timm has no module for it
-        """Return logits, float (N, K), of the last spatial map, float (N, C', H', W')."""
-        return self.net.forward_head(maps)  # type: ignore[no-any-return]
+        """Return logits, float (N, K), of the last feature maps, float (N, C', H', W')."""
+        return self.model.forward_head(maps)  # type: ignore[no-any-return]
 
     def stages(self) -> dict[str, nn.Module]:
-        """Return the modules that timm takes features from, in the order in which an image passes them."""
-        return {place.replace(".", "-"): self.net.get_submodule(place) for place in self._places}
+        """Return the modules that timm extracts features from, in forward order."""
+        return {path.replace(".", "-"): self.model.get_submodule(path) for path in self._stage_paths}
 
     def first_modules(self, count: int) -> list[nn.Module]:
-        """Return the modules up to the end of stage ``count``: timm holds them in the order of their use."""
+        """Return the modules up to the end of stage ``count``; timm defines modules in forward order."""
         if not count:
             return []
-        modules, last = list(self.net.named_modules()), self._places[count - 1]
-        end = max(n for n, (name, _) in enumerate(modules) if f"{name}.".startswith(f"{last}."))
-        behind = tuple(name for name, _ in modules[end + 1 :])
-        # without those that hold something of what comes behind too
-        return [part for name, part in modules[1 : end + 1] if not any(b.startswith(f"{name}.") for b in behind)]
+        modules, last = list(self.model.named_modules()), self._stage_paths[count - 1]
+        end = max(i for i, (name, _) in enumerate(modules) if f"{name}.".startswith(f"{last}."))
+        later = tuple(name for name, _ in modules[end + 1 :])
+        # without the parents of later modules
+        return [module for name, module in modules[1 : end + 1] if not any(n.startswith(f"{name}.") for n in later)]

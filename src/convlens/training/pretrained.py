@@ -133,7 +133,7 @@ def load_matching_weights(net: nn.Module, start: PretrainedWeights, frozen: int 
     own = net.state_dict(keep_vars=True)
     fresh = net.head_names if isinstance(net, ConvNet) else ("head.",)
     # the names of timm are ours without what its net is called in Backbone
-    trained = {key if key in own else f"net.{key}": value for key, value in start.tensors.items()}
+    trained = {key if key in own else f"model.{key}": value for key, value in start.tensors.items()}
     fitting = {
         key: value
         for key, value in trained.items()
