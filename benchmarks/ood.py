@@ -77,7 +77,7 @@ def unknown() -> tuple[list[Record], str]:
         strange["its own test images, inverted"] = 255 - own
 
         def scores(images: Tensor, classifier: Classifier = classifier) -> tuple[Tensor, ...]:
-            logits, features = compute_outputs(classifier.net, images, classifier.preprocess.normaliser())
+            logits, features = compute_outputs(classifier.net, images, classifier.preprocess.normalizer())
             trust = classifier.trust
             assert trust is not None
             largest = -logits.softmax(dim=1).max(dim=1).values
@@ -133,7 +133,7 @@ def plant(data: Dataset) -> tuple[Dataset, dict[str, list[tuple[str, str]]], set
     wrong = untouched[torch.randperm(len(untouched), generator=g)[: len(labels) // 50]]
     moves = torch.randint(1, len(data.classes), (len(wrong),), generator=g)
     labels[wrong] = (labels[wrong] + moves) % len(data.classes)
-    train = Split(images, labels, data.train.ids)
+    train = Split(images=images, labels=labels, ids=data.train.ids)
     return dataclasses.replace(data, train=train), copies, {f"train/{data.train.ids[row]}" for row in wrong.tolist()}
 
 
@@ -144,13 +144,13 @@ def together(groups: Iterable[list[str]]) -> dict[str, int]:
 
 def judge(findings: AuditReport, copies: dict[str, list[tuple[str, str]]], wrong: set[str]) -> list[str]:
     """Return what was found of what was planted, as cells."""
-    groups = together([*findings.copies, *findings.near_copies])
-    exact = together(findings.copies)
+    groups = together([*findings.exact_duplicates, *findings.near_duplicates])
+    exact = together(findings.exact_duplicates)
     cells = []
     for kind, pairs in copies.items():
         where = exact if kind == "exact copies" else groups
         cells.append(f"{sum(a in where and where.get(a) == where.get(b) for a, b in pairs) / len(pairs):.1%}")
-    suspects = {suspect.image for suspect in findings.suspects}
+    suspects = {issue.image_id for issue in findings.label_issues}
     # what is suspected in the untouched data too is no false alarm of the planting; it is counted as one all the same
     hits = len(suspects & wrong)
     return [*cells, f"{hits / len(wrong):.3f}", f"{hits / max(len(suspects), 1):.3f}"]
@@ -186,9 +186,10 @@ def doctor() -> tuple[list[Record], str]:
                 seconds = time.perf_counter() - start
                 cells = judge(findings, copies, wrong) if what == "planted" else [""] * 6
                 found = (
-                    f"{len(findings.copies)}, {len(findings.near_copies)}, {findings.leaks}, {len(findings.suspects)}"
+                    f"{len(findings.exact_duplicates)}, {len(findings.near_duplicates)}, "
+                    f"{findings.leaks}, {len(findings.label_issues)}"
                 )
-                figures = [f"{findings.shift:.2f}", f"{seconds:.0f}", f"{peak_mib():,.0f}"]
+                figures = [f"{findings.train_test_drift_auroc:.2f}", f"{seconds:.0f}", f"{peak_mib():,.0f}"]
                 rows.append([f"{title}, {what}", *cells, found, *figures])
     head = [
         "data", "exact copies found", "moved by a pixel", "saved as JPEG", "brighter", "wrong labels: recall",
@@ -205,7 +206,7 @@ def balance() -> tuple[list[Record], str]:
     mnist = load_dataset("mnist")
     g = torch.Generator().manual_seed(0)
     keep = (mnist.train.labels >= 5) | (torch.rand(len(mnist.train), generator=g) < 0.01)
-    skewed = dataclasses.replace(mnist, source=None, train=mnist.train.take(keep.nonzero().squeeze(1)))
+    skewed = dataclasses.replace(mnist, source=None, train=mnist.train.select(keep.nonzero().squeeze(1)))
     counts = torch.bincount(skewed.train.labels).tolist()
     rows = []
     for balanced in (False, True):

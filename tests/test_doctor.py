@@ -56,7 +56,7 @@ def pairs_of(groups: list[list[int]]) -> set[tuple[int, int]]:
     return {(group[0], group[1]) for group in groups}
 
 
-def test_exact_copies_are_grouped() -> None:
+def test_exact_duplicates_are_grouped() -> None:
     images = smooth(20, 16, 1, 0)
     images[7], images[15], images[3] = images[2], images[2], images[19]
     assert find_exact_duplicates(images) == [[2, 7, 15], [3, 19]]
@@ -65,7 +65,7 @@ def test_exact_copies_are_grouped() -> None:
 
 @pytest.mark.parametrize(("side", "channels"), [(28, 1), (32, 3), (64, 3)])
 @pytest.mark.parametrize("how", ["jpeg", "brightness", "up", "down", "left", "right", "corner"])
-def test_near_copies_are_found_and_others_are_not(how: str, side: int, channels: int) -> None:
+def test_near_duplicates_are_found_and_others_are_not(how: str, side: int, channels: int) -> None:
     images = smooth(300, side, channels, 1)
     steps = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1), "corner": (-1, 1)}
     copies = []
@@ -82,7 +82,7 @@ def test_near_copies_are_found_and_others_are_not(how: str, side: int, channels:
     assert pairs_of(found) == {(10 * row, 300 + row) for row in range(20)}
 
 
-def test_images_of_one_colour_are_no_near_copies() -> None:
+def test_constant_images_are_not_near_duplicates() -> None:
     images = torch.arange(0, 250, 10).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 9, 9).contiguous()
     assert find_near_duplicates(*describe_images(images, torch.arange(25))) == []
 
@@ -96,36 +96,36 @@ def plant() -> Dataset:
     images[20], images[21] = 0, 200
     rows = torch.arange(100, 1000, 30)
     labels[rows] = (labels[rows] + 3) % 10
-    train = Split(images, labels, digits.train.ids)
-    return Dataset("digits", None, digits.classes, train, digits.test, None, digits.style, "")
+    train = Split(images=images, labels=labels, ids=digits.train.ids)
+    return Dataset(name="digits", classes=digits.classes, train=train, test=digits.test, input_style=digits.input_style)
 
 
 def test_what_is_planted_in_the_digits_is_found() -> None:
     planted = plant()
     before = planted.fingerprint()
-    findings = audit(planted, Recipe(batch_size=64, lr=0.1, nesterov=True, **{**QUICK, "epochs": 8}))
+    report = audit(planted, Recipe(batch_size=64, lr=0.1, nesterov=True, **{**QUICK, "epochs": 8}))
     assert planted.fingerprint() == before
     ids = planted.train.ids
-    assert findings.one_colour == [f"train/{ids[20]}", f"train/{ids[21]}"]
-    groups = {frozenset(group) for group in findings.copies}
+    assert report.constant_images == [f"train/{ids[20]}", f"train/{ids[21]}"]
+    groups = {frozenset(group) for group in report.exact_duplicates}
     leak = frozenset({f"train/{ids[5]}", f"test/{planted.test.ids[9]}"})
     assert groups == {leak, frozenset({f"train/{ids[10]}", f"train/{ids[11]}"})}
-    assert findings.leaks >= 1
+    assert report.leaks >= 1
     wrong = {f"train/{ids[row]}" for row in range(100, 1000, 30)}
-    suspected = {suspect.image for suspect in findings.suspects}
+    suspected = {issue.image_id for issue in report.label_issues}
     assert len(wrong & suspected) >= 28  # of 30
     assert len(suspected - wrong) <= 15  # of 1,767
-    assert findings.suspects == sorted(findings.suspects, key=lambda suspect: -suspect.doubt)
-    reasons = findings.to_remove()
-    assert reasons[f"train/{ids[5]}"] == f"copy of test/{planted.test.ids[9]}"  # the test image stays
+    assert report.label_issues == sorted(report.label_issues, key=lambda issue: -issue.score)
+    reasons = report.to_exclude()
+    assert reasons[f"train/{ids[5]}"] == f"duplicate of test/{planted.test.ids[9]}"  # the test image stays
     assert f"test/{planted.test.ids[9]}" not in reasons
 
 
 def test_sound_data_get_a_clean_bill() -> None:
-    findings = audit(load_dataset("digits"), labels=False)
-    assert (findings.copies, findings.one_colour, findings.small_classes) == ([], [], {})
-    assert len(findings.near_copies) <= 10  # 8x8 digits of the same writer
-    assert findings.shift < 0.7 and findings.imbalance < 1.2
+    report = audit(load_dataset("digits"), labels=False)
+    assert (report.exact_duplicates, report.constant_images, report.small_classes) == ([], [], {})
+    assert len(report.near_duplicates) <= 10  # 8x8 digits of the same writer
+    assert report.train_test_drift_auroc < 0.7 and report.imbalance < 1.2
 
 
 def test_small_and_uneven_classes_and_a_shifted_test_split() -> None:
@@ -133,12 +133,14 @@ def test_small_and_uneven_classes_and_a_shifted_test_split() -> None:
     labels = torch.tensor([0] * 90 + [1] * 4 + [0] * 6)
     test_images = (images[100:].int() // 2).to(torch.uint8)
     test_images[:, :, :2] = 255
-    train = Split(images[:100], labels, [str(i) for i in range(100)])
-    test = Split(test_images, torch.arange(100) % 2, [str(i) for i in range(100)])
+    train = Split(images=images[:100], labels=labels, ids=[str(i) for i in range(100)])
+    test = Split(images=test_images, labels=torch.arange(100) % 2, ids=[str(i) for i in range(100)])
     digits = load_dataset("digits")
-    findings = audit(Dataset("toy", None, ("a", "b"), train, test, None, digits.style, ""), labels=False)
-    assert findings.small_classes == {"b": 4} and findings.imbalance == 24
-    assert findings.shift > 0.9
+    report = audit(
+        Dataset(name="toy", classes=("a", "b"), train=train, test=test, input_style=digits.input_style), labels=False
+    )
+    assert report.small_classes == {"b": 4} and report.imbalance == 24
+    assert report.train_test_drift_auroc > 0.9
 
 
 def test_the_files_and_the_list_that_train_honours(capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,16 +151,16 @@ def test_the_files_and_the_list_that_train_honours(capsys: pytest.CaptureFixture
         x_test=planted.test.images[:, 0].numpy(), y_test=planted.test.labels.numpy(),
     )  # fmt: skip
     dataset = load_dataset("digits.npz")
-    findings = audit(dataset, labels=False)
-    write_report(findings, dataset, Path("doctor"))
-    assert json.loads(Path("doctor/doctor.json").read_text())["one_colour"] == ["train/20", "train/21"]
-    assert (Path("doctor") / "copies.png").stat().st_size > 2000
-    number = write_exclude_file(findings, dataset, Path("remove.txt"))
+    report = audit(dataset, labels=False)
+    write_report(report, dataset, Path("doctor"))
+    assert json.loads(Path("doctor/doctor.json").read_text())["constant_images"] == ["train/20", "train/21"]
+    assert (Path("doctor") / "duplicates.png").stat().st_size > 2000
+    number = write_exclude_file(report, dataset, Path("remove.txt"))
     names = read_name_list("remove.txt")
     assert len(names) == number and {"train/5", "train/11", "train/20", "train/21"} <= set(names)
     for write in (
-        lambda: write_exclude_file(findings, dataset, Path("remove.txt")),
-        lambda: write_report(findings, dataset, Path("doctor")),
+        lambda: write_exclude_file(report, dataset, Path("remove.txt")),
+        lambda: write_report(report, dataset, Path("doctor")),
     ):
         with pytest.raises(UsageError, match="exists already"):
             write()
@@ -176,12 +178,12 @@ def test_a_run_with_exclusions_goes_on() -> None:
     digits = load_dataset("digits")
     Path("some.txt").write_text(f"train/{digits.train.ids[1]}\twhy\n\n{digits.test.ids[2]}\n")
     whole = convlens.train("digits", exclude="some.txt", out="whole", **QUICK)
-    experiment = Experiment.create("digits", exclude="some.txt", out="grad_accum_steps", **QUICK)
+    experiment = Experiment.create("digits", exclude="some.txt", out="stopped", **QUICK)
     with pytest.raises(convlens.ConvlensError, match="^stopped at step 3"):
         steps = iter(range(100))
         for _ in experiment.epochs(should_stop=lambda: next(steps) == 3):
             pass
-    again = Experiment.resume("grad_accum_steps")
+    again = Experiment.resume("stopped")
     for _ in again.epochs():
         pass
     assert again.finish().test == whole.test

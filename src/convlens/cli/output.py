@@ -62,7 +62,7 @@ def describe_experiment(experiment: Experiment) -> None:
     sizes = torch.bincount(dataset.train.labels, minlength=len(dataset.classes))
     echo(f"data    {dataset.name}: {counts} images {channels}x{height}x{width}, {len(dataset.classes)} classes")
     if dataset.source and Path(dataset.source).exists():
-        echo(f"        {dataset.note}")
+        echo(f"        {dataset.split_description}")
     if dataset.unreadable:
         some = first_few(dataset.unreadable, 3, "; ")
         echo(f"        {count(len(dataset.unreadable), 'unreadable file')} skipped: {some}")
@@ -218,11 +218,11 @@ def describe_findings(findings: AuditReport) -> list[str]:
     def some(names: Sequence[str]) -> str:
         return first_few(names, 5, "; ")
 
-    lines = [f"{findings.data}: {findings.images:,} images"]
+    lines = [f"{findings.data}: {findings.num_images:,} images"]
     if findings.unreadable:
         lines.append(f"{count(len(findings.unreadable), 'unreadable file')}: {some(findings.unreadable)}")
-    if findings.one_colour:
-        lines.append(f"{count(len(findings.one_colour), 'image')} of one colour: {some(findings.one_colour)}")
+    if constant := findings.constant_images:
+        lines.append(f"{count(len(constant), 'image')} of a single color: {some(constant)}")
     if small := findings.small_classes:
         told = [f"{label!r} has {number:,}" for label, number in sorted(small.items(), key=lambda one: one[1])]
         number = f"{len(small)} classes have" if len(small) > 1 else "1 class has"
@@ -231,22 +231,20 @@ def describe_findings(findings: AuditReport) -> list[str]:
         lines.append(
             f"the largest class has {findings.imbalance:.1f} times the images of the smallest; see --balanced-sampling"
         )
-    for found, kind in ((findings.copies, "exact copies"), (findings.near_copies, "near copies")):
+    for found, kind in ((findings.exact_duplicates, "exact duplicates"), (findings.near_duplicates, "near-duplicates")):
         if found:
             groups = [" = ".join(group[:3]) + " = ..." * (len(group) > 3) for group in found]
             lines.append(f"{count(len(found), 'group')} of {kind}: {some(groups)}")
     if findings.leaks:
         why = "what is trained on is tested on, or chosen by"
-        lines.append(f"{count(findings.leaks, 'group')} of copies in more than one split: {why}")
-    if findings.suspects:
-        told = [f"{s.image} ({s.label}? rather {s.likely})" for s in findings.suspects]
+        lines.append(f"{count(findings.leaks, 'group')} of duplicates in more than one split: {why}")
+    if findings.label_issues:
+        told = [f"{i.image_id} ({i.given_label}? rather {i.predicted_label})" for i in findings.label_issues]
         lines.append(f"{count(len(told), 'label')} likely wrong: {some(told)}")
-    if findings.not_judged:
-        lines.append(f"labels were not judged: {findings.not_judged}")
-    if findings.shift > 0.6:
-        lines.append(
-            f"test images differ from the others: a simple model tells them apart (AUROC {findings.shift:.2f})"
-        )
+    if findings.label_check_skipped:
+        lines.append(f"labels were not checked: {findings.label_check_skipped}")
+    if (auroc := findings.train_test_drift_auroc) > 0.6:
+        lines.append(f"test images differ from the others: a simple model tells them apart (AUROC {auroc:.2f})")
     return lines if len(lines) > 1 else [*lines, "nothing wrong was found"]
 
 
