@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from convlens.data.augment import BatchRandom, mirror, shift
+from convlens.data.augment import BatchRandom, hflip, translate
 from convlens.data.dataset import Dataset
 from convlens.data.normalize import Normalize
 from convlens.data.preprocess import Preprocess
@@ -42,19 +42,19 @@ def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def normalised(dataset: Dataset) -> tuple[Tensor, Tensor]:
     """Return the training and the test images as floats."""
-    normalise = Preprocess.measure(dataset.train.images, dataset.style).normaliser()
+    normalise = Preprocess.fit(dataset.train.images, dataset.input_style).normalizer()
     return normalise(dataset.train.images), normalise(dataset.test.images)
 
 
 def convlens(dataset: Dataset, recipe: Recipe) -> Course:
     """A recipe of convlens, watched at the end of every epoch, and at last with augmentation if it has any."""
     torch.manual_seed(recipe.seed)
-    preprocess = Preprocess.measure(dataset.train.images, dataset.style)
+    preprocess = Preprocess.fit(dataset.train.images, dataset.input_style)
     net = make_model(model_config(recipe, dataset), dataset, preprocess)
     for record in fit(net, dataset, recipe.override(log_test_metrics=True), preprocess=preprocess):
         yield record.seconds, record.test_acc or 0.0
     if recipe.tta:
-        yield record.seconds, test_accuracy(net, dataset, preprocess.normaliser(), make_tta(recipe.hflip))
+        yield record.seconds, test_accuracy(net, dataset, preprocess.normalizer(), make_tta(recipe.hflip))
 
 
 def test_accuracy(net: nn.Module, dataset: Dataset, normalise: Normalize, views: TTA | None = None) -> float:
@@ -72,7 +72,7 @@ class Pictures(TorchDataset[tuple[Tensor, int]]):
         self.crop_probability, self.rotation = recipe.center_crop_prob, recipe.rotation
         side = dataset.shape[1]
         self.margin = (side - round(recipe.center_crop_ratio * side)) // 2
-        measured = Preprocess.measure(dataset.train.images, dataset.style)
+        measured = Preprocess.fit(dataset.train.images, dataset.input_style)
         self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in (measured.mean, measured.std))
 
     def __len__(self) -> int:
@@ -144,7 +144,7 @@ def plain_loop(dataset: Dataset, model: str, filters: int) -> Course:
     loader = DataLoader(TensorDataset(images, dataset.train.labels), batch_size=128, shuffle=True)
     channels, height, width = dataset.shape
     net = create_model(model, channels=channels, image_height=height, image_width=width, classes=10, width=filters)
-    net.initialise(images[:1000])  # type: ignore[operator]
+    net.initialize(images[:1000])  # type: ignore[operator]
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     yield from tutorial_loop(net, loader, optimizer, F.cross_entropy, test, dataset.test.labels)
 
@@ -157,10 +157,10 @@ def speedrun(dataset: Dataset, device: torch.device, seed: int = 0, epochs: int 
     """
     torch.manual_seed(seed)
     batch, width = 2000, 256
-    normalise = Preprocess.measure(dataset.train.images, dataset.style).normaliser()
+    normalise = Preprocess.fit(dataset.train.images, dataset.input_style).normalizer()
     images, labels = normalise(dataset.train.images).to(device), dataset.train.labels.to(device)
     net = create_model("whitened", channels=3, image_height=32, image_width=32, classes=10, width=64).to(device)
-    net.initialise(images[:5000])  # type: ignore[operator]
+    net.initialize(images[:5000])  # type: ignore[operator]
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     stem_bias = net.body.stem[0].bias  # type: ignore[union-attr, index]
     weights = [p for p in net.parameters() if p.requires_grad]
@@ -182,8 +182,8 @@ def speedrun(dataset: Dataset, device: torch.device, seed: int = 0, epochs: int 
         torch.cuda.synchronize()
     started = time.perf_counter()
     for epoch in range(epochs):
-        flipped = mirror(images, first ^ bool(epoch % 2))
-        seen = shift(
+        flipped = hflip(images, first ^ bool(epoch % 2))
+        seen = translate(
             flipped, BatchRandom(torch.Generator(device).manual_seed(100 * seed + epoch), len(flipped), slice(None)), 2
         )
         for rows in torch.randperm(len(images), device=device).split(batch)[:per_epoch]:

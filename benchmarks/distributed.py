@@ -21,7 +21,6 @@ import convlens
 from benchmarks.harness import Record, answer, net_label, print_cost, table, timed
 from convlens.data.arrays import from_arrays
 from convlens.data.dataset import Dataset, Split
-from convlens.data.images import InputStyle
 from convlens.data.shards import write_shards
 
 PAIRS = 3
@@ -109,7 +108,12 @@ def make_noise_shards(images: int, folder: Path) -> None:
     train, held_out = from_arrays(x, y, few, labels).train, from_arrays(few, labels, few, labels).train
     classes = tuple(map(str, range(10)))
     assert isinstance(train, Split)
-    write_shards(Dataset("noise", None, classes, train, held_out, held_out, InputStyle(), "noise"), folder)
+    write_shards(
+        Dataset(
+            name="noise", classes=classes, train=train, test=held_out, validation=held_out, split_description="noise"
+        ),
+        folder,
+    )
 
 
 def stream(folder: str) -> None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import convlens
 from benchmarks.harness import Record, answer, net_label, print_cost, spread, table, timed
-from convlens.data.augment import mirror
+from convlens.data.augment import hflip
 from convlens.data.dataset import Dataset
 from convlens.data.loading import load_dataset
 from convlens.data.preprocess import Preprocess
@@ -103,7 +103,7 @@ def make_step(net: torch.nn.Module, recipe: Recipe, shape: tuple[int, int, int],
 
 def bare_loop(net: torch.nn.Module, dataset: Dataset, recipe: Recipe) -> None:
     """Train as fit() does, written out by hand, with nothing that is not arithmetic."""
-    preprocess = Preprocess.measure(dataset.train.images, dataset.style)
+    preprocess = Preprocess.fit(dataset.train.images, dataset.input_style)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) * 255 for v in (preprocess.mean, preprocess.std))
     images, labels = dataset.train.images, dataset.train.labels
     net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -118,7 +118,7 @@ def bare_loop(net: torch.nn.Module, dataset: Dataset, recipe: Recipe) -> None:
         rows = order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
         x = (images[rows].float() - mean) / std
         if recipe.hflip:
-            x = mirror(x, first[rows] ^ bool(epoch % 2))
+            x = hflip(x, first[rows] ^ bool(epoch % 2))
         with autocast(recipe.precision, CPU):
             logits = net(x.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), labels[rows], label_smoothing=recipe.label_smoothing)

@@ -18,7 +18,6 @@ from torch import Tensor
 from convlens.data import loader
 from convlens.data.augment import BatchRandom
 from convlens.data.dataset import Dataset, Split
-from convlens.data.images import InputStyle
 from convlens.data.normalize import Normalize
 from convlens.data.preprocess import Preprocess
 from convlens.errors import UsageError
@@ -36,8 +35,8 @@ META = torch.device("meta")
 def made_up(channels: int, side: int) -> Dataset:
     g = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (40, channels, side, side), dtype=torch.uint8, generator=g)
-    split = Split(images, torch.arange(40) % 4, [str(number) for number in range(40)])
-    return Dataset("made up", None, ("a", "b", "c", "d"), split, split, None, InputStyle(), "")
+    split = Split(images=images, labels=torch.arange(40) % 4, ids=[str(number) for number in range(40)])
+    return Dataset(name="made up", classes=("a", "b", "c", "d"), train=split, test=split)
 
 
 @pytest.fixture
@@ -108,7 +107,7 @@ def test_no_step_waits_or_mixes_devices(name: str, options: dict[str, Any], look
     dataset = made_up(3, 32) if "cifar" in name or name == "folder" else made_up(1, 28)
     settings = {"max_steps": 25, "batch_size": 8, "val_fraction": 0.0, "log_test_metrics": False, **options}
     recipe: Recipe = RECIPES[name]().override(**settings)
-    preprocess = Preprocess.measure(dataset.train.images, dataset.style)
+    preprocess = Preprocess.fit(dataset.train.images, dataset.input_style)
     net = make_model(model_config(recipe, dataset), dataset, preprocess)
     records = list(fit(net, dataset, recipe, preprocess=preprocess))
     assert len(records) == 5
@@ -148,6 +147,5 @@ def test_images_that_do_not_fit_into_the_device_are_said() -> None:
             8,
             Normalize((0.5,), (0.5,)),
             seed=0,
-            device=torch.device("cpu"),
             augment=make_augment(Recipe(epochs=1), 4),
         )

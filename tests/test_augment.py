@@ -32,8 +32,8 @@ def batch(n: int = 8, c: int = 3, h: int = 12, w: int = 10) -> Tensor:
 
 
 IMAGES: dict[str, Callable[[Tensor, BatchRandom], Tensor]] = {
-    "shift": lambda x, d: augment.shift(x, d, 3),
-    "mirror": lambda x, d: augment.mirror(x, d.uniform() < 0.5),
+    "shift": lambda x, d: augment.translate(x, d, 3),
+    "mirror": lambda x, d: augment.hflip(x, d.uniform() < 0.5),
     "affine": lambda x, d: augment.affine(x, d, 20, 0.2),
     "centre_crop_resize": lambda x, d: augment.center_crop_resize(x, d, 0.5, 0.7),
     "cutout": lambda x, d: augment.cutout(x, d, 5),
@@ -118,7 +118,7 @@ def test_mixing_is_a_function_of_the_seed_and_keeps_its_input(name: str, soft: b
 @pytest.mark.parametrize(
     ("change", "exact"),
     [
-        (lambda x, d: augment.shift(x, d, 0), True),
+        (lambda x, d: augment.translate(x, d, 0), True),
         (lambda x, d: augment.cutout(x, d, 0), True),
         (lambda x, d: augment.center_crop_resize(x, d, 0.0, 0.5), True),
         (lambda x, d: augment.center_crop_resize(x, d, 1.0, 1.0), False),
@@ -140,7 +140,7 @@ def test_zero_strength_is_the_identity(change: Callable[[Tensor, BatchRandom], T
 @given(st.integers(0, 9), st.integers(0, 2**32), st.integers(2, 9), st.integers(2, 9))
 def test_shift_moves_by_at_most_n_pixels_with_a_mirrored_border(pixels: int, seed: int, h: int, w: int) -> None:
     x = torch.arange(2 * h * w, dtype=torch.float32).view(2, 1, h, w)
-    moved = augment.shift(x, draws(x, seed), pixels)
+    moved = augment.translate(x, draws(x, seed), pixels)
 
     def mirror(i: int, size: int) -> int:
         return -i if i < 0 else 2 * (size - 1) - i if i >= size else i
@@ -162,7 +162,7 @@ def test_shift_moves_by_at_most_n_pixels_with_a_mirrored_border(pixels: int, see
 def test_shift_reaches_every_direction_and_moves_channels_together() -> None:
     x = torch.zeros(400, 3, 9, 9)
     x[:, :, 4, 4] = torch.tensor([1.0, 2.0, 3.0])
-    moved = augment.shift(x, draws(x), 2)
+    moved = augment.translate(x, draws(x), 2)
     places = {tuple(image[0].nonzero()[0].tolist()) for image in moved}
     assert places == {(r, c) for r in range(2, 7) for c in range(2, 7)}
     assert torch.equal(moved[:, 1], 2 * moved[:, 0])
@@ -171,7 +171,7 @@ def test_shift_reaches_every_direction_and_moves_channels_together() -> None:
 
 def test_mirror_turns_left_and_right_of_the_chosen_alone() -> None:
     x = batch(4, 1, 3, 4)
-    mirrored = augment.mirror(x, torch.tensor([True, False, False, True]))
+    mirrored = augment.hflip(x, torch.tensor([True, False, False, True]))
     for row, turned in enumerate((True, False, False, True)):
         assert torch.equal(mirrored[row], x[row].flip(2) if turned else x[row])
 
@@ -182,8 +182,8 @@ def test_each_image_is_mirrored_in_every_second_epoch() -> None:
     images = torch.zeros(n, 1, 2, 3, dtype=torch.uint8)
     images[:, 0, 0, 0] = 255  # a mark at the left
     images[:, 0, 1, 1] = torch.arange(n, dtype=torch.uint8)
-    split = Split(images, torch.arange(n), tuple(map(str, range(n))))
-    loader = BatchLoader(split, 50, Normalize((0.0,), (1.0,)), seed=3, device=CPU, augment=plain, flip=True)
+    split = Split(images=images, labels=torch.arange(n), ids=tuple(map(str, range(n))))
+    loader = BatchLoader(split, 50, Normalize((0.0,), (1.0,)), seed=3, augment=plain, hflip=True)
     seen = []
     for epoch in range(4):
         mirrored = torch.zeros(n, dtype=torch.bool)
@@ -349,7 +349,7 @@ def test_cutmix_mixes_labels_as_pixels(seed: int) -> None:
 def numbered(n: int = 23) -> Split:
     """Image i has the value i everywhere; its label is i % 5."""
     images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 3, 4, 4).contiguous()
-    return Split(images, torch.arange(n) % 5, [str(i) for i in range(n)])
+    return Split(images=images, labels=torch.arange(n) % 5, ids=[str(i) for i in range(n)])
 
 
 def plain(x: Tensor, y: Tensor, d: BatchRandom) -> tuple[Tensor, Tensor]:
@@ -357,7 +357,7 @@ def plain(x: Tensor, y: Tensor, d: BatchRandom) -> tuple[Tensor, Tensor]:
 
 
 def noisy(x: Tensor, y: Tensor, d: BatchRandom) -> tuple[Tensor, Tensor]:
-    return augment.mixup(augment.shift(x, d, 1), y, d, 1.0, 5)
+    return augment.mixup(augment.translate(x, d, 1), y, d, 1.0, 5)
 
 
 def batches(
@@ -368,7 +368,7 @@ def batches(
     ranks: World | None = None,
 ) -> BatchLoader:
     unit = Normalize((0.0,) * 3, (1 / 255,) * 3)  # keeps the values 0..255
-    return BatchLoader(numbered(n), size, unit, seed=seed, device=CPU, augment=augmenting, ranks=ranks)
+    return BatchLoader(numbered(n), size, unit, seed=seed, augment=augmenting, world=ranks)
 
 
 def order_of(loader: BatchLoader, epoch: int) -> list[int]:
@@ -461,10 +461,10 @@ def test_batches_are_normalised_channels_last_and_the_split_is_not_touched() -> 
     def harsh(x: Tensor, y: Tensor, d: BatchRandom) -> tuple[Tensor, Tensor]:
         return x.zero_(), y.zero_()
 
-    BatchLoader(split, 5, Normalize((0.5,) * 3, (0.5,) * 3), seed=0, device=CPU, augment=harsh)(0, 0)
+    BatchLoader(split, 5, Normalize((0.5,) * 3, (0.5,) * 3), seed=0, augment=harsh)(0, 0)
     assert torch.equal(split.images, before)
     assert torch.equal(split.labels, torch.arange(23) % 5)
-    loader = BatchLoader(split, 5, Normalize((0.5,) * 3, (0.5,) * 3), seed=0, device=CPU, augment=plain)
+    loader = BatchLoader(split, 5, Normalize((0.5,) * 3, (0.5,) * 3), seed=0, augment=plain)
     images, labels = loader(0, 0)
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)

@@ -157,7 +157,7 @@ def test_the_pace_is_that_of_the_recipes_own_batches(
         return net
 
     monkeypatch.setattr(time_budget, "make_net", make_net)
-    few = replace(digits, train=digits.train.take(torch.arange(images)))
+    few = replace(digits, train=digits.train.select(torch.arange(images)))
     measure_throughput(few, Recipe(model="small", width=4, epochs=1, batch_size=batch_size, grad_accum_steps=parts))
     assert sizes - {1} == {batch}  # the arithmetic is chosen with single images
 

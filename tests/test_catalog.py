@@ -46,9 +46,9 @@ def test_digits() -> None:
     assert dataset.train.images.dtype == torch.uint8
     assert dataset.train.labels.dtype == torch.int64
     assert (int(dataset.train.images.min()), int(dataset.train.images.max())) == (0, 255)
-    assert dataset.note == "20% of every class is the test split (seed 0)"
+    assert dataset.split_description == "20% of every class is the test split (seed 0)"
     assert sorted(map(int, [*dataset.train.ids, *dataset.test.ids])) == list(range(1797))
-    assert (dataset.style.ink_box, dataset.style.centre_by_mass) == (8, False)
+    assert (dataset.input_style.content_size, dataset.input_style.center_of_mass) == (8, False)
 
 
 def test_digits_are_the_embedded_ones_scaled() -> None:
@@ -140,7 +140,7 @@ def test_a_fifth_of_every_class_is_the_test_split() -> None:
     y = np.repeat([0, 1], [10, 30])
     dataset = load_dataset((x, y))
     assert torch.bincount(dataset.test.labels).tolist() == [2, 6]
-    assert dataset.note == "20% of every class is the test split (seed 0)"
+    assert dataset.split_description == "20% of every class is the test split (seed 0)"
 
 
 def test_own_test_arrays_are_kept() -> None:
@@ -149,7 +149,7 @@ def test_own_test_arrays_are_kept() -> None:
     assert (len(dataset.train), len(dataset.test)) == (20, 5)
     assert np.array_equal(dataset.test.images[:, 0].numpy(), x[:5])
     assert list(dataset.test.ids) == ["0", "1", "2", "3", "4"]
-    assert dataset.note == "the arrays' own splits"
+    assert dataset.split_description == "the arrays' own splits"
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
@@ -203,17 +203,17 @@ X, Y = arrays()
         (X, Y[:-1], r"arrays: 20 images but labels of shape \(19,\)"),
         (X, np.eye(2)[Y], r"arrays: 20 images but labels of shape \(20, 2\)"),
         (X[:0], Y[:0], "arrays: there is no image"),
-        (X, Y - 1, "arrays: labels must be whole numbers from 0, not int64 from -1"),
-        (X, Y.astype(float), "arrays: labels must be whole numbers from 0, not float64"),
-        (X, np.array(["cat", "dog"] * 10), "arrays: labels must be whole numbers from 0, not <U3"),
+        (X, Y - 1, "arrays: labels must be integers from 0, not int64 from -1"),
+        (X, Y.astype(float), "arrays: labels must be integers from 0, not float64"),
+        (X, np.array(["cat", "dog"] * 10), "arrays: labels must be integers from 0, not <U3"),
         (X.astype(float), Y, "arrays: pixel values run from 0 to 152; give uint8 .* or floats 0 to 1"),
         (X.astype(int) + 200, Y, "arrays: pixel values run from 200 to 352"),
         (X / 255 - 0.5, Y, "arrays: pixel values run from -0.5 to"),
         (np.full(X.shape, np.nan), Y, "arrays: pixel values run from nan to nan"),
         (np.full(X.shape, np.inf), Y, "arrays: pixel values run from inf to inf"),
-        (X.astype(complex), Y, r"arrays: an array of shape \(20, 1, 4, 5\) and type complex128 holds no pixels"),
-        (X.astype(object), Y, r"arrays: an array of shape .* and type object holds no pixels"),
-        (np.zeros((20, 0, 5)), Y, r"arrays: an array of shape \(20, 1, 0, 5\) and type float64 holds no pixels"),
+        (X.astype(complex), Y, r"arrays: an array of shape \(20, 1, 4, 5\) and type complex128 has no pixels"),
+        (X.astype(object), Y, r"arrays: an array of shape .* and type object has no pixels"),
+        (np.zeros((20, 0, 5)), Y, r"arrays: an array of shape \(20, 1, 0, 5\) and type float64 has no pixels"),
         ([[[1, 2]], [[3]]] * 10, Y, "arrays: "),
         (X, Y * 0, "arrays has only one class, '0'; a classifier needs at least two"),
         (X, Y * 2, "arrays: class '1' has no readable image in the arrays; it needs at least 2"),
@@ -462,7 +462,7 @@ def test_an_item_that_is_no_image_is_refused_for_people() -> None:
 def numbered_split(labels: list[int]) -> Split:
     n = len(labels)
     images = torch.arange(n).view(n, 1, 1, 1).to(torch.uint8)
-    return Split(images, torch.tensor(labels), [f"id{i}" for i in range(n)])
+    return Split(images=images, labels=torch.tensor(labels), ids=[f"id{i}" for i in range(n)])
 
 
 @quick
@@ -473,7 +473,7 @@ def numbered_split(labels: list[int]) -> Split:
 )
 def test_divide_is_a_stratified_partition(labels: list[int], fraction: float, seed: int) -> None:
     split = numbered_split(labels)
-    rest, part = split.divide(fraction, seed)
+    rest, part = split.stratified_split(fraction, seed)
     rows = [int(name[2:]) for name in rest.ids], [int(name[2:]) for name in part.ids]
     assert sorted(rows[0] + rows[1]) == list(range(len(labels)))  # every image once
     assert rows[0] == sorted(rows[0])  # in their order
@@ -488,28 +488,28 @@ def test_divide_is_a_stratified_partition(labels: list[int], fraction: float, se
         else:
             assert 1 <= taken <= count - 1
             assert abs(taken - count * fraction) <= 1
-    again = split.divide(fraction, seed)
+    again = split.stratified_split(fraction, seed)
     assert (again[0].ids, again[1].ids) == (rest.ids, part.ids)
 
 
 def test_divide_depends_on_its_seed_alone() -> None:
     split = numbered_split([0, 1] * 50)
     torch.manual_seed(1)
-    first = split.divide(0.2, 5)[1].ids
+    first = split.stratified_split(0.2, 5)[1].ids
     torch.manual_seed(2)
-    assert split.divide(0.2, 5)[1].ids == first
-    assert split.divide(0.2, 6)[1].ids != first
+    assert split.stratified_split(0.2, 5)[1].ids == first
+    assert split.stratified_split(0.2, 6)[1].ids != first
 
 
 def test_a_class_is_divided_the_same_whatever_the_others_are() -> None:
-    one = numbered_split([0] * 20 + [1] * 20).divide(0.3, 1)[1]
-    two = numbered_split([0] * 20 + [2] * 20).divide(0.3, 1)[1]
+    one = numbered_split([0] * 20 + [1] * 20).stratified_split(0.3, 1)[1]
+    two = numbered_split([0] * 20 + [2] * 20).stratified_split(0.3, 1)[1]
     assert one.ids[:6] == two.ids[:6]
 
 
 def test_take_copies() -> None:
     split = numbered_split([0, 1, 0])
-    taken = split.take(torch.tensor([2, 0]))
+    taken = split.select(torch.tensor([2, 0]))
     assert list(taken.ids) == ["id2", "id0"]
     taken.images.fill_(9)
     assert split.images.flatten().tolist() == [0, 1, 2]
@@ -541,7 +541,7 @@ def test_the_fingerprint_is_of_the_data_and_of_nothing_else() -> None:
     first, second = base(), base()
     assert re.fullmatch("[0-9a-f]{64}", first.fingerprint())
     assert second.fingerprint() == first.fingerprint()
-    renamed = replace(second, name="other", source="/there", note="", unreadable=("x",))
+    renamed = replace(second, name="other", source="/there", split_description="", unreadable=("x",))
     renamed = replace(renamed, train=replace(renamed.train, ids=[f"file{i}" for i in range(20)]))
     assert renamed.fingerprint() == first.fingerprint()
     strided = second.train.images.to(memory_format=torch.channels_last).transpose(2, 3).contiguous().transpose(2, 3)
@@ -561,8 +561,8 @@ def test_the_fingerprint_changes_with_the_data() -> None:
         replace(dataset, train=swapped(train, pixel)),
         replace(dataset, train=swapped(train, labels=label)),
         replace(dataset, test=swapped(test, test_pixel)),
-        replace(dataset, train=train.take(order)),
-        replace(dataset, train=train.take(torch.arange(19))),
+        replace(dataset, train=train.select(order)),
+        replace(dataset, train=train.select(torch.arange(19))),
         replace(dataset, classes=("0", "one")),
         replace(dataset, validation=test),
         replace(dataset, test=train, train=test),

@@ -372,10 +372,10 @@ def test_seeds_compare_mistakes_and_doctor_in_the_shell(shell: Shell, tmp_path: 
     assert code == 0 and out.startswith("digits: 1,797 images") and "convlens train digits --exclude remove.txt" in err
     shell.fails("data", "doctor", "digits", "--list", "remove.txt", code=2, says="remove.txt exists already")
     code, out, _ = shell("train", "digits", *QUICK, "--exclude", "remove.txt")
-    assert code == 0 and "images left out on request" in Path("runs/digits-1/config.json").read_text()
+    assert code == 0 and "images excluded on request" in Path("runs/digits-1/config.json").read_text()
     shell.fails("train", "digits", "--seeds", "1", code=2, says="--seeds is 1; a spread needs at least 2")
     shell.fails("train", "digits", "--folds", "0", code=2, says="--folds is 0; a spread needs at least 2")
-    shell.fails("train", "", code=2, says="the data have an empty name; for the current folder say .")
+    shell.fails("train", "", code=2, says="the name of the data is empty; use . for the current folder")
     shell.fails(
         "train", "digits", "--seeds", "2", "--budget", "9s", code=2, says="--seeds and --folds take no --init-from"
     )
@@ -594,7 +594,7 @@ def test_the_run_never_lies_in_the_data(shell: Shell, tmp_path: Path, monkeypatc
     root = make_folder(tmp_path / "photos", {"dark": 6, "light": 6})
     monkeypatch.chdir(root)
     shell.fails("train", ".", *QUICK, code=2, says="would be written into the data in .")
-    shell.fails("train", root, "--out", root / "x", code=2, says="choose a place outside with --out")
+    shell.fails("train", root, "--out", root / "x", code=2, says="choose a place outside")
     assert sorted(path.name for path in root.iterdir()) == ["dark", "light"]
 
 
@@ -621,7 +621,7 @@ def test_what_helps_is_said(shell: Shell, digits_run: Path) -> None:
         "train",
         digits_run,
         code=2,
-        says="is a run, not data: name what it was trained on (convlens train --resume goes on with it)",
+        says="is a run, not a data set; give the data that it was trained on, or resume the run",
     )
     Path("mine.txt").write_text("mine")
     line = shell.fails("train", "digits", "--out", "mine.txt", code=2, says="mine.txt exists already; choose another")
@@ -681,12 +681,10 @@ def test_ctrl_c_while_shards_are_written_leaves_none(shell: Shell, monkeypatch: 
 def test_nothing_is_written_into_the_data(shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     root = make_folder(tmp_path / "photos", {"dark": 9, "light": 9})
     monkeypatch.chdir(root)
-    shell.fails(
-        "data", "info", ".", code=2, says="would be written into the data in .; choose a place outside with --to"
-    )
+    shell.fails("data", "info", ".", code=2, says="would be written into the data in .; choose a place outside")
     monkeypatch.chdir(tmp_path)
     assert shell("train", "photos", *QUICK, "--out", "run")[0] == 0
-    shell.fails("mistakes", "run", "--to", "photos/dark/m", code=2, says="choose a place outside with --to")
+    shell.fails("mistakes", "run", "--to", "photos/dark/m", code=2, says="choose a place outside")
     assert sorted(path.name for path in root.iterdir()) == ["dark", "light"]
 
 

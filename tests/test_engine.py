@@ -15,7 +15,7 @@ from convlens.data.dataset import Dataset, IndexIds, Split
 from convlens.data.images import InputStyle
 from convlens.data.loader import BatchLoader
 from convlens.data.preprocess import Preprocess
-from convlens.data.resize import shrink
+from convlens.data.resize import downscale
 from convlens.distributed.process_group import World
 from convlens.errors import ConvlensError, DivergenceError, TrainingInterruptedError, UsageError
 from convlens.evaluation.metrics import Scores, evaluate
@@ -41,12 +41,14 @@ def make_split(count: int, seed: int) -> Split:
     for image, label in zip(images, labels.tolist(), strict=True):
         top, left = label // 2 * 4, label % 2 * 4
         image[:, top : top + 4, left : left + 4] += 100
-    return Split(images, labels, [str(i) for i in range(count)])
+    return Split(images=images, labels=labels, ids=[str(i) for i in range(count)])
 
 
 def make_dataset(train: int = 36, validation: int = 12, test: int = 8) -> Dataset:
     held_out = make_split(validation, 1) if validation else None
-    return Dataset("toy", None, tuple("abcd"), make_split(train, 0), make_split(test, 2), held_out, InputStyle(), "")
+    return Dataset(
+        name="toy", classes=tuple("abcd"), train=make_split(train, 0), test=make_split(test, 2), validation=held_out
+    )
 
 
 def make_recipe(**changes: Any) -> Recipe:
@@ -123,7 +125,7 @@ def test_it_learns_what_can_be_separated() -> None:
     assert [record.epoch for record in records] == list(range(1, 9))
     assert records[-1].train_loss < 0.1 * records[0].train_loss
     assert records[-1].train_acc == records[-1].val_acc == 1.0
-    normalise = Preprocess.measure(dataset.train.images, dataset.style).normaliser()
+    normalise = Preprocess.fit(dataset.train.images, dataset.input_style).normalizer()
     assert evaluate(net, dataset.test, normalise).accuracy == 1.0
 
 
@@ -161,7 +163,7 @@ def test_figures_of_training_are_those_of_the_batches() -> None:
     for module in net.modules():
         if isinstance(module, (nn.Dropout, nn.Dropout2d)):
             module.p = 0.0
-    normalise = Preprocess.measure(dataset.train.images, dataset.style).normaliser()
+    normalise = Preprocess.fit(dataset.train.images, dataset.input_style).normalizer()
     expected = evaluate(net, dataset.train, normalise)
     (record,) = train(net, dataset, make_recipe(epochs=1, lr=0.0))
     assert record.train_loss == pytest.approx(expected.loss, rel=1e-5)
@@ -191,10 +193,10 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own() -> None:
     def keep(x: Tensor, y: Tensor, _: torch.Generator) -> tuple[Tensor, Tensor]:
         return x, y
 
-    normalise = Preprocess.measure(dataset.train.images, dataset.style).normaliser()
+    normalise = Preprocess.fit(dataset.train.images, dataset.input_style).normalizer()
 
     def orders(seed: int) -> list[list[int]]:
-        batches = BatchLoader(marked, 8, normalise, seed=seed, device=CPU, augment=keep)
+        batches = BatchLoader(marked, 8, normalise, seed=seed, augment=keep)
         assert len(batches) == 5
         return [[row for i in range(5) for row in batches(epoch, i)[1].tolist()] for epoch in range(3)]
 
@@ -204,7 +206,7 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own() -> None:
     assert orders(0) == first
     assert orders(1) != first
     # a batch is a function of (seed, epoch, step): asked for out of turn it is the same
-    batches = BatchLoader(marked, 8, normalise, seed=0, device=CPU, augment=keep)
+    batches = BatchLoader(marked, 8, normalise, seed=0, augment=keep)
     assert batches(2, 4)[1].tolist() == first[2][32:]
     assert batches(0, 1)[1].tolist() == first[0][8:16]
 
@@ -648,7 +650,7 @@ def test_bf16_trains_too() -> None:
 )
 def test_shrink(shape: tuple[int, int], size: int, expected: tuple[int, int]) -> None:
     images = torch.rand(3, 2, *shape)
-    small = shrink(images, size)
+    small = downscale(images, size)
     assert tuple(small.shape) == (3, 2, *expected)
     assert torch.allclose(small.mean(dim=(2, 3)), images.mean(dim=(2, 3)), atol=0.1)
 
@@ -760,10 +762,10 @@ def test_a_checkpoint_of_another_version_is_refused_in_a_line(tmp_path: Path) ->
 def test_a_fresh_net_sees_images_of_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
     """The images of a folder lie class by class; whitening by the first of them would know one class only."""
     seen: list[Tensor] = []
-    monkeypatch.setattr(ConvNet, "initialise", lambda net, x: seen.append(x))
+    monkeypatch.setattr(ConvNet, "initialize", lambda net, x: seen.append(x))
     images = torch.arange(250, dtype=torch.uint8).repeat_interleave(20)[:, None, None, None].expand(-1, 1, 100, 100)
-    train = Split(images, torch.arange(5000) % 2, IndexIds(5000))
-    dataset = Dataset("toy", None, ("a", "b"), train, train, None, InputStyle(), "")
+    train = Split(images=images, labels=torch.arange(5000) % 2, ids=IndexIds(5000))
+    dataset = Dataset(name="toy", classes=("a", "b"), train=train, test=train)
     preprocess = Preprocess(1, 100, 100, (0.0,), (1 / 255,), InputStyle())
     build.make_model(build.model_config(make_recipe(model="small"), dataset), dataset, preprocess)
     assert len(seen[0]) == 100

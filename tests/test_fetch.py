@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from convlens.data import builtin
 from convlens.data.builtin import IdxSource, locate, read_cifar10_archive
 from convlens.data.download import find_file, find_or_download, read_verified, search_path, unpack_members
-from convlens.data.formats import CIFAR_RECORD
+from convlens.data.formats import CIFAR_RECORD_BYTES
 from convlens.data.loading import load_dataset
 from convlens.errors import ConvlensError
 from convlens.system.files import cache_dir
@@ -175,8 +175,8 @@ def test_mnist_by_name_takes_the_files_that_are_there(cache: Path, monkeypatch: 
     assert (dataset.name, dataset.source, dataset.validation) == ("mnist", "mnist", None)
     assert dataset.classes == tuple("0123456789")
     assert (len(dataset.train), len(dataset.test), dataset.shape) == (6, 4, (1, 28, 28))
-    assert (dataset.style.ink_box, dataset.style.centre_by_mass) == (20, True)
-    assert dataset.note == "the published train and test splits"
+    assert (dataset.input_style.content_size, dataset.input_style.center_of_mass) == (20, True)
+    assert dataset.split_description == "the published train and test splits"
     assert locate("mnist") == "data/MNIST/raw"
 
 
@@ -234,7 +234,7 @@ def test_a_corrupt_gzip_is_named(damage: Callable[[bytes], bytes], tmp_path: Pat
     with pytest.raises(ConvlensError) as caught:
         read_verified(path, sha256(CONTENT))
     assert str(caught.value).startswith(f"{path} cannot be read: ")
-    assert str(caught.value).endswith("; delete it, and it is downloaded again")
+    assert str(caught.value).endswith("; delete it to download it again")
 
 
 @quick
@@ -432,7 +432,7 @@ def test_a_damaged_archive_is_read_or_refused_for_people(
 # CIFAR-10
 
 BATCHES = {
-    name: bytes([i]) + bytes([i * 10]) * (CIFAR_RECORD - 1) + bytes([9]) + bytes([i]) * (CIFAR_RECORD - 1)
+    name: bytes([i]) + bytes([i * 10]) * (CIFAR_RECORD_BYTES - 1) + bytes([9]) + bytes([i]) * (CIFAR_RECORD_BYTES - 1)
     for i, name in enumerate(builtin.CIFAR10_FILES)
 }
 ARCHIVE = archive({f"cifar-10-batches-bin/{name}": content for name, content in BATCHES.items()})
@@ -486,7 +486,7 @@ def test_a_bad_cifar_download_is_never_left_in_the_cache(bad: str, cache: Path, 
     small_cifar.files["/cifar-10-binary.tar.gz"] = {
         "cut": ARCHIVE,
         "member": archive(some),
-        "content": archive({**some, "test_batch.bin": bytes(2 * CIFAR_RECORD)}),
+        "content": archive({**some, "test_batch.bin": bytes(2 * CIFAR_RECORD_BYTES)}),
         "page": b"<html>",
     }[bad]
     if bad == "cut":

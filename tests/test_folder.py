@@ -261,7 +261,7 @@ def test_the_names_of_splits(train: str, validation: str, test: str, root: Path)
     assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 6, "validation": 4, "test": 2}
     assert dataset.validation is not None
     assert dataset.validation.ids[0] == f"{validation}/a/010.png"
-    assert dataset.note == "the folder's own splits"
+    assert dataset.split_description == "the folder's own splits"
     assert dataset.validation.images[0].unique().tolist() == [10]
     assert dataset.with_validation(0.1, 1) is dataset
 
@@ -272,14 +272,14 @@ def test_without_a_test_folder_the_validation_folder_is_the_test_split(root: Pat
     dataset = load_folder(root)
     assert (len(dataset.train), dataset.validation, len(dataset.test)) == (10, None, 4)
     assert all(name.startswith("val/") for name in dataset.test.ids)
-    assert dataset.note == "no test folder: the validation folder is the test split, and nothing is chosen by it"
+    assert dataset.split_description == "no test folder: the validation folder is the test split, and selects no model"
 
 
 def test_with_a_train_folder_alone_a_fifth_of_it_is_the_test_split(root: Path) -> None:
     fill(root / "train", "a", "b", count=10)
     dataset = load_folder(root)
     assert (len(dataset.train), dataset.validation, len(dataset.test)) == (16, None, 4)
-    assert dataset.note == "no test folder: 20% of every class is the test split (seed 0)"
+    assert dataset.split_description == "no test folder: 20% of every class is the test split (seed 0)"
 
 
 def test_with_train_and_test_there_is_no_validation_split_yet(root: Path) -> None:
@@ -313,7 +313,7 @@ def test_an_unsplit_folder_is_divided_by_class_the_same_every_time(
     assert torch.bincount(first.test.labels).tolist() == [2, 6]
     assert torch.bincount(first.train.labels).tolist() == [8, 24]
     assert not set(first.train.ids) & set(first.test.ids)
-    assert first.note == "the folder is not split: 20% of every class is the test split (seed 0)"
+    assert first.split_description == "the folder is not split: 20% of every class is the test split (seed 0)"
     monkeypatch.setenv("CONVLENS_CACHE", str(tmp_path / "another"))
     torch.manual_seed(12345)
     again = load_folder(root)
@@ -327,7 +327,7 @@ def test_name_and_source(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for source in (root, "photos", Path("photos"), "./photos/"):
         dataset = load_dataset(source)
         assert (dataset.name, dataset.source) == ("photos", str(root))
-    assert dataset.style.ink_box == 0
+    assert dataset.input_style.content_size == 0
 
 
 # unreadable files
@@ -350,7 +350,7 @@ def test_an_unreadable_file_is_named_and_counted(kind: str, root: Path) -> None:
         load_folder(root)
     message = str(caught.value)
     assert message.startswith(f"1 of 11 files in {root} cannot be read, more than 1%: a/bad.jpg")
-    assert message.endswith(". Remove them, or skip them with --allow-unreadable")
+    assert message.endswith(". Remove them, or skip them with `allow_unreadable`")
     dataset = load_folder(root, allow_unreadable=True)
     assert len(all_ids(dataset)) == 10
     assert len(dataset.unreadable) == 1
@@ -419,7 +419,7 @@ def test_a_training_split_that_is_all_unreadable_never_makes_test_images_trainin
 def test_an_empty_folder(root: Path) -> None:
     with pytest.raises(UsageError) as caught:
         load_folder(root)
-    message = f"{root} has no class folders with images: make one folder a class, images inside"
+    message = f"{root} has no class folders with images: make one folder per class, with its images inside"
     assert str(caught.value) == message
     paint(root / "loose.png")
     (root / "empty").mkdir()
@@ -616,16 +616,16 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 
 
 def test_large_splits_stay_on_disk(
-    root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     mixture(root)
     expected = load_folder(root, image_size=10, allow_unreadable=True).with_validation(0.4, 0)
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
     monkeypatch.setattr("convlens.data.cache.memory_size", lambda: 4 * 299)  # less than one image is a quarter of it
     monkeypatch.setattr("convlens.data.cache.GATHER_BYTES", 700)  # two images at a time
     dataset = load_folder(root, image_size=10, allow_unreadable=True).with_validation(0.4, 0)
     assert dataset.fingerprint() == expected.fingerprint()
-    assert "GB of images stay on disk" in capsys.readouterr().err
+    assert "GB of images stay on disk" in caplog.messages[0]
     before = dataset.train.images.clone()
     assert [path.name for path in cache.iterdir()] == ["folders"]  # what they are in has no name any more
     dataset.train.images.fill_(9)  # nor is it anybody else's
@@ -719,7 +719,7 @@ def test_many_files_are_read_by_processes_and_come_out_the_same(
     alone = load_folder(root, allow_unreadable=True)
     shutil.rmtree(cache)
     monkeypatch.setattr(decoding, "MIN_FILES_FOR_WORKERS", 1)
-    monkeypatch.setattr(decoding, "CHUNK", 7)  # so that the order of chunks counts
+    monkeypatch.setattr(decoding, "CHUNK_FILES", 7)  # so that the order of chunks counts
     together = load_folder(root, allow_unreadable=True)
     assert together.fingerprint() == alone.fingerprint()
     assert together.unreadable == alone.unreadable == tuple(
@@ -732,13 +732,13 @@ def test_a_helper_that_is_killed_is_told_of(root: Path, monkeypatch: pytest.Monk
     fill(root, "a", "b")
     monkeypatch.setattr(decoding, "MIN_FILES_FOR_WORKERS", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(decoding.DecodeWorker, "ask", lambda self, *question: (self.kill(), ask(self, *question))[1])
-        with pytest.raises(ConvlensError, match="^a process that reads images was killed, perhaps for want of memory"):
+        patch.setattr(decoding.DecodeWorker, "run", lambda self, *request: (self.kill(), run(self, *request))[1])
+        with pytest.raises(ConvlensError, match="^a process that reads images was killed, perhaps because memory"):
             load_folder(root)
     assert len(load_folder(root).train) == 8
 
 
-ask = decoding.DecodeWorker.ask
+run = decoding.DecodeWorker.run
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="it looks for processes where Linux lists them")
@@ -746,7 +746,7 @@ def test_helpers_end_with_the_one_who_asks(root: Path, monkeypatch: pytest.Monke
     """Also in the middle of a picture, and also when that one is killed."""
     path = paint(root / "large.png", size=(6000, 6000))
     names = ["large.png"] * 2000
-    monkeypatch.setattr(decoding, "CHUNK", 1)
+    monkeypatch.setattr(decoding, "CHUNK_FILES", 1)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     parts = decoding.decode_files(root, names, [digest] * 2000, 1, 8)
     assert next(parts)[0].shape == (1, 1, 8, 8)
@@ -755,8 +755,9 @@ def test_helpers_end_with_the_one_who_asks(root: Path, monkeypatch: pytest.Monke
     parts.close()
     assert not alive(helpers)
 
-    code = f"from convlens.data import decode; from pathlib import Path; decode.CHUNK = 1; root = Path({str(root)!r})"
-    code += f"; parts = decode.decode_files(root, ['large.png'] * 2000, ['{digest}'] * 2000, 1, 8); next(parts)"
+    code = f"from convlens.data import decoding; from pathlib import Path; root = Path({str(root)!r})"
+    code += "; decoding.CHUNK_FILES = 1"
+    code += f"; parts = decoding.decode_files(root, ['large.png'] * 2000, ['{digest}'] * 2000, 1, 8); next(parts)"
     asking = subprocess.Popen(
         [sys.executable, "-c", f"{code}; print('begun', flush=True); list(parts)"], stdout=subprocess.PIPE
     )

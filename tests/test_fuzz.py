@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from convlens.data.arrays import load_npz
 from convlens.data.download import read_verified, unpack_members
-from convlens.data.formats import CIFAR_RECORD, parse_cifar10, parse_idx
+from convlens.data.formats import CIFAR_RECORD_BYTES, parse_cifar10, parse_idx
 from convlens.data.images import InputStyle
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError
@@ -140,7 +140,10 @@ def file_targets(folder: Path) -> dict[str, tuple[list[bytes], Target]]:
         file.addfile(entry, io.BytesIO(bytes(600)))
     return {
         "idx": ([idx, b"\x00\x00\x08\x01" + struct.pack(">I", 5) + bytes(5)], lambda c: parse_idx(c, "f")),
-        "cifar": ([bytes(CIFAR_RECORD), bytes([9]) + bytes(CIFAR_RECORD - 1)], lambda c: parse_cifar10(c, "f")),
+        "cifar": (
+            [bytes(CIFAR_RECORD_BYTES), bytes([9]) + bytes(CIFAR_RECORD_BYTES - 1)],
+            lambda c: parse_cifar10(c, "f"),
+        ),
         "gzip": ([gzip.compress(idx), idx], as_file("f.gz", lambda path: read_verified(path, "0" * 64))),
         "tar": ([tar.getvalue()], as_file("f.tar.gz", lambda path: unpack_members(zipped(path), ["a.bin"], 1000))),
         "npz": ([buffer.getvalue()], as_file("f.npz", load_npz)),

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import convlens.training.loop as engine
 from convlens.data.dataset import Dataset, Split
-from convlens.data.images import InputStyle
 from convlens.data.preprocess import Preprocess
 from convlens.errors import TrainingInterruptedError
 from convlens.training.build import make_model, model_config
@@ -60,7 +59,7 @@ def make_split(count: int, channels: int, side: int, seed: int) -> Split:
     for image, label in zip(images, labels.tolist(), strict=True):
         top, left = label // 2 * half, label % 2 * half
         image[:, top : top + half, left : left + half] += 100
-    return Split(images, labels, [str(i) for i in range(count)])
+    return Split(images=images, labels=labels, ids=[str(i) for i in range(count)])
 
 
 def ten_losses(recipe: Recipe, data: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -68,7 +67,7 @@ def ten_losses(recipe: Recipe, data: tuple[int, int, int], monkeypatch: pytest.M
     channels, side, count = data
     train, test = make_split(count, channels, side, 0), make_split(2 * CLASSES, channels, side, 1)
     names = tuple("abcd")
-    dataset = Dataset("toy", None, names, train, test, None, InputStyle(), "")
+    dataset = Dataset(name="toy", classes=names, train=train, test=test)
     losses: list[float] = []
     make_loss = engine.make_loss
 
@@ -85,7 +84,7 @@ def ten_losses(recipe: Recipe, data: tuple[int, int, int], monkeypatch: pytest.M
     monkeypatch.setattr(engine, "make_loss", make_recording_loss)
     recipe = recipe.override(max_steps=OF_STEPS, device="cpu", threads=1, precision="fp32", seed=0)
     torch.manual_seed(0)
-    net = make_model(model_config(recipe, dataset), dataset, Preprocess.measure(train.images, dataset.style))
+    net = make_model(model_config(recipe, dataset), dataset, Preprocess.fit(train.images, dataset.input_style))
     with pytest.raises(TrainingInterruptedError):
         list(engine.fit(net, dataset, recipe, should_stop=lambda: len(losses) >= STEPS))
     return losses[:STEPS]

@@ -76,7 +76,7 @@ def test_shuffled_test_labels_change_no_training_artifact_by_one_bit(restore_bes
     digits = load_dataset("digits")
     shuffled = digits.test.labels[torch.randperm(len(digits.test), generator=torch.Generator().manual_seed(0))]
     assert not torch.equal(shuffled, digits.test.labels)
-    other = dataclasses.replace(digits, test=Split(digits.test.images, shuffled, digits.test.ids))
+    other = dataclasses.replace(digits, test=Split(images=digits.test.images, labels=shuffled, ids=digits.test.ids))
     options: dict[str, Any] = {
         "epochs": 3,
         "restore_best": restore_best,

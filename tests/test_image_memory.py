@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 from test_server import running
 
-from convlens.data import images
+from convlens.data import images, mnist_style
 from convlens.data.images import InputStyle, InvalidImageError, open_image, to_mode
-from convlens.data.mnist_style import estimate_paper, fit_ink
+from convlens.data.mnist_style import estimate_background, fit_ink
 from convlens.data.preprocess import Preprocess
 from convlens.explain.occlusion import Occlusion, occlusion_map
 
@@ -102,7 +102,7 @@ def test_a_panorama_a_long_screenshot_and_a_receipt_are_read(size: tuple[int, in
     image = open_image(png(*size))
     assert image.size == size
     for style in (InputStyle(), InputStyle(20, True)):
-        assert Preprocess(1, 28, 28, (0.5,), (0.5,), style).adapt(image).shape == (1, 28, 28)
+        assert Preprocess(1, 28, 28, (0.5,), (0.5,), style).transform(image).shape == (1, 28, 28)
 
 
 def test_a_jpeg_over_the_limit_that_must_be_held_whole_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_a_jpeg_over_the_limit_that_must_be_held_whole_is_refused(monkeypatch: p
 @pytest.mark.parametrize("head", [b"P3 %d %d 255", b"P6 %d %d 65535", b"P6 %d %d 200"])
 def test_a_ppm_that_takes_minutes_is_refused(head: bytes) -> None:
     with pytest.raises(
-        InvalidImageError, match=r"^the image has too many pixels for a PPM of text or of other than 256 levels"
+        InvalidImageError, match=r"^the image has too many pixels for a PPM in text form or without 256 levels"
     ):
         open_image(head % (1001, 1000) + b"\n" + b"0 " * 3_003_000)
     assert open_image(head % (10, 9) + b"\n" + b"0 " * 270).size == (10, 9)
@@ -127,7 +127,7 @@ def test_the_estimate_of_the_paper_takes_little_memory_whatever_the_shape() -> N
     for shape in ((2_000_000, 1), (1, 2_000_000), (1_000_000, 2)):
         values = np.full(shape, 200, np.float32)
         tracemalloc.start()
-        paper = estimate_paper(values)
+        paper = estimate_background(values)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert np.allclose(paper, 200, atol=0.1)
@@ -136,11 +136,11 @@ def test_the_estimate_of_the_paper_takes_little_memory_whatever_the_shape() -> N
 
 def test_only_a_long_border_is_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
     light = np.add.outer(np.arange(3024.0), np.arange(4032.0)).astype(np.float32) / 40
-    expected = estimate_paper(light)
-    monkeypatch.setattr(images, "MAX_BORDER_SAMPLES", 1 << 40)
-    assert np.array_equal(estimate_paper(light), expected)  # of 12 megapixels: to the bit
-    monkeypatch.setattr(images, "MAX_BORDER_SAMPLES", 1000)
-    assert np.allclose(estimate_paper(light), expected, atol=0.1)
+    expected = estimate_background(light)
+    monkeypatch.setattr(mnist_style, "MAX_BORDER_SAMPLES", 1 << 40)
+    assert np.array_equal(estimate_background(light), expected)  # of 12 megapixels: to the bit
+    monkeypatch.setattr(mnist_style, "MAX_BORDER_SAMPLES", 1000)
+    assert np.allclose(estimate_background(light), expected, atol=0.1)
 
 
 def test_colours_are_changed_in_bands_to_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_a_very_large_page_of_ink_is_searched_at_half_its_size(monkeypatch: pyte
     page.paste(10, (100, 80, 120, 220))
     style = InputStyle(20, True)
     whole = np.asarray(fit_ink(page, 28, 28, style), dtype=int)
-    monkeypatch.setattr(images, "MAX_INK_PIXELS", 60_000)
+    monkeypatch.setattr(mnist_style, "MAX_INK_PIXELS", 60_000)
     assert np.abs(np.asarray(fit_ink(page, 28, 28, style)) - whole).max() <= 2
 
 

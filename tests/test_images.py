@@ -149,13 +149,13 @@ def test_it_is_the_same_in_training_in_testing_and_in_predicting(channels: int, 
             shutil.copytree(GOLDEN, root / split / label)
     dataset = load_folder(root, image_size=SIDE, channels=channels)
     cached = load_folder(root, image_size=SIDE, channels=channels)
-    preprocess = Preprocess.measure(dataset.train.images, dataset.style)
-    assert preprocess.style == InputStyle()
+    preprocess = Preprocess.fit(dataset.train.images, dataset.input_style)
+    assert preprocess.input_style == InputStyle()
     assert len(dataset.train) == len(dataset.test) == 2 * len(CASES)
     for loaded in (dataset, cached):
         for split in (loaded.train, loaded.test):
             for image, path in zip(split.images, split.ids, strict=True):
-                predicted = preprocess.adapt(open_image(root / path))
+                predicted = preprocess.transform(open_image(root / path))
                 assert np.array_equal(image, predicted), path
                 decoded_once = to_mode(open_image((root / path).read_bytes()), channels)
                 assert np.array_equal(image, image_pixels(fit_photo(decoded_once, SIDE, SIDE))), path

@@ -99,7 +99,7 @@ def test_it_takes_little_time(half: RunDir, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("convlens.runs.artifacts.compute_logits", slow)
     experiment = Experiment.resume(half.path)
-    live = LiveStatus(half, experiment.dataset, experiment.preprocess.normaliser(), experiment.recipe)
+    live = LiveStatus(half, experiment.dataset, experiment.preprocess.normalizer(), experiment.recipe)
     for epoch in range(1, 401):  # of a second each
         live.look(epoch, experiment.net)
         now[0] += 1
@@ -114,8 +114,8 @@ def test_what_is_wrong_is_asked_of_all_classes(half: RunDir) -> None:
     split = experiment.dataset.validation
     assert split is not None
     labels, rows = split.labels.sort()
-    by_class = replace(experiment.dataset, validation=Split(split.images[rows], labels, split.ids))
-    live = LiveStatus(half, by_class, experiment.preprocess.normaliser(), experiment.recipe)
+    by_class = replace(experiment.dataset, validation=Split(images=split.images[rows], labels=labels, ids=split.ids))
+    live = LiveStatus(half, by_class, experiment.preprocess.normalizer(), experiment.recipe)
     live.ASKED = 50
     net = create_model("small", channels=1, image_height=8, image_width=8, classes=10, width=4)
     live.look(1, net)

@@ -220,7 +220,7 @@ def test_compute_logits_under_autocast_are_float32() -> None:
 def test_evaluate() -> None:
     images = torch.tensor([255, 0, 255, 255], dtype=torch.uint8).view(4, 1, 1, 1)
     net = Noticing()
-    scores = evaluate(net, Split(images, torch.tensor([0, 1, 1, 0]), list("abcd")), PLAIN)
+    scores = evaluate(net, Split(images=images, labels=torch.tensor([0, 1, 1, 0]), ids=list("abcd")), PLAIN)
     # white gives (1, -1), black a tie, which goes to class 0
     right = math.log(1 + math.exp(-2))
     assert scores.accuracy == 0.5

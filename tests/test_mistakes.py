@@ -153,13 +153,11 @@ def test_a_net_is_worse_on_spoiled_images(run: Run) -> None:
 def test_a_balanced_epoch_shows_every_class_as_often() -> None:
     labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
     images = torch.arange(1000).view(-1, 1, 1, 1).remainder(250).to(torch.uint8)
-    split = Split(images, labels, [str(i) for i in range(1000)])
-    normalise = Preprocess.measure(images, InputStyle()).normaliser()
+    split = Split(images=images, labels=labels, ids=[str(i) for i in range(1000)])
+    normalise = Preprocess.fit(images, InputStyle()).normalizer()
 
     def shown(epoch: int, *, balance: bool) -> torch.Tensor:
-        batches = BatchLoader(
-            split, 100, normalise, seed=0, device=torch.device("cpu"), augment=lambda x, y, _: (x, y), balance=balance
-        )
+        batches = BatchLoader(split, 100, normalise, seed=0, augment=lambda x, y, _: (x, y), balanced_sampling=balance)
         return torch.cat([batches(epoch, index)[1] for index in range(len(batches))])
 
     counts = torch.bincount(shown(0, balance=True), minlength=3)

@@ -45,10 +45,10 @@ def with_trust(bundle: Bundle) -> Bundle:
     """Return the bundle with a Trust, fitted on noise, so that some of it is unknown."""
     shape = bundle.preprocess
     images = torch.from_numpy(some_images(shape.channels, shape.height, 60, seed=1))
-    split = Split(images, torch.arange(60) % 3, [str(i) for i in range(60)])
-    trust = UncertaintyModel.fit(bundle.net, split, split, 3, shape.normaliser())
+    split = Split(images=images, labels=torch.arange(60) % 3, ids=[str(i) for i in range(60)])
+    trust = UncertaintyModel.fit(bundle.net, split, split, 3, shape.normalizer())
     # a deep net of random weights is as good as certain of everything, and then any answers are alike
-    temperature = max(compute_outputs(bundle.net, images, shape.normaliser())[0].std().item(), 1.7)
+    temperature = max(compute_outputs(bundle.net, images, shape.normalizer())[0].std().item(), 1.7)
     trained = {**bundle.trained, "test": {**bundle.trained["test"], "known": 0.95, "calibration_error": [0.1, 0.01]}}
     return replace(bundle, trust=replace(trust, temperature=temperature), trained=trained)
 
@@ -81,7 +81,7 @@ def test_every_net_answers_alike(name: str, tmp_path: Path) -> None:
     images = some_images(channels, side)
     bundle = with_trust(make_bundle(channels, side, name))
     assert bundle.trust is not None
-    normalise = bundle.preprocess.normaliser()
+    normalise = bundle.preprocess.normalizer()
     strange = bundle.trust.strangeness(*compute_outputs(bundle.net, torch.from_numpy(images), normalise))
     # between two images, so that no rounding decides
     threshold = float(strange.sort().values[19:21].mean())
@@ -411,7 +411,7 @@ def test_a_graph_in_a_bundle_takes_no_other_files(folder: Path, model: Any, tmp_
 def test_made_up_images_are_of_every_kind() -> None:
     for channels in (1, 3):
         bundle = make_bundle(channels, 20, width=4)
-        images = onnx_export.reference_images(replace(bundle.preprocess, style=InputStyle()))
+        images = onnx_export.reference_images(replace(bundle.preprocess, input_style=InputStyle()))
         assert images.shape == (8, 20, 20, channels) and images.dtype == np.uint8
         assert [len(np.unique(image)) > 3 for image in images] == [False, False, *[True] * 6]
         assert np.array_equal(images, onnx_export.reference_images(bundle.preprocess))
@@ -426,9 +426,9 @@ def test_in_8_bits_every_net_answers_much_the_same(name: str, tmp_path: Path) ->
     with_trust(make_bundle(channels, side, name)).save(tmp_path / "net")
     g = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (120, channels, side, side), dtype=torch.uint8, generator=g)
-    split = Split(images, torch.arange(120) % 3, [str(i) for i in range(120)])
+    split = Split(images=images, labels=torch.arange(120) % 3, ids=[str(i) for i in range(120)])
     classes = load_bundle(tmp_path / "net").classes
-    dataset = Dataset("noise", None, classes, split, split, None, InputStyle(), "")
+    dataset = Dataset(name="noise", classes=classes, train=split, test=split)
     model, exact, cost = build_int8(tmp_path / "net", dataset)
     assert cost.n == 120 and cost.same > 0.8
     plain, small = (OnnxPredictor(embed_digest(m.SerializeToString()), "x") for m in (exact, model))

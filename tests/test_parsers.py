@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
-from convlens.data.formats import CIFAR_RECORD, parse_cifar10, parse_idx
+from convlens.data.formats import CIFAR_RECORD_BYTES, parse_cifar10, parse_idx
 from convlens.errors import ConvlensError
 
 quick = settings(max_examples=100, deadline=None, database=None, derandomize=True)
@@ -113,7 +113,7 @@ def test_cifar_round_trip(labels: list[int]) -> None:
     assert images.is_contiguous()
     assert parsed.tolist() == labels
     for i in range(len(labels)):
-        assert images[i].numpy().tobytes() == content[i * CIFAR_RECORD + 1 : (i + 1) * CIFAR_RECORD]
+        assert images[i].numpy().tobytes() == content[i * CIFAR_RECORD_BYTES + 1 : (i + 1) * CIFAR_RECORD_BYTES]
 
 
 def test_cifar_planes_are_red_green_blue() -> None:
@@ -123,9 +123,9 @@ def test_cifar_planes_are_red_green_blue() -> None:
 
 
 @quick
-@given(st.one_of(st.binary(max_size=80), st.integers(0, 255).map(lambda n: bytes([n]) * CIFAR_RECORD)))
+@given(st.one_of(st.binary(max_size=80), st.integers(0, 255).map(lambda n: bytes([n]) * CIFAR_RECORD_BYTES)))
 def test_arbitrary_bytes_are_a_cifar_file_or_an_error_for_people(content: bytes) -> None:
-    if len(content) == CIFAR_RECORD and content[0] < 10:
+    if len(content) == CIFAR_RECORD_BYTES and content[0] < 10:
         assert parse_cifar10(content, "f")[1].tolist() == [content[0]]
     else:
         with pytest.raises(ConvlensError, match="^f is (truncated or )?not CIFAR-10's binary version"):
@@ -134,7 +134,7 @@ def test_arbitrary_bytes_are_a_cifar_file_or_an_error_for_people(content: bytes)
 
 @pytest.mark.parametrize("change", [-3073, -1, 1])
 def test_a_cifar_file_of_the_wrong_length(change: int) -> None:
-    content = (cifar([4]) + b"\0")[: CIFAR_RECORD + change]
+    content = (cifar([4]) + b"\0")[: CIFAR_RECORD_BYTES + change]
     with pytest.raises(ConvlensError) as caught:
         parse_cifar10(content, "test_batch.bin")
     assert str(caught.value) == f"test_batch.bin is truncated or not CIFAR-10's binary version: {len(content):,} bytes"

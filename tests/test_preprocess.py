@@ -37,7 +37,7 @@ from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError
 
 quick = settings(max_examples=50, deadline=None, database=None, derandomize=True)
-MNIST_STYLE = InputStyle(ink_box=20, centre_by_mass=True)
+MNIST_STYLE = InputStyle(content_size=20, center_of_mass=True)
 
 
 def encode(image: Image.Image, kind: str, **how: Any) -> bytes:
@@ -501,14 +501,14 @@ def test_where_the_digit_stands_does_not_matter() -> None:
 
 
 def test_centred_by_the_bounding_box() -> None:
-    top, bottom, left, right = box_of(ink_of(page(), InputStyle(ink_box=20)))
+    top, bottom, left, right = box_of(ink_of(page(), InputStyle(content_size=20)))
     assert (top, bottom) == (4, 24)
     assert abs((left + right) / 2 - 14) <= 0.5
 
 
 def test_a_box_of_the_whole_image() -> None:
-    assert box_of(ink_of(page(), InputStyle(ink_box=28)))[:2] == (0, 28)
-    assert box_of(ink_of(page(), InputStyle(ink_box=8), side=8))[:2] == (0, 8)
+    assert box_of(ink_of(page(), InputStyle(content_size=28)))[:2] == (0, 28)
+    assert box_of(ink_of(page(), InputStyle(content_size=8), side=8))[:2] == (0, 8)
 
 
 @pytest.mark.parametrize("value", [0, 5, 127, 128, 200, 255])
@@ -553,19 +553,19 @@ def test_a_28x28_picture_of_ink_on_paper_is_turned() -> None:
     stn.arrays(np.uint8, st.tuples(st.integers(1, 4), st.sampled_from([1, 3]), st.integers(1, 5), st.integers(1, 5)))
 )
 def test_measure_is_mean_and_std_of_the_pixels(array: np.ndarray) -> None:
-    measured = Preprocess.measure(torch.from_numpy(array), MNIST_STYLE)
+    measured = Preprocess.fit(torch.from_numpy(array), MNIST_STYLE)
     pixels = torch.from_numpy(array).double() / 255
     assert (measured.channels, measured.height, measured.width) == array.shape[1:]
     assert measured.mean == pytest.approx(pixels.mean(dim=(0, 2, 3)).tolist(), abs=1e-9)
     std = pixels.std(dim=(0, 2, 3), unbiased=False).clamp(min=1e-3)
     assert measured.std == pytest.approx(std.tolist(), abs=1e-6)
-    assert measured.style == MNIST_STYLE
+    assert measured.input_style == MNIST_STYLE
 
 
 def test_normalise_makes_mean_0_and_std_1() -> None:
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (50, 3, 6, 7), dtype=np.uint8))
-    preprocess = Preprocess.measure(images, InputStyle())
-    x = preprocess.normaliser()(images)
+    preprocess = Preprocess.fit(images, InputStyle())
+    x = preprocess.normalizer()(images)
     assert (x.dtype, x.shape) == (torch.float32, images.shape)
     assert torch.allclose(x.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-5)
     assert torch.allclose(x.std(dim=(0, 2, 3), unbiased=False), torch.ones(3), atol=1e-5)
@@ -584,9 +584,9 @@ def test_normalise_is_the_formula_and_has_no_state() -> None:
 
 def test_a_constant_channel_is_normalised_without_infinity() -> None:
     images = torch.full((2, 1, 3, 3), 255, dtype=torch.uint8)
-    preprocess = Preprocess.measure(images, InputStyle())
+    preprocess = Preprocess.fit(images, InputStyle())
     assert preprocess.std == (1e-3,)
-    assert preprocess.normaliser()(images).abs().max() < 1e-3
+    assert preprocess.normalizer()(images).abs().max() < 1e-3
 
 
 @quick
@@ -628,20 +628,20 @@ def test_json_of_something_else(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("style", [InputStyle(), MNIST_STYLE])
 def test_adapt_takes_any_mode_and_size(mode: str, style: InputStyle) -> None:
-    channels = 1 if style.ink_box else 3
+    channels = 1 if style.content_size else 3
     preprocess = Preprocess(channels, 28, 28, (0.5,) * channels, (0.5,) * channels, style)
     for size in ((28, 28), (7, 50)):
         image = Image.new(mode, size)
         if mode in ("P", "PA"):
             image.putpalette([255, 0, 0])
-        pixels = preprocess.adapt(image)
+        pixels = preprocess.transform(image)
         assert (pixels.dtype, pixels.shape) == (np.uint8, (channels, 28, 28))
 
 
 def test_adapt_looks_for_ink_unless_raw() -> None:
     preprocess = Preprocess(1, 28, 28, (0.5,), (0.5,), MNIST_STYLE)
     image = Image.fromarray(page(size=(150, 150))).convert("RGB")
-    adapted, raw = preprocess.adapt(image), preprocess.adapt(image, raw=True)
+    adapted, raw = preprocess.transform(image), preprocess.transform(image, adapt=False)
     assert adapted[0, 0, 0] == 0
     assert raw[0, 0, 0] == 255  # the paper stays white
     assert np.array_equal(adapted[0], ink_of(page(size=(150, 150))))
@@ -650,7 +650,7 @@ def test_adapt_looks_for_ink_unless_raw() -> None:
 def test_a_training_image_is_adapted_to_itself() -> None:
     array = np.random.default_rng(0).integers(0, 256, (3, 9, 9), dtype=np.uint8)
     preprocess = Preprocess(3, 9, 9, (0.5,) * 3, (0.5,) * 3, InputStyle())
-    assert np.array_equal(preprocess.adapt(array_to_image(array)), array)
+    assert np.array_equal(preprocess.transform(array_to_image(array)), array)
 
 
 def test_a_bad_image_is_a_convlens_error() -> None:
@@ -665,7 +665,7 @@ def test_uneven_light_and_a_small_digit_on_a_whole_sheet_are_seen(digit: int) ->
     light = np.linspace(1.0, 0.5, 1200, dtype=np.float32)[None, :]
     noise = np.random.default_rng(0).normal(0, 4, (1600, 1200))
     photo = Image.fromarray((np.asarray(page) * light + noise).clip(0, 255).astype(np.uint8))
-    seen = np.asarray(fit_ink(photo, 28, 28, InputStyle(ink_box=20, centre_by_mass=True)))
+    seen = np.asarray(fit_ink(photo, 28, 28, InputStyle(content_size=20, center_of_mass=True)))
     rows, columns = np.flatnonzero(seen.max(axis=1) > 60), np.flatnonzero(seen.max(axis=0) > 60)
     assert rows[-1] - rows[0] + 1 in (19, 20)
     assert columns[-1] - columns[0] + 1 <= 20

@@ -143,7 +143,7 @@ def test_an_interrupted_series_goes_on(kind: str) -> None:
         ({}, "^give --seeds or --folds, one of the two"),
         ({"folds": 1}, "^--folds is 1; a spread needs at least 2$"),
         ({"seeds": 2, "folds": 2}, "^give --seeds or --folds, one of the two"),
-        ({"folds": 500}, "^class '0' has 178 images, less than one for each of 500 folds$"),
+        ({"folds": 500}, "^class '0' has 178 images, fewer than the 500 folds$"),
         ({"seeds": 2, "epoch": 3}, "^unknown recipe option 'epoch'; did you mean 'epochs'"),
         ({"seeds": 2, "model": "smal"}, "^unknown model 'smal'; did you mean 'small'"),
         ({"seeds": 2, "image_size": 96}, "^--image-size is for folders"),
@@ -212,6 +212,6 @@ def test_a_series_goes_on_elsewhere_only_if_that_is_accepted() -> None:
 def test_what_is_left_out_adds_up() -> None:
     digits = load_dataset("digits")
     one, two, three = digits.train.ids[:2] + digits.test.ids[:1]
-    less = digits.without([one]).without([f"train/{two}", f"test/{three}"])
-    assert less.left_out == tuple(sorted([one, f"train/{two}", f"test/{three}"]))
-    assert less.without([]) is less
+    less = digits.drop([one]).drop([f"train/{two}", f"test/{three}"])
+    assert less.excluded == tuple(sorted([one, f"train/{two}", f"test/{three}"]))
+    assert less.drop([]) is less

@@ -1,5 +1,6 @@
 """Shards: other readers take them, training from them is training from memory, and damage is named."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -58,8 +59,8 @@ def pixels_by_label(images: torch.Tensor, labels: torch.Tensor) -> list[tuple[in
 
 def test_what_was_packed_is_what_is_loaded(digits: Dataset, shards: Path) -> None:
     loaded = load_shards(shards)
-    assert (loaded.name, loaded.classes, loaded.shape, loaded.style) == (
-        digits.name, digits.classes, digits.shape, digits.style,
+    assert (loaded.name, loaded.classes, loaded.shape, loaded.input_style) == (
+        digits.name, digits.classes, digits.shape, digits.input_style,
     )  # fmt: skip
     assert torch.equal(loaded.test.images, digits.test.images)
     assert torch.equal(loaded.test.labels, digits.test.labels)
@@ -123,13 +124,13 @@ def test_an_epoch_shows_every_image_once_in_an_order_of_its_own(sizes: list[int]
 
 def test_few_shards_are_in_memory_and_each_is_read_once(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = load_shards(shards)
-    normalise = Preprocess.measure(dataset.train.images, dataset.style).normaliser()  # type: ignore[arg-type]
+    normalise = Preprocess.fit(dataset.train.images, dataset.input_style).normalizer()  # type: ignore[arg-type]
     read: list[int] = []
     images = dataset.train.images
     images._loaded.clear()  # type: ignore[attr-defined]
     get = images._read  # type: ignore[attr-defined]
     monkeypatch.setattr(images, "_read", lambda number: read.append(number) or get(number))
-    batches = BatchLoader(dataset.train, 64, normalise, seed=0, device=CPU, augment=lambda x, y, draws: (x, y))
+    batches = BatchLoader(dataset.train, 64, normalise, seed=0, augment=lambda x, y, draws: (x, y))
     seen = []
     for index in range(len(batches)):
         seen.append(batches(0, index)[1])
@@ -187,9 +188,9 @@ def test_a_missing_shard_is_named(shards: Path, tmp_path: Path, address: str) ->
     (tmp_path / "train-000000.tar").unlink()
     with pytest.raises(ConvlensError, match=r"train-000000.tar cannot be read: No such file"):
         images[0]
-    with pytest.raises(ConvlensError, match=r"http://127.0.0.1:\d+/nothing.tar cannot be had: 404"):
-        ShardStorage(address).read("nothing.tar", None, 100)
-    with pytest.raises(ConvlensError, match=r"http://127.0.0.1:1/index.json cannot be had"):
+    with pytest.raises(ConvlensError, match=r"http://127.0.0.1:\d+/nothing.tar cannot be downloaded: 404"):
+        ShardStorage(address).read("nothing.tar", "", 100)
+    with pytest.raises(ConvlensError, match=r"http://127.0.0.1:1/index.json cannot be downloaded"):
         convlens.load_dataset("http://127.0.0.1:1")
 
 
@@ -203,7 +204,7 @@ def test_a_shard_that_is_put_back_is_read(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_download_that_breaks_off_is_tried_again() -> None:
-    asked = []
+    asked, digest = [], hashlib.sha256(b"0123456789").hexdigest()
 
     class Breaking(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -218,11 +219,11 @@ def test_a_download_that_breaks_off_is_tried_again() -> None:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        place = ShardStorage(f"http://127.0.0.1:{server.server_address[1]}")
-        assert place.read("x.tar", None, 100) == b"0123456789"
+        storage = ShardStorage(f"http://127.0.0.1:{server.server_address[1]}")
+        assert storage.read("x.tar", digest, 100) == b"0123456789"
         assert len(asked) == 3
-        with pytest.raises(ConvlensError, match=r"x.tar cannot be had: it came only in part|IncompleteRead"):
-            place.read("x.tar", None, 100)
+        with pytest.raises(ConvlensError, match=r"x.tar cannot be downloaded: the connection closed|IncompleteRead"):
+            storage.read("x.tar", digest, 100)
         server.shutdown()
 
 
@@ -259,12 +260,12 @@ def test_an_index_that_is_none_is_one_line(tmp_path: Path, index: str) -> None:
 
 def test_what_shards_cannot_do_is_said(shards: Path) -> None:
     dataset = load_shards(shards)
-    with pytest.raises(UsageError, match="data pack --exclude"):
-        dataset.without(["3"])
+    with pytest.raises(UsageError, match="cannot be excluded from shards"):
+        dataset.drop(["3"])
     assert dataset.with_validation(0.5, 7) is dataset
-    with pytest.raises(UsageError, match="name what they are made of"):
+    with pytest.raises(UsageError, match="cannot be merged; give the original data"):
         merge(dataset)
-    with pytest.raises(UsageError, match="--balanced-sampling"):
+    with pytest.raises(UsageError, match="`balanced_sampling`"):
         convlens.train(dataset, epochs=1, balanced_sampling=True)
 
 

@@ -684,7 +684,7 @@ def test_batch_sizes_are_tried_until_they_bring_nothing(monkeypatch: pytest.Monk
     pace = {16: 100.0, 32: 190.0, 64: 300.0, 128: 310.0, 256: 280.0, 512: 270.0}
     memory = dict.fromkeys(pace, 0)
     dataset = load_dataset("digits")
-    dataset = dataclasses.replace(dataset, train=dataset.train.take(torch.arange(1200).repeat(5)))
+    dataset = dataclasses.replace(dataset, train=dataset.train.select(torch.arange(1200).repeat(5)))
     monkeypatch.setattr(lr_finder, "measure", lambda _, __, size: lr_finder.Pace(size, pace[size], memory[size]))
     recipe = get_recipe("digits")
     told: list[lr_finder.Pace] = []
@@ -701,7 +701,7 @@ def test_batch_sizes_are_tried_until_they_bring_nothing(monkeypatch: pytest.Monk
     def run_out(*_: object) -> lr_finder.Pace:
         raise MemoryError
 
-    few = dataclasses.replace(dataset, train=dataset.train.take(torch.arange(350)))  # ten steps an epoch at least
+    few = dataclasses.replace(dataset, train=dataset.train.select(torch.arange(350)))  # ten steps an epoch at least
     tried, why = lr_finder.probe_batches(few, recipe)
     assert [p.batch_size for p in tried] == [16]
     assert why == "with batches of 32 an epoch would have fewer than 10 steps"

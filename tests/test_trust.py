@@ -181,7 +181,7 @@ def test_the_shipped_mnist_model_does_not_know_clothes() -> None:
     strange = []
     for name in ("mnist", "fashion-mnist"):
         images = load_dataset(name).test.images[:3000]
-        outputs = compute_outputs(classifier.net, images, classifier.preprocess.normaliser())
+        outputs = compute_outputs(classifier.net, images, classifier.preprocess.normalizer())
         strange.append(classifier.trust.strangeness(*outputs))
     assert auroc(*strange) >= 0.99
     assert 0.93 <= (strange[0] <= classifier.trust.threshold).float().mean() <= 0.97

@@ -136,7 +136,7 @@ const given = {json.dumps(given)};
         tab.open(save_page(page, tmp_path))
         adapted = tab.run("given.map((one) => Array.from(adapt(one.image, one.shape)))")
     for (style, name), pixels in zip(cases, adapted, strict=True):
-        expected = styles[style].adapt(pictures()[name])
+        expected = styles[style].transform(pictures()[name])
         apart = np.abs(np.array(pixels).reshape(expected.shape) - expected.astype(int))
         # rounding of grey levels and sub-pixel places; a single stroke's edge may fall on the other side of a bound
         assert np.mean(apart) < 0.5 and np.quantile(apart, 0.98) <= 3, (style, name, apart.max())

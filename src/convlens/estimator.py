@@ -87,7 +87,7 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         values = np.asarray(X, dtype=np.float64)
         self.low_, self.high_ = float(values.min()), float(values.max())
         images = self._to_pixels(values)
-        self.preprocess_ = Preprocess.measure(images, InputStyle())
+        self.preprocess_ = Preprocess.fit(images, InputStyle())
         recipe = Recipe(
             model=self.model,
             width=self.width,
@@ -104,16 +104,16 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             device="cpu",
             precision="fp32",
         )
-        train = Split(images, torch.from_numpy(numbers.astype(np.int64)), IndexIds(len(images)))
+        train = Split(images=images, labels=torch.from_numpy(numbers.astype(np.int64)), ids=IndexIds(len(images)))
         dataset = Dataset(
             name="arrays",
             source=None,
             classes=tuple(map(str, self.classes_)),
             train=train,
-            test=train.take(torch.arange(0)),  # scikit-learn does the testing
+            test=train.select(torch.arange(0)),  # scikit-learn does the testing
             validation=None,
-            style=InputStyle(),
-            note="",
+            input_style=InputStyle(),
+            split_description="",
         )
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
             torch.manual_seed(recipe.seed)
@@ -135,7 +135,7 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         expected = (self.preprocess_.channels, self.preprocess_.height, self.preprocess_.width)
         if tuple(images.shape[1:]) != expected:
             raise ValueError(f"images of (C, H, W) {tuple(images.shape[1:])}, but fit saw images of shape {expected}")
-        logits = compute_logits(self.net_, images, self.preprocess_.normaliser())
+        logits = compute_logits(self.net_, images, self.preprocess_.normalizer())
         return logits.softmax(dim=1).cpu().numpy()
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:

@@ -58,7 +58,7 @@ def data_info(
     dataset = load_dataset(data, image_size=image_size, allow_unreadable=allow_unreadable)
     channels, height, width = dataset.shape
     print(f"{dataset.name}: images {channels}x{height}x{width} (C x H x W), {len(dataset.classes)} classes")
-    print(dataset.note)
+    print(dataset.split_description)
     counts = {
         name: torch.bincount(split.labels, minlength=len(dataset.classes)).tolist()
         for name, split in dataset.splits.items()
@@ -81,7 +81,7 @@ def data_info(
             f"files are {sizes[0]} to {sizes[-1]} pixels (width x height), half of them over {sizes[len(sizes) // 2]}"
         )
     target = to or free_name(f"{dataset.name}-samples")
-    refuse_inside_data(target, data, "--to")
+    refuse_inside_data(target, data)
     train = dataset.train
     chosen = pick_samples(train.labels, len(dataset.classes))
     captions = [dataset.classes[label] for label in train.labels[chosen].tolist()]
@@ -123,7 +123,7 @@ def data_pack(
     refuse_inside_data(out, data)
     dataset = load_dataset(data, image_size=image_size, allow_unreadable=allow_unreadable)
     if exclude is not None:
-        dataset = dataset.without(read_name_list(exclude))
+        dataset = dataset.drop(read_name_list(exclude))
     index = write_shards(dataset.with_validation(validation, 0), out, shard_images)
     rows = [("split", "images", "shards")]
     for name, split in index["splits"].items():
@@ -156,7 +156,7 @@ def data_doctor(
         from convlens.system.device import set_num_threads
 
     restore_sigint()
-    for name, path in (("--to", to), ("--list", list_file)):
+    for name, path in (("out", to), ("exclude_file", list_file)):
         if path is not None:
             require_new_outputs(path, data, name)
     set_num_threads()

@@ -66,7 +66,7 @@ def lr_find(
     set_num_threads(base.threads)
     dataset = load_dataset(data, image_size=base.image_size, allow_unreadable=allow_unreadable)
     target = to or free_name(f"{dataset.name}-lr")
-    refuse_inside_data(target, dataset, "--to")
+    refuse_inside_data(target, dataset)
     echo(f"data    {dataset.name}: {len(dataset.train):,} training images; recipe {base.name}")
     if "batch_size" not in overrides:
         paces, limit = probe_batches(dataset, base, lambda pace: echo(describe_pace(pace)))

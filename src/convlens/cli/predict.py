@@ -48,7 +48,7 @@ def predict(
     bad, printer = 0, Printer(format)
     for number, file in enumerate(files, start=1):
         try:
-            batch.append((file, predictor.preprocess.adapt(open_image(file), raw=raw)))
+            batch.append((file, predictor.preprocess.transform(open_image(file), adapt=not raw)))
         except InvalidImageError as error:
             bad += 1
             print(f"convlens: {error}", file=sys.stderr)

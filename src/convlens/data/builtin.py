@@ -1,4 +1,4 @@
-"""The published data sets: where their files lie, where they come from, and what proves that they are the ones."""
+"""The built-in data sets: where their files are found, and the digests that verify them."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from convlens.data.download import (
     download,
     find_file,
     find_or_download,
-    missing,
+    not_found_message,
     read_verified,
     unpack_members,
 )
-from convlens.data.formats import CIFAR_RECORD, parse_cifar10, parse_idx
+from convlens.data.formats import CIFAR_RECORD_BYTES, parse_cifar10, parse_idx
 from convlens.data.images import InputStyle
 from convlens.errors import ConvlensError
 from convlens.system.files import atomic_write, cache_dir
 from convlens.system.registry import Registry
 
-# name -> loader; a loader's docstring is what `convlens data list` shows
 DATASETS: Registry[Callable[[], Dataset]] = Registry("data set")
+"""Loaders by name. `convlens data list` prints their docstrings."""
 
 
 @dataclass(frozen=True)
 class IdxSource:
-    """A data set published as four IDX files: where they lie, where they come from, and their SHA-256."""
+    """A data set that was published as four IDX files, with their SHA-256."""
 
-    folders: tuple[str, ...]  # below a place of the search path; the last is torchvision's layout
-    mirrors: tuple[str, ...]
+    folders: tuple[str, ...]  # below a folder of the search path; the last is torchvision's
+    mirrors: tuple[str, ...]  # addresses of folders
     train_images: str
     train_labels: str
     test_images: str
     test_labels: str
 
     def load(self, part: str) -> Split:
-        """Return the split ``part`` ("train" or "test"), found or downloaded, verified."""
+        """Return the split ``part`` ("train" or "test") from local or downloaded files, verified."""
         prefix = {"train": "train", "test": "t10k"}[part]
         arrays = []
         for kind, sha256 in (
@@ -53,7 +53,7 @@ class IdxSource:
             name = f"{prefix}-{kind}-ubyte"
             arrays.append(parse_idx(find_or_download(name, sha256, self.folders, self.mirrors), name))
         images, labels = arrays  # (N, 28, 28), (N,)
-        return Split(images.unsqueeze(1), labels.long(), IndexIds(len(labels)))
+        return Split(images=images.unsqueeze(1), labels=labels.long(), ids=IndexIds(len(labels)))
 
 
 MNIST = IdxSource(
@@ -78,11 +78,8 @@ FASHION_MNIST = IdxSource(
 )
 
 CIFAR10_FOLDERS = ("cifar10", "cifar-10-batches-bin", "cifar10/cifar-10-batches-bin")
-
 CIFAR10_ARCHIVE = "cifar-10-binary.tar.gz"
-
 CIFAR10_MIRRORS = ("https://www.cs.toronto.edu/~kriz/",)
-
 CIFAR10_FILES = {
     "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
     "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
@@ -117,45 +114,40 @@ FASHION_CLASSES = (
     "Bag",
     "Ankle boot",
 )
-
 DIGITS = tuple("0123456789")
-
 PUBLISHED_SPLITS = "the published train and test splits"
 
 
 @DATASETS.register("digits")
 def load_digits() -> Dataset:
-    """1,797 handwritten digits, 8x8 grey; embedded in scikit-learn, nothing to download."""
-    # its file: to import sklearn.datasets takes a second. Rows: 64 counts 0..16 of set pixels in 4x4 blocks, label
+    """1,797 handwritten digits, 8x8 gray; included in scikit-learn, no download."""
+    # Read directly, because importing sklearn.datasets takes a second. A row is 64 counts 0..16 and a label.
     (package,) = find_spec("sklearn").submodule_search_locations  # type: ignore[union-attr, misc]
     file = Path(package, "datasets", "data", "digits.csv.gz")
     rows = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.int64))  # (1797, 65)
     images = (rows[:, :-1] * (255 / 16)).round().to(torch.uint8).view(-1, 1, 8, 8)
-    everything = Split(images, rows[:, -1].clone(), IndexIds(len(images)))
-    train, test = everything.divide(TEST_FRACTION, SPLIT_SEED)
-    note = HELD_OUT
-    return Dataset("digits", "digits", DIGITS, train, test, None, InputStyle(ink_box=8), note)
+    merged = Split(images=images, labels=rows[:, -1].clone(), ids=IndexIds(len(images)))
+    splits = merged.stratified_split(TEST_FRACTION, SPLIT_SEED)
+    return make_builtin("digits", DIGITS, splits, InputStyle(content_size=8), HELD_OUT)
 
 
 @DATASETS.register("mnist")
 def load_mnist() -> Dataset:
-    """70,000 handwritten digits, 28x28 grey (LeCun, Cortes, Burges)."""
-    style = InputStyle(ink_box=20, centre_by_mass=True)
-    train, test = MNIST.load("train"), MNIST.load("test")
-    return Dataset("mnist", "mnist", DIGITS, train, test, None, style, PUBLISHED_SPLITS)
+    """70,000 handwritten digits, 28x28 gray (LeCun, Cortes, Burges)."""
+    style = InputStyle(content_size=20, center_of_mass=True)
+    return make_builtin("mnist", DIGITS, (MNIST.load("train"), MNIST.load("test")), style)
 
 
 @DATASETS.register("fashion-mnist")
 def load_fashion_mnist() -> Dataset:
-    """70,000 pictures of clothes, 28x28 grey (Zalando)."""
-    train, test = FASHION_MNIST.load("train"), FASHION_MNIST.load("test")
-    style = InputStyle(ink_box=28)
-    return Dataset("fashion-mnist", "fashion-mnist", FASHION_CLASSES, train, test, None, style, PUBLISHED_SPLITS)
+    """70,000 images of clothes, 28x28 gray (Zalando)."""
+    splits = FASHION_MNIST.load("train"), FASHION_MNIST.load("test")
+    return make_builtin("fashion-mnist", FASHION_CLASSES, splits, InputStyle(content_size=28))
 
 
 @DATASETS.register("cifar10")
 def load_cifar10() -> Dataset:
-    """60,000 photos of ten kinds of things, 32x32 colour (Krizhevsky); the binary version."""
+    """60,000 photos of ten kinds of objects, 32x32 color (Krizhevsky); the binary version."""
     contents = {}
     for name, sha256 in CIFAR10_FILES.items():
         if path := find_file(name, CIFAR10_FOLDERS):
@@ -165,18 +157,37 @@ def load_cifar10() -> Dataset:
     parsed = [parse_cifar10(contents[name], name) for name in CIFAR10_FILES]
 
     def join(parts: list[tuple[Tensor, Tensor]]) -> Split:
-        images = torch.cat([images for images, _ in parts])
-        return Split(images, torch.cat([labels for _, labels in parts]), IndexIds(len(images)))
+        images, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return Split(images=images, labels=labels, ids=IndexIds(len(images)))
 
-    train, test = join(parsed[:5]), join(parsed[5:])
-    return Dataset("cifar10", "cifar10", CIFAR10_CLASSES, train, test, None, InputStyle(), PUBLISHED_SPLITS)
+    return make_builtin("cifar10", CIFAR10_CLASSES, (join(parsed[:5]), join(parsed[5:])), InputStyle())
+
+
+def make_builtin(
+    name: str,
+    classes: tuple[str, ...],
+    splits: tuple[Split, Split],
+    style: InputStyle,
+    description: str = PUBLISHED_SPLITS,
+) -> Dataset:
+    """Return a built-in data set with its training and test splits."""
+    train, test = splits
+    return Dataset(
+        name=name,
+        source=name,
+        classes=classes,
+        train=train,
+        test=test,
+        input_style=style,
+        split_description=description,
+    )
 
 
 def read_cifar10_archive() -> dict[str, bytes]:
-    """Return CIFAR-10's six files, verified, from the archive: found on the search path or downloaded."""
+    """Return the six files of CIFAR-10, verified, from a local or downloaded archive."""
 
     def read(archive: Path) -> dict[str, bytes]:
-        contents = unpack_members(archive, list(CIFAR10_FILES), 10_000 * CIFAR_RECORD)
+        contents = unpack_members(archive, list(CIFAR10_FILES), 10_000 * CIFAR_RECORD_BYTES)
         for name, content in contents.items():
             check_sha256(f"{name} in {archive}", content, CIFAR10_FILES[name])
         return contents
@@ -191,11 +202,11 @@ def read_cifar10_archive() -> dict[str, bytes]:
                 return read(temporary)
         except ConvlensError as error:
             failures.append(f"{mirror}: {error}")
-    raise ConvlensError(missing(CIFAR10_ARCHIVE, "cifar10", failures))
+    raise ConvlensError(not_found_message(CIFAR10_ARCHIVE, "cifar10", failures))
 
 
 def locate(name: str) -> str:
-    """Say where the files of a published data set are, for ``convlens data list``."""
+    """Return the folder of a built-in data set, "embedded" or "to be downloaded"."""
     if name == "digits":
         return "embedded"
     files = {

@@ -1,6 +1,6 @@
-"""Decoded images on disk: memory-mapped, there whole or not at all, safe beside other processes.
+"""An on-disk cache of decoded images: memory-mapped, written atomically, safe for concurrent processes.
 
-What is less than a quarter of the memory is read into it when a split is made; the rest stays on disk.
+Splits of up to a quarter of the memory are read into it; larger ones stay memory-mapped.
 """
 
 from __future__ import annotations
@@ -24,33 +24,42 @@ from convlens.errors import ConvlensError
 from convlens.system.files import cache_dir, fsync
 from convlens.system.hardware import memory_size
 
-GATHER_BYTES = 64 << 20  # bytes that are copied from disk to disk at a time
+GATHER_BYTES = 64 << 20  # copied from disk to disk at a time
+MAX_AGE_DAYS, MAX_INCOMPLETE_AGE_DAYS = 30, 1
 
 
 def read_cache(folder: Path, shape: tuple[int, int, int, int]) -> Decoded | None:
-    """Return the memory-mapped images and the unreadable files of an earlier decoding, if there was one.
+    """Return the memory-mapped images and the unreadable files of a cached folder, or None.
 
-    ``shape`` is that of all of them, (N, C, H, W); the last rows are empty where some cannot be read.
+    Args:
+        folder: The cache entry.
+        shape: (N, C, H, W) if all files were readable.
     """
     try:
         unreadable = json.loads((folder / "unreadable.json").read_text(encoding="utf-8"))
-        # copy-on-write: PyTorch wants writable memory, and nothing may ever write to the cache
-        with contextlib.suppress(OSError):  # it may be another user's
-            os.utime(folder)  # it is in use
+        with contextlib.suppress(OSError):  # another user may own it
+            os.utime(folder)  # marks the entry as used, see remove_stale
+        # Copy-on-write, because PyTorch needs writable memory and the cache must not change.
         images = np.load(folder / "images.npy", mmap_mode="c", allow_pickle=False)
         if images.dtype != np.uint8 or images.shape != shape or len(unreadable) > len(images):
             return None
-        return images[: len(images) - len(unreadable)], {int(i): str(why) for i, why in unreadable.items()}
+        return images[: len(images) - len(unreadable)], {int(i): str(reason) for i, reason in unreadable.items()}
     except (OSError, ValueError, EOFError, AttributeError, TypeError):
         return None
 
 
 def write_cache(folder: Path, decoded: Iterable[Decoded], shape: tuple[int, int, int, int]) -> None:
-    """Store decoded images as they come, so that ``folder`` appears whole or not at all; OSError if there is no room.
+    """Write decoded images to the cache entry ``folder``, atomically.
 
-    ``shape`` is that of all of them, (N, C, H, W).
+    Args:
+        folder: The cache entry.
+        decoded: The images, in chunks.
+        shape: (N, C, H, W) if all files are readable.
+
+    Raises:
+        OSError: The disk is full or read-only.
     """
-    remove_old(folder.parent.parent)
+    remove_stale(folder.parent.parent)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
     try:
@@ -65,8 +74,8 @@ def write_cache(folder: Path, decoded: Iterable[Decoded], shape: tuple[int, int,
         (temporary / "unreadable.json").write_text(json.dumps(unreadable), encoding="utf-8")
         for path in (temporary / "images.npy", temporary / "unreadable.json", temporary):
             fsync(path)
-        if read_cache(folder, shape) is None:  # else another process was first
-            shutil.rmtree(folder, ignore_errors=True)  # it is damaged, if it is there at all
+        if read_cache(folder, shape) is None:  # no other process was faster
+            shutil.rmtree(folder, ignore_errors=True)  # in case it is damaged
             with contextlib.suppress(OSError):
                 temporary.rename(folder)
         fsync(folder.parent)
@@ -74,60 +83,63 @@ def write_cache(folder: Path, decoded: Iterable[Decoded], shape: tuple[int, int,
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_old(caches: Path) -> None:
-    """Remove what has not been used for a month, and what was left half written, by Ctrl-C, a day ago or before."""
+def remove_stale(caches: Path) -> None:
+    """Remove entries that were not used for a month, and day-old incomplete ones of interrupted processes."""
     for folder in caches.glob("*/*"):
-        days = 1 if folder.name.startswith(".new-") else 30
+        days = MAX_INCOMPLETE_AGE_DAYS if folder.name.startswith(".new-") else MAX_AGE_DAYS
         with contextlib.suppress(OSError):
             if time.time() - folder.stat().st_mtime > days * 24 * 3600:
                 shutil.rmtree(folder)
-                folder.parent.rmdir()  # if nothing else is in it
+                folder.parent.rmdir()  # fails unless it is empty
 
 
 def keep_in_memory(decoded: Iterable[Decoded], shape: tuple[int, int, int, int]) -> Decoded:
-    """Return decoded images, and why others are not, where the cache cannot be written (full, read-only)."""
-    everything, number, unreadable = np.empty(shape, np.uint8), 0, dict[int, str]()
+    """Collect decoded images in memory, for when the cache cannot be written (full, read-only)."""
+    collected, count, unreadable = np.empty(shape, np.uint8), 0, dict[int, str]()
     for images, reasons in decoded:
         unreadable |= reasons
-        everything[number : number + len(images)] = images
-        number += len(images)
-    return everything[:number], unreadable
+        collected[count : count + len(images)] = images
+        count += len(images)
+    return collected[:count], unreadable
 
 
 def stays_on_disk(size: int) -> bool:
-    """Say whether so many bytes of images are too many to hold in memory: more than a quarter of it."""
+    """Return True if ``size`` bytes of images are more than a quarter of the memory."""
     return 0 < memory_size() // 4 < size
 
 
 def no_room(size: int, error: OSError) -> ConvlensError:
-    """Return the error that says that so many bytes of images found no room."""
+    """Return the error for ``size`` bytes of images that do not fit on the disk."""
     return ConvlensError(
         f"{cache_dir()} has no room for {size / 1e9:.1f} GB of images ({error.strerror or error}), more than a "
-        "quarter of the memory; set CONVLENS_CACHE to a larger disk, or take a smaller --image-size"
+        "quarter of the memory; set CONVLENS_CACHE to a larger disk, or use a smaller `image_size`"
     )
 
 
 def gather(images: Tensor, rows: Tensor) -> Tensor:
-    """Return the images (N, C, H, W) at ``rows``, int64 (M,): in memory, or, if they are many, in a file of their own.
+    """Return the images (N, C, H, W) at ``rows``, int64 (M,).
 
-    That file, in the user's cache, has no name any more when this returns, and is gone with its last user. Raises
-    ConvlensError if the disk has no room for it.
+    More than a quarter of the memory is memory-mapped from an unlinked file in the user's cache, which disappears
+    with its last user.
+
+    Raises:
+        ConvlensError: The disk is full.
     """
     shape = (len(rows), *images.shape[1:])
     if not stays_on_disk(math.prod(shape)):
         return images[rows]
-    some = max(GATHER_BYTES // math.prod(shape[1:]), 1)
-    place = cache_dir()
+    chunk = max(GATHER_BYTES // math.prod(shape[1:]), 1)
+    folder = cache_dir()
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=place, prefix=".rows-", delete=False) as file:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".rows-", delete=False) as file:
             try:
-                for part in torch.split(rows, some):
-                    file.write(images[part].contiguous().numpy().data)
+                for some in torch.split(rows, chunk):
+                    file.write(images[some].contiguous().numpy().data)
                 file.flush()
                 mapped = np.memmap(file.name, np.uint8, "c", shape=shape)
             finally:
-                with contextlib.suppress(OSError):  # Windows keeps it while it is in use
+                with contextlib.suppress(OSError):  # Windows keeps files that are in use
                     os.unlink(file.name)
     except OSError as error:
         raise no_room(math.prod(shape), error) from None

@@ -1,4 +1,4 @@
-"""The one form of data: splits of uint8 images and int64 labels, and how a split is divided."""
+"""The one form of data: splits of uint8 images and int64 labels."""
 
 from __future__ import annotations
 
@@ -15,63 +15,80 @@ from convlens.data.images import InputStyle
 from convlens.errors import UsageError
 from convlens.system.random import derive_seed
 
-# Unsplit data is divided once, by this seed, whatever the seed of the run: every run is judged on one test split.
+# Unsplit data is split with this seed, whatever the seed of the run, so that all runs share one test split.
 SPLIT_SEED = 0
 TEST_FRACTION = 0.2
 HELD_OUT = f"{TEST_FRACTION:.0%} of every class is the test split (seed {SPLIT_SEED})"
 
 
 def rows_by_class(labels: Tensor) -> list[tuple[int, Tensor]]:
-    """Return each label that occurs in ``labels`` (N,), in order, with its rows, ascending: in one pass for all."""
+    """Return each label that occurs in ``labels``, int64 (N,), with its rows; both in ascending order."""
     found, counts = torch.unique(labels, return_counts=True)
     rows = torch.split(labels.argsort(stable=True), counts.tolist())
     return list(zip(found.tolist(), rows, strict=True))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Split:
-    """Images and labels. ``ids`` names each image (a file's path, or its number in the source).
+    """Images with their labels and ids.
 
-    >>> split = Split(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 0, 1, 1]), Numbers(4))
-    >>> rest, part = split.divide(0.5, seed=0)
+    Args:
+        images: uint8 (N, C, H, W). In memory, memory-mapped, or, for shards, an object that is indexed like a tensor.
+        labels: int64 (N,).
+        ids: The name of each image: the path of its file, or its index in the source.
+
+    >>> images, labels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 0, 1, 1])
+    >>> rest, part = Split(images=images, labels=labels, ids=IndexIds(4)).stratified_split(0.5, seed=0)
     >>> len(part), part.labels
     (2, tensor([0, 1]))
     """
 
-    images: Tensor  # (N, C, H, W) uint8, in memory, memory-mapped, or (of shards) what can be indexed like it
-    labels: Tensor  # (N,) int64
+    images: Tensor
+    labels: Tensor
     ids: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, rows: Tensor) -> Split:
-        """Return the images at ``rows``, int64 (M,), as a new split; IndexError for rows beyond its end.
+    def select(self, rows: Tensor) -> Split:
+        """Return the images at ``rows``, int64 (M,), as a new split.
 
-        It is in memory, unless it would take more than a quarter of it: then it is memory-mapped.
+        The new split is in memory, or memory-mapped if it is larger than a quarter of the memory.
+
+        Raises:
+            IndexError: A row is out of range.
         """
-        return Split(gather(self.images, rows), self.labels[rows], [self.ids[row] for row in rows.tolist()])
+        ids = [self.ids[row] for row in rows.tolist()]
+        return Split(images=gather(self.images, rows), labels=self.labels[rows], ids=ids)
 
-    def spread(self, most: int) -> Tensor:
-        """Return the rows, int64, of at most so many images, evenly from all of them: a folder's lie class by class."""
-        count = min(most, len(self))
+    def evenly_spaced(self, count: int) -> Tensor:
+        """Return up to ``count`` row indices, int64, evenly spaced over the split.
+
+        The images of a folder are sorted by class, so the first rows would not represent all classes.
+        """
+        count = min(count, len(self))
         return torch.arange(count) * (len(self) - 1) // max(count - 1, 1)
 
     def order(self, seed: int, epoch: int) -> Tensor:
-        """Return the rows in the order of an epoch, int64 (N,): a function of (seed, epoch)."""
+        """Return the shuffled row indices of an epoch, int64 (N,), as a function of (seed, epoch)."""
         return torch.randperm(len(self), generator=torch.Generator().manual_seed(derive_seed(seed, epoch)))
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 (hex) of pixels and labels."""
+        """Return the SHA-256 (hex) of the pixels and labels."""
         digest = hashlib.sha256(self.images.contiguous().numpy().data)
         digest.update(self.labels.numpy().data)
         return digest.hexdigest()
 
-    def divide(self, fraction: float, seed: int) -> tuple[Split, Split]:
-        """Return (rest, part): ``part`` has ``fraction`` of every class, chosen by ``seed``; both keep the order.
+    def stratified_split(self, fraction: float, seed: int) -> tuple[Split, Split]:
+        """Split at random within each class, and keep the order of the images.
 
-        ``fraction`` is 0..1. Every class with two images or more has at least one in each; a single image stays in the
-        rest.
+        Args:
+            fraction: The fraction of every class that goes into the second part, 0..1. A class with at least two
+                images has at least one in each part; a class with one image stays in the first.
+            seed: Chooses the images.
+
+        Returns:
+            The rest, and the part with ``fraction`` of every class.
         """
         chosen = []
         for label, rows in rows_by_class(self.labels):
@@ -80,27 +97,40 @@ class Split:
             chosen.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
         mask = torch.zeros(len(self), dtype=torch.bool)
         mask[torch.cat(chosen)] = True
-        return self.take((~mask).nonzero().squeeze(1)), self.take(mask.nonzero().squeeze(1))
+        return self.select((~mask).nonzero().squeeze(1)), self.select(mask.nonzero().squeeze(1))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Dataset:
-    """A data set: its splits, class names, and what a picture from outside must become to look like it.
+    """A data set: its splits, its class names and the style of its images.
 
-    Labels are numbers of ``classes``, from 0. :func:`convlens.load_dataset` and :func:`convlens.from_arrays` make one.
+    :func:`convlens.load_dataset` and :func:`convlens.from_arrays` create one.
+
+    Args:
+        name: The name, for people.
+        source: The name or absolute path that :func:`convlens.load_dataset` loads it from; None for objects in memory.
+        classes: The class names. A label is an index into them.
+        train: The training split.
+        test: The test split.
+        validation: The validation split; None if the recipe takes a fraction of the training split.
+        input_style: How a new image is prepared to look like the ones in the data set.
+        split_description: How the splits were made, for people.
+        unreadable: Why each of the files that were skipped cannot be read.
+        fold: ``(3, 5)`` if the test split is the third of five folds of all images.
+        excluded: The images that were excluded on request.
     """
 
     name: str
-    source: str | None  # what load_dataset took (a name or an absolute path); None: made from objects in memory
+    source: str | None = None
     classes: tuple[str, ...]
     train: Split
     test: Split
-    validation: Split | None  # None: the recipe carves it from train
-    style: InputStyle
-    note: str  # how the splits came about, for people
-    unreadable: tuple[str, ...] = ()  # files that were skipped
-    fold: tuple[int, int] | None = None  # (3, 5): the test split is the third of five folds of all images
-    left_out: tuple[str, ...] = ()  # names of images that were there, and were excluded on request
+    validation: Split | None = None
+    input_style: InputStyle = InputStyle()
+    split_description: str = ""
+    unreadable: tuple[str, ...] = ()
+    fold: tuple[int, int] | None = None
+    excluded: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -114,32 +144,37 @@ class Dataset:
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: split for name, split in splits.items() if split is not None}
 
-    def without(self, names: Collection[str]) -> Dataset:
-        """Return the data set without the images of these names: an id, or ``split/id``.
+    def drop(self, names: Collection[str]) -> Dataset:
+        """Return the data set without the named images.
 
-        Raises UsageError if a name is of no image, or too little is left to train or to test.
+        Args:
+            names: Image ids, or ``split/id``.
+
+        Raises:
+            UsageError: No image has one of the names, or too few images remain to train or test with.
         """
-        asked = set(names)
-        if not asked:
+        requested = set(names)
+        if not requested:
             return self
-        left = set(asked)
-        parts: dict[str, Split | None] = {"train": self.train, "validation": self.validation, "test": self.test}
+        unknown = set(requested)
+        splits: dict[str, Any] = {"validation": None}
         for name, split in self.splits.items():
-            own = [{image, f"{name}/{image}"} & asked for image in split.ids]
-            left -= set().union(*own)
-            kept = split.take(torch.tensor([row for row, found in enumerate(own) if not found]).long())
-            parts[name] = kept if len(kept) or name != "validation" else None
-        if left:
-            more = f" (nor {len(left) - 1} more)" if len(left) > 1 else ""
-            raise UsageError(f"{self.name} has no image {min(left)!r}{more}")
-        check_classes(self.name, self.classes, parts["train"])  # type: ignore[arg-type]
-        if not parts["test"]:
+            matches = [{image, f"{name}/{image}"} & requested for image in split.ids]
+            unknown -= set().union(*matches)
+            kept = split.select(torch.tensor([row for row, match in enumerate(matches) if not match]).long())
+            splits[name] = kept if len(kept) or name != "validation" else None
+        if unknown:
+            more = f" (nor {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+            raise UsageError(f"{self.name} has no image {min(unknown)!r}{more}")
+        check_classes(self.name, self.classes, splits["train"])
+        if not splits["test"]:
             raise UsageError(f"{self.name}: no test image is left")
-        note = f"{self.note}; {len(asked):,} images left out on request"
-        return replace(self, **parts, note=note, left_out=tuple(sorted({*self.left_out, *asked})))  # type: ignore[arg-type]
+        description = f"{self.split_description}; {len(requested):,} images excluded on request"
+        excluded = tuple(sorted({*self.excluded, *requested}))
+        return replace(self, **splits, split_description=description, excluded=excluded)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 (hex) of all pixels and labels: equal if and only if the data are equal."""
+        """Return the SHA-256 (hex) of the classes, pixels and labels: two data sets are equal if these are."""
         digest = hashlib.sha256(repr((self.classes, self.shape)).encode())
         for name, split in self.splits.items():
             digest.update(f"{name}:{len(split)}".encode())
@@ -148,33 +183,33 @@ class Dataset:
         return digest.hexdigest()
 
     def with_validation(self, fraction: float, seed: int) -> Dataset:
-        """Return the data set with a validation split: its own, or ``fraction`` (0..1) of every class of train.
+        """Return the data set with a validation split: its own, or ``fraction`` (0..1) of every training class.
 
-        With a fraction of 0, or where no class has an image to spare, there is none.
+        There is no validation split if ``fraction`` is 0 or every class has a single image.
         """
         if self.validation is not None or fraction == 0:
             return self
-        train, validation = self.train.divide(fraction, seed)
+        train, validation = self.train.stratified_split(fraction, seed)
         return replace(self, train=train, validation=validation) if len(validation) else self
 
 
 class IndexIds(Sequence[str]):
-    """The ids of so many images that have no names: "0", "1", ..."""
+    """The ids of ``count`` images without names: "0", "1", ..."""
 
     def __init__(self, count: int):
-        self._numbers = range(count)
+        self._indices = range(count)
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._indices)
 
     def __iter__(self) -> Iterator[str]:
-        return map(str, self._numbers)
+        return map(str, self._indices)
 
     def __getitem__(self, key: Any) -> Any:
-        return [str(n) for n in self._numbers[key]] if isinstance(key, slice) else str(self._numbers[key])
+        return [str(i) for i in self._indices[key]] if isinstance(key, slice) else str(self._indices[key])
 
 
-def check_classes(name: str, classes: Sequence[str], train: Split, what: str = "the training split") -> None:
+def check_classes(name: str, classes: Sequence[str], train: Split, where: str = "the training split") -> None:
     """Raise UsageError unless ``train`` has at least two classes and two images of every class."""
     if len(classes) < 2:
         found = f"only one class, {classes[0]!r}" if classes else "no class"
@@ -183,4 +218,4 @@ def check_classes(name: str, classes: Sequence[str], train: Split, what: str = "
     for label, count in zip(classes, counts, strict=True):
         if count < 2:
             images = "no readable image" if count == 0 else "only one image"
-            raise UsageError(f"{name}: class {label!r} has {images} in {what}; it needs at least 2")
+            raise UsageError(f"{name}: class {label!r} has {images} in {where}; it needs at least 2")

@@ -1,4 +1,4 @@
-"""Finding the published files on this machine, or downloading them, and proving that they are the published ones."""
+"""Find published files on this machine or download them, and verify their digests."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from convlens.errors import ConvlensError
 from convlens.system.files import atomic_write, cache_dir
 from convlens.system.progress import ProgressBar
 
-_OFFLINE = ContextVar("from_here", default=False)
-
-MAX_DOWNLOAD_BYTES = 200_000_000  # bytes; of what is published, CIFAR-10's archive unpacks to the most, 184 million
+_OFFLINE = ContextVar("offline", default=False)
+MAX_UNPACKED_BYTES = 200_000_000  # CIFAR-10's archive, the largest file, unpacks to 184 million
 
 
 def search_path() -> list[Path]:
-    """Return the folders in which data sets are looked for, in order."""
+    """Return the folders that are searched for data sets, in order."""
     chosen = [Path(p) for p in os.environ.get("CONVLENS_DATA", "").split(os.pathsep) if p]
     return [*chosen, Path("data"), cache_dir(), Path("/usr/share/datasets")]
 
 
 def find_file(name: str, folders: Sequence[str]) -> Path | None:
-    """Return ``name`` or ``name.gz`` from the first place of the search path that has it in one of ``folders``."""
+    """Return ``name`` or ``name.gz`` from one of ``folders`` below the search path, or None."""
     for root in search_path():
         for folder in folders:
             for path in (root / folder / name, root / folder / f"{name}.gz"):
@@ -39,28 +38,28 @@ def find_file(name: str, folders: Sequence[str]) -> Path | None:
 
 
 def read_verified(path: Path, sha256: str) -> bytes:
-    """Return the content of a plain or gzipped file; ConvlensError unless its SHA-256 (uncompressed) is right."""
+    """Return the content of a plain or gzipped file; ConvlensError if the SHA-256 of the content is wrong."""
     try:
-        content = read_unpacked(path)
+        content = read_decompressed(path)
     except (OSError, EOFError, zlib.error) as error:
-        raise ConvlensError(f"{path} cannot be read: {error}; delete it, and it is downloaded again") from None
+        raise ConvlensError(f"{path} cannot be read: {error}; delete it to download it again") from None
     check_sha256(str(path), content, sha256)
     return content
 
 
-def read_unpacked(path: Path) -> bytes:
-    """Return the content of a plain or gzipped file; OSError if that is more than any published file has."""
+def read_decompressed(path: Path) -> bytes:
+    """Return the content of a plain or gzipped file; OSError if it is larger than any published file."""
     with open(path, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    with gzip.open(path) if packed else open(path, "rb") as file:
-        content = file.read(MAX_DOWNLOAD_BYTES + 1)
-    if len(content) > MAX_DOWNLOAD_BYTES:
-        raise OSError(f"it has over {MAX_DOWNLOAD_BYTES:,} bytes")
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if is_gzip else open(path, "rb") as file:
+        content = file.read(MAX_UNPACKED_BYTES + 1)
+    if len(content) > MAX_UNPACKED_BYTES:
+        raise OSError(f"it has over {MAX_UNPACKED_BYTES:,} bytes")
     return content
 
 
 def check_sha256(name: str, content: bytes, sha256: str) -> None:
-    """Raise ConvlensError unless ``content`` (of the file ``name``) has the given SHA-256."""
+    """Raise ConvlensError unless ``content``, of the file ``name``, has this SHA-256."""
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise ConvlensError(
@@ -71,7 +70,7 @@ def check_sha256(name: str, content: bytes, sha256: str) -> None:
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
-    """Download nothing inside the block: what is not on this machine is missing."""
+    """Disable downloads inside the block."""
     token = _OFFLINE.set(True)
     try:
         yield
@@ -80,10 +79,18 @@ def offline() -> Iterator[None]:
 
 
 def find_or_download(name: str, sha256: str, folders: Sequence[str], mirrors: Sequence[str]) -> bytes:
-    """Return the verified content of ``name``: found on the search path, else from the first mirror that has it.
+    """Return the verified content of a file, from the search path or else from the first mirror that works.
 
-    ``mirrors`` are addresses of folders that hold ``name.gz``. A download lies in the user's cache only once it
-    is complete and verified.
+    A download enters the user's cache only after it is complete and verified.
+
+    Args:
+        name: The name of the file, without ``.gz``.
+        sha256: The digest of its content, uncompressed.
+        folders: Where it may be below the folders of the search path. The first is used in the cache.
+        mirrors: Addresses of folders that have ``name.gz``.
+
+    Raises:
+        ConvlensError: The file is not the published one, or could not be found and downloaded.
     """
     if found := find_file(name, folders):
         return read_verified(found, sha256)
@@ -98,73 +105,78 @@ def find_or_download(name: str, sha256: str, folders: Sequence[str], mirrors: Se
                 return read_verified(temporary, sha256)
         except ConvlensError as error:
             failures.append(f"{mirror}: {error}")
-    raise ConvlensError(missing(name, folders[0], failures))
+    raise ConvlensError(not_found_message(name, folders[0], failures))
 
 
-def missing(name: str, folder: str, failures: Sequence[str]) -> str:
-    """Say that a file was neither found nor downloaded, and what to do."""
-    tried = "; ".join(failures)
+def not_found_message(name: str, folder: str, failures: Sequence[str]) -> str:
+    """Return the message for a file that was neither found nor downloaded."""
     return (
-        f"{name} is not on this machine and could not be downloaded ({tried}); put it into data/{folder}/, "
-        "or point CONVLENS_DATA at the folder that holds it"
+        f"{name} is not on this machine and could not be downloaded ({'; '.join(failures)}); "
+        f"put it into data/{folder}/, or point CONVLENS_DATA at the folder that holds it"
     )
 
 
 def download(address: str, target: Path) -> None:
-    """Download ``address`` to ``target`` with a progress bar; ConvlensError if it fails."""
+    """Download ``address`` to ``target`` with a progress bar; ConvlensError if that fails."""
     import pooch
 
-    with ProgressBar(f"downloading {address.rsplit('/', 1)[-1]}", 1, patience=0.5) as meter:
+    with ProgressBar(f"downloading {address.rsplit('/', 1)[-1]}", 1, patience=0.5) as progress:
         try:
-            pooch.HTTPDownloader(progressbar=PoochBar(meter), timeout=30)(address, str(target), None)
-        except OSError as error:  # requests' errors are OSErrors; those of a server bring its answer
-            answer = getattr(error, "response", None)
-            reason = f"HTTP {answer.status_code}" if answer is not None else error.strerror
+            pooch.HTTPDownloader(progressbar=PoochBar(progress), timeout=30)(address, str(target), None)
+        except OSError as error:  # requests' errors are OSErrors; HTTP errors have the response
+            response = getattr(error, "response", None)
+            reason = f"HTTP {response.status_code}" if response is not None else error.strerror
             raise ConvlensError(reason or type(error).__name__) from None
 
 
 class PoochBar:
-    """What pooch expects of a progress bar, shown by our meter."""
+    """Our progress bar with the interface that pooch expects."""
 
-    def __init__(self, meter: ProgressBar):
-        self._meter = meter
+    def __init__(self, progress: ProgressBar):
+        self._progress = progress
 
     @property
     def total(self) -> float:
-        """The number of bytes to come."""
-        return self._meter.total
+        """The number of bytes of the download."""
+        return self._progress.total
 
     @total.setter
     def total(self, value: float) -> None:
-        self._meter.total = value
+        self._progress.total = value
 
     def update(self, amount: int) -> None:
         """Count ``amount`` bytes as done."""
-        self._meter.update(amount)
+        self._progress.update(amount)
 
     def reset(self) -> None:
-        """Start to count again."""
-        self._meter.done = 0
+        """Set the count to 0."""
+        self._progress.done = 0
 
     def close(self) -> None:
-        """Nothing to do: the meter closes itself."""
+        """Do nothing: the progress bar closes itself."""
 
 
-def unpack_members(archive: Path, members: Sequence[str], size: int) -> dict[str, bytes]:
-    """Read ``members`` (base names) of a .tar or .tar.gz into memory; nothing is ever extracted to disk.
+def unpack_members(archive: Path, members: Sequence[str], max_bytes: int) -> dict[str, bytes]:
+    """Read files of a .tar or .tar.gz archive into memory. Nothing is extracted to disk.
 
-    Only regular files of at most ``size`` bytes are read; ConvlensError if one is missing or the archive is bad.
+    Args:
+        archive: The archive.
+        members: The base names of the files.
+        max_bytes: The largest size of a file. Larger ones, links and devices are ignored.
+
+    Raises:
+        ConvlensError: The archive is damaged, or does not have all members.
     """
     contents: dict[str, bytes] = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(read_unpacked(archive)), mode="r:") as tar:
+        with tarfile.open(fileobj=io.BytesIO(read_decompressed(archive)), mode="r:") as tar:
             for entry in tar:
                 name = entry.name.rsplit("/", 1)[-1]
-                if name in members and entry.isreg() and entry.size <= size:
+                if name in members and entry.isreg() and entry.size <= max_bytes:
                     with contextlib.closing(tar.extractfile(entry)) as file:  # type: ignore[type-var]
                         contents[name] = file.read()  # type: ignore[union-attr]
     except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
         raise ConvlensError(f"{archive} cannot be unpacked: {error}") from None
-    if lost := sorted(set(members) - set(contents)):
-        raise ConvlensError(f"{archive} does not hold {', '.join(lost)}")
+    if missing := sorted(set(members) - set(contents)):
+        raise ConvlensError(f"{archive} does not hold {', '.join(missing)}")
     return contents

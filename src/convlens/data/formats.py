@@ -1,4 +1,4 @@
-"""Parsers of the published file formats: IDX (MNIST's) and CIFAR-10's binary version. Nothing is unpickled."""
+"""Parsers of IDX (MNIST) and the binary version of CIFAR-10. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from torch import Tensor
 from convlens.errors import ConvlensError
 
 IDX_UINT8 = 0x08
-
-CIFAR_RECORD = 1 + 3 * 32 * 32  # a label, then the red, green and blue planes
-
+CIFAR_RECORD_BYTES = 1 + 3 * 32 * 32  # a label, then the red, green and blue planes
 CIFAR_CLASSES = 10
 
 
 def parse_idx(content: bytes, name: str) -> Tensor:
-    """Return the array of an IDX file as a uint8 tensor; ``name`` is the file's, for messages.
+    """Return the array of an IDX file as a uint8 tensor.
 
     The header is two zero bytes, the type, the number of dimensions, then each dimension as a big-endian 32-bit
-    number (http://yann.lecun.com/exdb/mnist). Raises ConvlensError unless type and length are right.
+    integer (http://yann.lecun.com/exdb/mnist).
+
+    Args:
+        content: The content of the file.
+        name: What messages call the file.
+
+    Raises:
+        ConvlensError: The type or the length is wrong.
     """
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != IDX_UINT8 or not 1 <= content[3] <= 4:
         raise ConvlensError(f"{name} is not an IDX file of bytes: it starts with {content[:4].hex(' ') or 'nothing'}")
@@ -35,15 +40,23 @@ def parse_idx(content: bytes, name: str) -> Tensor:
         raise ConvlensError(f"{name} is {what}: it has {len(content):,} bytes, its header promises {expected:,}")
     try:
         return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
-    except ValueError:  # no byte, yet sides that overflow: 0 x 2^32 x 2^32
+    except ValueError:  # no bytes, but dimensions that overflow, such as 0 x 2^32 x 2^32
         raise ConvlensError(f"{name} is not an IDX file of bytes: its shape is {shape}") from None
 
 
 def parse_cifar10(content: bytes, name: str) -> tuple[Tensor, Tensor]:
-    """Return images, uint8 (N, 3, 32, 32), and labels, int64 (N,), of one file of the binary version."""
-    if not content or len(content) % CIFAR_RECORD:
+    """Return the images, uint8 (N, 3, 32, 32), and labels, int64 (N,), of a file of CIFAR-10's binary version.
+
+    Args:
+        content: The content of the file.
+        name: What messages call the file.
+
+    Raises:
+        ConvlensError: The length or a label is wrong.
+    """
+    if not content or len(content) % CIFAR_RECORD_BYTES:
         raise ConvlensError(f"{name} is truncated or not CIFAR-10's binary version: {len(content):,} bytes")
-    records = torch.from_numpy(np.frombuffer(content, np.uint8).reshape(-1, CIFAR_RECORD).copy())
+    records = torch.from_numpy(np.frombuffer(content, np.uint8).reshape(-1, CIFAR_RECORD_BYTES).copy())
     labels = records[:, 0].long()
     if int(labels.max()) >= CIFAR_CLASSES:
         raise ConvlensError(f"{name} is not CIFAR-10's binary version: it has a label {int(labels.max())}")

@@ -1,4 +1,4 @@
-"""Pictures of any kind as pixels: opened, brought to grey or RGB, resized. Without PyTorch, to start at once."""
+"""Open image files and convert them to gray or RGB pixels. Must not import torch, so that it starts fast."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import stat
 import threading
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,34 +20,21 @@ from convlens.errors import ConvlensError
 
 Pixels = NDArray[np.uint8]
 
-MAX_PIXELS = 50_000_000  # pixels; Pillow takes 4 bytes for each
-
-MAX_SIDE_PIXELS = 65_535  # the longest that a JPEG can have
-
-MAX_ASPECT_RATIO = 10_000  # of the longer side to the shorter
-
-MAX_WHOLE_JPEG = 1.5  # times LARGEST: a JPEG of several scans is held whole, with 2 bytes for each colour of a pixel
-
-MAX_SLOW_PIXELS = 1_000_000  # of a PPM that Pillow decodes in Python, at about three seconds for so many
-
-BAND_PIXELS = 1 << 22  # whose colours are changed at a time: on the way they take up to 16 bytes each
-
-MAX_INK_PIXELS = 4096 * 4096  # searched for ink, in floats; a page of A4 at 400 dpi has 15.5 million
-
-MAX_BORDER_SAMPLES = 65_536  # of which the paper is estimated, less than a megabyte: all the border of most images
-
-MAX_FILE_BYTES = 400_000_000  # bytes: so many pixels of four 16-bit numbers, not compressed
-
-MAX_SCANS = 100  # of a progressive JPEG, each of which goes over all its pixels; encoders write about ten
-
-ORIENTATION = 0x0112  # EXIF's tag
-
-# Pillow would hand an EPS to Ghostscript: only formats that it decodes itself
+MAX_PIXELS = 50_000_000  # Pillow takes 4 bytes for each
+MAX_SIDE_PIXELS = 65_535  # the longest side of a JPEG
+MAX_ASPECT_RATIO = 10_000
+MAX_MULTISCAN_RATIO = 1.5  # times MAX_PIXELS: libjpeg holds a JPEG of several scans in memory, 2 bytes a color value
+MAX_SLOW_PPM_PIXELS = 1_000_000  # about three seconds, because Pillow decodes some PPMs in Python
+MAX_FILE_BYTES = 400_000_000  # MAX_PIXELS of four 16-bit values, uncompressed
+MAX_SCANS = 100  # of a progressive JPEG; each updates all pixels, and encoders write about ten
+BAND_PIXELS = 1 << 22  # pixels that are converted at a time; conversion takes up to 16 bytes each
+EXIF_ORIENTATION = 0x0112
+# Only formats that Pillow decodes itself: it would pass an EPS to Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 
 
-class Quiet:
-    """Silences warnings while any thread is inside; warnings.catch_warnings alone is not safe between threads."""
+class SuppressWarnings:
+    """Suppress warnings while any thread is inside. ``warnings.catch_warnings`` alone is not thread-safe."""
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
@@ -67,39 +55,56 @@ class Quiet:
                 self._catch.__exit__(None, None, None)
 
 
-QUIET = Quiet()
+no_warnings = SuppressWarnings()
 
 
 class InvalidImageError(ConvlensError):
-    """A file or object that is not an image that can be read."""
+    """A file or object is not a readable image."""
 
 
 @dataclass(frozen=True)
 class InputStyle:
-    """What the pictures of a data set look like, beyond their size.
+    """What the images of a data set show, and how new images are made to look like them.
 
-    A photo fills its frame. Ink (MNIST, Fashion-MNIST, digits) is light on black, scaled to fit into a square of
-    ``ink_box`` pixels and centred in the image, by mass or by its bounding box.
+    Photos fill the image. Ink (MNIST, Fashion-MNIST, digits) is light on black, scaled into a square and centered.
+
+    Args:
+        content_size: The side of the square that ink is scaled to, in pixels; 0 for photos.
+        center_of_mass: Center ink by its center of mass, not by its bounding box.
     """
 
-    ink_box: int = 0  # 0: a photo
-    centre_by_mass: bool = False
+    content_size: int = 0
+    center_of_mass: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for :meth:`from_json`."""
+        return {"ink_box": self.content_size, "centre_by_mass": self.center_of_mass}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> InputStyle:
+        """Return the style that :meth:`to_json` described; KeyError, TypeError or ValueError if it is invalid."""
+        return cls(int(values["ink_box"]), bool(values["centre_by_mass"]))
 
 
 def read_file(path: str | Path, name: str = "") -> bytes:
-    """Return what is in an image file; InvalidImageError if it is missing, closed to us, no file, or of over 400 MB.
+    """Return the content of an image file.
 
-    ``name`` is what messages call it, if not by its path.
+    Args:
+        path: The file.
+        name: What messages call the file, by default ``path``.
+
+    Raises:
+        InvalidImageError: The file is missing, unreadable, not a regular file, or larger than 400 MB.
     """
     name = name or str(path)
     try:
-        with open(path, "rb", opener=without_waiting) as file:
-            about = os.fstat(file.fileno())
-            if not stat.S_ISREG(about.st_mode):
+        with open(path, "rb", opener=open_nonblocking) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise InvalidImageError(f"{name} is a pipe or a device, not a file")
-            if about.st_size > MAX_FILE_BYTES:
+            if status.st_size > MAX_FILE_BYTES:
                 raise InvalidImageError(
-                    f"{name} has {about.st_size:,} bytes, too many for an image (over {MAX_FILE_BYTES:,})"
+                    f"{name} has {status.st_size:,} bytes, too many for an image (over {MAX_FILE_BYTES:,})"
                 )
             return file.read()
     except FileNotFoundError:
@@ -112,61 +117,62 @@ def read_file(path: str | Path, name: str = "") -> bytes:
         raise InvalidImageError(f"{name} cannot be read: {error.strerror}") from None
 
 
-def without_waiting(path: str, flags: int) -> int:
-    """Open a file, but do not wait for somebody to write into a pipe."""
+def open_nonblocking(path: str, flags: int) -> int:
+    """Open a file without waiting for a writer if it is a pipe."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def open_image(source: str | Path | bytes, name: str = "the image", max_pixels: int | None = None) -> Image.Image:
-    """Open a file's path or content as a PIL image, fully decoded and turned as its EXIF tag says.
+    """Decode an image file and apply its EXIF orientation.
 
-    The format is decided by content. An image is refused by its size before it is decoded. A JPEG of more than
-    ``max_pixels`` is decoded at an eighth of its size, if it has at most 178 million.
+    The format is detected from the content. The size is checked before decoding. A JPEG with more than ``max_pixels``
+    and at most 178 million pixels is decoded at one eighth of its size.
 
     Args:
         source: A path, or the content of a file.
         name: What messages call a content.
-        max_pixels: How many pixels the image may have, by default 50 million.
+        max_pixels: The largest number of pixels, by default 50 million.
 
     Raises:
-        InvalidImageError: The file is missing, not an image or truncated; it has too many pixels, a side of
-            more than 65,535, or is more than 10,000 times as long as wide; or it is a JPEG of more than 100 scans,
-            or a PPM that takes minutes.
+        InvalidImageError: The file is missing, not an image or truncated; it has too many pixels, a side of more than
+            65,535 pixels or an aspect ratio over 10,000; or it is a JPEG of more than 100 scans or a PPM that takes
+            minutes to decode.
     """
     if not isinstance(source, bytes):
         return open_image(read_file(source), str(source), max_pixels)
-    most = MAX_PIXELS if max_pixels is None else max_pixels
+    limit = MAX_PIXELS if max_pixels is None else max_pixels
     if source.startswith(b"\xff\xd8") and (scans := source.count(b"\xff\xda")) > MAX_SCANS:
         raise InvalidImageError(f"{name} has {scans:,} scans, too many for a JPEG (over {MAX_SCANS})")
     try:
-        # from memory, for Pillow reads a file in many small pieces; closed, or a TIFF would keep the whole file
-        with QUIET, io.BytesIO(source) as file, Image.open(file, formats=FORMATS) as image:
+        # From memory, because Pillow reads files in many small pieces. Closed, because a TIFF would keep the content.
+        with no_warnings, io.BytesIO(source) as file, Image.open(file, formats=FORMATS) as image:
             require_shape(image.width, image.height, name)
-            if image.width * image.height > most:
-                if image.width * image.height > most * MAX_WHOLE_JPEG and has_several_scans(image, source):
+            if image.width * image.height > limit:
+                if image.width * image.height > limit * MAX_MULTISCAN_RATIO and has_several_scans(image, source):
                     raise Image.DecompressionBombError
                 image.draft(image.mode, (1, 1))
-            if image.width * image.height > most:
+            if image.width * image.height > limit:
                 raise Image.DecompressionBombError
-            if image.format == "PPM" and image.width * image.height > MAX_SLOW_PIXELS and image.tile[0][0] != "raw":
-                limit = f"over {MAX_SLOW_PIXELS:,}"
+            slow = image.format == "PPM" and image.tile[0][0] != "raw"
+            if slow and image.width * image.height > MAX_SLOW_PPM_PIXELS:
                 raise InvalidImageError(
-                    f"{name} has too many pixels for a PPM of text or of other than 256 levels ({limit})"
+                    f"{name} has too many pixels for a PPM in text form or without 256 levels "
+                    f"(over {MAX_SLOW_PPM_PIXELS:,})"
                 )
             image.load()
-            return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
+            return ImageOps.exif_transpose(image) if image.getexif().get(EXIF_ORIENTATION, 1) != 1 else image
     except UnidentifiedImageError:
         raise InvalidImageError(f"{name} is not an image (JPEG, PNG, GIF, WebP, BMP, TIFF or PPM)") from None
     except Image.DecompressionBombError:
-        raise InvalidImageError(f"{name} has too many pixels (over {most:,})") from None
-    except (InvalidImageError, MemoryError):  # the latter says nothing of the image
+        raise InvalidImageError(f"{name} has too many pixels (over {limit:,})") from None
+    except (InvalidImageError, MemoryError):  # running out of memory says nothing about the image
         raise
     except Exception as error:  # decoders raise many kinds of error (OSError, SyntaxError, struct.error, ...)
         raise InvalidImageError(f"{name} cannot be decoded: {str(error) or type(error).__name__}") from None
 
 
 def require_shape(width: int, height: int, name: str) -> None:
-    """Raise InvalidImageError for an image that is too long or too narrow: few bytes can hold it."""
+    """Raise InvalidImageError for an image that is too long or too narrow: a few bytes can encode one."""
     long, short = max(width, height), min(width, height)
     if long > MAX_SIDE_PIXELS:
         raise InvalidImageError(f"{name} is too long: {width:,} x {height:,} pixels (over {MAX_SIDE_PIXELS:,} a side)")
@@ -176,16 +182,16 @@ def require_shape(width: int, height: int, name: str) -> None:
 
 
 def has_several_scans(image: Image.Image, source: bytes) -> bool:
-    """Return True if a JPEG has no scan of all its pixels and colours, so that libjpeg must hold it whole."""
+    """Return True if no scan of a JPEG has all its pixels and colors, so that libjpeg must hold it in memory."""
     if not isinstance(image, JpegImagePlugin.JpegImageFile) or image.fp is None:
         return False
-    # Pillow has read up to the end of the header of the first scan, whose length tells how many colours it has
+    # Pillow has read up to the end of the first scan's header. The length of a scan with all colors is known.
     start = image.fp.tell() - 8 - 2 * image.layers
     return "progressive" in image.info or source[start : start + 2] != b"\xff\xda"
 
 
 def array_to_image(array: NDArray[Any]) -> Image.Image:
-    """Return a uint8, or a float in 0..1, array (H, W), (H, W, 1|3|4) or (1|3, H, W) as a PIL image."""
+    """Return an array (H, W), (H, W, 1|3|4) or (1|3, H, W), uint8 or float in 0..1, as a PIL image."""
     array = np.asarray(array)
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3, 4):
         array = array.transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)
@@ -197,33 +203,33 @@ def array_to_image(array: NDArray[Any]) -> Image.Image:
 
 
 def to_bytes(array: NDArray[Any]) -> Pixels:
-    """Return whole numbers 0..255, booleans or floats 0..1 as uint8; InvalidImageError for any other values."""
+    """Return integers 0..255, booleans or floats 0..1 as uint8; InvalidImageError for other values."""
     if array.size == 0:
-        raise InvalidImageError(f"an array of shape {array.shape} and type {array.dtype} holds no pixels")
+        raise InvalidImageError(f"an array of shape {array.shape} and type {array.dtype} has no pixels")
     if array.dtype == np.uint8:
         return array
     if array.dtype == bool:
         return array.astype(np.uint8) * np.uint8(255)
     if not np.issubdtype(array.dtype, np.number) or np.iscomplexobj(array):
-        raise InvalidImageError(f"an array of shape {array.shape} and type {array.dtype} holds no pixels")
+        raise InvalidImageError(f"an array of shape {array.shape} and type {array.dtype} has no pixels")
     low, high = float(array.min()), float(array.max())
     top = 1.0 if np.issubdtype(array.dtype, np.floating) else 255.0
-    if not (0 <= low and high <= top):  # a NaN fails too
+    if not (0 <= low and high <= top):  # NaN fails too
         raise InvalidImageError(
-            f"pixel values run from {low:g} to {high:g}; give uint8 (or whole numbers 0 to 255), or floats 0 to 1"
+            f"pixel values run from {low:g} to {high:g}; give uint8 (or integers 0 to 255), or floats 0 to 1"
         )
     return np.round(array * (255.0 / top)).astype(np.uint8)
 
 
-def is_grey(image: Image.Image) -> bool:
-    """Say whether a picture's mode has no colour."""
+def is_gray(image: Image.Image) -> bool:
+    """Return True if the mode of an image has no color."""
     return image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """Return ``image`` in grey (1 channel) or RGB (3), whatever its mode: 16-bit, palette, CMYK, alpha, 1-bit.
+    """Convert an image of any mode (16-bit, palette, CMYK, alpha, 1-bit) to gray (1 channel) or RGB (3).
 
-    16-bit and 32-bit whole numbers are read as 0..65535, floats as 0..1; transparent parts become white.
+    16-bit and 32-bit integers are read as 0..65535 and floats as 0..1. Transparent parts become white.
     """
     target = "L" if channels == 1 else "RGB"
     if image.mode == target and not image.has_transparency_data:
@@ -234,15 +240,15 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
     rows = max(BAND_PIXELS // image.width, 1)
     if rows >= image.height:
         return convert(image, target, top)
-    made = Image.new(target, image.size)
-    for y in range(0, image.height, rows):  # the steps between the two modes are never held for all pixels
+    converted = Image.new(target, image.size)
+    for y in range(0, image.height, rows):  # intermediate modes of a whole large image would not fit into memory
         band = image.crop((0, y, image.width, min(y + rows, image.height)))
-        made.paste(convert(band, target, top), (0, y))
-    return made
+        converted.paste(convert(band, target, top), (0, y))
+    return converted
 
 
 def convert(image: Image.Image, target: str, top: float) -> Image.Image:
-    """Return ``image`` in mode ``target``, L or RGB; of more than 8 bits, ``top`` becomes 255."""
+    """Convert ``image`` to mode L or RGB. In modes of more than 8 bits, ``top`` becomes 255."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.array(image, dtype=np.float32)  # (H, W)
         values *= 255.0 / top
@@ -259,13 +265,13 @@ def convert(image: Image.Image, target: str, top: float) -> Image.Image:
 
 
 def fit_photo(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Resize ``image`` to cover height x width and cut what stands over, equally on both sides."""
+    """Resize ``image`` to cover height x width, and crop the excess equally on both sides."""
     if image.size == (width, height):
         return image
     return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR, centering=(0.5, 0.5))
 
 
 def image_pixels(image: Image.Image) -> Pixels:
-    """Return a grey or RGB image as uint8 (C, H, W)."""
+    """Return a gray or RGB image as uint8 (C, H, W)."""
     pixels = np.array(image)  # (H, W) or (H, W, 3)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

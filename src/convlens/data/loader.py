@@ -1,4 +1,4 @@
-"""Batches of a split: order and augmentation are functions of (seed, epoch, step), so nothing need be restored."""
+"""Batches of a split. Order and augmentation are functions of (seed, epoch, batch), so resuming needs no state."""
 
 from __future__ import annotations
 
@@ -7,107 +7,122 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from convlens.data.augment import BatchRandom, mirror
+from convlens.data.augment import BatchRandom, hflip
 from convlens.data.dataset import Split
 from convlens.data.normalize import Normalize
 from convlens.distributed.process_group import World
 from convlens.errors import UsageError
 from convlens.system.random import derive_seed, seed_everything
 
-FLIP = -1  # stands for no epoch: the stream of numbers that says which images are mirrored first
+HFLIP_STREAM = -1  # in place of an epoch, for the random numbers that choose which images are flipped first
+
 Augment = Callable[[Tensor, Tensor, BatchRandom], tuple[Tensor, Tensor]]
 
 
 def count_batches(images: int, batch_size: int) -> int:
-    """Return the number of batches in an epoch; the last may be smaller, but a lone last image joins the one before.
+    """Return the number of batches in an epoch.
 
-    BatchNorm cannot learn from a single value.
+    The last batch may be smaller. A single remaining image joins the batch before it, because BatchNorm cannot
+    compute a variance from one value.
     """
-    whole, left = divmod(images, batch_size)
-    return max(whole + (left > 1), 1)
+    full, remainder = divmod(images, batch_size)
+    return max(full + (remainder > 1), 1)
 
 
 def require_balance(split: Split) -> None:
-    """Raise UsageError if the images of ``split`` cannot be drawn one by one: those in shards."""
+    """Raise UsageError if ``split`` is in shards, which do not support random access to single images."""
     if not isinstance(split.images, Tensor):
-        raise UsageError(
-            "--balanced-sampling draws images from all over; those in shards are read a few shards at a time"
-        )
+        raise UsageError("`balanced_sampling` needs random access to the images, and shards are read a few at a time")
 
 
 class BatchLoader:
-    """Shuffled, normalised, augmented batches; the images are moved to the device once.
+    """Shuffled, normalized and augmented batches.
 
-    Where several ``ranks`` train together, each gets its part of every batch.
+    Args:
+        split: The images. They are moved to the device of ``normalize`` once.
+        batch_size: The number of images in a batch, over all ranks.
+        normalize: Turns pixels into the input of the model.
+        seed: Determines order and augmentation, together with the epoch and the index of a batch.
+        augment: Changes a batch (images, labels, random numbers).
+        hflip: Alternating flip: mirror every image in every second epoch.
+        balanced_sampling: Draw images with replacement, all classes equally often.
+        world: The ranks that train together. Each loads its slice of every batch.
+
+    Raises:
+        UsageError: The images do not fit into the memory of the device, or cannot be sampled one by one.
     """
 
     def __init__(
         self,
         split: Split,
         batch_size: int,
-        normalise: Normalize,
+        normalize: Normalize,
         *,
         seed: int,
-        device: torch.device,
         augment: Augment,
-        flip: bool = False,
-        balance: bool = False,
-        ranks: World | None = None,
+        hflip: bool = False,
+        balanced_sampling: bool = False,
+        world: World | None = None,
     ):
-        if balance:
+        if balanced_sampling:
             require_balance(split)
-        self._ranks = ranks or World()
+        device = normalize.scale.device
+        self._world = world or World()
         self._split = split
         try:
             self._images = split.images.to(device)  # (N, C, H, W) uint8
         except torch.OutOfMemoryError:
             raise UsageError(
-                f"the {len(split):,} training images do not fit into the memory of the {device.type} device; put them "
-                "into shards with convlens data pack, or compute with --device cpu"
+                f"the {len(split):,} training images do not fit into the memory of the {device.type} device; "
+                "convert them to shards with convlens data pack, or set `device` to cpu"
             ) from None
         self._labels = split.labels.to(device)  # (N,) int64
-        self._normalise = normalise.to(device)
-        self._batch_size, self._seed, self._augment = batch_size, seed, augment
+        self._normalize, self._augment = normalize, augment
+        self._batch_size, self._seed = batch_size, seed
         self._generator = torch.Generator(device)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
-        # alternating flip (K. Jordan 2024): each image in every second epoch, so that none is seen twice the same way;
-        # whether in the odd or in the even ones is drawn for each
-        first = torch.rand(len(split), generator=torch.Generator().manual_seed(derive_seed(seed, FLIP))) < 0.5
-        self._mirrored = first.to(device) if flip else None  # (N,)
-        # the chance of each image to be drawn: classes alike, and images alike within a class
+        # Alternating flip (Jordan 2024): an image is never seen the same way in two consecutive epochs. A random
+        # number per image chooses whether the odd or the even epochs flip it.
+        first = torch.rand(len(split), generator=torch.Generator().manual_seed(derive_seed(seed, HFLIP_STREAM))) < 0.5
+        self._flipped_first = first.to(device) if hflip else None  # (N,)
         counts = torch.bincount(split.labels).double()
-        self._chances = 1 / counts[split.labels] if balance else None  # (N,)
+        self._weights = 1 / counts[split.labels] if balanced_sampling else None  # (N,)
 
     def __len__(self) -> int:
         """The number of batches in an epoch."""
         return count_batches(len(self._labels), self._batch_size)
 
     def size(self, index: int) -> int:
-        """Return the number of images in batch ``index``, of all ranks together."""
+        """Return the number of images in batch ``index``, over all ranks."""
         return len(self._labels) - index * self._batch_size if index == len(self) - 1 else self._batch_size
 
     def __call__(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        """Return batch ``index`` of ``epoch``: float images (N, C, H, W), labels (N,) or probabilities (N, K).
+        """Return batch ``index`` of ``epoch``, and seed PyTorch's global generator for models with dropout.
 
-        It seeds PyTorch's global generator as well, for nets with dropout.
+        Returns:
+            Images, float (N, C, H, W), and labels: int64 (N,), or probabilities, float (N, K).
         """
         if epoch != self._epoch:
-            if self._chances is None:
-                order = self._split.order(self._seed, epoch)
-            else:
-                shuffle = torch.Generator().manual_seed(derive_seed(self._seed, epoch))
-                order = torch.multinomial(self._chances, len(self._labels), replacement=True, generator=shuffle)
-            # moved at once, for a step must not wait for it; that of shards is worked out as it is read
-            self._epoch, self._order = epoch, order.to(self._labels.device) if isinstance(order, Tensor) else order
-        step_seed = derive_seed(self._seed, epoch, index)
-        seed_everything(step_seed + self._ranks.rank, self._labels.device)
+            self._epoch, self._order = epoch, self._epoch_order(epoch)
+        batch_seed = derive_seed(self._seed, epoch, index)
+        seed_everything(batch_seed + self._world.rank, self._labels.device)
         count, first = self.size(index), index * self._batch_size
-        part = self._ranks.part(count)
+        part = self._world.part(count)
         rows = self._order[first : first + count][part]
-        images = self._normalise(self._images[rows])
+        images = self._normalize(self._images[rows])
         rows = rows.to(self._labels.device)
-        if self._mirrored is not None:
-            images = mirror(images, self._mirrored[rows] ^ bool(epoch % 2))
-        draws = BatchRandom(self._generator.manual_seed(step_seed), count, part)
+        if self._flipped_first is not None:
+            images = hflip(images, self._flipped_first[rows] ^ bool(epoch % 2))
+        draws = BatchRandom(self._generator.manual_seed(batch_seed), count, part)
         images, labels = self._augment(images, self._labels[rows], draws)
         return images.contiguous(memory_format=torch.channels_last), labels
+
+    def _epoch_order(self, epoch: int) -> Tensor:
+        """Return the rows of an epoch, int64 (N,), on the device."""
+        if self._weights is not None:
+            generator = torch.Generator().manual_seed(derive_seed(self._seed, epoch))
+            order = torch.multinomial(self._weights, len(self._labels), replacement=True, generator=generator)
+        else:
+            order = self._split.order(self._seed, epoch)
+        # One copy per epoch, so that no step waits for it. The order of shards is computed as it is read.
+        return order.to(self._labels.device) if isinstance(order, Tensor) else order

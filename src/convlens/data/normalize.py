@@ -1,4 +1,4 @@
-"""Normalising: from the pixels of a data set to the numbers that a net takes, and back."""
+"""Normalization: from pixels to the input of a model, and back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from torch import Tensor, nn
 
 
 class Normalize(nn.Module):
-    """(pixels / 255 - mean) / std: from uint8 (N, C, H, W) to float32 of the same shape."""
+    """Compute (pixels / 255 - mean) / std.
+
+    Args:
+        mean: Per-channel mean of pixels in 0..1.
+        std: Per-channel standard deviation.
+    """
 
     scale: Tensor
     offset: Tensor
@@ -19,9 +24,9 @@ class Normalize(nn.Module):
         self.register_buffer("offset", -mean_ / std_, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return the net's input for uint8 pixels (N, C, H, W)."""
+        """Return normalized float32 images (N, C, H, W) for uint8 ``pixels`` (N, C, H, W)."""
         return pixels.to(self.scale.dtype) * self.scale + self.offset
 
     def invert(self, x: Tensor) -> Tensor:
-        """Return the net's input (N, C, H, W) as uint8 pixels again."""
+        """Return uint8 pixels (N, C, H, W) for normalized images ``x`` (N, C, H, W)."""
         return ((x - self.offset) / self.scale).round().clamp(0, 255).to(torch.uint8)

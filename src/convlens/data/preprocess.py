@@ -1,10 +1,10 @@
-"""What stands between a picture and a net, and travels with the model: adapting to its size, mean and spread."""
+"""Preprocessing between an image file and a model. It is stored with the model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,85 +14,106 @@ from convlens.data.images import InputStyle, Pixels, fit_photo, image_pixels, to
 from convlens.data.mnist_style import fit_ink
 from convlens.errors import UsageError
 
-if TYPE_CHECKING:  # who only predicts does without PyTorch
+if TYPE_CHECKING:  # prediction with ONNX Runtime does not import torch
     from torch import Tensor
 
     from convlens.data.normalize import Normalize
 
-PART_BYTES, MOST_PARTS = 4 << 20, 128  # of pixels at a time, and how often, for their mean and spread
-MAX_INPUT_SIDE = 4096  # pixels, of the images that a net takes
+CHUNK_BYTES, MAX_CHUNKS = 4 << 20, 128  # of pixels that mean and standard deviation are computed on
+MAX_INPUT_SIDE = 4096  # pixels
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What stands between a picture and a net: size, colour mode, style and normalisation. Saved in the bundle."""
+    """Size, color mode, style and normalization of the images that a model takes.
+
+    Args:
+        channels: 1 (grayscale) or 3 (RGB).
+        height: In pixels.
+        width: In pixels.
+        mean: Per-channel mean of the training pixels in 0..1.
+        std: Per-channel standard deviation of the training pixels.
+        input_style: Whether the images are photos or ink, and how ink is placed.
+    """
 
     channels: int
     height: int
     width: int
-    mean: tuple[float, ...]  # per channel, of pixels in 0..1
+    mean: tuple[float, ...]
     std: tuple[float, ...]
-    style: InputStyle
+    input_style: InputStyle
 
     @classmethod
-    def measure(cls, images: Tensor, style: InputStyle) -> Preprocess:
-        """Take size and per-channel mean and standard deviation from training images, uint8 (N, C, H, W).
+    def fit(cls, images: Tensor, input_style: InputStyle) -> Preprocess:
+        """Take the size, mean and standard deviation from training images, uint8 (N, C, H, W).
 
-        Raises UsageError for images of more than 4096 pixels a side, which no bundle may ask for.
+        Raises:
+            UsageError: The images have more than 4096 pixels on a side.
         """
         channels, height, width = images.shape[1:]
         if max(height, width) > MAX_INPUT_SIDE:
-            raise UsageError(f"images of {width} x {height} pixels; nets take at most {MAX_INPUT_SIDE} a side")
-        # counting the 256 values is exact, and needs no float copy of the data; of very many images some are enough
+            raise UsageError(f"images of {width} x {height} pixels; models take at most {MAX_INPUT_SIDE} a side")
+        # Histograms of the 256 values are exact and need no float copy of the data. A subset of a very large data
+        # set is enough. Indexing in chunks reads shards one after another.
         counts = np.zeros((channels, 256))
-        part = max(PART_BYTES // (channels * height * width), 1)  # those in shards are read part by part
-        starts = range(0, len(images), part)
-        for start in starts[:: max(len(starts) // MOST_PARTS, 1)]:
-            pixels = images[start : start + part]
+        chunk = max(CHUNK_BYTES // (channels * height * width), 1)
+        starts = range(0, len(images), chunk)
+        for start in starts[:: max(len(starts) // MAX_CHUNKS, 1)]:
+            pixels = images[start : start + chunk]
             counts += [pixels[:, c].flatten().bincount(minlength=256).numpy() for c in range(channels)]
         levels = np.arange(256) / 255
-        share = counts / counts.sum(axis=1, keepdims=True)  # (C, 256)
-        mean = share @ levels
-        std = np.sqrt((share @ levels**2 - mean**2).clip(0)).clip(1e-3)
-        return cls(channels, height, width, tuple(mean.tolist()), tuple(std.tolist()), style)
+        fractions = counts / counts.sum(axis=1, keepdims=True)  # (C, 256)
+        mean = fractions @ levels
+        std = np.sqrt((fractions @ levels**2 - mean**2).clip(0)).clip(1e-3)
+        return cls(channels, height, width, tuple(mean.tolist()), tuple(std.tolist()), input_style)
 
-    def adapt(self, image: Image.Image, *, raw: bool = False) -> Pixels:
-        """Return any PIL image as the pixels this net was trained on, uint8 (C, H, W).
+    def transform(self, image: Image.Image, *, adapt: bool = True) -> Pixels:
+        """Return a PIL image as uint8 pixels (C, H, W) in the style of the training images.
 
-        ``raw`` only converts the colour mode and resizes, without looking for ink.
+        Without ``adapt``, only convert the color mode and resize, without extracting ink.
         """
         image = to_mode(image, self.channels)
-        if raw or not self.style.ink_box:
+        if not adapt or not self.input_style.content_size:
             image = fit_photo(image, self.height, self.width)
         else:
-            image = fit_ink(image, self.height, self.width, self.style)
+            image = fit_ink(image, self.height, self.width, self.input_style)
         return image_pixels(image)
 
-    def normaliser(self) -> Normalize:
-        """Return the module that turns uint8 pixels into the net's input."""
+    def normalizer(self) -> Normalize:
+        """Return the module that turns uint8 pixels into the input of the model."""
         from convlens.data.normalize import Normalize
 
         return Normalize(self.mean, self.std)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plain values that :meth:`from_json` takes."""
-        return asdict(self)
+        """Return plain values for :meth:`from_json`."""
+        return {
+            "channels": self.channels,
+            "height": self.height,
+            "width": self.width,
+            "mean": self.mean,
+            "std": self.std,
+            "style": self.input_style.to_json(),
+        }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Preprocess:
-        """Rebuild what :meth:`to_json` gave; KeyError, TypeError or ValueError if it is something else."""
-        made = cls(
+        """Return the preprocessing that :meth:`to_json` described.
+
+        Raises:
+            KeyError, TypeError, ValueError: ``values`` describe no valid preprocessing.
+        """
+        loaded = cls(
             channels=int(values["channels"]),
             height=int(values["height"]),
             width=int(values["width"]),
             mean=tuple(float(v) for v in values["mean"]),
             std=tuple(float(v) for v in values["std"]),
-            style=InputStyle(int(values["style"]["ink_box"]), bool(values["style"]["centre_by_mass"])),
+            input_style=InputStyle.from_json(values["style"]),
         )
-        sides = made.channels in (1, 3) and 1 <= made.height <= MAX_INPUT_SIDE and 1 <= made.width <= MAX_INPUT_SIDE
-        # an ink box that is larger than the image cannot be placed in it
-        fits = 0 <= made.style.ink_box <= min(made.height, made.width)
-        finite = all(map(math.isfinite, (*made.mean, *made.std))) and all(std > 0 for std in made.std)
-        if not (sides and fits and finite and len(made.mean) == len(made.std) == made.channels):
+        sides = loaded.channels in (1, 3) and all(1 <= s <= MAX_INPUT_SIDE for s in (loaded.height, loaded.width))
+        content_fits = 0 <= loaded.input_style.content_size <= min(loaded.height, loaded.width)
+        finite = all(map(math.isfinite, (*loaded.mean, *loaded.std))) and all(std > 0 for std in loaded.std)
+        if not (sides and content_fits and finite and len(loaded.mean) == len(loaded.std) == loaded.channels):
             raise ValueError("its preprocessing makes no sense")
-        return made
+        return loaded

@@ -1,4 +1,4 @@
-"""Smaller copies of whole batches of images."""
+"""Downscaling of whole batches, for progressive resizing."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from torch import Tensor
 
 
 def resized_shape(shape: Sequence[int], size: int) -> tuple[int, int]:
-    """Return (height, width) scaled down so that the longer side has ``size`` pixels, if it has more."""
+    """Return ``shape`` (height, width) scaled down so that the longer side has at most ``size`` pixels."""
     height, width = shape
     scale = min(size / max(height, width), 1.0)
     return max(round(height * scale), 1), max(round(width * scale), 1)
 
 
-def shrink(images: Tensor, size: int) -> Tensor:
-    """Return images (N, C, H, W) scaled down so that their longer side has ``size`` pixels, if it has more."""
+def downscale(images: Tensor, size: int) -> Tensor:
+    """Return images (N, C, H, W) scaled down so that their longer side has at most ``size`` pixels.
+
+    Bilinear with antialiasing.
+    """
     shape = resized_shape(images.shape[2:], size)
     if shape == tuple(images.shape[2:]):
         return images

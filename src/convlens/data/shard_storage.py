@@ -1,4 +1,4 @@
-"""Where packed data lie, a folder or an address, and how their files are got from there."""
+"""Read the files of a sharded data set from a folder or over HTTP."""
 
 from __future__ import annotations
 
@@ -15,71 +15,70 @@ from typing import Any
 from convlens.errors import ConvlensError
 from convlens.system.files import MAX_JSON_BYTES, parse_json, read_json
 
-INDEX = "index.json"  # what lies there, and each file's SHA-256
-
-TRIES = 3  # to get a file over the network
-
-TIMEOUT_SECONDS = 30.0  # seconds for it to begin, or go on
+INDEX = "index.json"  # lists the files and their SHA-256
+MAX_TRIES = 3
+RETRY_SECONDS = 0.5
+TIMEOUT_SECONDS = 30.0  # without an answer
 
 
 @dataclass(frozen=True)
 class ShardStorage:
-    """Where shards lie: a folder, or an address that begins with http:// or https://."""
+    """The folder of the shards, or its http(s) address."""
 
     path: str
 
-    def read(self, file: str, sha256: str | None, most: int) -> bytes:
-        """Return a file's content; ConvlensError names it if it is missing, too large, or not what was packed."""
-        where = f"{self.path.rstrip('/')}/{file}"
-        content = read_address(where, most) if is_address(self.path) else read_file(where, most)
-        if len(content) > most:
-            raise ConvlensError(f"the shard {where} is larger than it may be: {most:,} bytes")
-        if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-            raise ConvlensError(f"the shard {where} is damaged: its SHA-256 is not that in {INDEX}; copy it anew")
+    def read(self, file: str, sha256: str, max_bytes: int) -> bytes:
+        """Return the content of a file; ConvlensError if it is missing, too large or has another digest."""
+        location = f"{self.path.rstrip('/')}/{file}"
+        content = read_address(location, max_bytes) if is_address(self.path) else read_file(location, max_bytes)
+        if len(content) > max_bytes:
+            raise ConvlensError(f"the shard {location} is larger than the expected {max_bytes:,} bytes")
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise ConvlensError(f"the shard {location} is damaged: its SHA-256 is not that in {INDEX}; copy it again")
         return content
 
     def read_index(self) -> dict[str, Any]:
-        """Return what stands in ``index.json``; ConvlensError if it is missing, too large, or no object."""
-        where = f"{self.path.rstrip('/')}/{INDEX}"
+        """Return the content of ``index.json``; ConvlensError if it is missing, too large or not a JSON object."""
+        location = f"{self.path.rstrip('/')}/{INDEX}"
         if not is_address(self.path):
-            return read_json(Path(where))
-        content = read_address(where, MAX_JSON_BYTES)
+            return read_json(Path(location))
+        content = read_address(location, MAX_JSON_BYTES)
         if len(content) > MAX_JSON_BYTES:
-            raise ConvlensError(f"{where} is larger than it may be: {MAX_JSON_BYTES:,} bytes")
-        return parse_json(content, where)
+            raise ConvlensError(f"{location} is larger than {MAX_JSON_BYTES:,} bytes")
+        return parse_json(content, location)
 
 
 def is_address(source: str) -> bool:
-    """Say whether data are asked for over the network."""
+    """Return True if ``source`` is an http(s) address."""
     return source.startswith(("http://", "https://"))
 
 
-def read_file(path: str, most: int) -> bytes:
-    """Return a file's content, or its first ``most`` bytes and one more; ConvlensError if it cannot be read."""
+def read_file(path: str, max_bytes: int) -> bytes:
+    """Return the content of a file, at most ``max_bytes`` and one more byte; ConvlensError if it cannot be read."""
     try:
         if Path(path).exists() and not Path(path).is_file():
-            raise ConvlensError(f"the shard {path} is no file")
+            raise ConvlensError(f"the shard {path} is not a file")
         with open(path, "rb") as file:
-            return file.read(min(most, os.fstat(file.fileno()).st_size) + 1)
+            return file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
-        raise ConvlensError(f"the shard {path} cannot be read: {error.strerror}; copy it anew") from None
+        raise ConvlensError(f"the shard {path} cannot be read: {error.strerror}; copy it again") from None
 
 
-def read_address(address: str, most: int) -> bytes:
-    """Return what lies at an address, or its first ``most`` bytes and one more; ConvlensError after three tries."""
-    for left in reversed(range(TRIES)):
+def read_address(address: str, max_bytes: int) -> bytes:
+    """Download at most ``max_bytes`` and one more byte; ConvlensError after three failures."""
+    for remaining in reversed(range(MAX_TRIES)):
         try:
-            with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as answer:
-                content: bytes = answer.read(most + 1)
-                if len(content) >= min(int(answer.headers.get("Content-Length", 0)), most + 1):
+            with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as response:
+                content: bytes = response.read(max_bytes + 1)
+                if len(content) >= min(int(response.headers.get("Content-Length", 0)), max_bytes + 1):
                     return content
-                reason = "it came only in part"
+                reason = "the connection closed early"
         except urllib.error.HTTPError as error:
             reason = f"{error.code} {error.reason}"
-            if error.code < 500:  # asking again would not help
+            if error.code < 500:  # retrying would not help
                 break
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", error))
-        if left:
-            threading.Event().wait(0.5)
-    raise ConvlensError(f"{address} cannot be had: {reason}")
+        if remaining:
+            threading.Event().wait(RETRY_SECONDS)
+    raise ConvlensError(f"{address} cannot be downloaded: {reason}")

@@ -64,7 +64,7 @@ class UncertaintyModel:
         cls, net: nn.Module, train: Split, validation: Split, classes: int, normalise: Normalize
     ) -> UncertaintyModel:
         """Fit on what ``net`` says of validation images; of training images only the features are looked at."""
-        rows = train.spread(MAX_FEATURE_IMAGES)
+        rows = train.evenly_spaced(MAX_FEATURE_IMAGES)
         _, known = compute_outputs(net, train.images[rows], normalise)
         space = MahalanobisModel.fit(known.cpu(), train.labels[rows], classes)
         logits, features = (x.cpu() for x in compute_outputs(net, validation.images, normalise))

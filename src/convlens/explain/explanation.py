@@ -74,8 +74,8 @@ class TrainingImages:
     def __init__(self, classifier: Classifier, dataset: Dataset):
         split = dataset.train
         self.dataset = dataset
-        self.rows = split.spread(MAX_NEIGHBOR_CANDIDATES)
-        _, features = compute_outputs(classifier.net, split.images[self.rows], classifier.preprocess.normaliser())
+        self.rows = split.evenly_spaced(MAX_NEIGHBOR_CANDIDATES)
+        _, features = compute_outputs(classifier.net, split.images[self.rows], classifier.preprocess.normalizer())
         self.features = F.normalize(features, dim=1)  # (N, D)
 
     def like(self, features: Tensor) -> tuple[Neighbor, ...]:
@@ -112,7 +112,7 @@ def explain(
     about = label or prediction.label
     number = classifier.classes.index(about)
     device = next(net.parameters()).device
-    x = classifier.preprocess.normaliser().to(device)(torch.from_numpy(pixels)[None].to(device))  # (1, C, H, W)
+    x = classifier.preprocess.normalizer().to(device)(torch.from_numpy(pixels)[None].to(device))  # (1, C, H, W)
     first = first_convolution(net)
     if first is None:
         raise ConvlensError("this net has no convolution: there is nothing to see in it")

@@ -54,11 +54,11 @@ def replay(classifier: Classifier, folder: RunDir, pixels: Pixels, asked: Split)
     config = folder.read_config()
     epoch_steps = count_batches(config["data"]["counts"]["train"], config["recipe"]["batch_size"])
     net, classes = classifier.net, len(classifier.classes)
-    normalise = classifier.preprocess.normaliser()
+    normalise = classifier.preprocess.normalizer()
     first = first_convolution(net)
     if first is None:
         raise ConvlensError("this net has no convolution: there is nothing to see in it")
-    part = asked.take(asked.spread(MAX_IMAGES))
+    part = asked.select(asked.evenly_spaced(MAX_IMAGES))
     device = next(net.parameters()).device
     picture = torch.from_numpy(pixels)[None]
     x = normalise.to(device)(picture.to(device))

@@ -77,7 +77,7 @@ def assemble_model(net: Any, bundle: Bundle, folder: Path) -> Any:
     front = PREPROCESS_GRAPH.format(
         height=shape.height, width=shape.width, constants=constants_of_colour, colour=colour
     )
-    normalise = shape.normaliser()
+    normalise = shape.normalizer()
     constants: dict[str, Tensor] = {"scale": normalise.scale, "offset": normalise.offset}
     parts = [graph(front), net.graph, graph(OUTPUT_GRAPH.format(temperature=trust.temperature if trust else 1.0))]
     if trust is not None:

@@ -58,7 +58,7 @@ def build_int8(folder: Path, dataset: Dataset) -> tuple[Any, Any, QuantizationCo
     g = torch.Generator().manual_seed(0)
     shown = dataset.train.images[torch.randperm(len(dataset.train), generator=g)[:SHOWN]]
     exact = assemble_model(net, bundle, folder)
-    model = assemble_model(quantize(net, bundle.preprocess.normaliser()(shown).numpy()), bundle, folder)
+    model = assemble_model(quantize(net, bundle.preprocess.normalizer()(shown).numpy()), bundle, folder)
     plain, small = (OnnxPredictor(embed_digest(m.SerializeToString()), str(folder)) for m in (exact, model))
     images, labels = dataset.test.images.numpy(), dataset.test.labels.numpy()
     first, second = (predictor.run(images)[0].argmax(axis=1) for predictor in (plain, small))

@@ -62,14 +62,14 @@ class Classifier(Predictor):
 
         The images are of the size that the net takes, and are normalised here.
         """
-        return compute_logits(self.net, images, self.preprocess.normaliser(), views=views)
+        return compute_logits(self.net, images, self.preprocess.normalizer(), views=views)
 
     def test(self, split: Split, views: TTA | None = None) -> tuple[dict[str, Any], Tensor]:
         """Return every figure on ``split``, as ``test.json`` has them, and the logits, float32 (N, K).
 
         With ``views`` the accuracy of test-time augmentation stands beside that of the plain images, by its name.
         """
-        logits, features = (x.cpu() for x in compute_outputs(self.net, split.images, self.preprocess.normaliser()))
+        logits, features = (x.cpu() for x in compute_outputs(self.net, split.images, self.preprocess.normalizer()))
         test = classification_report(logits, split.labels, self.classes)
         if self.trust is not None:
             test |= self.trust.judge(logits, features, split.labels)
@@ -81,7 +81,7 @@ class Classifier(Predictor):
 
     def run(self, pixels: Pixels) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
         """Return probabilities (N, K) and which images are known (N,); see :meth:`Predictor.run`."""
-        outputs = compute_outputs(self.net, torch.from_numpy(pixels), self.preprocess.normaliser())
+        outputs = compute_outputs(self.net, torch.from_numpy(pixels), self.preprocess.normalizer())
         logits, features = (x.cpu() for x in outputs)
         known = self.trust.knows(logits, features).numpy() if self.trust else None
         return self.probabilities(logits).numpy(), known

@@ -91,7 +91,7 @@ class Predictor(ABC):
             raise InvalidImageError(
                 f"a {type(picture).__name__} is not a picture: give a path, a PIL image or an array"
             )
-        return self.preprocess.adapt(image, raw=raw)
+        return self.preprocess.transform(image, adapt=not raw)
 
     def describe(self, pixels: Sequence[Pixels], top: int = 1, coverage: float | None = None) -> list[Prediction]:
         """Return a Prediction for each of uint8 images (C, H, W) as :meth:`adapt` gives them; see :meth:`predict`."""

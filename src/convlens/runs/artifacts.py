@@ -32,10 +32,10 @@ def describe_data(dataset: Dataset, fingerprint: str) -> dict[str, Any]:
         "classes": list(dataset.classes),
         "shape": list(dataset.shape),
         "counts": {name: len(split) for name, split in dataset.splits.items()},
-        "note": dataset.note,
+        "note": dataset.split_description,
         "unreadable": list(dataset.unreadable),
         "fold": list(dataset.fold) if dataset.fold else None,
-        "left_out": len(dataset.left_out),
+        "left_out": len(dataset.excluded),
         "fingerprint": fingerprint,
         "test_fingerprint": dataset.test.fingerprint(),
     }

@@ -151,7 +151,7 @@ class Experiment:
         form = input_spec(settled, start)
         loaded = load_dataset(data, **form, allow_unreadable=allow_unreadable)
         if exclude is not None:
-            loaded = loaded.without(read_name_list(exclude))
+            loaded = loaded.drop(read_name_list(exclude))
         if settled.balanced_sampling:
             require_balance(loaded.train)
         require_size(settled.image_size, loaded)
@@ -162,7 +162,7 @@ class Experiment:
             choices = [settle(choice).override(**running) for choice in budget_candidates(data_name(data), recipe)]
             settled = choose_for_budget(allowed, started, loaded, choices)
         dataset = loaded.with_validation(settled.val_fraction, settled.seed)
-        preprocess = Preprocess.measure(dataset.train.images, dataset.style)
+        preprocess = Preprocess.fit(dataset.train.images, dataset.input_style)
         if start is not None:
             if settled.pretrained:
                 settled = settled.override(pretrained=start.origin)  # which holds in another folder too
@@ -191,8 +191,8 @@ class Experiment:
         folder = RunDir.create(out, dataset.name)
         try:
             write_split(folder, dataset)
-            if loaded.left_out:
-                write_name_list(folder.excluded, dict.fromkeys(loaded.left_out, ""))
+            if loaded.excluded:
+                write_name_list(folder.excluded, dict.fromkeys(loaded.excluded, ""))
             write_json(folder.config, config)  # last: with it, the folder is a run that can be resumed
         except BaseException:  # Ctrl-C too
             shutil.rmtree(folder.path, ignore_errors=True)
@@ -275,7 +275,7 @@ class Experiment:
         loaded = load_recorded(
             recorded,
             data,
-            without=left_out,
+            exclude=left_out,
             image_size=recipe.image_size,
             channels=preprocess.channels,
             allow_unreadable=allow_unreadable or bool(recorded["unreadable"]),
@@ -291,7 +291,7 @@ class Experiment:
 
     def _lead(self) -> Experiment:
         """Tell the other processes what to train."""
-        self.ranks.lead([str(self.folder.path), self.config, list(self.dataset.left_out)])
+        self.ranks.lead([str(self.folder.path), self.config, list(self.dataset.excluded)])
         return self
 
     @classmethod
@@ -308,7 +308,7 @@ class Experiment:
         records: list[EpochRecord] = []
         watcher = Callback()
         if self.ranks.first:
-            watcher = LiveStatus(self.folder, self.dataset, self.preprocess.normaliser(), self.recipe)
+            watcher = LiveStatus(self.folder, self.dataset, self.preprocess.normalizer(), self.recipe)
         tensorboard = self.recipe.tensorboard and self.ranks.first
         with (
             self.folder.claimed() if self.ranks.first else contextlib.nullcontext(),

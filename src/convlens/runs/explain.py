@@ -51,7 +51,7 @@ def explain_images(
     classifier = Classifier.load(source)
     if label is not None:
         require_class(label, classifier.classes)
-    images = [classifier.preprocess.adapt(open_image(file), raw=raw) for file in pictures]
+    images = [classifier.preprocess.transform(open_image(file), adapt=not raw) for file in pictures]
     training, missing = None, ""
     try:
         training = load_training_images(source, classifier, data)

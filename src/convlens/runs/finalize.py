@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convlens.data.augment import BatchRandom, mirror
+from convlens.data.augment import BatchRandom, hflip
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
 from convlens.evaluation.inference import make_tta
@@ -38,7 +38,7 @@ def finalize(
     trust = None
     if dataset.validation is not None:
         trust = UncertaintyModel.fit(
-            net, dataset.train, dataset.validation, len(dataset.classes), preprocess.normaliser()
+            net, dataset.train, dataset.validation, len(dataset.classes), preprocess.normalizer()
         )
     bundle = Bundle(net, model, dataset.classes, preprocess, {}, trust)
     classifier = Classifier(bundle, recipe.device)
@@ -82,10 +82,10 @@ def draw_plots(
     rows = image_grid.pick_samples(train.labels, len(classes))
     images, labels = train.images[rows], train.labels[rows]
     names = [classes[label] for label in labels.tolist()]
-    augment, normalise = make_augment(recipe, len(classes)), preprocess.normaliser()
+    augment, normalise = make_augment(recipe, len(classes)), preprocess.normalizer()
     with torch.no_grad():
         turned = torch.arange(len(rows)) % 2 == 1  # every second one, as in each epoch
-        seen = mirror(normalise(images), turned) if recipe.hflip else normalise(images)
+        seen = hflip(normalise(images), turned) if recipe.hflip else normalise(images)
         changed, _ = augment(seen, labels, BatchRandom.seeded(recipe.seed, len(rows)))
     drawn = {
         "samples.png": image_grid.image_grid(images, names, "What it learns from: training images"),

@@ -72,7 +72,7 @@ class RunGroup:
         form = input_spec(settled, start_from_weights(settled))
         dataset = load_dataset(data, **form, allow_unreadable=allow_unreadable)
         if exclude is not None:
-            dataset = dataset.without(read_name_list(exclude))
+            dataset = dataset.drop(read_name_list(exclude))
         refuse_inside_data(out, dataset)
         if folds is not None:
             assign_folds(merge(dataset)[0].labels, dataset.classes, folds)
@@ -82,7 +82,7 @@ class RunGroup:
             "seed": settled.seed,
             **form,
             "data": dataset.source,
-            "excluded": list(dataset.left_out),
+            "excluded": list(dataset.excluded),
             "fingerprint": dataset.fingerprint(),
             "recipe": dataclasses.asdict(recipe),
             "overrides": {name: value for name, value in overrides.items() if name != "seed"},
@@ -122,8 +122,8 @@ class RunGroup:
         allowed = allow_unreadable or plan["allow_unreadable"]
         form = {key: plan[key] for key in ("image_size", "channels") if key in plan}
         dataset = load_dataset(source, **form, allow_unreadable=allowed)
-        if not dataset.left_out:
-            dataset = dataset.without(plan["excluded"])
+        if not dataset.excluded:
+            dataset = dataset.drop(plan["excluded"])
         if dataset.fingerprint() != plan["fingerprint"]:
             raise UsageError(f"the data of {path} have changed since it was started; train anew")
         first = RunDir(Path(path) / plan["runs"][0])

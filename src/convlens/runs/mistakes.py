@@ -41,7 +41,7 @@ def write_mistakes(
     if folder.exists():
         raise UsageError(f"{folder} exists already; choose another place with --to")
     _, dataset = load_evaluation_data(run.path, data)
-    refuse_inside_data(folder, dataset, "--to")
+    refuse_inside_data(folder, dataset)
     for name in (true, predicted):
         if name is not None and name not in dataset.classes:
             raise UnknownNameError("class", name, dataset.classes)

@@ -35,9 +35,9 @@ def write_timelapse_page(
     run = Run(source)
     page = Path(out) if out is not None else run.path / "timelapse.html"
     set_num_threads()
-    for place, flag in ((page, "--out"), (gif, "--gif")):
+    for place, field in ((page, "out"), (gif, "gif")):
         if place is not None:
-            refuse_inside_data(place, data or recorded_source(source), flag)
+            refuse_inside_data(place, data or recorded_source(source), field)
     bundle, dataset = load_evaluation_data(run.path, data)
     recipe = run.config["recipe"]
     held_out = dataset.with_validation(recipe["val_fraction"], recipe["seed"]).validation
@@ -46,7 +46,7 @@ def write_timelapse_page(
     if picture is None:
         pixels, name = asked.images[0].numpy(), f"an image of “{dataset.classes[int(asked.labels[0])]}”"
     else:
-        pixels, name = classifier.preprocess.adapt(open_image(picture), raw=raw), Path(picture).name
+        pixels, name = classifier.preprocess.transform(open_image(picture), adapt=not raw), Path(picture).name
     moments = replay(classifier, run.folder, pixels, asked)
     about = {
         "name": run.path.resolve().name,

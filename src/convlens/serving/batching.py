@@ -161,7 +161,7 @@ class BatchWorker:
             seen += image.width * image.height
             if seen > MAX_PIXELS:
                 raise UsageError(f"the images of a request may have at most {MAX_PIXELS:,} pixels together")
-            adapted.append(self.predictor.preprocess.adapt(image, raw=raw))
+            adapted.append(self.predictor.preprocess.transform(image, adapt=not raw))
             if len(contents) * (larger := max(adapted[0].nbytes, floats)) > MAX_INPUT_BYTES:
                 most = MAX_INPUT_BYTES // larger
                 raise UsageError(f"a request may have at most {most:,} images for this model")

@@ -59,7 +59,7 @@ class Sweep:
     @cached_property
     def preprocess(self) -> Preprocess:
         """What stands between images and the nets: the same for every trial."""
-        return Preprocess.measure(self.data.train.images, self.data.style)
+        return Preprocess.fit(self.data.train.images, self.data.input_style)
 
     @classmethod
     def create(
@@ -158,7 +158,9 @@ class Sweep:
 def load_for_sweep(data: Any, base: Recipe, allow_unreadable: bool) -> Dataset:
     """Return the data with the recipe's validation split and without a single test image."""
     dataset = load_dataset(data, image_size=base.image_size, allow_unreadable=allow_unreadable)
-    dataset = dataclasses.replace(dataset, test=Split(dataset.train.images[:0], dataset.train.labels[:0], []))
+    dataset = dataclasses.replace(
+        dataset, test=Split(images=dataset.train.images[:0], labels=dataset.train.labels[:0], ids=[])
+    )
     require_size(base.image_size, dataset)
     if base.balanced_sampling:
         require_balance(dataset.train)

@@ -38,9 +38,9 @@ class Check:
 
     def __init__(self, base: Recipe, dataset: Dataset):
         self._base = base
-        few = dataset.train.take(dataset.train.spread(100))
+        few = dataset.train.select(dataset.train.evenly_spaced(100))
         self._dataset = dataclasses.replace(dataset, train=few)
-        self._preprocess = Preprocess.measure(few.images, dataset.style)
+        self._preprocess = Preprocess.fit(few.images, dataset.input_style)
         self._nets: dict[str, nn.Module] = {}
         self._refused: dict[str, str] = {}
 

@@ -51,8 +51,8 @@ def make_model(described: dict[str, Any], dataset: Dataset, preprocess: Preproce
         raise UsageError(f"there is not enough memory for this net {described['name']}; try fewer --width") from None
     if isinstance(net, ConvNet):
         _, height, width = dataset.shape
-        some = dataset.train.spread(max(MAX_INIT_PIXELS // (height * width), 50))
-        net.initialise(preprocess.normaliser()(dataset.train.images[some]))
+        some = dataset.train.evenly_spaced(max(MAX_INIT_PIXELS // (height * width), 50))
+        net.initialize(preprocess.normalizer()(dataset.train.images[some]))
     return net
 
 
@@ -125,7 +125,7 @@ def make_augment(recipe: Recipe, classes: int) -> Augment:
         if recipe.rotation or recipe.scale:
             x = augment.affine(x, draws, recipe.rotation, recipe.scale)
         if recipe.translate:
-            x = augment.shift(x, draws, recipe.translate)
+            x = augment.translate(x, draws, recipe.translate)
         if recipe.color_jitter:
             x = augment.color_jitter(x, draws, recipe.color_jitter)
         if recipe.cutout:

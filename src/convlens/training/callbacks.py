@@ -113,7 +113,7 @@ class LiveStatus(Callback):
         split, began = self.dataset.validation, time.monotonic()
         if split is None or (not self._ended and self._took > self.SHARE * (began - self._looked)):
             return
-        part = split.take(split.spread(self.ASKED))
+        part = split.select(split.evenly_spaced(self.ASKED))
         logits = compute_logits(net, part.images, self.normalise, batch_size=min(self.recipe.batch_size, 500))
         shares, guesses = logits.softmax(dim=1).cpu().max(dim=1)
         wrong = (guesses != part.labels).nonzero().squeeze(1)

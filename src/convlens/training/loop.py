@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from convlens.data.dataset import Dataset
 from convlens.data.loader import BatchLoader
 from convlens.data.preprocess import Preprocess
-from convlens.data.resize import shrink
+from convlens.data.resize import downscale
 from convlens.distributed.process_group import init_world
 from convlens.distributed.sync_batchnorm import SyncBatchNorm, batchnorm_statistics
 from convlens.errors import TrainingInterruptedError, UsageError
@@ -71,18 +71,17 @@ def fit(
     precision = ranks.share(choose_precision(recipe, device, net, dataset.shape))
     dataset = dataset.with_validation(recipe.val_fraction, recipe.seed)
     require_possible(recipe, net, dataset)
-    normalise = (preprocess or Preprocess.measure(dataset.train.images, dataset.style)).normaliser()
+    normalise = (preprocess or Preprocess.fit(dataset.train.images, dataset.input_style)).normalizer()
     augment = make_augment(recipe, len(dataset.classes))
     batches = BatchLoader(
         dataset.train,
         recipe.batch_size,
-        normalise,
+        normalise.to(device),
         seed=recipe.seed,
-        device=device,
         augment=augment,
-        flip=recipe.hflip,
-        balance=recipe.balanced_sampling,
-        ranks=ranks,
+        hflip=recipe.hflip,
+        balanced_sampling=recipe.balanced_sampling,
+        world=ranks,
     )
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     ranks.equalise(net)
@@ -151,7 +150,7 @@ def fit(
             for index in range(first, len(batches)):
                 images, labels = batches(epoch, index)  # (N, C, H, W), (N,) or (N, K)
                 if recipe.initial_size and state.step < recipe.initial_size_fraction * total:
-                    images = shrink(images, recipe.initial_size)
+                    images = downscale(images, recipe.initial_size)
                 lr = learning_rate(recipe, state.step, total, len(batches))
                 loss, logits, state.grad_accum_steps = accumulate_gradients(
                     forward_backward, optimizer.zero_grad, images, labels, state.grad_accum_steps, again=not together

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from convlens.data.dataset import Dataset
 from convlens.data.loader import BatchLoader
 from convlens.data.preprocess import Preprocess
-from convlens.data.resize import shrink
+from convlens.data.resize import downscale
 from convlens.errors import ConvlensError
 from convlens.system.device import select_device
 from convlens.system.progress import track
@@ -80,7 +80,7 @@ class Trainer:
     def __init__(self, dataset: Dataset, recipe: Recipe):
         self.device = select_device(recipe.device)
         train = dataset.with_validation(recipe.val_fraction, recipe.seed).train
-        preprocess = Preprocess.measure(train.images, dataset.style)
+        preprocess = Preprocess.fit(train.images, dataset.input_style)
         torch.manual_seed(recipe.seed)
         self.net: nn.Module = make_model(
             model_config(recipe, dataset), dataclasses.replace(dataset, train=train), preprocess
@@ -88,8 +88,9 @@ class Trainer:
         self.precision = choose_precision(recipe, self.device, self.net, dataset.shape)
         self.net.to(self.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self._batches = BatchLoader(
-            train, recipe.batch_size, preprocess.normaliser(), seed=recipe.seed, device=self.device,
-            augment=make_augment(recipe, len(dataset.classes)), flip=recipe.hflip, balance=recipe.balanced_sampling,
+            train, recipe.batch_size, preprocess.normalizer().to(self.device), seed=recipe.seed,
+            augment=make_augment(recipe, len(dataset.classes)), hflip=recipe.hflip,
+            balanced_sampling=recipe.balanced_sampling,
         )  # fmt: skip
         self.whole = max(len(self._batches) - 1, 1)  # batches of an epoch without the last, which may be smaller
         self._loss, self._clip = make_loss(recipe, self.net), make_clip(self.net, recipe)
@@ -99,7 +100,7 @@ class Trainer:
         """Take step ``number`` (from 0) and return its loss, before the weights moved."""
         images, labels = self._batches(*divmod(number, len(self._batches)))  # (N, C, H, W)
         if self._small:
-            images = shrink(images, self._small)
+            images = downscale(images, self._small)
         self._optimizer.zero_grad()
         with autocast(self.precision, self.device):
             logits = self.net(images)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from convlens.data.resize import resized_shape, shrink
+from convlens.data.resize import downscale, resized_shape
 from convlens.errors import UsageError
 from convlens.training.grad_accum import is_out_of_memory
 from convlens.training.recipe import Recipe
@@ -41,7 +41,7 @@ def require_any_size(net: nn.Module, shape: tuple[int, int, int], recipe: Recipe
     image = torch.zeros(1, *shape, device=next(net.parameters()).device)
     training = net.training
     try:
-        net.eval()(shrink(image, recipe.initial_size))
+        net.eval()(downscale(image, recipe.initial_size))
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise

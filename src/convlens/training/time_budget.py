@@ -95,7 +95,7 @@ def measure_throughput(dataset: Dataset, recipe: Recipe) -> Throughput:
     part = recipe.batch_size // max(min(recipe.grad_accum_steps, recipe.batch_size // 2), 1)
     batch = max(min(part, len(dataset.train)), 1)
     rows = torch.arange(min(len(dataset.train) // batch, PROBE_BATCHES) * batch)
-    few = dataclasses.replace(dataset, train=dataset.train.take(rows), validation=None)
+    few = dataclasses.replace(dataset, train=dataset.train.select(rows), validation=None)
     # a learning rate of 0: the net is only timed
     idle = recipe.override(
         batch_size=batch,
@@ -109,8 +109,8 @@ def measure_throughput(dataset: Dataset, recipe: Recipe) -> Throughput:
         patience=0,
         log_test_metrics=False,
     )
-    preprocess = Preprocess.measure(few.train.images, dataset.style)
-    images, normalise = few.train.images[:batch], preprocess.normaliser()
+    preprocess = Preprocess.fit(few.train.images, dataset.input_style)
+    images, normalise = few.train.images[:batch], preprocess.normalizer()
 
     def train(steps: int) -> float:
         return list(fit(net, few, idle.override(max_steps=steps), preprocess=preprocess))[-1].seconds
