@@ -140,7 +140,7 @@ def test_images_that_do_not_fit_into_the_device_are_said() -> None:
     dataset = made_up(1, 8)
     train = replace(dataset.train, images=Full())  # type: ignore[arg-type]
     with pytest.raises(
-        UsageError, match="^the 40 training images do not fit into the memory of the cpu device; put them"
+        UsageError, match="^the 40 training images do not fit into the memory of the cpu device; convert"
     ):
         loader.BatchLoader(
             train,
