@@ -328,7 +328,7 @@ def test_probabilities_are_those_of_the_net(classifier: Classifier, picture: Ima
 
 def test_raw_leaves_the_ink_alone() -> None:
     bundle = make_bundle(channels=1, width=4)
-    ink = replace(bundle, preprocess=replace(bundle.preprocess, style=InputStyle(ink_box=6)))
+    ink = replace(bundle, preprocess=replace(bundle.preprocess, style=InputStyle(content_size=6)))
     classifier = Classifier(ink)
     paper = Image.new("L", (40, 40), 255)
     paper.paste(0, (20, 20, 24, 34))

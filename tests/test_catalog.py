@@ -48,7 +48,7 @@ def test_digits() -> None:
     assert (int(dataset.train.images.min()), int(dataset.train.images.max())) == (0, 255)
     assert dataset.note == "20% of every class is the test split (seed 0)"
     assert sorted(map(int, [*dataset.train.ids, *dataset.test.ids])) == list(range(1797))
-    assert (dataset.style.ink_box, dataset.style.centre_by_mass) == (8, False)
+    assert (dataset.style.content_size, dataset.style.center_of_mass) == (8, False)
 
 
 def test_digits_are_the_embedded_ones_scaled() -> None:

@@ -175,7 +175,7 @@ def test_mnist_by_name_takes_the_files_that_are_there(cache: Path, monkeypatch: 
     assert (dataset.name, dataset.source, dataset.validation) == ("mnist", "mnist", None)
     assert dataset.classes == tuple("0123456789")
     assert (len(dataset.train), len(dataset.test), dataset.shape) == (6, 4, (1, 28, 28))
-    assert (dataset.style.ink_box, dataset.style.centre_by_mass) == (20, True)
+    assert (dataset.style.content_size, dataset.style.center_of_mass) == (20, True)
     assert dataset.note == "the published train and test splits"
     assert locate("mnist") == "data/MNIST/raw"
 

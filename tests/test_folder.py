@@ -327,7 +327,7 @@ def test_name_and_source(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for source in (root, "photos", Path("photos"), "./photos/"):
         dataset = load_dataset(source)
         assert (dataset.name, dataset.source) == ("photos", str(root))
-    assert dataset.style.ink_box == 0
+    assert dataset.style.content_size == 0
 
 
 # unreadable files

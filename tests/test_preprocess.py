@@ -37,7 +37,7 @@ from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError
 
 quick = settings(max_examples=50, deadline=None, database=None, derandomize=True)
-MNIST_STYLE = InputStyle(ink_box=20, centre_by_mass=True)
+MNIST_STYLE = InputStyle(content_size=20, center_of_mass=True)
 
 
 def encode(image: Image.Image, kind: str, **how: Any) -> bytes:
@@ -501,14 +501,14 @@ def test_where_the_digit_stands_does_not_matter() -> None:
 
 
 def test_centred_by_the_bounding_box() -> None:
-    top, bottom, left, right = box_of(ink_of(page(), InputStyle(ink_box=20)))
+    top, bottom, left, right = box_of(ink_of(page(), InputStyle(content_size=20)))
     assert (top, bottom) == (4, 24)
     assert abs((left + right) / 2 - 14) <= 0.5
 
 
 def test_a_box_of_the_whole_image() -> None:
-    assert box_of(ink_of(page(), InputStyle(ink_box=28)))[:2] == (0, 28)
-    assert box_of(ink_of(page(), InputStyle(ink_box=8), side=8))[:2] == (0, 8)
+    assert box_of(ink_of(page(), InputStyle(content_size=28)))[:2] == (0, 28)
+    assert box_of(ink_of(page(), InputStyle(content_size=8), side=8))[:2] == (0, 8)
 
 
 @pytest.mark.parametrize("value", [0, 5, 127, 128, 200, 255])
@@ -628,7 +628,7 @@ def test_json_of_something_else(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("style", [InputStyle(), MNIST_STYLE])
 def test_adapt_takes_any_mode_and_size(mode: str, style: InputStyle) -> None:
-    channels = 1 if style.ink_box else 3
+    channels = 1 if style.content_size else 3
     preprocess = Preprocess(channels, 28, 28, (0.5,) * channels, (0.5,) * channels, style)
     for size in ((28, 28), (7, 50)):
         image = Image.new(mode, size)
@@ -665,7 +665,7 @@ def test_uneven_light_and_a_small_digit_on_a_whole_sheet_are_seen(digit: int) ->
     light = np.linspace(1.0, 0.5, 1200, dtype=np.float32)[None, :]
     noise = np.random.default_rng(0).normal(0, 4, (1600, 1200))
     photo = Image.fromarray((np.asarray(page) * light + noise).clip(0, 255).astype(np.uint8))
-    seen = np.asarray(fit_ink(photo, 28, 28, InputStyle(ink_box=20, centre_by_mass=True)))
+    seen = np.asarray(fit_ink(photo, 28, 28, InputStyle(content_size=20, center_of_mass=True)))
     rows, columns = np.flatnonzero(seen.max(axis=1) > 60), np.flatnonzero(seen.max(axis=0) > 60)
     assert rows[-1] - rows[0] + 1 in (19, 20)
     assert columns[-1] - columns[0] + 1 <= 20

@@ -134,13 +134,13 @@ def load_digits() -> Dataset:
     everything = Split(images, rows[:, -1].clone(), IndexIds(len(images)))
     train, test = everything.divide(TEST_FRACTION, SPLIT_SEED)
     note = HELD_OUT
-    return Dataset("digits", "digits", DIGITS, train, test, None, InputStyle(ink_box=8), note)
+    return Dataset("digits", "digits", DIGITS, train, test, None, InputStyle(content_size=8), note)
 
 
 @DATASETS.register("mnist")
 def load_mnist() -> Dataset:
     """70,000 handwritten digits, 28x28 grey (LeCun, Cortes, Burges)."""
-    style = InputStyle(ink_box=20, centre_by_mass=True)
+    style = InputStyle(content_size=20, center_of_mass=True)
     train, test = MNIST.load("train"), MNIST.load("test")
     return Dataset("mnist", "mnist", DIGITS, train, test, None, style, PUBLISHED_SPLITS)
 
@@ -149,7 +149,7 @@ def load_mnist() -> Dataset:
 def load_fashion_mnist() -> Dataset:
     """70,000 pictures of clothes, 28x28 grey (Zalando)."""
     train, test = FASHION_MNIST.load("train"), FASHION_MNIST.load("test")
-    style = InputStyle(ink_box=28)
+    style = InputStyle(content_size=28)
     return Dataset("fashion-mnist", "fashion-mnist", FASHION_CLASSES, train, test, None, style, PUBLISHED_SPLITS)
 
 

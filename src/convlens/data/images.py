@@ -79,11 +79,11 @@ class InputStyle:
     """What the pictures of a data set look like, beyond their size.
 
     A photo fills its frame. Ink (MNIST, Fashion-MNIST, digits) is light on black, scaled to fit into a square of
-    ``ink_box`` pixels and centred in the image, by mass or by its bounding box.
+    ``content_size`` pixels and centred in the image, by mass or by its bounding box.
     """
 
-    ink_box: int = 0  # 0: a photo
-    centre_by_mass: bool = False
+    content_size: int = 0  # 0: a photo
+    center_of_mass: bool = False
 
 
 def read_file(path: str | Path, name: str = "") -> bytes:

@@ -42,13 +42,13 @@ def fit_ink(image: Image.Image, height: int, width: int, style: InputStyle) -> I
     ink[ink < 0.25] = 0  # the grain of paper and the noise of a camera
     rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    scale = style.ink_box / max(ink.shape)
+    scale = style.content_size / max(ink.shape)
     size = (max(round(ink.shape[1] * scale), 1), max(round(ink.shape[0] * scale), 1))
     small = Image.fromarray((ink * 255).astype(np.uint8)).resize(size, Image.Resampling.BOX)
     pixels = np.asarray(small, dtype=np.float32)
     pixels = pixels * (255 / max(float(pixels.max()), 1.0))  # thin strokes grow pale when they shrink
     y, x = (pixels.shape[0] - 1) / 2, (pixels.shape[1] - 1) / 2
-    if style.centre_by_mass:
+    if style.center_of_mass:
         total = pixels.sum()
         y = float((pixels.sum(axis=1) * np.arange(pixels.shape[0])).sum() / total)
         x = float((pixels.sum(axis=0) * np.arange(pixels.shape[1])).sum() / total)

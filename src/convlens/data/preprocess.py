@@ -62,7 +62,7 @@ class Preprocess:
         ``raw`` only converts the colour mode and resizes, without looking for ink.
         """
         image = to_mode(image, self.channels)
-        if raw or not self.style.ink_box:
+        if raw or not self.style.content_size:
             image = fit_photo(image, self.height, self.width)
         else:
             image = fit_ink(image, self.height, self.width, self.style)
@@ -87,11 +87,11 @@ class Preprocess:
             width=int(values["width"]),
             mean=tuple(float(v) for v in values["mean"]),
             std=tuple(float(v) for v in values["std"]),
-            style=InputStyle(int(values["style"]["ink_box"]), bool(values["style"]["centre_by_mass"])),
+            style=InputStyle(int(values["style"]["content_size"]), bool(values["style"]["center_of_mass"])),
         )
         sides = made.channels in (1, 3) and 1 <= made.height <= MAX_INPUT_SIDE and 1 <= made.width <= MAX_INPUT_SIDE
         # an ink box that is larger than the image cannot be placed in it
-        fits = 0 <= made.style.ink_box <= min(made.height, made.width)
+        fits = 0 <= made.style.content_size <= min(made.height, made.width)
         finite = all(map(math.isfinite, (*made.mean, *made.std))) and all(std > 0 for std in made.std)
         if not (sides and fits and finite and len(made.mean) == len(made.std) == made.channels):
             raise ValueError("its preprocessing makes no sense")

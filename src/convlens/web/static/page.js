@@ -5,7 +5,7 @@ const model = JSON.parse(at("model").textContent);
 const net = new Net(model, at("weights").textContent);
 const shape = model.preprocess;
 const sizes = [shape.channels, shape.height, shape.width];
-const drawn = shape.style.ink_box > 0; // a net for what is drawn: digits, clothes on black
+const drawn = shape.style.content_size > 0; // a net for what is drawn: digits, clothes on black
 const digits = model.classes.every((name) => /^\d$/.test(name));
 const pad = at("pad").getContext("2d", { willReadFrequently: true });
 const SIDE = at("pad").width;

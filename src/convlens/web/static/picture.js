@@ -102,7 +102,7 @@ function estimatePaper(values, width, height) {
 }
 
 // ink on paper, or light on dark, as MNIST's makers had it: on black, in its box, centred
-function fitInk(picture, width, height, { ink_box: box, centre_by_mass: byMass }) {
+function fitInk(picture, width, height, { content_size: box, center_of_mass: byMass }) {
   const values = Float32Array.from(picture.planes[0]);
   const paper = estimatePaper(values, picture.width, picture.height);
   const brightness = median(paper);
@@ -146,7 +146,7 @@ function fitInk(picture, width, height, { ink_box: box, centre_by_mass: byMass }
 // from a canvas' pixels to what the net takes: Uint8Array, one channel after the other
 function adapt(imageData, { channels, height, width, style }) {
   const picture = toPlanes(imageData, channels);
-  const fitted = style.ink_box ? fitInk(picture, width, height, style) : fitPhoto(picture, width, height);
+  const fitted = style.content_size ? fitInk(picture, width, height, style) : fitPhoto(picture, width, height);
   const pixels = new Uint8Array(channels * height * width);
   fitted.planes.forEach((plane, c) => pixels.set(plane, c * height * width));
   return pixels;
