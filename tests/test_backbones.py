@@ -219,14 +219,14 @@ def test_a_run_is_a_start_for_another(run: Run, tmp_path: Path) -> None:
     photos = make_photos(tmp_path / "photos", classes="abc")
     again = convlens.train(photos, init_from=run.path, freeze=3, image_size=48, out="again", **QUICK)
     assert again.config["model"]["name"] == "timm:resnet10t"
-    before, after = run.classifier.net.state_dict(), again.classifier.net.state_dict()
+    before, after = run.classifier.model.state_dict(), again.classifier.model.state_dict()
     assert torch.equal(before["net.layer2.0.bn1.running_mean"], after["net.layer2.0.bn1.running_mean"])
     assert not torch.equal(before["net.layer3.0.conv1.weight"], after["net.layer3.0.conv1.weight"])
 
 
 def test_it_is_explained(run: Run) -> None:
     seen = run.explain(np.full((48, 48, 3), 90, np.uint8))
-    assert list(seen.maps) == list(seen.activations) == ["act1", "layer1", "layer2", "layer3", "layer4"]
+    assert list(seen.feature_maps) == list(seen.cams) == ["act1", "layer1", "layer2", "layer3", "layer4"]
 
 
 def test_it_goes_to_onnx_and_answers_alike(run: Run, tmp_path: Path) -> None:
@@ -239,5 +239,5 @@ def test_the_report_is_there(run: Run) -> None:
 
 
 def test_nn_modules_hold_no_head_twice(run: Run) -> None:
-    net: nn.Module = run.classifier.net
+    net: nn.Module = run.classifier.model
     assert all(key.startswith("net.") for key in net.state_dict())

@@ -63,16 +63,16 @@ def test_calibration_error_by_hand() -> None:
     p = torch.tensor([[0.9, 0.1]] * 4 + [[0.6, 0.4]] * 2)
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
     bins = reliability(p, labels)
-    assert sum(b["n"] for b in bins) == 6
+    assert sum(b.count for b in bins) == 6
     assert expected_calibration_error(bins) == pytest.approx((4 * 0.15 + 2 * 0.6) / 6, abs=1e-6)
     assert brier_score(p, labels) == pytest.approx((3 * 0.02 + 1.62 + 2 * 0.72) / 6, abs=1e-6)
 
 
 def test_the_right_probabilities_are_calibrated_and_sharp_ones_are_not() -> None:
     logits, labels = draw(50_000, 3.0, 1)
-    figures = calibration_report(logits, labels, 3.0)
-    assert figures["after"]["calibration_error"] < 0.01 < 0.1 < figures["before"]["calibration_error"]
-    assert figures["after"]["brier_score"] < figures["before"]["brier_score"]
+    report = calibration_report(logits, labels, 3.0)
+    assert report.after.ece < 0.01 < 0.1 < report.before.ece
+    assert report.after.brier_score < report.before.brier_score
 
 
 def sets_of(logits: torch.Tensor, bounds: list[float], coverage: float) -> torch.Tensor:

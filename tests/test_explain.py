@@ -33,7 +33,7 @@ from convlens.runs.run import Run
 def net_and_images(name: str, count: int = 2) -> tuple[nn.Module, torch.Tensor]:
     """Return a fresh net and normalised images (N, C, H, W) for it."""
     channels, side = SHAPES.get(name, (1, 20))
-    net = make_bundle(channels, side, name).net
+    net = make_bundle(channels, side, name).model
     return net, torch.randn(count, channels, side, side, generator=torch.Generator().manual_seed(1))
 
 
@@ -89,7 +89,7 @@ def share_on_the_mark(heat: np.ndarray, place: np.ndarray, margin: float) -> flo
 def test_the_heat_lies_on_the_mark(trained: Run) -> None:
     images, labels, places = marked(60, 1)
     images, places = images[labels == 1][:, None], places[labels == 1]
-    name, net = trained.config["model"]["name"], trained.classifier.net
+    name, net = trained.config["model"]["name"], trained.classifier.model
     x = trained.classifier.preprocess.normaliser()(torch.from_numpy(images))
     shares = {}
     for stage, maps in feature_maps(net, x).items():
@@ -110,7 +110,7 @@ def test_the_heat_is_that_of_the_trained_weights(trained: Run) -> None:
     """The sanity check of Adebayo et al. (2018): with other weights there is another map."""
     images, labels, _ = marked(40, 2)
     x = trained.classifier.preprocess.normaliser()(torch.from_numpy(images[labels == 1])[:, None])
-    net = load_bundle(trained.path / "model").net
+    net = load_bundle(trained.path / "model").model
     stage = next(iter(net.stages()))  # type: ignore[operator]
     before = class_activation_map(net, x, 1, stage)
     torch.manual_seed(0)
@@ -212,15 +212,15 @@ def test_everything_can_be_seen_of_every_net(name: str) -> None:
     classifier = Classifier(make_bundle(channels, side, name))
     pixels = np.random.default_rng(0).integers(0, 256, (channels, side, side), dtype=np.uint8)
     e = explain(classifier, pixels)
-    assert list(e.maps) == list(classifier.net.stages())  # type: ignore[operator]
-    for heat in e.activations.values():
+    assert list(e.feature_maps) == list(classifier.model.stages())  # type: ignore[operator]
+    for heat in e.cams.values():
         assert heat.shape == e.occlusion.shape == (side, side)
         assert 0 <= heat.min() and heat.max() in (0, pytest.approx(1))
-    assert e.pooled["max"].max() == e.pooled["whole"].max()
-    assert e.pooled["average"].shape == e.pooled["max"].shape
-    assert e.neighbours == () and e.label == e.prediction.label
-    for stage, unit in e.units.items():
-        assert e.maps[stage][unit.channel, unit.y, unit.x] == e.maps[stage].max()
+    assert e.pooling_demo["max"].max() == e.pooling_demo["original"].max()
+    assert e.pooling_demo["average"].shape == e.pooling_demo["max"].shape
+    assert e.nearest_training_images == () and e.label == e.prediction.label
+    for stage, unit in e.receptive_fields.items():
+        assert e.feature_maps[stage][unit.channel, unit.y, unit.x] == e.feature_maps[stage].max()
 
 
 def test_a_training_image_is_most_like_itself() -> None:
@@ -231,7 +231,7 @@ def test_a_training_image_is_most_like_itself() -> None:
     assert isinstance(dataset, Dataset)
     first, second, *_ = explain(
         classifier, dataset.train.images[4].numpy(), training=TrainingImages(classifier, dataset)
-    ).neighbours
+    ).nearest_training_images
     assert first.similarity == pytest.approx(1, abs=1e-5) and first.id == dataset.train.ids[4]
     assert (first.image == dataset.train.images[4].numpy()).all()
     assert first.label == dataset.classes[int(dataset.train.labels[4])] and second.similarity <= first.similarity
@@ -251,12 +251,12 @@ def test_what_there_is_not_is_named() -> None:
 
 def test_looking_changes_nothing() -> None:
     bundle = make_bundle(1, 14)
-    bundle.net.train()
-    before = {key: value.clone() for key, value in bundle.net.state_dict().items()}
+    bundle.model.train()
+    before = {key: value.clone() for key, value in bundle.model.state_dict().items()}
     explain(Classifier(bundle), np.zeros((1, 14, 14), np.uint8))
-    assert all(torch.equal(value, before[key]) for key, value in bundle.net.state_dict().items())
-    assert all(parameter.grad is None for parameter in bundle.net.parameters())
-    assert not any(module._forward_hooks for module in bundle.net.modules())
+    assert all(torch.equal(value, before[key]) for key, value in bundle.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in bundle.model.parameters())
+    assert not any(module._forward_hooks for module in bundle.model.modules())
 
 
 def test_the_loudest_unit() -> None:
@@ -301,11 +301,11 @@ def test_the_page(photos: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_from_python(photos: Run, tmp_path: Path) -> None:
     e = photos.explain(tmp_path / "photos" / "dark" / "0.png", label="light", unit=("conv1", 1, 0, 0))
-    assert e.label == "light" and (e.units["conv1"].channel, e.units["conv1"].y) == (1, 0)
-    assert len(e.neighbours) == 8 and e.neighbours[0].label in ("dark", "light")
+    assert e.label == "light" and (e.receptive_fields["conv1"].channel, e.receptive_fields["conv1"].y) == (1, 0)
+    assert len(e.nearest_training_images) == 8 and e.nearest_training_images[0].label in ("dark", "light")
     shutil.rmtree(tmp_path / "photos")
     again = Run(photos.path)
-    assert again.explain(e.pixels).neighbours == ()
+    assert again.explain(e.pixels).nearest_training_images == ()
 
 
 def test_bad_input_gets_a_line(photos: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -359,4 +359,4 @@ def test_a_seven_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert run("explain", "mnist", seven(tmp_path), "--out", tmp_path / "seven") == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'seven.png'}: 7 (")
     e = explain(Classifier.load("mnist"), Classifier.load("mnist").adapt(tmp_path / "seven.png"))
-    assert e.prediction.known and e.occlusion.max() > 0.01
+    assert e.prediction.in_distribution and e.occlusion.max() > 0.01

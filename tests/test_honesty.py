@@ -99,7 +99,7 @@ def test_shuffled_test_labels_change_no_training_artifact_by_one_bit(restore_bes
         assert (first.path / file).read_bytes() == (second.path / file).read_bytes(), file
     timeless = [[{**row, "seconds": 0} for row in run.metrics] for run in runs]
     assert timeless[0] == timeless[1]
-    trust = [run.classifier.bundle.trust for run in runs]
+    trust = [run.classifier.bundle.uncertainty for run in runs]
     assert trust[0] is not None and trust[1] is not None and trust[0].to_json() == trust[1].to_json()
     said = [[(row["id"], row["prediction"], row["probability"]) for row in run.predictions] for run in runs]
     assert said[0] == said[1]

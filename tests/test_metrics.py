@@ -1,5 +1,6 @@
 """How good a net is: intervals, the figures of a test, and logits that leave the net as it was."""
 
+import json
 import math
 from typing import Any
 
@@ -15,13 +16,12 @@ from convlens.data.normalize import Normalize
 from convlens.evaluation.inference import compute_logits, make_tta
 from convlens.evaluation.metrics import (
     Scores,
-    classification_report,
     confusion_matrix,
     dense_confusion,
     evaluate,
     wilson_interval,
-    worst_classes,
 )
+from convlens.evaluation.report import TestReport, classification_report
 from convlens.models import create_model
 
 PLAIN = Normalize((0.0,), (1.0,))  # pixels / 255
@@ -99,27 +99,43 @@ def test_judge_against_a_matrix_made_by_hand() -> None:
     # is owl         1    1    2
     matrix = [[3, 1, 0], [0, 2, 0], [1, 1, 2]]
     pairs = [(i, j) for i in range(3) for j in range(3) for _ in range(matrix[i][j])]
-    test = classification_report(*answers(pairs, 3), ("cat", "dog", "owl"))
+    report = classification_report(*answers(pairs, 3), ("cat", "dog", "owl"))
+    test = report.to_json()
     assert dense_confusion(test["confusion_matrix"], ("cat", "dog", "owl")).tolist() == matrix
     assert ["dog", "cat", 0] not in test["confusion_matrix"] and ["owl", "owl", 2] in test["confusion_matrix"]
-    assert (test["n"], test["correct"], test["accuracy"]) == (10, 7, 0.7)
-    assert test["accuracy_interval"] == list(wilson_interval(7, 10))
-    assert test["interval_method"] == "Wilson, 95%"
+    assert (test["num_images"], test["correct"], test["accuracy"]) == (10, 7, 0.7)
+    assert test["accuracy_ci95"] == list(wilson_interval(7, 10))
     assert test["classes"] == {
-        "cat": {"precision": pytest.approx(3 / 4), "recall": pytest.approx(3 / 4), "f1": pytest.approx(3 / 4), "n": 4},
-        "dog": {"precision": pytest.approx(2 / 4), "recall": pytest.approx(2 / 2), "f1": pytest.approx(2 / 3), "n": 2},
-        "owl": {"precision": pytest.approx(2 / 2), "recall": pytest.approx(2 / 4), "f1": pytest.approx(2 / 3), "n": 4},
+        "cat": {
+            "precision": pytest.approx(3 / 4),
+            "recall": pytest.approx(3 / 4),
+            "f1": pytest.approx(3 / 4),
+            "support": 4,
+        },
+        "dog": {
+            "precision": pytest.approx(2 / 4),
+            "recall": pytest.approx(2 / 2),
+            "f1": pytest.approx(2 / 3),
+            "support": 2,
+        },
+        "owl": {
+            "precision": pytest.approx(2 / 2),
+            "recall": pytest.approx(2 / 4),
+            "f1": pytest.approx(2 / 3),
+            "support": 4,
+        },
     }
     right, wrong = math.log(1 + 2 * math.exp(-5)), 5 + math.log(1 + 2 * math.exp(-5))
     assert test["loss"] == pytest.approx((7 * right + 3 * wrong) / 10, rel=1e-6)
 
 
 def test_judge_of_classes_that_never_occur() -> None:
-    test = classification_report(*answers([(0, 0), (0, 2)], 4), ("a", "b", "c", "d"))
+    report = classification_report(*answers([(0, 0), (0, 2)], 4), ("a", "b", "c", "d"))
+    test = report.to_json()
     assert test["confusion_matrix"] == [["a", "a", 1], ["a", "c", 1]]
     assert dense_confusion(test["confusion_matrix"], "abcd").tolist() == [[1, 0, 1, 0], [0] * 4, [0] * 4, [0] * 4]
-    assert list(worst_classes(test, 2)) == ["a"], "only a class that was tested can be the worst"
-    assert test["classes"]["b"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "n": 0}
+    assert list(report.worst_classes(2)) == ["a"], "only a class that was tested can be the worst"
+    assert test["classes"]["b"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
     assert list(test["classes"]) == ["a", "b", "c", "d"]
 
 
@@ -134,18 +150,21 @@ def plain(value: Any) -> bool:
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=40))
 def test_judge_holds_plain_values_that_agree(pairs: list[tuple[int, int]]) -> None:
-    test = classification_report(*answers(pairs, 3), ("a", "b", "c"))
-    assert plain(test)
+    report = classification_report(*answers(pairs, 3), ("a", "b", "c"))
+    test = report.to_json()
+    assert plain(test) and TestReport.from_json(json.loads(json.dumps(test))) == report
     matrix = dense_confusion(test["confusion_matrix"], ("a", "b", "c")).tolist()
     assert matrix == confusion_matrix(*map(torch.tensor, zip(*pairs, strict=True)), 3).tolist()
-    assert sum(map(sum, matrix)) == test["n"] == len(pairs)
-    assert sum(matrix[i][i] for i in range(3)) == test["correct"] == round(test["accuracy"] * test["n"])
-    assert [figures["n"] for figures in test["classes"].values()] == [sum(row) for row in matrix]
-    numbers = [[figures[name] for figures in test["classes"].values()] for name in ("precision", "recall", "f1", "n")]
+    assert sum(map(sum, matrix)) == test["num_images"] == len(pairs)
+    assert sum(matrix[i][i] for i in range(3)) == test["correct"] == round(test["accuracy"] * test["num_images"])
+    assert [figures["support"] for figures in test["classes"].values()] == [sum(row) for row in matrix]
+    numbers = [
+        [figures[name] for figures in test["classes"].values()] for name in ("precision", "recall", "f1", "support")
+    ]
     true, predicted = zip(*pairs, strict=True)
     theirs = precision_recall_fscore_support(true, predicted, labels=[0, 1, 2], zero_division=0)
     assert numbers == [column.tolist() for column in theirs]
-    low, high = test["accuracy_interval"]
+    low, high = test["accuracy_ci95"]
     assert low <= test["accuracy"] + 1e-12 and test["accuracy"] - 1e-12 <= high
 
 
@@ -250,4 +269,4 @@ def test_logits_with_views_are_the_weighted_mean() -> None:
     normalise = Normalize((0.0,), (1.0,))
     views = make_tta(True)
     expected = sum(weight * net(x) for weight, x in views(normalise(images)))
-    assert torch.allclose(compute_logits(net, images, normalise, batch_size=3, views=views), expected, atol=1e-5)
+    assert torch.allclose(compute_logits(net, images, normalise, batch_size=3, tta=views), expected, atol=1e-5)

@@ -57,7 +57,7 @@ def test_the_html_has_the_same_pixels_and_no_markup_of_others() -> None:
     assert "<figcaption>a &amp; b<br>&lt;script&gt;</figcaption>" in page
     shown = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r'base64,([^"]+)"', page)]
     assert all(np.array_equal(np.asarray(one), other) for one, other in zip(shown, PICTURES[:2], strict=True))
-    assert page.count("class=coarse") == 2
+    assert page.count("class=pixelated") == 2
     large = ImageGrid("", [np.zeros((200, 400), np.uint8)], (), columns=10).to_html()
     assert "coarse" not in large
     (data,) = re.findall(r'base64,([^"]+)"', large)
@@ -88,7 +88,7 @@ def test_what_was_said_stands_above() -> None:
 def test_many_filters_are_not_all_shown() -> None:
     kernels = RNG.normal(size=(70, 3, 3, 3)).astype(np.float32)
     sheet = kernel_grid(kernels)
-    assert (sheet.heading, len(sheet.pictures)) == ("The 70 filters of the first convolution (64 shown)", 64)
-    grey = kernel_grid(np.array([[[[1.0, -1.0], [0.0, 0.5]]]], dtype=np.float32)).pictures[0]
+    assert (sheet.heading, len(sheet.images)) == ("The 70 filters of the first convolution (64 shown)", 64)
+    grey = kernel_grid(np.array([[[[1.0, -1.0], [0.0, 0.5]]]], dtype=np.float32)).images[0]
     (red, blue), (white, _) = grey.astype(int)
     assert red[0] > red[2] + 50 and blue[2] > blue[0] + 50 and white.min() > 240

@@ -27,21 +27,21 @@ def test_it_is_small_and_says_what_it_is(name: str) -> None:
     bundle = load_bundle(folder)
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert card == bundle.card()
-    command = shlex.split(bundle.trained["command"])
+    command = shlex.split(bundle.training["command"])
     assert command[:2] == ["convlens", "train"] and not any(word.startswith("/") for word in command)
     with safe_open(folder / "model.safetensors", "pt") as weights:
-        assert sum(weights.get_tensor(key).numel() for key in weights.keys()) >= bundle.trained["parameters"]
+        assert sum(weights.get_tensor(key).numel() for key in weights.keys()) >= bundle.training["parameters"]
     if name == "cifar10":
         assert "CIFAR-10 (JPEG copy)" in card
-    assert "/work" not in json.dumps(dict(bundle.trained)) and "/tmp" not in json.dumps(dict(bundle.trained))
+    assert "/work" not in json.dumps(dict(bundle.training)) and "/tmp" not in json.dumps(dict(bundle.training))
 
 
 @pytest.mark.parametrize(
     "name", ["digits", *(pytest.param(n, marks=pytest.mark.data) for n in ("mnist", "fashion-mnist"))]
 )
 def test_it_is_as_good_as_its_card_says(name: str) -> None:
-    recorded = Classifier.load(name).bundle.trained["test"]
+    recorded = Classifier.load(name).bundle.training["test"]
     again = evaluate_run(name)
-    assert again["n"] == recorded["n"]
+    assert again["num_images"] == recorded["num_images"]
     assert again["accuracy"] == pytest.approx(recorded["accuracy"], abs=2e-4)  # another processor may round otherwise
     assert again["loss"] == pytest.approx(recorded["loss"], rel=1e-3)

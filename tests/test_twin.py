@@ -13,7 +13,7 @@ import torch
 from browser import Tab, browse, in_browser
 from PIL import Image, ImageDraw
 from test_bundle import make_bundle
-from test_onnx import NETS, SHAPES, run, with_trust
+from test_onnx import NETS, SHAPES, run, with_uncertainty
 
 import convlens
 from convlens.data.images import InputStyle
@@ -38,14 +38,14 @@ def proof_of(page: str, folder: Path) -> tuple[float, bool]:
     """Open a page; return how far it says that its answers are off, and whether it calls that good."""
     with browse(folder) as tab:
         tab.open(save_page(page, folder))
-        drift, good = tab.wait("at('proof').dataset.drift && [at('proof').dataset.drift, at('proof').dataset.good]")
+        drift, good = tab.wait("at('check').dataset.error && [at('check').dataset.error, at('check').dataset.passed]")
         assert not tab.errors
     return float(drift), good == "true"
 
 
 def made(name: str, **options: Any) -> Bundle:
     channels, side = SHAPES.get(name, (1, 14))
-    return with_trust(make_bundle(channels, side, name, **options))
+    return with_uncertainty(make_bundle(channels, side, name, **options))
 
 
 def page_of(bundle: Bundle, folder: Path) -> str:
@@ -85,7 +85,7 @@ def test_the_shipped_nets_do(name: str, tmp_path: Path) -> None:
 @in_browser
 def test_a_page_that_answers_otherwise_says_so(tmp_path: Path) -> None:
     page = page_of(made("tiny"), tmp_path)
-    golden = json.loads(model_of(page))["golden"]["probabilities"][0][0]
+    golden = json.loads(model_of(page))["reference"]["probabilities"][0][0]
     drift, good = proof_of(page.replace(f"{golden!r}", f"{golden + 0.01!r}", 1), tmp_path)
     assert drift == pytest.approx(0.01, abs=1e-4) and not good
 
@@ -129,7 +129,7 @@ def test_pictures_are_adapted_as_in_python(tmp_path: Path) -> None:
         image = pictures()[name].convert("RGBA")
         data = {"width": image.width, "height": image.height, "data": list(image.tobytes())}
         given.append({"image": data, "shape": styles[style].to_json()})
-    page = f"""<script>{read_static("picture.js")}
+    page = f"""<script>{read_static("preprocess.js")}
 const given = {json.dumps(given)};
 </script>"""
     with browse(tmp_path) as tab:
@@ -150,9 +150,9 @@ def test_what_is_on_the_page(tmp_path: Path) -> None:
         assert answer(tab) == "7. It is sure."  # it begins with a seven
         text = tab.run("document.body.innerText")
         assert tab.run("document.querySelectorAll('.bar').length") == 10
-        assert tab.run("at('samples').firstChild.ariaLabel") == "Try a picture of: 7"
+        assert tab.run("at('samples').firstChild.ariaLabel") == "Try an image of: 7"
         assert "Step 1: 32 maps of 12 × 12" in text and "Step 2: shrunk to 6 × 6" in text
-        assert "94,698 numbers" in text and "it was right 99.54% of the time" in text
+        assert "94,698 parameters" in text and "Accuracy on 10,000 test images: 99.54%" in text
         nameless = "[...document.querySelectorAll('[id]:is(canvas, input)')].filter((one) => !one.ariaLabel).length"
         assert tab.run(nameless) == 0
 
@@ -226,11 +226,11 @@ def test_what_hands_do(tmp_path: Path) -> None:
         tab.wait("at('answer').textContent === '7'")
         file.write_bytes(b"no picture")
         drop()
-        tab.wait("at('words').textContent === 'This file is no picture that the browser can read.'")
+        tab.wait("at('words').textContent === 'The browser cannot read this file as an image.'")
 
         # the browser's false camera: a green disc that beeps
         tab.run("at('camera').click()")
-        tab.wait("!at('video').hidden && at('pad').hidden && at('camera').textContent === 'Take the picture'")
+        tab.wait("!at('video').hidden && at('pad').hidden && at('camera').textContent === 'Take a photo'")
         tab.wait("at('video').videoWidth > 0")
         assert press("camera")
         assert tab.run("[at('video').hidden, at('pad').hidden, at('camera').textContent]") == [True, False, "Camera"]
@@ -243,7 +243,7 @@ def test_without_a_camera_it_says_so(tmp_path: Path) -> None:
     with browse(tmp_path) as tab:
         tab.open(save_page(render_playground(load_onnx("mnist")), tmp_path))
         tab.run("at('camera').click()")
-        tab.wait("at('hint').textContent === 'The camera cannot be used here.'")
+        tab.wait("at('hint').textContent === 'The camera is not available.'")
 
 
 # without a browser
@@ -259,8 +259,8 @@ def test_the_page_asks_for_nothing_from_outside(tmp_path: Path) -> None:
 def test_names_cannot_become_code(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
     bundle = made("tiny")
-    trained = {**bundle.trained, "data": {**bundle.trained["data"], "name": evil}}
-    page = page_of(replace(bundle, classes=(evil, "dog", "owl"), trained=trained), tmp_path)
+    training = {**bundle.training, "data": {**bundle.training["data"], "name": evil}}
+    page = page_of(replace(bundle, classes=(evil, "dog", "owl"), training=training), tmp_path)
     assert evil not in page and page.count("<script") == 3
     assert json.loads(model_of(page))["classes"][0] == evil
 
@@ -271,7 +271,7 @@ def test_large_tensors_are_kept_in_16_bits() -> None:
     told, packed = pack({"small": np.array([[1.5], [2.25]], np.float32), "weight": weight, "zero": np.zeros((4, 100))})
     assert told["small"] == {"shape": [2, 1], "values": [1.5, 2.25]}
     numbers = np.frombuffer(packed, "<i2")
-    assert len(numbers) == weight.size + 400 and told["zero"]["at"] == weight.size
+    assert len(numbers) == weight.size + 400 and told["zero"]["offset"] == weight.size
     rows = numbers[: weight.size].reshape(16, -1) * np.array(told["weight"]["scales"])[:, None]
     most = np.abs(weight).reshape(16, -1).max(axis=1)
     assert (np.abs(rows - weight.reshape(16, -1)).max(axis=1) <= most / 65_000).all()
@@ -279,7 +279,9 @@ def test_large_tensors_are_kept_in_16_bits() -> None:
 
 def test_a_layer_that_the_page_has_not_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.ReLU, "forward", lambda self, x: torch.sigmoid(x))
-    with pytest.raises(ConvlensError, match="^the page cannot compute Sigmoid as this net has it; ONNX can$"):
+    with pytest.raises(
+        ConvlensError, match="^the page cannot compute Sigmoid with the options of this model; ONNX can$"
+    ):
         page_of(made("tiny"), tmp_path)
 
 

@@ -41,7 +41,7 @@ def evaluate(
       convlens evaluate mnist --corruptions --plot mnist-corrupted.png
     """
     with gc_paused():
-        from convlens.evaluation.metrics import worst_classes
+        from convlens.evaluation.report import TestReport
         from convlens.runs.evaluate import evaluate_corruptions, evaluate_run
 
     restore_sigint()
@@ -65,7 +65,7 @@ def evaluate(
         return
     classes = test["classes"]
     if format is Format.text and len(classes) > MAX_LINES:
-        classes = worst_classes(test, WORST)
+        classes = TestReport.from_json(test).worst_classes(WORST)
     rows = [("class", "precision", "recall", "f1", "n")]
     for name, c in classes.items():
         rows.append((name, *(f"{c[key]:.4f}" for key in ("precision", "recall", "f1")), str(c["n"])))
