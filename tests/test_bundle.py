@@ -353,7 +353,7 @@ def test_what_is_no_picture(classifier: Classifier, tmp_path: Path) -> None:
         classifier.predict(tmp_path / "nothing.png")
     with pytest.raises(InvalidImageError, match="^the image is not an image"):
         classifier.predict(b"hello")
-    with pytest.raises(InvalidImageError, match="^a dict is not a picture: give a path, a PIL image or an array$"):
+    with pytest.raises(InvalidImageError, match="^a dict is not an image: pass a path, a PIL image or an array$"):
         classifier.predict({})  # type: ignore[call-overload]
     buffer = io.BytesIO()
     Image.new("RGB", (50, 50), "blue").save(buffer, "PNG")

@@ -91,7 +91,7 @@ def test_work_in_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         return np.array(numbers), conformal_thresholds(logits, labels), calibration_report(logits, labels, temperature)
 
     whole = measure()
-    monkeypatch.setattr(metrics, "MAX_VALUES", 20 * 70)
+    monkeypatch.setattr(metrics, "MAX_CHUNK_VALUES", 20 * 70)
     assert len(list(metrics.row_chunks(20, logits, labels))) == 5
     parts = measure()
     np.testing.assert_allclose(whole[0], parts[0], rtol=1e-4)

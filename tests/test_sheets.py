@@ -82,7 +82,7 @@ def test_what_was_said_stands_above() -> None:
     import torch
 
     sheet = prediction_grid(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), [("a long name of a class", 0.987, "cat")], "")
-    assert sheet.captions == ["says a long nam…\n99% sure\nis cat"]
+    assert sheet.captions == ["a long name o…\n99%\ntrue: cat"]
 
 
 def test_many_filters_are_not_all_shown() -> None:

@@ -22,7 +22,7 @@ def test_there_are_four() -> None:
 def test_it_is_small_and_says_what_it_is(name: str) -> None:
     folder = bundled_models()[name]
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 2_000_000
-    files = ["README.md", "config.json", "graph.onnx", "model.safetensors", "trust.safetensors"]
+    files = ["README.md", "config.json", "graph.onnx", "model.safetensors", "uncertainty.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == files
     bundle = load_bundle(folder)
     card = (folder / "README.md").read_text(encoding="utf-8")

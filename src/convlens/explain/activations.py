@@ -102,7 +102,7 @@ def receptive_field(
     """Measure the receptive field of a unit.
 
     A pixel belongs to it if the unit's position, in all channels, has a gradient with respect to the pixel for any of
-    16 random images. That works for every model, whereas a formula over kernels and strides works only for plain chains.
+    16 random images. That works for every model; a formula over kernels and strides works only for plain chains.
 
     Args:
         model: A model with named stages.

@@ -63,10 +63,10 @@ def heatmap_panel(e: Explanation) -> Panel:
     return Panel(
         "where.png",
         ImageGrid(f"Where the model looks for {shorten(e.label, 40)}", images, captions, columns=3),
-        f"Occlusion map: covering an orange region lowers the probability of “{e.label}”, covering a violet one raises "
-        f"it. Class activation maps (HiResCAM): for each stage, the brighter a region, the more it supports “{e.label}”; "
-        "each map is scaled by itself. Early stages are precise in position but respond to simple patterns; late stages "
-        "are specific to the class but coarse.",
+        f"Occlusion map: covering an orange region lowers the probability of “{e.label}”, covering a violet one "
+        "raises it. Class activation maps (HiResCAM): for each stage, the brighter a region, the more it supports "
+        f"“{e.label}”; each map is scaled by itself. Early stages are precise in position but respond to simple "
+        "patterns; late stages are specific to the class but coarse.",
     )
 
 
@@ -95,9 +95,9 @@ def receptive_fields_panel(e: Explanation) -> Panel:
     return Panel(
         "sees.png",
         ImageGrid("Receptive field of one unit of each stage", images, captions, columns=max(len(images), 4)),
-        "The bright part is the receptive field of one unit, the most active one of the stage or the one you chose: the "
-        "pixels that this value of a feature map depends on, as far as they are inside the image. Deeper units have "
-        "larger receptive fields.",
+        "The bright part is the receptive field of one unit, the most active one of the stage or the one you chose: "
+        "the pixels that this value of a feature map depends on, as far as they are inside the image. Deeper units "
+        "have larger receptive fields.",
     )
 
 

@@ -21,8 +21,8 @@ PLOTS = {
     "mistakes.png": "Predicted class, confidence and true class.",
     "calibration.png": "Points on the dotted line are perfectly calibrated. Bars are 95% intervals, which are long for "
     "few images.",
-    "curves.png": "Loss and accuracy over the epochs. Training metrics are measured on the augmented images, during the "
-    "epoch.",
+    "curves.png": "Loss and accuracy over the epochs. Training metrics are measured on the augmented images, during "
+    "the epoch.",
     "filters.png": "The patterns that the filters of the first layer respond to.",
     "samples.png": "Images of the training split with their classes.",
     "augmented.png": "The same images after the augmentation of the recipe.",
@@ -90,8 +90,8 @@ def reliability_items(test: TestReport) -> str:
     items = [
         f"The model classified {test.correct:,} of {test.num_images:,} unseen images correctly. Its accuracy on all "
         f"images of this kind is between {low:.2%} and {high:.2%}, with 95% confidence.",
-        f"Balanced accuracy, in which every class counts the same, is {test.balanced_accuracy:.2%}. Macro-F1, which also "
-        f"counts false positives, is {test.macro_f1:.2%}.",
+        f"Balanced accuracy, in which every class counts the same, is {test.balanced_accuracy:.2%}. Macro-F1, which "
+        f"also counts false positives, is {test.macro_f1:.2%}.",
     ]
     if (calibration := test.calibration) and (conformal := test.conformal) and test.in_distribution_rate is not None:
         before, after = calibration.before, calibration.after
@@ -99,13 +99,14 @@ def reliability_items(test: TestReport) -> str:
         if calibration.temperature == 1:
             change = "no temperature scaling: the validation images show no significant gain"
         items += [
-            f"The expected calibration error is {after.ece:.2%} ({change}). Brier score {after.brier_score:.4f}, before "
-            f"{before.brier_score:.4f}; 0 is perfect.",
+            f"The expected calibration error is {after.ece:.2%} ({change}). Brier score {after.brier_score:.4f}, "
+            f"before {before.brier_score:.4f}; 0 is perfect.",
             f"Prediction sets with a target coverage of {conformal.target_coverage:.0%} contained the true class for "
             f"{conformal.empirical_coverage:.1%} of the images; their mean size is {conformal.mean_set_size:.2f} "
             "classes.",
-            f"The model reports {1 - test.in_distribution_rate:.1%} of these images as unknown; the threshold was set to "
-            "5% of the validation images. Images of other things are reported as unknown far more often, but not always.",
+            f"The model reports {1 - test.in_distribution_rate:.1%} of these images as unknown; the threshold was set "
+            "to 5% of the validation images. Images of other things are reported as unknown far more often, but not "
+            "always.",
         ]
     else:
         items.append(

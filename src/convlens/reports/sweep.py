@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from convlens.reports.html import make_cards, make_figures, write_page
 from convlens.reports.image_grid import MUTED, TEXT
-from convlens.reports.plots import BACKGROUND, GRID, TRAIN, VALIDATION, new_figure, style_axes, save_for_page, title
+from convlens.reports.plots import BACKGROUND, GRID, TRAIN, VALIDATION, new_figure, save_for_page, style_axes, title
 from convlens.reports.run import pairs_table, table
 
 Rows = Sequence[Mapping[str, Any]]
@@ -21,8 +21,8 @@ Rows = Sequence[Mapping[str, Any]]
 PLOTS = {
     "history.png": "Dots are complete trials, orange crosses trials that were stopped early, arrows at the lower edge "
     "trials far below. The line is the best so far.",
-    "parallel.png": "Each line is a trial, from its values to its accuracy: darker is better, the thick one is the best. "
-    "The last axis is the rank, so equal accuracies can be apart.",
+    "parallel.png": "Each line is a trial, from its values to its accuracy: darker is better, the thick one is the "
+    "best. The last axis is the rank, so equal accuracies can be apart.",
     "importance.png": "How much each field determines whether a trial is among the best 10% (PED-ANOVA).",
 }
 

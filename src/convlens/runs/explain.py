@@ -13,7 +13,7 @@ from convlens.data.loading import refuse_inside_data
 from convlens.errors import ConvlensError, UsageError
 from convlens.explain.explanation import Explanation, explain, require_class
 from convlens.inference.classifier import Classifier
-from convlens.reports.explanation import make_panels, kernels_panel, write_explanations
+from convlens.reports.explanation import kernels_panel, make_panels, write_explanations
 from convlens.run_dir import RunDir, atomic_dir
 from convlens.runs.run import load_training_images
 from convlens.system.device import set_num_threads
