@@ -193,8 +193,8 @@ WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None
 sys.argv = ["convlens", *sys.argv[1:]]
-from convlens import cli
-cli.main()
+from convlens.cli.main import main
+main()
 """
 
 
