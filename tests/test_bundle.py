@@ -1,4 +1,4 @@
-"""Bundles and the Classifier: what is saved is what is loaded, what is damaged is named, any picture is taken."""
+"""Bundles and Classifier: round trips, damaged files, and every type of image."""
 
 import io
 import json
@@ -42,7 +42,7 @@ TRAINED: dict[str, Any] = {
 
 
 def make_bundle(channels: int = 3, side: int = 8, model: str = "small", **options: Any) -> Bundle:
-    """Return a bundle of a fresh net for three classes."""
+    """Return a bundle of an untrained model with three classes."""
     torch.manual_seed(0)
     arguments = {"channels": channels, "image_height": side, "image_width": side, "classes": 3, **options}
     net = create_model(model, **arguments).eval()
@@ -103,7 +103,7 @@ def test_round_trip_keeps_every_bit(
         assert (again / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_a_bundle_is_three_files(saved: Path) -> None:
+def test_bundle_has_three_files(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     config = json.loads((saved / "config.json").read_text())
     assert config["format"] == 2
@@ -137,7 +137,7 @@ def test_model_card(saved: Path) -> None:
 # what cannot be read
 
 
-def test_a_newer_format(saved: Path) -> None:
+def test_newer_format_is_rejected(saved: Path) -> None:
     edit_config(saved, format=3)
     with pytest.raises(ConvlensError) as caught:
         load_bundle(saved)
@@ -148,7 +148,7 @@ def test_a_newer_format(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [0, 100, -1])
-def test_a_flipped_byte_in_the_weights(place: int, saved: Path) -> None:
+def test_flipped_byte_in_weights_is_detected(place: int, saved: Path) -> None:
     weights = saved / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[place] ^= 1
@@ -159,7 +159,7 @@ def test_a_flipped_byte_in_the_weights(place: int, saved: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_missing_file(name: str, saved: Path) -> None:
+def test_missing_file_is_named(name: str, saved: Path) -> None:
     (saved / name).unlink()
     with pytest.raises(ConvlensError) as caught:
         load_bundle(saved)
@@ -169,7 +169,7 @@ def test_a_missing_file(name: str, saved: Path) -> None:
 @pytest.mark.parametrize(
     "config", ["", "[1, 2]", "{}", '{"format": 2}', '{"sha256": 3, "model": []}', "not json", '{"format": "1"}', "\x00"]
 )
-def test_a_foreign_config(config: str, saved: Path) -> None:
+def test_foreign_config_is_rejected(config: str, saved: Path) -> None:
     (saved / "config.json").write_text(config)
     with pytest.raises(ConvlensError) as caught:
         load_bundle(saved)
@@ -195,14 +195,14 @@ def test_a_foreign_config(config: str, saved: Path) -> None:
         {"classes": None},
     ],
 )
-def test_a_config_that_does_not_fit_its_weights(changes: dict[str, Any], saved: Path) -> None:
+def test_config_that_does_not_match_the_weights_is_rejected(changes: dict[str, Any], saved: Path) -> None:
     edit_config(saved, **changes)
     with pytest.raises(ConvlensError, match="is not a bundle that can be read") as caught:
         load_bundle(saved)
     assert "\n" not in str(caught.value)
 
 
-def test_fewer_class_names_than_the_net_has_outputs(saved: Path) -> None:
+def test_wrong_number_of_class_names_is_rejected(saved: Path) -> None:
     edit_config(saved, classes=["cat", "dog"])
     with pytest.raises(ConvlensError, match="is not a bundle that can be read"):
         load_bundle(saved)
@@ -216,7 +216,7 @@ def own_model() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("own_model")
-def test_a_model_that_has_to_be_registered_first(tmp_path: Path) -> None:
+def test_unregistered_model_is_named(tmp_path: Path) -> None:
     make_bundle(model="own", width=2).save(tmp_path / "b")
     assert load_bundle(tmp_path / "b").architecture.name == "own"
     del MODELS._entries["own"]
@@ -227,7 +227,7 @@ def test_a_model_that_has_to_be_registered_first(tmp_path: Path) -> None:
 # finding
 
 
-def test_find_bundle(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_bundle(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_bundle(saved) == resolve_bundle(str(saved)) == saved
     run = tmp_path / "run"
     run.mkdir()
@@ -248,13 +248,13 @@ def test_find_bundle(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         resolve_bundle("zzzzzz")
 
 
-def test_a_bundle_that_has_lost_its_weights_is_no_unfinished_run(saved: Path) -> None:
+def test_bundle_without_weights_is_not_an_unfinished_run(saved: Path) -> None:
     (saved / "model.safetensors").unlink()
     with pytest.raises(ConvlensError, match="model.safetensors is missing"):
         Classifier.load(saved)
 
 
-def test_every_shipped_model_loads() -> None:
+def test_bundled_models_load() -> None:
     for name, folder in bundled_models().items():
         assert resolve_bundle(name) == folder
         bundle = load_bundle(folder)
@@ -273,14 +273,12 @@ def classifier(saved: Path) -> Classifier:
 
 @pytest.fixture
 def picture() -> Image.Image:
-    """Return a picture of the size of the net's input, so that nothing is resampled."""
+    """Return an image of the model's input size, so that nothing is resampled."""
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
-def test_every_form_of_a_picture_gives_the_same_answer(
-    classifier: Classifier, picture: Image.Image, tmp_path: Path
-) -> None:
+def test_all_image_types_give_the_same_prediction(classifier: Classifier, picture: Image.Image, tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     picture.save(path)
     pixels = np.asarray(picture)
@@ -294,7 +292,7 @@ def test_every_form_of_a_picture_gives_the_same_answer(
         assert prediction.confidence == pytest.approx(expected.confidence, rel=1e-5)
 
 
-def test_grey_arrays_and_other_modes(classifier: Classifier) -> None:
+def test_gray_arrays_and_other_modes(classifier: Classifier) -> None:
     grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
     expected = classifier.predict(grey)
     assert classifier.predict(np.stack([grey] * 3, axis=2)) == expected
@@ -303,7 +301,7 @@ def test_grey_arrays_and_other_modes(classifier: Classifier) -> None:
     assert classifier.predict(Image.fromarray(grey).convert("RGBA")) == expected
 
 
-def test_a_picture_of_any_size(classifier: Classifier) -> None:
+def test_image_of_any_size(classifier: Classifier) -> None:
     for size in ((1, 1), (640, 3), (9, 8)):
         prediction = classifier.predict(Image.new("RGB", size, "red"))
         assert prediction.label in classifier.classes
@@ -323,7 +321,7 @@ def test_top(classifier: Classifier, picture: Image.Image) -> None:
     assert str(one) == f"{one.label} ({one.confidence:.1%})"
 
 
-def test_probabilities_are_those_of_the_net(classifier: Classifier, picture: Image.Image) -> None:
+def test_probabilities_match_the_model(classifier: Classifier, picture: Image.Image) -> None:
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1).unsqueeze(0).float() / 255
     with torch.no_grad():
         expected = classifier.model((x - 0.4) / 0.2).softmax(dim=1)[0]
@@ -331,7 +329,7 @@ def test_probabilities_are_those_of_the_net(classifier: Classifier, picture: Ima
     assert [told[name] for name in classifier.classes] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
-def test_raw_leaves_the_ink_alone() -> None:
+def test_raw_does_not_extract_strokes() -> None:
     bundle = make_bundle(channels=1, width=4)
     ink = replace(bundle, preprocess=replace(bundle.preprocess, style=InputStyle(content_size=6)))
     classifier = Classifier(ink)
@@ -344,11 +342,11 @@ def test_raw_leaves_the_ink_alone() -> None:
     assert classifier.predict(paper, raw=True) == Classifier(bundle).predict(paper)
 
 
-def test_an_empty_list(classifier: Classifier) -> None:
+def test_empty_list(classifier: Classifier) -> None:
     assert classifier.predict([]) == []
 
 
-def test_what_is_no_picture(classifier: Classifier, tmp_path: Path) -> None:
+def test_invalid_images_are_rejected(classifier: Classifier, tmp_path: Path) -> None:
     with pytest.raises(InvalidImageError, match="nothing.png: there is no such file$"):
         classifier.predict(tmp_path / "nothing.png")
     with pytest.raises(InvalidImageError, match="^the image is not an image"):
@@ -364,7 +362,7 @@ def test_what_is_no_picture(classifier: Classifier, tmp_path: Path) -> None:
             classifier.predict(array)
 
 
-def test_prediction_changes_nothing(classifier: Classifier, picture: Image.Image) -> None:
+def test_prediction_has_no_side_effects(classifier: Classifier, picture: Image.Image) -> None:
     before = {key: value.clone() for key, value in classifier.model.state_dict().items()}
     torch.manual_seed(3)
     state = torch.get_rng_state()

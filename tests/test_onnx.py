@@ -1,4 +1,4 @@
-"""ONNX: the file answers as the net does, from raw pixels, without PyTorch and without convlens; others are refused."""
+"""ONNX export: outputs match PyTorch, without PyTorch or convlens; foreign and damaged files are rejected."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def some_images(channels: int, side: int, n: int = 40, seed: int = 0) -> np.ndar
 
 
 def with_uncertainty(bundle: Bundle) -> Bundle:
-    """Return the bundle with an uncertainty model, fitted on noise, so that some of it is unknown."""
+    """Return the bundle with an uncertainty model, fitted on noise, so that some images are out-of-distribution."""
     shape = bundle.preprocess
     images = torch.from_numpy(some_images(shape.channels, shape.height, 60, seed=1))
     split = Split(images, torch.arange(60) % 3, [str(i) for i in range(60)])
@@ -56,7 +56,7 @@ def with_uncertainty(bundle: Bundle) -> Bundle:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of a small colour net with all there is."""
+    """A bundle of a small color model with an uncertainty model."""
     path = tmp_path_factory.mktemp("bundle") / "pets"
     with_uncertainty(make_bundle(width=4)).save(path)
     return path
@@ -77,7 +77,7 @@ def file(model: Any, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_every_net_answers_alike(name: str, tmp_path: Path) -> None:
+def test_every_model_matches_pytorch(name: str, tmp_path: Path) -> None:
     channels, side = SHAPES.get(name, (1, 14))
     images = some_images(channels, side)
     bundle = with_uncertainty(make_bundle(channels, side, name))
@@ -103,7 +103,7 @@ def test_every_net_answers_alike(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(bundled_models()))
-def test_the_shipped_nets_do(name: str) -> None:
+def test_bundled_models_match_pytorch(name: str) -> None:
     predictor, classifier = OnnxPredictor.from_bundle(bundled_models()[name]), Classifier.load(name)
     assert predictor.verify() < 1e-5
     shape = predictor.preprocess
@@ -117,7 +117,7 @@ def test_the_shipped_nets_do(name: str) -> None:
         assert a.confidence == pytest.approx(b.confidence, abs=1e-5)
 
 
-def test_without_validation_images_there_is_no_known(tmp_path: Path) -> None:
+def test_without_validation_images_there_is_no_in_distribution_output(tmp_path: Path) -> None:
     make_bundle(width=4).save(tmp_path)
     model = build_onnx(tmp_path)
     assert [output.name for output in model.graph.output] == ["probabilities", "label"]
@@ -133,13 +133,13 @@ def answers(model: Any, images: np.ndarray) -> list[np.ndarray]:
     return onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"images": images})  # type: ignore[no-any-return]
 
 
-def test_grey_pictures_go_into_a_colour_net(model: Any) -> None:
+def test_gray_images_are_accepted_by_a_color_model(model: Any) -> None:
     grey = some_images(1, 8).transpose(0, 2, 3, 1)
     for a, b in zip(answers(model, grey), answers(model, grey.repeat(3, axis=3)), strict=True):
         assert np.array_equal(a, b)
 
 
-def test_colours_become_the_grey_that_pillow_makes(tmp_path: Path) -> None:
+def test_grayscale_conversion_matches_pillow(tmp_path: Path) -> None:
     make_bundle(1, 8, width=4).save(tmp_path)
     model = build_onnx(tmp_path)
     colour = some_images(3, 8, 200).transpose(0, 2, 3, 1)
@@ -149,7 +149,7 @@ def test_colours_become_the_grey_that_pillow_makes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(8, 8), (40, 30), (30, 40), (9, 8), (5, 5), (3, 16), (200, 8), (1, 1)])
-def test_other_sizes_are_fitted_as_pillow_does(size: tuple[int, int], model: Any, folder: Path) -> None:
+def test_resizing_matches_pillow(size: tuple[int, int], model: Any, folder: Path) -> None:
     waves = np.sin(np.arange(size[0])[None, :] / 9) * np.cos(np.arange(size[1])[:, None] / 7) * 100 + 120
     picture = Image.fromarray(waves.astype(np.uint8)).convert("RGB")
     expected, _ = Classifier(load_bundle(folder)).run(Classifier(load_bundle(folder)).adapt(picture, raw=True)[None])
@@ -174,7 +174,7 @@ print(json.loads(session.get_modelmeta().custom_metadata_map["convlens"])["class
 """
 
 
-def test_the_lines_of_readme_without_convlens_or_torch(file: Path, folder: Path) -> None:
+def test_readme_example_runs_without_convlens_and_torch(file: Path, folder: Path) -> None:
     Image.fromarray(some_images(1, 8)[0, 0]).save(file.parent / "photo.png")
     done = subprocess.run(
         [sys.executable, "-c", README_LINES], cwd=file.parent, capture_output=True, text=True, check=False
@@ -183,7 +183,7 @@ def test_the_lines_of_readme_without_convlens_or_torch(file: Path, folder: Path)
     assert (done.stdout.strip(), done.stderr) == (expected.label, "")
 
 
-def test_those_lines_stand_in_the_readme() -> None:
+def test_readme_contains_the_example() -> None:
     lines = README_LINES.split("README\n")[1].strip().splitlines()
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     assert "\n".join(lines).replace("pets.onnx", "mnist-1.onnx").replace("photo.png", "scan.png") in readme
@@ -225,7 +225,7 @@ def run(*arguments: object) -> int:
     return int(leaving.value.code or 0)
 
 
-def test_export_writes_one_file_and_makes_predict_quick(
+def test_export_writes_one_file_and_adds_the_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -244,7 +244,7 @@ def test_export_writes_one_file_and_makes_predict_quick(
     assert Path("pets-1.onnx").read_bytes() == before and not Path("x.txt").exists()
 
 
-def test_the_graph_of_a_bundle_is_for_other_programs_too(folder: Path, model: Any) -> None:
+def test_other_programs_load_the_graph_of_a_bundle(folder: Path, model: Any) -> None:
     import onnxruntime
 
     add_graph(model, folder)
@@ -253,7 +253,7 @@ def test_the_graph_of_a_bundle_is_for_other_programs_too(folder: Path, model: An
     assert np.array_equal(session.run(None, {"images": images})[0], answers(model, images)[0])
 
 
-def test_what_is_missing_is_said(
+def test_missing_extra_is_named(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
@@ -262,7 +262,7 @@ def test_what_is_missing_is_said(
     assert not (tmp_path / "x.onnx").exists()
 
 
-def test_a_net_without_words_in_onnx_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexportable_model_gives_a_one_line_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def odd(self: object, x: torch.Tensor) -> torch.Tensor:
         return x if x.sum().item() > 0 else -x  # which no graph can say
 
@@ -274,7 +274,7 @@ def test_a_net_without_words_in_onnx_is_one_line(folder: Path, monkeypatch: pyte
 # what is not as it should be
 
 
-def test_drift_is_found_and_nothing_is_written(model: Any, tmp_path: Path) -> None:
+def test_deviation_is_detected_and_nothing_is_written(model: Any, tmp_path: Path) -> None:
     changed = onnx.ModelProto.FromString(model.SerializeToString())
     weight = next(tensor for tensor in changed.graph.initializer if tensor.name == "net.head.2.weight")
     weight.raw_data = (np.frombuffer(weight.raw_data, np.float32) * 1.01).tobytes()
@@ -283,7 +283,7 @@ def test_drift_is_found_and_nothing_is_written(model: Any, tmp_path: Path) -> No
     assert not (tmp_path / "new").exists()
 
 
-def test_verify_fails_on_drift(model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_fails_on_deviation(model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changed = onnx.ModelProto.FromString(model.SerializeToString())
     about = json.loads(changed.metadata_props[0].value)
     about["reference"]["probabilities"][3][0] += 0.001
@@ -293,7 +293,7 @@ def test_verify_fails_on_drift(model: Any, tmp_path: Path, capsys: pytest.Captur
     assert f"{tmp_path / 'x.onnx'} gives other outputs than when it was made" in capsys.readouterr().err
 
 
-def test_a_single_bit_is_found(file: Path) -> None:
+def test_flipped_bit_is_detected(file: Path) -> None:
     content, luck = file.read_bytes(), np.random.default_rng(0)
     OnnxPredictor(content, "it")
     for at in luck.integers(0, len(content), 300).tolist():
@@ -303,14 +303,14 @@ def test_a_single_bit_is_found(file: Path) -> None:
             OnnxPredictor(bytes(damaged), "it")
 
 
-def test_other_names_of_classes_are_found(file: Path) -> None:
+def test_changed_class_names_are_detected(file: Path) -> None:
     file.write_bytes(file.read_bytes().replace(b'"cat","dog"', b'"dog","cat"'))
     with pytest.raises(ConvlensError, match="was damaged or changed since convlens wrote it"):
         load_predictor(file)
 
 
 @pytest.mark.parametrize("key", ["classes", "conformal_thresholds"])
-def test_a_model_that_does_not_fit_itself_is_refused(key: str, model: Any) -> None:
+def test_inconsistent_metadata_are_rejected(key: str, model: Any) -> None:
     changed = onnx.ModelProto.FromString(model.SerializeToString())
     about = json.loads(changed.metadata_props[0].value)
     about[key] = about[key][:-1]
@@ -319,7 +319,7 @@ def test_a_model_that_does_not_fit_itself_is_refused(key: str, model: Any) -> No
         OnnxPredictor(embed_digest(changed.SerializeToString()), "it")
 
 
-def test_what_is_no_model_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], file: Path) -> None:
+def test_files_that_are_not_models_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], file: Path) -> None:
     for words, says in (
         (("predict", "no.onnx", "x.png"), "there is no file no.onnx"),
         (("verify", "no.onnx"), "there is no file no.onnx"),
@@ -334,7 +334,7 @@ def test_what_is_no_model_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def foreign(**metadata: str) -> bytes:
-    """Return an honest ONNX file of somebody else's."""
+    """Return a harmless ONNX file of another program."""
     node = helper.make_node("Identity", ["images"], ["out"])
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N"]) for name in ("images", "out")]
     made = helper.make_model(helper.make_graph([node], "g", values[:1], values[1:]), ir_version=10)
@@ -353,7 +353,7 @@ def outside(model: Any, location: str) -> bytes:
 
 
 def sealed(model: Any) -> bytes:
-    """Return a serialised model with a right seal, if it has a place for one."""
+    """Return a serialized model with a valid digest, if it has a place for one."""
     content: bytes = model.SerializeToString()
     return embed_digest(content) if b'"digest":"' in content else content
 
@@ -374,7 +374,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_files_are_refused(name: str, model: Any, tmp_path: Path) -> None:
+def test_malicious_files_are_rejected(name: str, model: Any, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for place in (tmp_path / "secret.bin", tmp_path / "in" / "secret.bin", tmp_path / "in" / "model.safetensors"):
         place.write_bytes(bytes(100_000))
@@ -386,7 +386,7 @@ def test_hostile_files_are_refused(name: str, model: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("file", ["graph.onnx", "model.safetensors", "uncertainty.safetensors"])
-def test_a_bundle_whose_files_were_changed_is_refused(file: str, folder: Path, model: Any, tmp_path: Path) -> None:
+def test_bundle_with_changed_files_is_rejected(file: str, folder: Path, model: Any, tmp_path: Path) -> None:
     add_graph(model, folder)
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -397,7 +397,7 @@ def test_a_bundle_whose_files_were_changed_is_refused(file: str, folder: Path, m
         load_predictor(tmp_path)
 
 
-def test_a_graph_in_a_bundle_takes_no_other_files(folder: Path, model: Any, tmp_path: Path) -> None:
+def test_graph_cannot_read_other_files(folder: Path, model: Any, tmp_path: Path) -> None:
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     content = outside(model, "config.json")
@@ -409,7 +409,7 @@ def test_a_graph_in_a_bundle_takes_no_other_files(folder: Path, model: Any, tmp_
         load_predictor(tmp_path)
 
 
-def test_made_up_images_are_of_every_kind() -> None:
+def test_reference_images() -> None:
     for channels in (1, 3):
         bundle = make_bundle(channels, 20, width=4)
         images = onnx_export.reference_images(replace(bundle.preprocess, style=InputStyle()))
@@ -422,7 +422,7 @@ def test_made_up_images_are_of_every_kind() -> None:
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_in_8_bits_every_net_answers_much_the_same(name: str, tmp_path: Path) -> None:
+def test_int8_stays_close_to_float32(name: str, tmp_path: Path) -> None:
     channels, side = SHAPES.get(name, (1, 14))
     with_uncertainty(make_bundle(channels, side, name)).save(tmp_path / "net")
     g = torch.Generator().manual_seed(3)
@@ -441,7 +441,7 @@ def test_in_8_bits_every_net_answers_much_the_same(name: str, tmp_path: Path) ->
     assert write_onnx(model, tmp_path / "small.onnx") == 0.0  # proved against itself
 
 
-def test_export_in_8_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_int8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "small.onnx"
     assert run("export", "digits", "--int8", "--out", file) == 0
     told = capsys.readouterr().out.splitlines()
@@ -457,7 +457,7 @@ def test_export_in_8_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     )
 
 
-def test_in_8_bits_without_the_data(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_int8_without_data(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("export", folder, "--int8", "--out", tmp_path / "x.onnx") == 2
     told = capsys.readouterr().err
     assert told.startswith("convlens: --int8 needs the images that the net was trained on: ") and "--data" in told
@@ -466,7 +466,7 @@ def test_in_8_bits_without_the_data(tmp_path: Path, folder: Path, capsys: pytest
     assert capsys.readouterr().err == "convlens: digits-int8.onnx exists; name another file with --out\n"
 
 
-def test_a_file_of_an_older_convlens_is_refused(model: Any, tmp_path: Path) -> None:
+def test_file_of_an_older_convlens_is_rejected(model: Any, tmp_path: Path) -> None:
     about = onnx_export.read_metadata(model)
     older = onnx.ModelProto.FromString(model.SerializeToString())
     onnx_export.write_metadata(older, {**about, "format": 2})

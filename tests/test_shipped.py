@@ -1,4 +1,4 @@
-"""The models that come with convlens: small, honest, and as good as their cards say."""
+"""The bundled models: small, documented, and as accurate as their cards."""
 
 import json
 import shlex
@@ -14,12 +14,12 @@ from convlens.runs.evaluate import evaluate_run
 NAMES = ["cifar10", "digits", "fashion-mnist", "mnist"]
 
 
-def test_there_are_four() -> None:
+def test_there_are_four_models() -> None:
     assert list(bundled_models()) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_small_and_says_what_it_is(name: str) -> None:
+def test_model_is_small_and_documented(name: str) -> None:
     folder = bundled_models()[name]
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 2_000_000
     files = ["README.md", "config.json", "graph.onnx", "model.safetensors", "uncertainty.safetensors"]
@@ -39,7 +39,7 @@ def test_it_is_small_and_says_what_it_is(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["digits", *(pytest.param(n, marks=pytest.mark.data) for n in ("mnist", "fashion-mnist"))]
 )
-def test_it_is_as_good_as_its_card_says(name: str) -> None:
+def test_model_is_as_accurate_as_its_card(name: str) -> None:
     recorded = Classifier.load(name).bundle.training["test"]
     again = evaluate_run(name)
     assert again["num_images"] == recorded["num_images"]

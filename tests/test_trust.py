@@ -1,4 +1,4 @@
-"""What a bundle says beyond a label: calibrated, in sets, or unknown; and what it cannot say."""
+"""The uncertainty model: calibration, prediction sets, out-of-distribution detection."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return convlens.train("digits", out=tmp_path_factory.mktemp("trust") / "run", **QUICK)
 
 
-def test_distances_are_mahalanobis() -> None:
+def test_mahalanobis_distances() -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(5000, 3, generator=g) * torch.tensor([1.0, 10.0, 0.1])
     space = MahalanobisModel.fit(x, torch.zeros(5000, dtype=torch.int64), 1)
@@ -45,24 +45,24 @@ def test_distances_are_mahalanobis() -> None:
     torch.testing.assert_close(space.distances(away), (variance / shrunk).sqrt(), rtol=0.03, atol=0.01)
 
 
-def test_the_threshold_lets_95_percent_pass() -> None:
+def test_threshold_accepts_95_percent() -> None:
     distances = torch.arange(1000.0)
     assert (distances <= fit_threshold(distances)).float().mean() == pytest.approx(0.95, abs=0.002)
 
 
-def test_scores_of_knowns_and_unknowns() -> None:
+def test_auroc_and_fpr95() -> None:
     known, unknown = torch.arange(100.0), torch.arange(100.0) + 50
     assert auroc(known, unknown + 1000) == 1.0 and auroc(known, known) == 0.5
     assert false_positive_rate(known, unknown + 1000) == 0.0
     assert false_positive_rate(known, unknown) == pytest.approx(0.46)  # 95 of 0..99 pass, and so 50..95 of the others
 
 
-def test_a_feature_that_never_varies_does_no_harm() -> None:
+def test_constant_features_give_finite_distances() -> None:
     space = MahalanobisModel.fit(torch.zeros(10, 4), torch.arange(10) % 2, 2)
     assert bool(space.distances(torch.ones(3, 4)).isfinite().all())
 
 
-def test_a_run_says_it_all(run: Run) -> None:
+def test_run_reports_uncertainty(run: Run) -> None:
     test = run.test
     assert set(test["calibration"]) == {"temperature", "before", "after"}
     assert sum(b["count"] for b in test["calibration"]["after"]["bins"]) == test["num_images"]
@@ -77,7 +77,7 @@ def test_a_run_says_it_all(run: Run) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1, 2])
-def test_the_plot_of_its_certainty(temperature: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reliability_diagram(temperature: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
     monkeypatch.setattr("convlens.reports.plots.save", lambda figure, _: drawn.append(figure))
     bins = (*[ReliabilityBin(0, 0.0, 0.0)] * 14, ReliabilityBin(4, 0.98, 0.5))
@@ -94,7 +94,7 @@ def test_the_plot_of_its_certainty(temperature: float, tmp_path: Path, monkeypat
     assert len(counts.patches) == len(series) and list(counts.patches[0].get_data().values) == [0] * 14 + [4]
 
 
-def test_probabilities_are_those_of_the_temperature(run: Run) -> None:
+def test_probabilities_are_temperature_scaled(run: Run) -> None:
     dataset, classifier = load_dataset("digits"), run.classifier
     assert classifier.uncertainty is not None
     logits = classifier.logits(dataset.test.images)
@@ -103,7 +103,7 @@ def test_probabilities_are_those_of_the_temperature(run: Run) -> None:
     np.testing.assert_allclose(said, expected.numpy(), atol=2e-6)
 
 
-def test_it_knows_digits_and_does_not_know_a_blank_or_noise(run: Run) -> None:
+def test_digits_are_in_distribution_and_noise_is_not(run: Run) -> None:
     dataset = load_dataset("digits")
     digits = [run.predict(image[0].numpy()) for image in dataset.test.images[:60]]
     assert sum(bool(p.in_distribution) for p in digits) >= 50
@@ -114,7 +114,7 @@ def test_it_knows_digits_and_does_not_know_a_blank_or_noise(run: Run) -> None:
     assert blank.in_distribution is False and str(blank).startswith("unknown; most like ")
 
 
-def test_sets_on_request(run: Run) -> None:
+def test_prediction_sets(run: Run) -> None:
     image = load_dataset("digits").test.images[0, 0].numpy()
     assert run.predict(image).prediction_set is None
     sizes = [len(run.predict(image, coverage=c).prediction_set or ()) for c in (0.5, 0.95, 0.995)]
@@ -125,7 +125,7 @@ def test_sets_on_request(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_without_validation_images_it_says_that_it_cannot() -> None:
+def test_without_validation_images_there_is_no_uncertainty_model() -> None:
     run = convlens.train("digits", val_fraction=0.0, **QUICK)
     assert "calibration" not in run.test and run.classifier.uncertainty is None
     image = np.zeros((8, 8), dtype=np.uint8)
@@ -138,7 +138,7 @@ def test_without_validation_images_it_says_that_it_cannot() -> None:
     assert "There were no validation images" in run.report.read_text()
 
 
-def test_a_bundle_brings_back_the_same_trust(run: Run) -> None:
+def test_bundle_restores_the_uncertainty_model(run: Run) -> None:
     own = run.classifier.uncertainty
     again = load_bundle(run.path / "model").uncertainty
     assert own is not None and again is not None
@@ -147,7 +147,7 @@ def test_a_bundle_brings_back_the_same_trust(run: Run) -> None:
 
 
 @pytest.mark.parametrize("how", ["flip", "missing", "nonsense", "short"])
-def test_a_damaged_trust_is_refused(how: str, run: Run, tmp_path: Path) -> None:
+def test_damaged_uncertainty_model_is_rejected(how: str, run: Run, tmp_path: Path) -> None:
     bundle = load_bundle(run.path / "model")
     bundle.save(tmp_path / "copy")
     weights, config = tmp_path / "copy" / "uncertainty.safetensors", tmp_path / "copy" / "config.json"
@@ -165,7 +165,7 @@ def test_a_damaged_trust_is_refused(how: str, run: Run, tmp_path: Path) -> None:
         load_bundle(tmp_path / "copy")
 
 
-def test_bounds_that_are_not_finite_survive_json(run: Run) -> None:
+def test_infinite_thresholds_survive_json(run: Run) -> None:
     own = run.classifier.uncertainty
     assert own is not None
     endless = dataclasses.replace(own, conformal_thresholds=(*own.conformal_thresholds[:-1], float("inf")))
@@ -176,7 +176,7 @@ def test_bounds_that_are_not_finite_survive_json(run: Run) -> None:
 
 
 @pytest.mark.data
-def test_the_shipped_mnist_model_does_not_know_clothes() -> None:
+def test_bundled_mnist_model_detects_fashion_mnist() -> None:
     classifier = Classifier.load("mnist")
     assert classifier.uncertainty is not None
     from convlens.evaluation.inference import compute_outputs

@@ -1,4 +1,4 @@
-"""The html twin: it answers as the net does, in a real browser, from the same pictures, and asks for no network."""
+"""The playground: it matches PyTorch in a real browser, preprocesses alike, and makes no network requests."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def save_page(page: str, folder: Path) -> str:
 
 
 def proof_of(page: str, folder: Path) -> tuple[float, bool]:
-    """Open a page; return how far it says that its answers are off, and whether it calls that good."""
+    """Open a page; return the error of its self-check, and whether it passed."""
     with browse(folder) as tab:
         tab.open(save_page(page, folder))
         drift, good = tab.wait("at('check').dataset.error && [at('check').dataset.error, at('check').dataset.passed]")
@@ -54,7 +54,7 @@ def page_of(bundle: Bundle, folder: Path) -> str:
 
 
 @pytest.mark.parametrize(("name", "count"), [("fashion-2conv", 4), ("residual", 11)])
-def test_a_step_is_a_convolution_behind_its_activation_or_a_pooling(name: str, count: int, tmp_path: Path) -> None:
+def test_steps_are_activated_convolutions_and_poolings(name: str, count: int, tmp_path: Path) -> None:
     model = json.loads(model_of(page_of(made(name), tmp_path)))
     kinds = {layer["output"]: layer["op"] for layer in model["layers"]}
     assert len(model["steps"]) == count
@@ -67,7 +67,7 @@ def test_a_step_is_a_convolution_behind_its_activation_or_a_pooling(name: str, c
 
 @in_browser
 @pytest.mark.parametrize("name", [*NETS, "fashion-2conv with average pooling"])
-def test_every_net_answers_alike(name: str, tmp_path: Path) -> None:
+def test_every_model_matches_pytorch(name: str, tmp_path: Path) -> None:
     average = {"pool": "avg"} if name.endswith("pooling") else {}
     drift, good = proof_of(page_of(made(name.split()[0], **average), tmp_path), tmp_path)
     assert drift < 1e-3 and good
@@ -75,7 +75,7 @@ def test_every_net_answers_alike(name: str, tmp_path: Path) -> None:
 
 @in_browser
 @pytest.mark.parametrize("name", sorted(bundled_models()))
-def test_the_shipped_nets_do(name: str, tmp_path: Path) -> None:
+def test_bundled_models_match_pytorch(name: str, tmp_path: Path) -> None:
     page = render_playground(load_onnx(name))
     assert len(page.encode()) < 1_500_000
     drift, good = proof_of(page, tmp_path)
@@ -83,7 +83,7 @@ def test_the_shipped_nets_do(name: str, tmp_path: Path) -> None:
 
 
 @in_browser
-def test_a_page_that_answers_otherwise_says_so(tmp_path: Path) -> None:
+def test_self_check_detects_a_deviation(tmp_path: Path) -> None:
     page = page_of(made("tiny"), tmp_path)
     golden = json.loads(model_of(page))["reference"]["probabilities"][0][0]
     drift, good = proof_of(page.replace(f"{golden!r}", f"{golden + 0.01!r}", 1), tmp_path)
@@ -95,7 +95,7 @@ def model_of(page: str) -> str:
 
 
 def pictures() -> dict[str, Image.Image]:
-    """Return a photo, a page with a digit in uneven light, strokes as on the pad, and what is small or see-through."""
+    """Return a photo, a digit on paper in uneven light, strokes, and small or transparent images."""
     y, x = np.mgrid[0:90, 0:130]
     photo = np.stack([x * 1.9, y * 2.7, 128 + 100 * np.sin(x / 9) * np.cos(y / 7)], axis=2).clip(0, 255)
     page = Image.fromarray((235 - x[:, :130] * 0.5).astype(np.uint8))
@@ -116,7 +116,7 @@ def pictures() -> dict[str, Image.Image]:
 
 
 @in_browser
-def test_pictures_are_adapted_as_in_python(tmp_path: Path) -> None:
+def test_preprocessing_matches_python(tmp_path: Path) -> None:
     styles = {
         "photo": Preprocess(3, 28, 28, (0.5,) * 3, (0.5,) * 3, InputStyle()),
         "wide grey photo": Preprocess(1, 12, 30, (0.5,), (0.5,), InputStyle()),
@@ -143,7 +143,7 @@ const given = {json.dumps(given)};
 
 
 @in_browser
-def test_what_is_on_the_page(tmp_path: Path) -> None:
+def test_content_of_the_page(tmp_path: Path) -> None:
     page = render_playground(load_onnx("mnist"), [("7", np.zeros((1, 28, 28), np.uint8))])
     with browse(tmp_path) as tab:
         tab.open(save_page(page, tmp_path))
@@ -158,13 +158,13 @@ def test_what_is_on_the_page(tmp_path: Path) -> None:
 
 
 def answer(tab: Tab) -> str:
-    """Return what the page says, once it has drawn what it was last given."""
+    """Return the prediction on the page, once it has drawn the last input."""
     tab.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     return str(tab.run("`${at('answer').textContent}. ${at('words').textContent}`"))
 
 
 def seven(folder: Path) -> Path:
-    """Write a picture of a seven, dark on white, and return its file."""
+    """Write an image of a seven, dark on white, and return its file."""
     picture = Image.new("RGB", (300, 200), "white")
     ImageDraw.Draw(picture).line([(100, 50), (180, 50), (130, 160)], fill=(20, 20, 30), width=16, joint="curve")
     picture.save(folder / "seven.png")
@@ -172,7 +172,7 @@ def seven(folder: Path) -> Path:
 
 
 @in_browser
-def test_what_hands_do(tmp_path: Path) -> None:
+def test_drawing_files_and_camera(tmp_path: Path) -> None:
     file = seven(tmp_path)
     camera = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
     with browse(tmp_path, 1200, 900, *camera) as tab:
@@ -239,7 +239,7 @@ def test_what_hands_do(tmp_path: Path) -> None:
 
 
 @in_browser
-def test_without_a_camera_it_says_so(tmp_path: Path) -> None:
+def test_missing_camera_is_reported(tmp_path: Path) -> None:
     with browse(tmp_path) as tab:
         tab.open(save_page(render_playground(load_onnx("mnist")), tmp_path))
         tab.run("at('camera').click()")
@@ -249,14 +249,14 @@ def test_without_a_camera_it_says_so(tmp_path: Path) -> None:
 # without a browser
 
 
-def test_the_page_asks_for_nothing_from_outside(tmp_path: Path) -> None:
+def test_page_makes_no_requests(tmp_path: Path) -> None:
     page = page_of(made("tiny"), tmp_path)
     assert "default-src 'none'" in page
     assert not re.search(r"https?:|//[a-z]+\.[a-z]|src=|href=|fetch\(|XMLHttpRequest|import\(|eval\(", page)
     assert not re.search(r"\[[A-Z]{3,}\]", page)  # no part was left to fill in
 
 
-def test_names_cannot_become_code(tmp_path: Path) -> None:
+def test_class_names_are_escaped(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
     bundle = made("tiny")
     training = {**bundle.training, "data": {**bundle.training["data"], "name": evil}}
@@ -265,7 +265,7 @@ def test_names_cannot_become_code(tmp_path: Path) -> None:
     assert json.loads(model_of(page))["classes"][0] == evil
 
 
-def test_large_tensors_are_kept_in_16_bits() -> None:
+def test_large_tensors_are_packed_in_16_bits() -> None:
     g = np.random.default_rng(0)
     weight = (g.normal(size=(16, 8, 3, 3)) * 10.0 ** g.integers(-4, 4, (16, 1, 1, 1))).astype(np.float32)
     told, packed = pack({"small": np.array([[1.5], [2.25]], np.float32), "weight": weight, "zero": np.zeros((4, 100))})
@@ -277,7 +277,7 @@ def test_large_tensors_are_kept_in_16_bits() -> None:
     assert (np.abs(rows - weight.reshape(16, -1)).max(axis=1) <= most / 65_000).all()
 
 
-def test_a_layer_that_the_page_has_not_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_layer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.ReLU, "forward", lambda self, x: torch.sigmoid(x))
     with pytest.raises(
         ConvlensError, match="^the page cannot compute Sigmoid with the options of this model; ONNX can$"
@@ -286,7 +286,7 @@ def test_a_layer_that_the_page_has_not_is_said(tmp_path: Path, monkeypatch: pyte
 
 
 def train_on_photos(folder: Path, height: int, width: int) -> Run:
-    """Make a folder ``photos`` of dark and light pictures, and train on it."""
+    """Make a folder ``photos`` of dark and light images, and train on it."""
     g = np.random.default_rng(0)
     for label, level in (("dark", 40), ("light", 200)):
         (folder / "photos" / label).mkdir(parents=True)
@@ -296,7 +296,7 @@ def train_on_photos(folder: Path, height: int, width: int) -> Run:
     return convlens.train(folder / "photos", out=folder / "run", epochs=1, device="cpu", threads=1)
 
 
-def test_export_takes_samples_from_the_runs_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_takes_samples_from_the_data_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained = train_on_photos(tmp_path, 9, 9)
     assert run("export", trained.path, "--format", "html", "--out", tmp_path / "a.html") == 0
     assert capsys.readouterr().out.startswith(
