@@ -67,7 +67,7 @@ def evaluate(
     classes = report.classes
     if format is Format.text and len(classes) > MAX_LINES:
         classes = report.worst_classes(WORST)
-    rows = [("class", "precision", "recall", "f1", "support")]
+    rows: list[tuple[str, ...]] = [("class", "precision", "recall", "f1", "support")]
     for name, c in classes.items():
         rows.append((name, *(f"{getattr(c, key):.4f}" for key in ("precision", "recall", "f1")), str(c.support)))
     if format is Format.csv:
