@@ -91,7 +91,7 @@ def test_every_file_of_the_layout_is_there(run: Run) -> None:
         "README.md",
         "config.json",
         "model.safetensors",
-        "trust.safetensors",
+        "uncertainty.safetensors",
     ]
     assert {path.name for path in (run.path / "plots").iterdir()} == set(PLOTS)
     assert sorted(path.suffix for path in (run.path / "checkpoint").iterdir()) == 2 * [".json"] + 2 * [".safetensors"]
