@@ -96,7 +96,7 @@ def test_the_command(remembered: Run, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "convlens: " not in err and out.startswith(
         f"looked back at 8 snapshots\nwrote   {page} ({size:,} bytes)\nwrote   "
     )
-    assert size < 500_000 and model_of(page)["picture"] == "scan.png"
+    assert size < 500_000 and model_of(page)["image"] == "scan.png"
     with Image.open(tmp_path / "a.gif") as picture:
         assert (picture.n_frames, picture.size) == (8, (864, 360))
         frames = []
@@ -106,7 +106,7 @@ def test_the_command(remembered: Run, tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(set(frames)) == 8
     # again: the run's own page is made anew, the files of the user are not
     assert run("timelapse", remembered.path) == 0
-    assert str(model_of(page)["picture"]).startswith("an image of “")
+    assert str(model_of(page)["image"]).startswith("an image of “")
     capsys.readouterr()
     assert run("timelapse", remembered.path, "--gif", tmp_path / "a.gif") == 2
     assert capsys.readouterr().err == f"convlens: --gif {tmp_path / 'a.gif'}: that file exists; choose another name\n"
@@ -141,7 +141,7 @@ def test_epochs_are_told_in_few_digits() -> None:
 def test_a_class_may_have_any_name(remembered: Run) -> None:
     picture = convlens.load_dataset("digits").test.images[0].numpy()
     moment = replay(remembered.classifier, remembered.folder, picture, convlens.load_dataset("digits").test)[-1]
-    about = {"images": "images", "picture": "one", "classes": [r"$\x$", "a_b", "\udcff", *"3456789"]}
+    about = {"images": "images", "image": "one", "classes": [r"$\x$", "a_b", "\udcff", *"3456789"]}
     assert draw_snapshot(moment, picture, about, 1.0, np.arange(10)).size == (864, 360)
 
 
