@@ -59,7 +59,7 @@ def convlens(dataset: Dataset, recipe: Recipe) -> Course:
 
 def test_accuracy(net: nn.Module, dataset: Dataset, normalise: Normalize, views: TTA | None = None) -> float:
     """Return the accuracy on the test split, of plain images or with the probabilities of several views averaged."""
-    return Scores.of(compute_logits(net, dataset.test.images, normalise, views=views), dataset.test.labels).accuracy
+    return Scores.of(compute_logits(net, dataset.test.images, normalise, tta=views), dataset.test.labels).accuracy
 
 
 class Pictures(TorchDataset[tuple[Tensor, int]]):

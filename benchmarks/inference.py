@@ -60,13 +60,13 @@ def predict() -> tuple[list[Record], str]:
 
 
 IN_BROWSER = """<pre id="out"></pre><script>%(engine)s
-const net = new Net(%(model)s, "%(weights)s");
+const net = new Model(%(model)s, "%(weights)s");
 const pixels = Uint8Array.from(atob("%(images)s"), (letter) => letter.charCodeAt(0));
-const size = pixels.length / %(n)d, out = new Float32Array(%(n)d * (net.model.classes.length + 1));
+const size = pixels.length / %(n)d, out = new Float32Array(%(n)d * (net.description.classes.length + 1));
 const started = performance.now();
 for (let i = 0; i < %(n)d; i++) {
-  const { probabilities, known } = net.run(pixels.subarray(i * size, (i + 1) * size));
-  out.set([...probabilities, known], i * (probabilities.length + 1));
+  const { probabilities, inDistribution } = net.run(pixels.subarray(i * size, (i + 1) * size));
+  out.set([...probabilities, inDistribution], i * (probabilities.length + 1));
 }
 const ms = (performance.now() - started) / %(n)d, bytes = new Uint8Array(out.buffer);
 let text = "";
@@ -84,9 +84,9 @@ def twin() -> tuple[list[Record], str]:
         expected, known = predictor.run(images)
         page = render_playground(predictor)
         model, weights = (page.split(f'id="{part}">')[1].split("</script>")[0] for part in ("model", "weights"))
-        parts = {"engine": read_static("engine.js"), "model": model, "weights": weights, "n": len(images)}
+        parts = {"engine": read_static("inference.js"), "model": model, "weights": weights, "n": len(images)}
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "page.html"
+            file = Path(folder) / "playground.html"
             file.write_text(IN_BROWSER % {**parts, "images": base64.b64encode(images.tobytes()).decode()})
             command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", file.as_uri()]
             dom = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -121,7 +121,7 @@ def int8() -> tuple[list[Record], str]:
         records.append({"model": name, "bytes": sizes, "seconds": seconds, **vars(cost)})
         rows.append(
             [f"`{name}`", *(f"{size:,}" for size in sizes), *(f"{pace:,.0f}" for pace in paces), percent(cost.before),
-             percent(cost.after), percent(cost.same)]
+             percent(cost.after), percent(cost.agreement)]
         )  # fmt: skip
     head = ["model", "bytes, 32 bits", "8 bits", "images/s, 32 bits", "8 bits", "test accuracy, 32 bits", "8 bits"]
     return records, table([*head, "same label"], rows)
@@ -131,8 +131,8 @@ def see() -> tuple[list[Record], str]:
     """Seconds of a whole `convlens explain` of one MNIST image, and of one class activation map once all is loaded."""
     image = load_dataset("mnist").test.images[0, 0].numpy()
     classifier = Classifier.load("mnist")
-    x = classifier.preprocess.normalizer()(torch.from_numpy(image)[None, None])
-    maps = [1000 * timed(partial(class_activation_map, classifier.net, x, 7)) for _ in range(60)][10:]
+    x = classifier.preprocess.normaliser()(torch.from_numpy(image)[None, None])
+    maps = [1000 * timed(partial(class_activation_map, classifier.model, x, 7)) for _ in range(60)][10:]
     with tempfile.TemporaryDirectory() as folder:
         Image.fromarray(image).save(Path(folder) / "seven.png")
         command = [sys.executable, "-m", "convlens", "explain", "mnist", f"{folder}/seven.png", "--out"]

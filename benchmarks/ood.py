@@ -68,7 +68,7 @@ def unknown() -> tuple[list[Record], str]:
     rows = []
     for name, data in sets.items():
         classifier = Classifier.load(name)
-        trust = classifier.trust
+        trust = classifier.uncertainty
         assert trust is not None
         own = data.test.images
         strange = {f"{other} test images": fit_images(x, classifier) for other, x in others.items() if other != name}
@@ -77,20 +77,20 @@ def unknown() -> tuple[list[Record], str]:
         strange["its own test images, inverted"] = 255 - own
 
         def scores(images: Tensor, classifier: Classifier = classifier) -> tuple[Tensor, ...]:
-            logits, features = compute_outputs(classifier.net, images, classifier.preprocess.normalizer())
-            trust = classifier.trust
+            logits, features = compute_outputs(classifier.model, images, classifier.preprocess.normaliser())
+            trust = classifier.uncertainty
             assert trust is not None
             largest = -logits.softmax(dim=1).max(dim=1).values
-            distances = trust.space.distances(features)
-            return largest, energy(logits), distances, trust.strangeness(logits, features)
+            distances = trust.mahalanobis.distances(features)
+            return largest, energy(logits), distances, trust.ood_score(logits, features)
 
         known = scores(own)
         for what, images in strange.items():
             found = scores(images)
             cells = [f"{auroc(k, u):.4f}, {false_positive_rate(k, u):.1%}" for k, u in zip(known, found, strict=True)]
-            refused = float((found[-1] > trust.threshold).float().mean())
+            refused = float((found[-1] > trust.ood_threshold).float().mean())
             rows.append([f"`{name}`", what, *cells, f"{refused:.1%}"])
-        passed = float((known[-1] <= trust.threshold).float().mean())
+        passed = float((known[-1] <= trust.ood_threshold).float().mean())
         rows.append([f"`{name}`", "its own test images", "", "", "", "", f"{1 - passed:.1%}"])
     head = ["net", "pictures", "largest probability", "energy", "distance of features", "both", "called unknown"]
     return written(head, rows)

@@ -28,7 +28,7 @@ ROUNDS = 3
 
 def plain_app() -> Any:
     """Return the endpoint as one writes it: decode, stack, run the net, where the request is handled."""
-    net = Classifier.load("mnist").net.eval()  # the same net, that both run the same
+    net = Classifier.load("mnist").model.eval()  # the same net, that both run the same
     app = FastAPI()
 
     @app.post("/predict")

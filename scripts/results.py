@@ -105,14 +105,13 @@ def collect() -> None:
 def summarise(run: Run) -> Record:
     """Return what the tables need of a run."""
     test, config = run.test, run.config
-    kept: Record = {key: test[key] for key in ("n", "accuracy", "accuracy_interval", "loss")}
-    for key in ("balanced_accuracy", "macro_f1", "coverage", "known"):
+    kept: Record = {key: test[key] for key in ("num_images", "accuracy", "accuracy_ci95", "loss")}
+    for key in ("balanced_accuracy", "macro_f1", "conformal", "in_distribution_rate"):
         if key in test:
             kept[key] = test[key]
     if calibration := test.get("calibration"):
         figures = {
-            when: {key: calibration[when][key] for key in ("calibration_error", "brier_score")}
-            for when in ("before", "after")
+            when: {key: calibration[when][key] for key in ("ece", "brier_score")} for when in ("before", "after")
         }
         kept["calibration"] = {"temperature": calibration["temperature"], **figures}
     if views := test.get("test_time_augmentation"):
@@ -174,12 +173,12 @@ def table(rows: list[Row], before: str) -> str:
             lines += keep_line(row, before)
             continue
         accuracies = [run["accuracy"] for run in runs]
-        first, (low, high) = runs[0], runs[0]["accuracy_interval"]
+        first, (low, high) = runs[0], runs[0]["accuracy_ci95"]
         worst, best = (f"{100 * pick(accuracies):.2f}" for pick in (min, max))
         fastest, median = (round_seconds(pick(seconds(runs))) for pick in (min, statistics.median))
         lines.append(
             f"| `{row.arguments}` | {row.data} | {len(runs)} | {mean_and_spread(accuracies)} "
-            f"| {worst}, {best} | {low:.2%} to {high:.2%} (n = {first['n']:,}) "
+            f"| {worst}, {best} | {low:.2%} to {high:.2%} (n = {first['num_images']:,}) "
             f"| {first['parameters']:,} | {first['epochs']} | {fastest}, {median} "
             f"| {first['precision']} | {augmented(runs)} |"
         )
@@ -207,14 +206,13 @@ def calibration(before: str) -> str:
             return statistics.mean(values)
 
         error, brier = (
-            [mean("calibration", when, key) for when in ("before", "after")]
-            for key in ("calibration_error", "brier_score")
+            [mean("calibration", when, key) for when in ("before", "after")] for key in ("ece", "brier_score")
         )
         lines.append(
             f"| `{row.arguments}` | {len(runs)} | {mean('calibration', 'temperature'):.2f} "
             f"| {error[0]:.2%}, {error[1]:.2%} | {brier[0]:.4f}, {brier[1]:.4f} "
-            f"| {mean('coverage', 'asked'):.0%}, {mean('coverage', 'measured'):.1%} "
-            f"| {mean('coverage', 'classes_in_a_set'):.2f} | {1 - mean('known'):.1%} |"
+            f"| {mean('conformal', 'target_coverage'):.0%}, {mean('conformal', 'empirical_coverage'):.1%} "
+            f"| {mean('conformal', 'mean_set_size'):.2f} | {1 - mean('in_distribution_rate'):.1%} |"
         )
     return "\n".join(lines)
 
@@ -270,8 +268,8 @@ def ship() -> None:
     titles = {row.name: row.data for row in ROWS}
     for name, row in SHIPPED.items():
         bundle = load_bundle(RUNS / f"{row}-s0" / "model")
-        data = {**bundle.trained["data"], "name": titles[row]}
-        dataclasses.replace(bundle, trained={**bundle.trained, "data": data}).save(WEIGHTS / name)
+        data = {**bundle.training["data"], "name": titles[row]}
+        dataclasses.replace(bundle, training={**bundle.training, "data": data}).save(WEIGHTS / name)
         add_graph(build_onnx(WEIGHTS / name), WEIGHTS / name)
 
 

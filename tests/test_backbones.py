@@ -226,7 +226,7 @@ def test_a_run_is_a_start_for_another(run: Run, tmp_path: Path) -> None:
 
 def test_it_is_explained(run: Run) -> None:
     seen = run.explain(np.full((48, 48, 3), 90, np.uint8))
-    assert list(seen.maps) == list(seen.activations) == ["act1", "layer1", "layer2", "layer3", "layer4"]
+    assert list(seen.feature_maps) == list(seen.cams) == ["act1", "layer1", "layer2", "layer3", "layer4"]
 
 
 def test_it_goes_to_onnx_and_answers_alike(run: Run, tmp_path: Path) -> None:

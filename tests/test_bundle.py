@@ -1,4 +1,4 @@
-"""Bundles and the Classifier: what is saved is what is loaded, what is damaged is named, any picture is taken."""
+"""Bundles and Classifier: round trips, damaged files, and every type of image."""
 
 import io
 import json
@@ -19,12 +19,13 @@ from convlens.errors import ConvlensError, UnknownNameError, UsageError
 from convlens.inference import store
 from convlens.inference.bundle import Bundle, load_bundle
 from convlens.inference.classifier import Classifier
+from convlens.inference.metadata import Architecture
 from convlens.inference.predictor import Prediction
 from convlens.inference.store import bundled_models, resolve_bundle
 from convlens.models import MODELS, create_model, register
 
 TRAINED: dict[str, Any] = {
-    "convlens": "0.1.0",
+    "version": "0.1.0",
     "command": "convlens train pets --epochs 3",
     "recipe": {"name": "folder", "seed": 7},
     "data": {
@@ -36,12 +37,12 @@ TRAINED: dict[str, Any] = {
     "machine": {"device_name": "A Processor", "threads": 2},
     "parameters": 12_345,
     "seconds": 61.7,
-    "test": {"n": 300, "accuracy": 0.91234, "accuracy_interval": [0.8751, 0.9391], "loss": 0.3},
+    "test": {"num_images": 300, "accuracy": 0.91234, "accuracy_ci95": [0.8751, 0.9391], "loss": 0.3},
 }
 
 
 def make_bundle(channels: int = 3, side: int = 8, model: str = "small", **options: Any) -> Bundle:
-    """Return a bundle of a fresh net for three classes."""
+    """Return a bundle of an untrained model with three classes."""
     torch.manual_seed(0)
     arguments = {"channels": channels, "image_height": side, "image_width": side, "classes": 3, **options}
     net = create_model(model, **arguments).eval()
@@ -51,7 +52,7 @@ def make_bundle(channels: int = 3, side: int = 8, model: str = "small", **option
             module.running_mean = torch.rand_like(module.running_mean) * 0.01
             module.running_var = torch.rand_like(module.running_mean) * 0.1 + 0.01
     preprocess = Preprocess(channels, side, side, (0.4,) * channels, (0.2,) * channels, InputStyle())
-    return Bundle(net, {"name": model, "arguments": arguments}, ("cat", "dog", "owl"), preprocess, TRAINED)
+    return Bundle(net, Architecture(model, arguments), ("cat", "dog", "owl"), preprocess, TRAINED)
 
 
 @pytest.fixture
@@ -85,9 +86,13 @@ def test_round_trip_keeps_every_bit(
     first = make_bundle(channels, side, model, **options)
     first.save(tmp_path / "b")
     second = load_bundle(tmp_path / "b")
-    assert (second.classes, second.preprocess, second.model) == (first.classes, first.preprocess, first.model)
-    assert second.trained == first.trained
-    assert not second.net.training
+    assert (second.classes, second.preprocess, second.architecture) == (
+        first.classes,
+        first.preprocess,
+        first.architecture,
+    )
+    assert second.training == first.training
+    assert not second.model.training
     images = torch.randint(0, 256, (5, channels, side, side), dtype=torch.uint8)
     logits = Classifier(second).logits(images)
     assert torch.equal(logits, Classifier(first).logits(images))
@@ -98,10 +103,10 @@ def test_round_trip_keeps_every_bit(
         assert (again / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_a_bundle_is_three_files(saved: Path) -> None:
+def test_bundle_has_three_files(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     config = json.loads((saved / "config.json").read_text())
-    assert config["format"] == 1
+    assert config["format"] == 2
     assert config["classes"] == ["cat", "dog", "owl"]
     assert config["model"]["name"] == "small"
     assert config["preprocess"]["mean"] == [0.4, 0.4, 0.4]
@@ -120,30 +125,30 @@ def test_model_card(saved: Path) -> None:
         "`folder`, seed 7",
         "`convlens train pets --epochs 3`",
         "62 s on A Processor, 2 thread(s)",
-        'convlens.Classifier.load("FOLDER").predict("picture.png")',
+        'convlens.Classifier.load("FOLDER").predict("image.png")',
     ):
         assert fact in card
     top = card.split("---\n")[1].splitlines()
     assert top[:2] == ["library_name: convlens", "pipeline_tag: image-classification"]
     assert '      name: "pets"' in top and "      value: 0.9123" in top
-    assert "pixels, grey" in make_bundle(channels=1).card()
+    assert "pixels, grayscale" in make_bundle(channels=1).card()
 
 
 # what cannot be read
 
 
-def test_a_newer_format(saved: Path) -> None:
-    edit_config(saved, format=2)
+def test_newer_format_is_rejected(saved: Path) -> None:
+    edit_config(saved, format=3)
     with pytest.raises(ConvlensError) as caught:
         load_bundle(saved)
     assert str(caught.value) == (
-        f"{saved} was made by a newer convlens (bundle format 2, this one reads 1); "
+        f"{saved} was made by a newer convlens (bundle format 3, this one reads 2); "
         "upgrade with: pip install --upgrade convlens"
     )
 
 
 @pytest.mark.parametrize("place", [0, 100, -1])
-def test_a_flipped_byte_in_the_weights(place: int, saved: Path) -> None:
+def test_flipped_byte_in_weights_is_detected(place: int, saved: Path) -> None:
     weights = saved / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[place] ^= 1
@@ -154,7 +159,7 @@ def test_a_flipped_byte_in_the_weights(place: int, saved: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_missing_file(name: str, saved: Path) -> None:
+def test_missing_file_is_named(name: str, saved: Path) -> None:
     (saved / name).unlink()
     with pytest.raises(ConvlensError) as caught:
         load_bundle(saved)
@@ -162,9 +167,9 @@ def test_a_missing_file(name: str, saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", ["", "[1, 2]", "{}", '{"format": 1}', '{"sha256": 3, "model": []}', "not json", '{"format": "1"}', "\x00"]
+    "config", ["", "[1, 2]", "{}", '{"format": 2}', '{"sha256": 3, "model": []}', "not json", '{"format": "1"}', "\x00"]
 )
-def test_a_foreign_config(config: str, saved: Path) -> None:
+def test_foreign_config_is_rejected(config: str, saved: Path) -> None:
     (saved / "config.json").write_text(config)
     with pytest.raises(ConvlensError) as caught:
         load_bundle(saved)
@@ -190,14 +195,14 @@ def test_a_foreign_config(config: str, saved: Path) -> None:
         {"classes": None},
     ],
 )
-def test_a_config_that_does_not_fit_its_weights(changes: dict[str, Any], saved: Path) -> None:
+def test_config_that_does_not_match_the_weights_is_rejected(changes: dict[str, Any], saved: Path) -> None:
     edit_config(saved, **changes)
     with pytest.raises(ConvlensError, match="is not a bundle that can be read") as caught:
         load_bundle(saved)
     assert "\n" not in str(caught.value)
 
 
-def test_fewer_class_names_than_the_net_has_outputs(saved: Path) -> None:
+def test_wrong_number_of_class_names_is_rejected(saved: Path) -> None:
     edit_config(saved, classes=["cat", "dog"])
     with pytest.raises(ConvlensError, match="is not a bundle that can be read"):
         load_bundle(saved)
@@ -211,9 +216,9 @@ def own_model() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("own_model")
-def test_a_model_that_has_to_be_registered_first(tmp_path: Path) -> None:
+def test_unregistered_model_is_named(tmp_path: Path) -> None:
     make_bundle(model="own", width=2).save(tmp_path / "b")
-    assert load_bundle(tmp_path / "b").model["name"] == "own"
+    assert load_bundle(tmp_path / "b").architecture.name == "own"
     del MODELS._entries["own"]
     with pytest.raises(ConvlensError, match="unknown model 'own'; .*; import the module that registers it first$"):
         load_bundle(tmp_path / "b")
@@ -222,12 +227,12 @@ def test_a_model_that_has_to_be_registered_first(tmp_path: Path) -> None:
 # finding
 
 
-def test_find_bundle(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_bundle(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_bundle(saved) == resolve_bundle(str(saved)) == saved
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match="is not finished: go on with: convlens train --resume"):
+    with pytest.raises(UsageError, match="is not finished; resume it with: convlens train --resume"):
         resolve_bundle(run)
     saved.rename(run / "model")
     assert resolve_bundle(run) == run / "model"
@@ -243,18 +248,18 @@ def test_find_bundle(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         resolve_bundle("zzzzzz")
 
 
-def test_a_bundle_that_has_lost_its_weights_is_no_unfinished_run(saved: Path) -> None:
+def test_bundle_without_weights_is_not_an_unfinished_run(saved: Path) -> None:
     (saved / "model.safetensors").unlink()
     with pytest.raises(ConvlensError, match="model.safetensors is missing"):
         Classifier.load(saved)
 
 
-def test_every_shipped_model_loads() -> None:
+def test_bundled_models_load() -> None:
     for name, folder in bundled_models().items():
         assert resolve_bundle(name) == folder
         bundle = load_bundle(folder)
-        assert len(bundle.classes) == bundle.model["arguments"]["classes"]
-        source = bundle.trained["data"]["source"]
+        assert len(bundle.classes) == bundle.architecture.arguments["classes"]
+        source = bundle.training["data"]["source"]
         assert source is None or source in DATASETS, "no path of its maker's"
 
 
@@ -268,14 +273,12 @@ def classifier(saved: Path) -> Classifier:
 
 @pytest.fixture
 def picture() -> Image.Image:
-    """Return a picture of the size of the net's input, so that nothing is resampled."""
+    """Return an image of the model's input size, so that nothing is resampled."""
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
-def test_every_form_of_a_picture_gives_the_same_answer(
-    classifier: Classifier, picture: Image.Image, tmp_path: Path
-) -> None:
+def test_all_image_types_give_the_same_prediction(classifier: Classifier, picture: Image.Image, tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     picture.save(path)
     pixels = np.asarray(picture)
@@ -286,10 +289,10 @@ def test_every_form_of_a_picture_gives_the_same_answer(
         assert classifier.predict(form) == expected
     for prediction in classifier.predict([picture, *forms]):
         assert prediction.label == expected.label
-        assert prediction.probability == pytest.approx(expected.probability, rel=1e-5)
+        assert prediction.confidence == pytest.approx(expected.confidence, rel=1e-5)
 
 
-def test_grey_arrays_and_other_modes(classifier: Classifier) -> None:
+def test_gray_arrays_and_other_modes(classifier: Classifier) -> None:
     grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
     expected = classifier.predict(grey)
     assert classifier.predict(np.stack([grey] * 3, axis=2)) == expected
@@ -298,7 +301,7 @@ def test_grey_arrays_and_other_modes(classifier: Classifier) -> None:
     assert classifier.predict(Image.fromarray(grey).convert("RGBA")) == expected
 
 
-def test_a_picture_of_any_size(classifier: Classifier) -> None:
+def test_image_of_any_size(classifier: Classifier) -> None:
     for size in ((1, 1), (640, 3), (9, 8)):
         prediction = classifier.predict(Image.new("RGB", size, "red"))
         assert prediction.label in classifier.classes
@@ -306,49 +309,49 @@ def test_a_picture_of_any_size(classifier: Classifier) -> None:
 
 def test_top(classifier: Classifier, picture: Image.Image) -> None:
     one = classifier.predict(picture)
-    assert one.top == ((one.label, one.probability),)
+    assert one.top == ((one.label, one.confidence),)
     three = classifier.predict(picture, top=3)
-    assert (three.label, three.probability) == three.top[0] == one.top[0]
+    assert (three.label, three.confidence) == three.top[0] == one.top[0]
     assert {label for label, _ in three.top} == set(classifier.classes)
     values = [value for _, value in three.top]
     assert values == sorted(values, reverse=True)
     assert sum(values) == pytest.approx(1.0)
     assert classifier.predict(picture, top=99) == three
     assert classifier.predict(picture, top=0) == one
-    assert str(one) == f"{one.label} ({one.probability:.1%})"
+    assert str(one) == f"{one.label} ({one.confidence:.1%})"
 
 
-def test_probabilities_are_those_of_the_net(classifier: Classifier, picture: Image.Image) -> None:
+def test_probabilities_match_the_model(classifier: Classifier, picture: Image.Image) -> None:
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1).unsqueeze(0).float() / 255
     with torch.no_grad():
-        expected = classifier.net((x - 0.4) / 0.2).softmax(dim=1)[0]
+        expected = classifier.model((x - 0.4) / 0.2).softmax(dim=1)[0]
     told = dict(classifier.predict(picture, top=3).top)
     assert [told[name] for name in classifier.classes] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
-def test_raw_leaves_the_ink_alone() -> None:
+def test_raw_does_not_extract_strokes() -> None:
     bundle = make_bundle(channels=1, width=4)
-    ink = replace(bundle, preprocess=replace(bundle.preprocess, input_style=InputStyle(content_size=6)))
+    ink = replace(bundle, preprocess=replace(bundle.preprocess, style=InputStyle(content_size=6)))
     classifier = Classifier(ink)
     paper = Image.new("L", (40, 40), 255)
     paper.paste(0, (20, 20, 24, 34))
     adapted, raw = classifier.adapt(paper), classifier.adapt(paper, raw=True)
     assert adapted[0, 0, 0] == 0 and adapted.max() == 255  # black paper, white ink
     assert raw[0, 0, 0] == 255
-    assert classifier.predict(paper).probability != classifier.predict(paper, raw=True).probability
+    assert classifier.predict(paper).confidence != classifier.predict(paper, raw=True).confidence
     assert classifier.predict(paper, raw=True) == Classifier(bundle).predict(paper)
 
 
-def test_an_empty_list(classifier: Classifier) -> None:
+def test_empty_list(classifier: Classifier) -> None:
     assert classifier.predict([]) == []
 
 
-def test_what_is_no_picture(classifier: Classifier, tmp_path: Path) -> None:
+def test_invalid_images_are_rejected(classifier: Classifier, tmp_path: Path) -> None:
     with pytest.raises(InvalidImageError, match="nothing.png: there is no such file$"):
         classifier.predict(tmp_path / "nothing.png")
     with pytest.raises(InvalidImageError, match="^the image is not an image"):
         classifier.predict(b"hello")
-    with pytest.raises(InvalidImageError, match="^a dict is not a picture: give a path, a PIL image or an array$"):
+    with pytest.raises(InvalidImageError, match="^a dict is not an image: pass a path, a PIL image or an array$"):
         classifier.predict({})  # type: ignore[call-overload]
     buffer = io.BytesIO()
     Image.new("RGB", (50, 50), "blue").save(buffer, "PNG")
@@ -359,10 +362,10 @@ def test_what_is_no_picture(classifier: Classifier, tmp_path: Path) -> None:
             classifier.predict(array)
 
 
-def test_prediction_changes_nothing(classifier: Classifier, picture: Image.Image) -> None:
-    before = {key: value.clone() for key, value in classifier.net.state_dict().items()}
+def test_prediction_has_no_side_effects(classifier: Classifier, picture: Image.Image) -> None:
+    before = {key: value.clone() for key, value in classifier.model.state_dict().items()}
     torch.manual_seed(3)
     state = torch.get_rng_state()
     classifier.predict([picture] * 3)
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(value, before[key]) for key, value in classifier.net.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in classifier.model.state_dict().items())

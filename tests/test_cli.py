@@ -116,7 +116,7 @@ def test_evaluate_says_what_test_json_says(shell: Shell, digits_run: Path) -> No
     assert "with test-time augmentation (" in err  # it is no row of the table
     rows = list(csv.DictReader(io.StringIO(table)))
     assert [row["class"] for row in rows] == list("0123456789")
-    assert sum(int(row["n"]) for row in rows) == saved["n"]
+    assert sum(int(row["support"]) for row in rows) == saved["num_images"]
 
 
 def draw_one(path: Path) -> Path:

@@ -91,7 +91,7 @@ def test_every_file_of_the_layout_is_there(run: Run) -> None:
         "README.md",
         "config.json",
         "model.safetensors",
-        "trust.safetensors",
+        "uncertainty.safetensors",
     ]
     assert {path.name for path in (run.path / "plots").iterdir()} == set(PLOTS)
     assert sorted(path.suffix for path in (run.path / "checkpoint").iterdir()) == 2 * [".json"] + 2 * [".safetensors"]
@@ -136,11 +136,11 @@ def test_predictions_agree_with_the_test(run: Run) -> None:
     rows = rows_of(run.folder.predictions)
     assert list(rows[0]) == ["id", "label", "prediction", "probability"]
     test = run.test
-    assert len(rows) == test["n"] == len(load_dataset("digits").test)
+    assert len(rows) == test["num_images"] == len(load_dataset("digits").test)
     right = sum(row["label"] == row["prediction"] for row in rows)
     assert right == test["correct"]
     assert test["accuracy"] == run.accuracy == right / len(rows)
-    low, high = test["accuracy_interval"]
+    low, high = test["accuracy_ci95"]
     assert low < test["accuracy"] < high
     assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
     matrix = np.zeros((10, 10), dtype=int)
@@ -168,13 +168,13 @@ def test_bundle_of_a_run(run: Run) -> None:
     assert config["trained"]["test"]["accuracy"] == run.accuracy
     assert config["trained"]["recipe"] == run.config["recipe"]
     card = (run.path / "model" / "README.md").read_text()
-    assert f"{run.accuracy:.2%} of {run.test['n']} images" in card
+    assert f"{run.accuracy:.2%} of {run.test['num_images']} images" in card
     assert run.config["command"] in card
     rows = rows_of(run.folder.predictions)
     test = load_dataset("digits").test
     prediction = run.predict(test.images[0, 0].numpy())
     assert prediction.label == rows[0]["prediction"]
-    assert prediction.probability == pytest.approx(float(rows[0]["probability"]), abs=1e-4)
+    assert prediction.confidence == pytest.approx(float(rows[0]["probability"]), abs=1e-4)
 
 
 def test_evaluating_a_run_again_gives_the_same_figures(run: Run) -> None:
@@ -268,9 +268,9 @@ def test_report_is_dark_in_the_dark(run: Run) -> None:
 
 def test_report_says_what_was_measured(run: Run) -> None:
     page = run.report.read_text(encoding="utf-8")
-    low, high = run.test["accuracy_interval"]
+    low, high = run.test["accuracy_ci95"]
     assert f"{run.accuracy:.2%}" in page
-    assert f"95% interval {low:.2%} to {high:.2%}, n = {run.test['n']}" in page
+    assert f"95% interval {low:.2%} to {high:.2%}, n = {run.test['num_images']}" in page
     assert "convlens train digits --epochs 1 --out &#x27;a b&#x27;" in page
     assert "<td>nesterov</td>" in page
     for column in run.metrics[0]:
@@ -435,7 +435,7 @@ def test_a_damaged_config_is_named(tmp_path: Path) -> None:
 def test_init_takes_the_stages_and_a_new_head(run: Run, tmp_path: Path) -> None:
     data = write_npz(tmp_path / "toy.npz")
     experiment = Experiment.create(data, init_from=run.path, out=tmp_path / "run", **QUICK)
-    trained, fresh = run.classifier.net.state_dict(), experiment.net.state_dict()
+    trained, fresh = run.classifier.model.state_dict(), experiment.net.state_dict()
     assert experiment.recipe.model == "small" and experiment.recipe.width == 16
     assert fresh["head.2.weight"].shape == (4, 64) and trained["head.2.weight"].shape == (10, 64)
     stages = [key for key in trained if not key.startswith("head.")]
@@ -462,8 +462,8 @@ def test_init_of_a_whitened_net_keeps_the_whitening_it_was_trained_with(tmp_path
     rules: dict[str, Any] = {"model": "whitened", "width": 4, "epochs": 2, "batch_size": 16, "lr": 0.02, **QUICK}
     first = train("digits", out=tmp_path / "first", **rules)
     whole = train(data, init_from=first.path, out=tmp_path / "whole", **rules)
-    stem = first.classifier.net.state_dict()["body.stem.0.weight"]
-    assert torch.equal(whole.classifier.net.state_dict()["body.stem.0.weight"], stem)
+    stem = first.classifier.model.state_dict()["body.stem.0.weight"]
+    assert torch.equal(whole.classifier.model.state_dict()["body.stem.0.weight"], stem)
     stop(Experiment.create(data, init_from=first.path, out=tmp_path / "grad_accum_steps", **rules), 3)
     experiment = Experiment.resume(tmp_path / "grad_accum_steps")
     for _ in experiment.epochs():

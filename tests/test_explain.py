@@ -1,4 +1,4 @@
-"""Seeing what a net sees: heat maps that find planted evidence, exact gradients and receptive fields, and the page."""
+"""Explanations: heatmaps find planted evidence, gradients and receptive fields are exact, and the page."""
 
 import re
 import shutil
@@ -31,9 +31,9 @@ from convlens.runs.run import Run
 
 
 def net_and_images(name: str, count: int = 2) -> tuple[nn.Module, torch.Tensor]:
-    """Return a fresh net and normalised images (N, C, H, W) for it."""
+    """Return an untrained model and normalized images (N, C, H, W) for it."""
     channels, side = SHAPES.get(name, (1, 20))
-    net = make_bundle(channels, side, name).net
+    net = make_bundle(channels, side, name).model
     return net, torch.randn(count, channels, side, side, generator=torch.Generator().manual_seed(1))
 
 
@@ -65,7 +65,7 @@ def marked(count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     scope="module", params=["small", "tiny", pytest.param("whitened", marks=pytest.mark.slow), "folder-cnn"]
 )
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Train a net on marked images."""
+    """Train a model on marked images."""
     images, labels, _ = marked(1200, 0)
     muon = {"optimizer": "muon", "lr": 0.1, "head_lr": 0.05, "width": 16}
     special = {"tiny": muon, "whitened": {**muon, "width": 8}, "small": {"width": 16}, "folder-cnn": {"lr": 0.05}}
@@ -79,18 +79,18 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def share_on_the_mark(heat: np.ndarray, place: np.ndarray, margin: float) -> float:
-    """Return how much of a heat map's sum lies on the mark, or nearer to it than the margin."""
+    """Return the fraction of a heatmap's sum on the mark, or within the margin around it."""
     near = np.zeros(heat.shape, bool)
     (top, left), (bottom, right) = np.maximum(place - margin, 0).astype(int), np.ceil(place + MARK + margin).astype(int)
     near[top:bottom, left:right] = True
     return float(heat[near].sum() / max(heat.sum(), 1e-9))
 
 
-def test_the_heat_lies_on_the_mark(trained: Run) -> None:
+def test_heatmaps_find_the_mark(trained: Run) -> None:
     images, labels, places = marked(60, 1)
     images, places = images[labels == 1][:, None], places[labels == 1]
-    name, net = trained.config["model"]["name"], trained.classifier.net
-    x = trained.classifier.preprocess.normalizer()(torch.from_numpy(images))
+    name, net = trained.config["model"]["name"], trained.classifier.model
+    x = trained.classifier.preprocess.normaliser()(torch.from_numpy(images))
     shares = {}
     for stage, maps in feature_maps(net, x).items():
         cell = SIDE / maps.shape[2]  # pixels of a place on the map: nothing on it can be told more exactly
@@ -106,11 +106,11 @@ def test_the_heat_lies_on_the_mark(trained: Run) -> None:
     assert all(shares[stage] > 0.8 for stage in certain), shares
 
 
-def test_the_heat_is_that_of_the_trained_weights(trained: Run) -> None:
-    """The sanity check of Adebayo et al. (2018): with other weights there is another map."""
+def test_heatmaps_depend_on_the_weights(trained: Run) -> None:
+    """The sanity check of Adebayo et al. (2018): other weights give another map."""
     images, labels, _ = marked(40, 2)
-    x = trained.classifier.preprocess.normalizer()(torch.from_numpy(images[labels == 1])[:, None])
-    net = load_bundle(trained.path / "model").net
+    x = trained.classifier.preprocess.normaliser()(torch.from_numpy(images[labels == 1])[:, None])
+    net = load_bundle(trained.path / "model").model
     stage = next(iter(net.stages()))  # type: ignore[operator]
     before = class_activation_map(net, x, 1, stage)
     torch.manual_seed(0)
@@ -126,7 +126,7 @@ def test_the_heat_is_that_of_the_trained_weights(trained: Run) -> None:
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_the_activation_map_is_that_of_finite_differences(name: str) -> None:
+def test_cam_matches_finite_differences(name: str) -> None:
     net, x = net_and_images(name, 1)
     net, x = net.double().eval(), x.double()
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_the_activation_map_is_that_of_finite_differences(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_a_unit_sees_its_receptive_field_and_nothing_else(name: str) -> None:
+def test_receptive_field_is_exact(name: str) -> None:
     net, x = net_and_images(name)
     shape = (x.shape[1], x.shape[2], x.shape[3])
     for stage, maps in feature_maps(net, x).items():
@@ -174,7 +174,7 @@ def test_a_unit_sees_its_receptive_field_and_nothing_else(name: str) -> None:
 
 @settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 2)), min_size=1, max_size=3))
-def test_the_receptive_field_of_a_chain_is_the_formulas(layers: list[tuple[int, int]]) -> None:
+def test_receptive_field_of_a_chain_matches_the_formula(layers: list[tuple[int, int]]) -> None:
     torch.manual_seed(0)
 
     class Chain(ConvNet):
@@ -191,7 +191,7 @@ def test_the_receptive_field_of_a_chain_is_the_formulas(layers: list[tuple[int, 
     assert unit.size == (size, size) and unit.left in (0, jump)
 
 
-def test_occlusion_finds_what_an_answer_hangs_on() -> None:
+def test_occlusion_map_finds_the_evidence() -> None:
     image = np.full((1, 16, 24), 200, np.uint8)
     image[0, 6, 18] = 90
 
@@ -207,23 +207,23 @@ def test_occlusion_finds_what_an_answer_hangs_on() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(MODELS.names()) - {"whitened"}))
-def test_everything_can_be_seen_of_every_net(name: str) -> None:
+def test_every_model_can_be_explained(name: str) -> None:
     channels, side = SHAPES.get(name, (1, 14))
     classifier = Classifier(make_bundle(channels, side, name))
     pixels = np.random.default_rng(0).integers(0, 256, (channels, side, side), dtype=np.uint8)
     e = explain(classifier, pixels)
-    assert list(e.maps) == list(classifier.net.stages())  # type: ignore[operator]
-    for heat in e.activations.values():
+    assert list(e.feature_maps) == list(classifier.model.stages())  # type: ignore[operator]
+    for heat in e.cams.values():
         assert heat.shape == e.occlusion.shape == (side, side)
         assert 0 <= heat.min() and heat.max() in (0, pytest.approx(1))
-    assert e.pooled["max"].max() == e.pooled["whole"].max()
-    assert e.pooled["average"].shape == e.pooled["max"].shape
-    assert e.neighbours == () and e.label == e.prediction.label
-    for stage, unit in e.units.items():
-        assert e.maps[stage][unit.channel, unit.y, unit.x] == e.maps[stage].max()
+    assert e.pooling_demo["max"].max() == e.pooling_demo["original"].max()
+    assert e.pooling_demo["average"].shape == e.pooling_demo["max"].shape
+    assert e.nearest_training_images == () and e.label == e.prediction.label
+    for stage, unit in e.receptive_fields.items():
+        assert e.feature_maps[stage][unit.channel, unit.y, unit.x] == e.feature_maps[stage].max()
 
 
-def test_a_training_image_is_most_like_itself() -> None:
+def test_training_image_is_its_own_nearest_neighbor() -> None:
     classifier = Classifier(make_bundle(3, 8))
     g = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (30, 3, 8, 8), dtype=torch.uint8, generator=g)
@@ -231,13 +231,13 @@ def test_a_training_image_is_most_like_itself() -> None:
     assert isinstance(dataset, Dataset)
     first, second, *_ = explain(
         classifier, dataset.train.images[4].numpy(), training=TrainingImages(classifier, dataset)
-    ).neighbours
+    ).nearest_training_images
     assert first.similarity == pytest.approx(1, abs=1e-5) and first.id == dataset.train.ids[4]
     assert (first.image == dataset.train.images[4].numpy()).all()
     assert first.label == dataset.classes[int(dataset.train.labels[4])] and second.similarity <= first.similarity
 
 
-def test_what_there_is_not_is_named() -> None:
+def test_unknown_class_stage_and_unit_are_named() -> None:
     classifier = Classifier(make_bundle(3, 8))
     pixels = np.zeros((3, 8, 8), np.uint8)
     with pytest.raises(UnknownNameError, match="^unknown class 'cow'; did you mean 'owl'?"):
@@ -249,17 +249,17 @@ def test_what_there_is_not_is_named() -> None:
         explain(classifier, pixels, unit=("conv1", 0, 9, 0))
 
 
-def test_looking_changes_nothing() -> None:
+def test_explaining_has_no_side_effects() -> None:
     bundle = make_bundle(1, 14)
-    bundle.net.train()
-    before = {key: value.clone() for key, value in bundle.net.state_dict().items()}
+    bundle.model.train()
+    before = {key: value.clone() for key, value in bundle.model.state_dict().items()}
     explain(Classifier(bundle), np.zeros((1, 14, 14), np.uint8))
-    assert all(torch.equal(value, before[key]) for key, value in bundle.net.state_dict().items())
-    assert all(parameter.grad is None for parameter in bundle.net.parameters())
-    assert not any(module._forward_hooks for module in bundle.net.modules())
+    assert all(torch.equal(value, before[key]) for key, value in bundle.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in bundle.model.parameters())
+    assert not any(module._forward_hooks for module in bundle.model.modules())
 
 
-def test_the_loudest_unit() -> None:
+def test_most_active_unit() -> None:
     maps = torch.zeros(3, 4, 5)
     maps[2, 1, 3] = 1
     assert most_active_unit(maps) == (2, 1, 3)
@@ -301,11 +301,11 @@ def test_the_page(photos: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_from_python(photos: Run, tmp_path: Path) -> None:
     e = photos.explain(tmp_path / "photos" / "dark" / "0.png", label="light", unit=("conv1", 1, 0, 0))
-    assert e.label == "light" and (e.units["conv1"].channel, e.units["conv1"].y) == (1, 0)
-    assert len(e.neighbours) == 8 and e.neighbours[0].label in ("dark", "light")
+    assert e.label == "light" and (e.receptive_fields["conv1"].channel, e.receptive_fields["conv1"].y) == (1, 0)
+    assert len(e.nearest_training_images) == 8 and e.nearest_training_images[0].label in ("dark", "light")
     shutil.rmtree(tmp_path / "photos")
     again = Run(photos.path)
-    assert again.explain(e.pixels).neighbours == ()
+    assert again.explain(e.pixels).nearest_training_images == ()
 
 
 def test_bad_input_gets_a_line(photos: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -359,4 +359,4 @@ def test_a_seven_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert run("explain", "mnist", seven(tmp_path), "--out", tmp_path / "seven") == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'seven.png'}: 7 (")
     e = explain(Classifier.load("mnist"), Classifier.load("mnist").adapt(tmp_path / "seven.png"))
-    assert e.prediction.known and e.occlusion.max() > 0.01
+    assert e.prediction.in_distribution and e.occlusion.max() > 0.01

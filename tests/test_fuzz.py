@@ -33,6 +33,7 @@ from convlens.data.images import InputStyle
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError
 from convlens.inference.bundle import Bundle, load_bundle
+from convlens.inference.metadata import Architecture
 from convlens.models import create_model
 from convlens.system.files import read_json, read_name_list
 from convlens.system.memory import release_memory
@@ -86,13 +87,13 @@ def file_targets(folder: Path) -> dict[str, tuple[list[bytes], Target]]:
     net = create_model("small", **arguments)
     counts = {"train": 8, "test": 2}
     trained = {
-        "convlens": "0", "command": "c", "recipe": {"name": "r", "seed": 0}, "seconds": 1.0, "parameters": 1,
+        "version": "0", "command": "c", "recipe": {"name": "r", "seed": 0}, "seconds": 1.0, "parameters": 1,
         "data": {"name": "d", "source": None, "counts": counts, "note": ""},
         "machine": {"device_name": "m", "threads": 1},
-        "test": {"n": 2, "accuracy": 0.5, "accuracy_interval": [0.1, 0.9], "loss": 1.0},
+        "test": {"num_images": 2, "accuracy": 0.5, "accuracy_ci95": [0.1, 0.9], "loss": 1.0},
     }  # fmt: skip
     home = folder / "bundle"
-    Bundle(net, {"name": "small", "arguments": arguments}, ("a", "b"), preprocess, trained).save(home)
+    Bundle(net, Architecture("small", arguments), ("a", "b"), preprocess, trained).save(home)
     weights, config = ((home / name).read_bytes() for name in ("model.safetensors", "config.json"))
 
     def with_weights(content: bytes) -> object:
@@ -107,7 +108,7 @@ def file_targets(folder: Path) -> dict[str, tuple[list[bytes], Target]]:
         (home / "config.json").write_bytes(content)
         bundle = load_bundle(home)
         image = torch.zeros(bundle.preprocess.channels, bundle.preprocess.height, bundle.preprocess.width)
-        return bundle.net(image[None])
+        return bundle.model(image[None])
 
     CheckpointStore(folder / "store").save(TrainState(step=1), {"x": torch.zeros(3)})
     manifest = folder / "store" / "step-00000001.json"

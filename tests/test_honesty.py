@@ -92,14 +92,14 @@ def test_shuffled_test_labels_change_no_training_artifact_by_one_bit(restore_bes
         runs.append(experiment.finish())
     first, second = runs
     assert first.accuracy > 0.9 and second.accuracy < 0.3
-    files = [Path("model/model.safetensors"), Path("model/trust.safetensors"), Path("split.csv")]
+    files = [Path("model/model.safetensors"), Path("model/uncertainty.safetensors"), Path("split.csv")]
     files += [path.relative_to(first.path) for path in first.folder.checkpoint.glob("*.safetensors")]
     assert len(files) >= 4
     for file in files:
         assert (first.path / file).read_bytes() == (second.path / file).read_bytes(), file
     timeless = [[{**row, "seconds": 0} for row in run.metrics] for run in runs]
     assert timeless[0] == timeless[1]
-    trust = [run.classifier.bundle.trust for run in runs]
+    trust = [run.classifier.bundle.uncertainty for run in runs]
     assert trust[0] is not None and trust[1] is not None and trust[0].to_json() == trust[1].to_json()
     said = [[(row["id"], row["prediction"], row["probability"]) for row in run.predictions] for run in runs]
     assert said[0] == said[1]

@@ -221,7 +221,7 @@ WEIGHTS: dict[str, bytes] = {
     "a type that is none": header_of({"x": {**FLOAT, "dtype": "OBJECT"}}, bytes(8)),
     "nothing": b"",
     "other weights": dump_tensors({"x": torch.zeros(2)}),
-    "other shapes": dump_tensors({key: torch.zeros(1) for key in make_bundle(width=4).net.state_dict()}),
+    "other shapes": dump_tensors({key: torch.zeros(1) for key in make_bundle(width=4).model.state_dict()}),
 }
 
 
@@ -262,25 +262,25 @@ def changed(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 
 CONFIGS: dict[str, Callable[[dict[str, Any]], None]] = {
-    "a net larger than memory": changed("model.arguments.filters", 1_000_000),
-    "a net of absurd width": changed("model.arguments.filters", 10**30),
-    "a net whose layers are larger than numbers": changed("model.arguments.filters", 500_000_000),
-    "a net of negative width": changed("model.arguments.filters", -4),
-    "text for a number": changed("model.arguments.filters", "4; import os"),
-    "a list for a number": changed("model.arguments.filters", [4] * 1000),
+    "a net larger than memory": changed("model.arguments.width", 1_000_000),
+    "a net of absurd width": changed("model.arguments.width", 10**30),
+    "a net whose layers are larger than numbers": changed("model.arguments.width", 500_000_000),
+    "a net of negative width": changed("model.arguments.width", -4),
+    "text for a number": changed("model.arguments.width", "4; import os"),
+    "a list for a number": changed("model.arguments.width", [4] * 1000),
     "an option that is none": changed("model.arguments.__class__", 4),
     "a model that is none": changed("model.name", "os.system"),
     "a model that is a path": changed("model.name", "../../../etc/passwd"),
     "a model that is a list": changed("model.name", ["small"]),
     "an image larger than memory": changed("preprocess.height", 10**9),
     "an image of no size": changed("preprocess.width", 0),
-    "an ink box larger than the image": changed("preprocess.style.ink_box", 10**6),
+    "an ink box larger than the image": changed("preprocess.style.content_size", 10**6),
     "seven channels": changed("preprocess.channels", 7),
     "a mean too many": changed("preprocess.mean", [0.1] * 9),
     "no deviation": changed("preprocess.std", [0.0, 0.0, 0.0]),
     "a million classes": changed("classes", ["x"] * 1_000_000),
     "classes that are none": changed("classes", {"a": 1}),
-    "trust that is none": changed("trust", {"sha256": "0", "bounds": [1e309]}),
+    "an uncertainty model that is none": changed("uncertainty", {"sha256": "0", "conformal_thresholds": [1e309]}),
 }
 
 
@@ -490,7 +490,7 @@ class ReadsItsWeights(ConvNet):
 
 def test_a_net_of_ones_own_that_reads_values_loads(tmp_path: Path) -> None:
     make_bundle(model="reads-its-weights").save(tmp_path / "own")
-    assert isinstance(load_bundle(tmp_path / "own").net, ReadsItsWeights)
+    assert isinstance(load_bundle(tmp_path / "own").model, ReadsItsWeights)
 
 
 # images

@@ -1,4 +1,4 @@
-"""A golden set of pictures of every kind: exact pixels, the same in a training's cache, its test split and predict."""
+"""A golden set of images of every kind: exact pixels, the same in training, test and prediction."""
 
 import hashlib
 import io
@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 
 
 def scene(height: int = 20, width: int = 24) -> Array:
-    """Return a picture (H, W, 3) whose every turn and mirror image is another picture."""
+    """Return an image (H, W, 3) without any symmetry."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([10 * y, 9 * x, 3 * (x + y)], axis=2).astype(np.uint8)
 
@@ -43,13 +43,13 @@ def turned(tag: int) -> bytes:
 
 
 def decoded(content: bytes, mode: str = "RGB") -> Array:
-    """Return what Pillow itself makes of a picture's bytes."""
+    """Return the pixels that Pillow decodes."""
     with Image.open(io.BytesIO(content)) as image:
         return np.array(image.convert(mode))
 
 
 def on_white(colours: Array, alpha: Array) -> Array:
-    """Return colours (H, W, 3) laid over white, by alpha (H, W) 0..255."""
+    """Return colors (H, W, 3) blended onto white, by alpha (H, W) 0..255."""
     share = alpha[:, :, None] / 255
     return np.round(colours * share + 255 * (1 - share))
 
@@ -119,7 +119,7 @@ def digest(pixels: Array) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def golden() -> dict[str, list[str]]:
-    """Return the expected digests; written anew, with the files, if CONVLENS_ACCEPT_GOLDEN is set."""
+    """Return the expected digests; rewritten, with the files, if CONVLENS_ACCEPT_GOLDEN is set."""
     if os.environ.get("CONVLENS_ACCEPT_GOLDEN"):
         GOLDEN.mkdir(exist_ok=True)
         found = {}
@@ -132,7 +132,7 @@ def golden() -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_kind_of_picture_has_its_exact_pixels(name: str, golden: dict[str, list[str]]) -> None:
+def test_decoded_pixels_match_the_golden_digests(name: str, golden: dict[str, list[str]]) -> None:
     content = (GOLDEN / name).read_bytes()
     for source in (GOLDEN / name, content):
         image = open_image(source)
@@ -142,7 +142,7 @@ def test_every_kind_of_picture_has_its_exact_pixels(name: str, golden: dict[str,
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_it_is_the_same_in_training_in_testing_and_in_predicting(channels: int, tmp_path: Path) -> None:
+def test_training_test_and_prediction_decode_alike(channels: int, tmp_path: Path) -> None:
     root = tmp_path / "photos"
     for split in ("train", "test"):
         for label in "ab":
@@ -161,5 +161,5 @@ def test_it_is_the_same_in_training_in_testing_and_in_predicting(channels: int, 
                 assert np.array_equal(image, image_pixels(fit_photo(decoded_once, SIDE, SIDE))), path
 
 
-def test_no_case_is_missing() -> None:
+def test_golden_set_is_complete() -> None:
     assert sorted(path.name for path in GOLDEN.iterdir()) == sorted(CASES)

@@ -200,7 +200,7 @@ def test_a_series_is_its_runs(tmp_path: Path) -> None:
     with watching(tmp_path / "two") as address:
         told = json.loads(ask(address, "/runs.json")[2])
         assert [(one["name"], one["seed"]) for one in told] == [("seed-0", 0), ("seed-1", 1)]
-        assert all(one["test"]["n"] == 359 for one in told)
+        assert all(one["test"]["num_images"] == 359 for one in told)
         assert ask(address, "/1/report.html")[2] == (tmp_path / "two" / "seed-1" / "report.html").read_bytes()
     convlens.train("digits", out=tmp_path / "one", epochs=1, **FAST)
     with watching(tmp_path) as address:  # all that is in a folder
@@ -266,7 +266,7 @@ def test_the_page_follows_a_training(half: RunDir, tmp_path: Path) -> None:
         tab.wait("document.querySelectorAll('.run').length === 2")
         assert tab.run("at('title').textContent") == "2 runs, 1 finished"
         states = tab.run("[...document.querySelectorAll('.state')].map((one) => one.textContent)")
-        assert re.match(r"Epoch [1-3], \d+%$", states[0]) and states[1].endswith("% of the test images right")
+        assert re.match(r"Epoch [1-3], \d+%$", states[0]) and states[1].endswith("% test accuracy")
         assert tab.run("document.querySelectorAll('#val_acc polyline').length") == 2
         points = "document.querySelector('#val_acc polyline').getAttribute('points').split(' ').length"
         assert tab.run(points) == 2
@@ -288,7 +288,7 @@ def test_the_page_follows_a_training(half: RunDir, tmp_path: Path) -> None:
         assert not tab.errors
         server.shutdown()
         server.server_close()
-        tab.wait("at('lost').textContent.startsWith('The page\\'s server has gone')")
+        tab.wait("at('lost').textContent.startsWith('The server of this page has stopped')")
         assert tab.run("document.querySelectorAll('.run').length") == 2
 
 

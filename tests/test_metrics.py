@@ -1,5 +1,6 @@
-"""How good a net is: intervals, the figures of a test, and logits that leave the net as it was."""
+"""Metrics: intervals, classification report, and logits without side effects."""
 
+import json
 import math
 from typing import Any
 
@@ -15,13 +16,12 @@ from convlens.data.normalize import Normalize
 from convlens.evaluation.inference import compute_logits, make_tta
 from convlens.evaluation.metrics import (
     Scores,
-    classification_report,
     confusion_matrix,
     dense_confusion,
     evaluate,
     wilson_interval,
-    worst_classes,
 )
+from convlens.evaluation.report import TestReport, classification_report
 from convlens.models import create_model
 
 PLAIN = Normalize((0.0,), (1.0,))  # pixels / 255
@@ -57,7 +57,7 @@ counts = st.integers(1, 10**6).flatmap(lambda n: st.tuples(st.integers(0, n), st
 
 
 @given(counts)
-def test_wilson_interval_holds_the_share(case: tuple[int, int]) -> None:
+def test_wilson_interval_contains_the_proportion(case: tuple[int, int]) -> None:
     correct, n = case
     low, high = wilson_interval(correct, n)
     assert 0 <= low < high <= 1
@@ -67,7 +67,7 @@ def test_wilson_interval_holds_the_share(case: tuple[int, int]) -> None:
 
 
 @given(counts, st.floats(0.1, 5), st.floats(0.1, 5))
-def test_more_confidence_is_a_wider_interval(case: tuple[int, int], z: float, other: float) -> None:
+def test_wilson_interval_grows_with_confidence(case: tuple[int, int], z: float, other: float) -> None:
     assume(abs(z - other) > 1e-3)
     (low, high), (wide_low, wide_high) = (wilson_interval(*case, z=level) for level in sorted((z, other)))
     assert wide_low <= low + 1e-12 and high <= wide_high + 1e-12
@@ -75,7 +75,7 @@ def test_more_confidence_is_a_wider_interval(case: tuple[int, int], z: float, ot
 
 
 @given(st.integers(0, 100), st.integers(2, 50))
-def test_more_images_are_a_narrower_interval(percent: int, times: int) -> None:
+def test_wilson_interval_shrinks_with_images(percent: int, times: int) -> None:
     low, high = wilson_interval(percent, 100)
     narrow_low, narrow_high = wilson_interval(percent * times, 100 * times)
     assert narrow_high - narrow_low < high - low
@@ -92,39 +92,55 @@ def answers(pairs: list[tuple[int, int]], classes: int) -> tuple[Tensor, Tensor]
     return logits, torch.tensor([label for label, _ in pairs])
 
 
-def test_judge_against_a_matrix_made_by_hand() -> None:
+def test_classification_report_on_a_small_example() -> None:
     #          says cat  dog  owl
     # is cat         3    1    0
     # is dog         0    2    0
     # is owl         1    1    2
     matrix = [[3, 1, 0], [0, 2, 0], [1, 1, 2]]
     pairs = [(i, j) for i in range(3) for j in range(3) for _ in range(matrix[i][j])]
-    test = classification_report(*answers(pairs, 3), ("cat", "dog", "owl"))
+    report = classification_report(*answers(pairs, 3), ("cat", "dog", "owl"))
+    test = report.to_json()
     assert dense_confusion(test["confusion_matrix"], ("cat", "dog", "owl")).tolist() == matrix
     assert ["dog", "cat", 0] not in test["confusion_matrix"] and ["owl", "owl", 2] in test["confusion_matrix"]
-    assert (test["n"], test["correct"], test["accuracy"]) == (10, 7, 0.7)
-    assert test["accuracy_interval"] == list(wilson_interval(7, 10))
-    assert test["interval_method"] == "Wilson, 95%"
+    assert (test["num_images"], test["correct"], test["accuracy"]) == (10, 7, 0.7)
+    assert test["accuracy_ci95"] == list(wilson_interval(7, 10))
     assert test["classes"] == {
-        "cat": {"precision": pytest.approx(3 / 4), "recall": pytest.approx(3 / 4), "f1": pytest.approx(3 / 4), "n": 4},
-        "dog": {"precision": pytest.approx(2 / 4), "recall": pytest.approx(2 / 2), "f1": pytest.approx(2 / 3), "n": 2},
-        "owl": {"precision": pytest.approx(2 / 2), "recall": pytest.approx(2 / 4), "f1": pytest.approx(2 / 3), "n": 4},
+        "cat": {
+            "precision": pytest.approx(3 / 4),
+            "recall": pytest.approx(3 / 4),
+            "f1": pytest.approx(3 / 4),
+            "support": 4,
+        },
+        "dog": {
+            "precision": pytest.approx(2 / 4),
+            "recall": pytest.approx(2 / 2),
+            "f1": pytest.approx(2 / 3),
+            "support": 2,
+        },
+        "owl": {
+            "precision": pytest.approx(2 / 2),
+            "recall": pytest.approx(2 / 4),
+            "f1": pytest.approx(2 / 3),
+            "support": 4,
+        },
     }
     right, wrong = math.log(1 + 2 * math.exp(-5)), 5 + math.log(1 + 2 * math.exp(-5))
     assert test["loss"] == pytest.approx((7 * right + 3 * wrong) / 10, rel=1e-6)
 
 
-def test_judge_of_classes_that_never_occur() -> None:
-    test = classification_report(*answers([(0, 0), (0, 2)], 4), ("a", "b", "c", "d"))
+def test_classification_report_with_absent_classes() -> None:
+    report = classification_report(*answers([(0, 0), (0, 2)], 4), ("a", "b", "c", "d"))
+    test = report.to_json()
     assert test["confusion_matrix"] == [["a", "a", 1], ["a", "c", 1]]
     assert dense_confusion(test["confusion_matrix"], "abcd").tolist() == [[1, 0, 1, 0], [0] * 4, [0] * 4, [0] * 4]
-    assert list(worst_classes(test, 2)) == ["a"], "only a class that was tested can be the worst"
-    assert test["classes"]["b"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "n": 0}
+    assert list(report.worst_classes(2)) == ["a"], "only a class that was tested can be the worst"
+    assert test["classes"]["b"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
     assert list(test["classes"]) == ["a", "b", "c", "d"]
 
 
 def plain(value: Any) -> bool:
-    """Say whether a value is made of dicts, lists, strings and numbers of Python alone."""
+    """Return True if a value consists of plain dicts, lists, strings and numbers."""
     if isinstance(value, dict):
         return all(type(key) is str and plain(item) for key, item in value.items())
     if isinstance(value, list):
@@ -133,19 +149,22 @@ def plain(value: Any) -> bool:
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=40))
-def test_judge_holds_plain_values_that_agree(pairs: list[tuple[int, int]]) -> None:
-    test = classification_report(*answers(pairs, 3), ("a", "b", "c"))
-    assert plain(test)
+def test_classification_report_matches_scikit_learn(pairs: list[tuple[int, int]]) -> None:
+    report = classification_report(*answers(pairs, 3), ("a", "b", "c"))
+    test = report.to_json()
+    assert plain(test) and TestReport.from_json(json.loads(json.dumps(test))) == report
     matrix = dense_confusion(test["confusion_matrix"], ("a", "b", "c")).tolist()
     assert matrix == confusion_matrix(*map(torch.tensor, zip(*pairs, strict=True)), 3).tolist()
-    assert sum(map(sum, matrix)) == test["n"] == len(pairs)
-    assert sum(matrix[i][i] for i in range(3)) == test["correct"] == round(test["accuracy"] * test["n"])
-    assert [figures["n"] for figures in test["classes"].values()] == [sum(row) for row in matrix]
-    numbers = [[figures[name] for figures in test["classes"].values()] for name in ("precision", "recall", "f1", "n")]
+    assert sum(map(sum, matrix)) == test["num_images"] == len(pairs)
+    assert sum(matrix[i][i] for i in range(3)) == test["correct"] == round(test["accuracy"] * test["num_images"])
+    assert [figures["support"] for figures in test["classes"].values()] == [sum(row) for row in matrix]
+    numbers = [
+        [figures[name] for figures in test["classes"].values()] for name in ("precision", "recall", "f1", "support")
+    ]
     true, predicted = zip(*pairs, strict=True)
     theirs = precision_recall_fscore_support(true, predicted, labels=[0, 1, 2], zero_division=0)
     assert numbers == [column.tolist() for column in theirs]
-    low, high = test["accuracy_interval"]
+    low, high = test["accuracy_ci95"]
     assert low <= test["accuracy"] + 1e-12 and test["accuracy"] - 1e-12 <= high
 
 
@@ -155,7 +174,7 @@ def test_scores() -> None:
     assert scores.loss == pytest.approx(math.log(1 + math.exp(-2)) + 2 / 3)
 
 
-def test_scores_of_log_probabilities_are_those_of_the_logits() -> None:
+def test_scores_accept_log_probabilities() -> None:
     logits, labels = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 5
     of_logits, of_logs = Scores.of(logits, labels), Scores.of(logits.log_softmax(dim=1), labels)
     assert of_logs.accuracy == of_logits.accuracy
@@ -166,7 +185,7 @@ def test_scores_of_log_probabilities_are_those_of_the_logits() -> None:
 
 
 class Noticing(nn.Module):
-    """A net that gives the mean of its input, notes its mode at each batch, and fails if asked to."""
+    """A model that returns the mean of its input, records its mode, and can be made to fail."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +201,7 @@ class Noticing(nn.Module):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_compute_logits_puts_the_net_back_into_its_mode(training: bool) -> None:
+def test_compute_logits_restores_the_mode(training: bool) -> None:
     net = Noticing().train(training)
     images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 2, 2) * 51
     logits = compute_logits(net, images, PLAIN, batch_size=2)
@@ -196,7 +215,7 @@ def test_compute_logits_puts_the_net_back_into_its_mode(training: bool) -> None:
     assert net.training is training
 
 
-def test_compute_logits_is_that_of_the_net_whatever_the_batch_size() -> None:
+def test_compute_logits_is_independent_of_the_batch_size() -> None:
     torch.manual_seed(0)
     net = create_model("small", channels=1, image_height=8, image_width=8, classes=3, width=4)
     images = torch.randint(0, 256, (11, 1, 8, 8), dtype=torch.uint8)
@@ -244,10 +263,10 @@ def tta_are_shifts_and_mirror_images_whose_weights_are_one(mirrored: bool) -> No
         assert all(torch.equal(views[i + 1][1], views[i][1].flip(3)) for i in (0, 2, 4))
 
 
-def test_logits_with_views_are_the_weighted_mean() -> None:
+def test_tta_is_the_weighted_mean_of_the_views() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(25, 2))
     images = torch.randint(0, 256, (7, 1, 5, 5), dtype=torch.uint8)
     normalise = Normalize((0.0,), (1.0,))
     views = make_tta(True)
     expected = sum(weight * net(x) for weight, x in views(normalise(images)))
-    assert torch.allclose(compute_logits(net, images, normalise, batch_size=3, views=views), expected, atol=1e-5)
+    assert torch.allclose(compute_logits(net, images, normalise, batch_size=3, tta=views), expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Comparing two nets on the same images: interval, exact test, sentence."""
+"""Comparing two models on the same images: interval, exact test, verdict."""
 
 import math
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from convlens.evaluation.significance import McNemarResult
 
 
-def test_it_agrees_with_scipy_on_the_exact_test() -> None:
+def test_p_value_matches_scipy() -> None:
     from scipy.stats import binomtest
 
     for only_a, only_b in [(0, 0), (0, 1), (3, 9), (40, 12), (500, 430)]:
@@ -19,7 +19,7 @@ def test_it_agrees_with_scipy_on_the_exact_test() -> None:
 
 
 @given(st.integers(0, 300), st.integers(0, 300), st.integers(0, 5000))
-def test_turning_it_round_turns_the_figures_round(only_a: int, only_b: int, same: int) -> None:
+def test_swapping_the_models_negates_the_difference(only_a: int, only_b: int, same: int) -> None:
     n = max(only_a + only_b + same, 1)
     one, other = McNemarResult(n, only_a, only_b), McNemarResult(n, only_b, only_a)
     assert one.difference == -other.difference and one.p_value == other.p_value
@@ -28,7 +28,7 @@ def test_turning_it_round_turns_the_figures_round(only_a: int, only_b: int, same
     assert 0 < one.p_value <= 1
 
 
-def test_the_interval_covers_what_it_says() -> None:
+def test_interval_has_its_nominal_coverage() -> None:
     # A right on 92%, B on 93%, with 4% of the images on which they differ
     rng = np.random.default_rng(0)
     only_a, only_b, truth, n, covered = 0.015, 0.025, 0.01, 2000, 0
@@ -38,7 +38,7 @@ def test_the_interval_covers_what_it_says() -> None:
     assert 0.94 <= covered / 4000 <= 0.965
 
 
-def test_the_sentence() -> None:
+def test_verdict() -> None:
     assert McNemarResult(10_000, 20, 51).verdict("A", "B") == (
         "B is better than A: +0.31 points, 95% interval +0.14 to +0.48"
     )

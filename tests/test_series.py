@@ -60,7 +60,7 @@ def test_seeds_differ_and_each_is_the_run_that_its_seed_makes_alone() -> None:
     assert summary["mean"] == pytest.approx(np.mean(accuracies))
     assert summary["sd"] == pytest.approx(np.std(accuracies, ddof=1))
     assert summary["best"]["accuracy"] == max(accuracies) and summary["worst"]["accuracy"] == min(accuracies)
-    assert summary["runs"]["seed-5"]["accuracy_interval"] == runs[0].test["accuracy_interval"]
+    assert summary["runs"]["seed-5"]["accuracy_ci95"] == runs[0].test["accuracy_ci95"]
     assert json.loads(Path("series/summary.json").read_text()) == summary
 
 

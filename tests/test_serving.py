@@ -94,9 +94,9 @@ def test_the_answers_are_those_of_predict(name: str) -> None:
             "predictions"
         ]
         for told in (answer, alone):
-            assert (told["label"], told["known"]) == (wanted.label, wanted.known)
-            assert told["set"] == list(wanted.labels or ())
-            assert told["probability"] == pytest.approx(wanted.probability, abs=1e-6)
+            assert (told["label"], told["known"]) == (wanted.label, wanted.in_distribution)
+            assert told["set"] == list(wanted.prediction_set or ())
+            assert told["probability"] == pytest.approx(wanted.confidence, abs=1e-6)
             assert [guess["label"] for guess in told["top"]] == [label for label, _ in wanted.top]
 
 
@@ -108,8 +108,13 @@ def test_what_an_answer_hangs_on(name: str) -> None:
     wanted, pixels = predictor.predict(file), predictor.adapt(file)
     for params, about in (({}, wanted.label), ({"label": predictor.classes[3]}, predictor.classes[3])):
         told = client.post("/explain", params=params, content=file, headers=PNG).json()
-        assert (told["model"], told["label"], told["known"], told["about"]) == (name, wanted.label, wanted.known, about)
-        assert told["probability"] == pytest.approx(wanted.probability, abs=1e-6)
+        assert (told["model"], told["label"], told["known"], told["about"]) == (
+            name,
+            wanted.label,
+            wanted.in_distribution,
+            about,
+        )
+        assert told["probability"] == pytest.approx(wanted.confidence, abs=1e-6)
         heat = occlusion_map(lambda images: predictor.run(images)[0], pixels, predictor.classes.index(about))
         np.testing.assert_allclose(told["occlusion"], heat, atol=1e-4)
 
@@ -146,7 +151,7 @@ def test_raw_and_more_than_one_model(digits: OnnxPredictor) -> None:
     ):
         answer = client.post("/predict", params=params, content=file.getvalue(), headers=PNG).json()
         assert answer["model"] == params.get("model", "digits")
-        assert answer["predictions"][0]["probability"] == pytest.approx(wanted.probability, abs=1e-6)
+        assert answer["predictions"][0]["probability"] == pytest.approx(wanted.confidence, abs=1e-6)
     assert [about["name"] for about in client.get("/models").json()] == ["digits", "mnist"]
     assert client.get("/models").json()[1]["trained"]["accuracy"] > 0.99
 
@@ -187,7 +192,7 @@ def test_requests_that_wait_together_go_through_the_net_together(
     answers = [response.json()["predictions"][0] for response in asyncio.run(ask())]
     assert sizes == [1, 8]
     for answer, wanted in zip(answers, [expected[0], *expected], strict=True):
-        assert answer["probability"] == pytest.approx(wanted.probability, abs=1e-6)
+        assert answer["probability"] == pytest.approx(wanted.confidence, abs=1e-6)
 
 
 # what it does not take
@@ -233,12 +238,12 @@ def test_bad_requests_get_a_line(client: TestClient, picture: bytes, digits: Onn
         assert (whole.status_code, len(whole.json()["predictions"])) == (200, 1)
     for cut in (begun, begun + b"\r\n--x", begun + b"\r\n" + begun):
         assert client.post("/predict", content=cut, headers=boundary).json() == {"detail": "the form was cut short"}
-    digits.bounds, bounds = None, digits.bounds
+    digits.conformal_thresholds, bounds = None, digits.conformal_thresholds
     try:
         answer = client.post("/predict?coverage=0.9", content=picture, headers=PNG)
         assert (answer.status_code, answer.json()["detail"][:25]) == (422, "coverage: digits cannot s")
     finally:
-        digits.bounds = bounds
+        digits.conformal_thresholds = bounds
 
 
 def test_pictures_that_are_small_files_and_large_pictures(

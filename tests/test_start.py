@@ -177,7 +177,7 @@ def test_init_takes_mean_and_spread_too(trained: Run, tmp_path: Path) -> None:
 def test_frozen_stages_stay_as_they_were_trained(trained: Run, tmp_path: Path) -> None:
     photos = make_photos(tmp_path / "photos", classes="bcd")
     run = convlens.train(photos, init_from=trained.path, freeze=2, ema_decay=0.5, out="run", **TRAINED)
-    before, after = tensors_of(trained.classifier.net), tensors_of(run.classifier.net)
+    before, after = tensors_of(trained.classifier.model), tensors_of(run.classifier.model)
     kept = [key for key in before if key.startswith(("body.stem.", "body.conv1."))]
     assert "body.conv1.2.running_mean" in kept or "body.conv1.1.running_mean" in kept  # BatchNorm's statistics too
     assert all(torch.equal(before[key], after[key]) for key in kept)

@@ -16,7 +16,7 @@ from convlens.data.loader import count_batches
 from convlens.explain.snapshots import list_snapshots, load_snapshot
 from convlens.explain.timelapse import replay
 from convlens.models import create_model
-from convlens.reports.timelapse import draw_moment, tell_epoch
+from convlens.reports.timelapse import draw_snapshot, format_epoch
 from convlens.runs.experiment import Experiment
 from convlens.runs.run import Run
 from convlens.training.loop import is_snapshot_step
@@ -47,7 +47,7 @@ def test_snapshots_are_what_the_net_was_and_change_nothing(remembered: Run, tmp_
     assert list(snapshots) == [0, 1, 2, 4, 8, steps, 2 * steps, 3 * steps]
     net = create_model(config["model"]["name"], **config["model"]["arguments"])
     load_snapshot(snapshots[3 * steps], net)
-    for key, value in remembered.classifier.net.state_dict().items():
+    for key, value in remembered.classifier.model.state_dict().items():
         assert torch.equal(net.state_dict()[key], value), key
 
 
@@ -74,10 +74,10 @@ def test_moments(remembered: Run) -> None:
     assert moments[-1].accuracy == pytest.approx(remembered.metrics[-1]["val_acc"], abs=1e-6)
     assert all(m.confusion is not None and m.confusion.sum() == len(held_out) for m in moments)
     e = remembered.explain(pixels)
-    assert list(moments[-1].maps) == list(e.maps)
-    for name, maps in e.maps.items():
-        np.testing.assert_allclose(moments[-1].maps[name], maps, atol=1e-5)
-    assert moments[-1].probabilities.max() == pytest.approx(e.prediction.probability, abs=1e-6)
+    assert list(moments[-1].feature_maps) == list(e.feature_maps)
+    for name, maps in e.feature_maps.items():
+        np.testing.assert_allclose(moments[-1].feature_maps[name], maps, atol=1e-5)
+    assert moments[-1].probabilities.max() == pytest.approx(e.prediction.confidence, abs=1e-6)
     assert not np.array_equal(moments[0].kernels, moments[-1].kernels)
 
 
@@ -96,7 +96,7 @@ def test_the_command(remembered: Run, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "convlens: " not in err and out.startswith(
         f"looked back at 8 snapshots\nwrote   {page} ({size:,} bytes)\nwrote   "
     )
-    assert size < 500_000 and model_of(page)["picture"] == "scan.png"
+    assert size < 500_000 and model_of(page)["image"] == "scan.png"
     with Image.open(tmp_path / "a.gif") as picture:
         assert (picture.n_frames, picture.size) == (8, (864, 360))
         frames = []
@@ -106,7 +106,7 @@ def test_the_command(remembered: Run, tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(set(frames)) == 8
     # again: the run's own page is made anew, the files of the user are not
     assert run("timelapse", remembered.path) == 0
-    assert str(model_of(page)["picture"]).startswith("an image of “")
+    assert str(model_of(page)["image"]).startswith("an image of “")
     capsys.readouterr()
     assert run("timelapse", remembered.path, "--gif", tmp_path / "a.gif") == 2
     assert capsys.readouterr().err == f"convlens: --gif {tmp_path / 'a.gif'}: that file exists; choose another name\n"
@@ -117,12 +117,12 @@ def test_what_is_missing_is_said(remembered: Run, tmp_path: Path, capsys: pytest
     snapshots[2].write_bytes(snapshots[2].read_bytes()[:1000])
     assert run("timelapse", remembered.path) == 1
     assert capsys.readouterr().err.startswith(
-        f"convlens: {snapshots[2]} is no snapshot of this net; delete it to go without: "
+        f"convlens: {snapshots[2]} is not a snapshot of this model; delete it to skip it: "
     )
     shutil.rmtree(remembered.folder.snapshots)
     capsys.readouterr()
     assert run("timelapse", remembered.path) == 2
-    told = "kept no snapshots; train with --save-snapshots, such as: convlens train digits --save-snapshots"
+    told = "has no snapshots; train with `save_snapshots`, for example: convlens train digits --save-snapshots"
     assert capsys.readouterr().err == f"convlens: {remembered.path} {told}\n"
     assert not (remembered.path / "timelapse.html").exists()
     assert run("timelapse", tmp_path / "nothing") == 2
@@ -135,14 +135,14 @@ def test_without_validation_it_asks_about_training_images(tmp_path: Path) -> Non
 
 
 def test_epochs_are_told_in_few_digits() -> None:
-    assert [tell_epoch(epoch) for epoch in (0, 1 / 12, 0.5, 1, 12.0)] == ["0", "0.083", "0.5", "1", "12"]
+    assert [format_epoch(epoch) for epoch in (0, 1 / 12, 0.5, 1, 12.0)] == ["0", "0.083", "0.5", "1", "12"]
 
 
 def test_a_class_may_have_any_name(remembered: Run) -> None:
     picture = convlens.load_dataset("digits").test.images[0].numpy()
     moment = replay(remembered.classifier, remembered.folder, picture, convlens.load_dataset("digits").test)[-1]
-    about = {"images": "images", "picture": "one", "classes": [r"$\x$", "a_b", "\udcff", *"3456789"]}
-    assert draw_moment(moment, picture, about, 1.0, np.arange(10)).size == (864, 360)
+    about = {"images": "images", "image": "one", "classes": [r"$\x$", "a_b", "\udcff", *"3456789"]}
+    assert draw_snapshot(moment, picture, about, 1.0, np.arange(10)).size == (864, 360)
 
 
 @in_browser

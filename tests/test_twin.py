@@ -1,4 +1,4 @@
-"""The html twin: it answers as the net does, in a real browser, from the same pictures, and asks for no network."""
+"""The playground: it matches PyTorch in a real browser, preprocesses alike, and makes no network requests."""
 
 import json
 import re
@@ -13,7 +13,7 @@ import torch
 from browser import Tab, browse, in_browser
 from PIL import Image, ImageDraw
 from test_bundle import make_bundle
-from test_onnx import NETS, SHAPES, run, with_trust
+from test_onnx import NETS, SHAPES, run, with_uncertainty
 
 import convlens
 from convlens.data.images import InputStyle
@@ -35,17 +35,17 @@ def save_page(page: str, folder: Path) -> str:
 
 
 def proof_of(page: str, folder: Path) -> tuple[float, bool]:
-    """Open a page; return how far it says that its answers are off, and whether it calls that good."""
+    """Open a page; return the error of its self-check, and whether it passed."""
     with browse(folder) as tab:
         tab.open(save_page(page, folder))
-        drift, good = tab.wait("at('proof').dataset.drift && [at('proof').dataset.drift, at('proof').dataset.good]")
+        drift, good = tab.wait("at('check').dataset.error && [at('check').dataset.error, at('check').dataset.passed]")
         assert not tab.errors
     return float(drift), good == "true"
 
 
 def made(name: str, **options: Any) -> Bundle:
     channels, side = SHAPES.get(name, (1, 14))
-    return with_trust(make_bundle(channels, side, name, **options))
+    return with_uncertainty(make_bundle(channels, side, name, **options))
 
 
 def page_of(bundle: Bundle, folder: Path) -> str:
@@ -54,7 +54,7 @@ def page_of(bundle: Bundle, folder: Path) -> str:
 
 
 @pytest.mark.parametrize(("name", "count"), [("fashion-2conv", 4), ("residual", 11)])
-def test_a_step_is_a_convolution_behind_its_activation_or_a_pooling(name: str, count: int, tmp_path: Path) -> None:
+def test_steps_are_activated_convolutions_and_poolings(name: str, count: int, tmp_path: Path) -> None:
     model = json.loads(model_of(page_of(made(name), tmp_path)))
     kinds = {layer["output"]: layer["op"] for layer in model["layers"]}
     assert len(model["steps"]) == count
@@ -67,7 +67,7 @@ def test_a_step_is_a_convolution_behind_its_activation_or_a_pooling(name: str, c
 
 @in_browser
 @pytest.mark.parametrize("name", [*NETS, "fashion-2conv with average pooling"])
-def test_every_net_answers_alike(name: str, tmp_path: Path) -> None:
+def test_every_model_matches_pytorch(name: str, tmp_path: Path) -> None:
     average = {"pool": "avg"} if name.endswith("pooling") else {}
     drift, good = proof_of(page_of(made(name.split()[0], **average), tmp_path), tmp_path)
     assert drift < 1e-3 and good
@@ -75,7 +75,7 @@ def test_every_net_answers_alike(name: str, tmp_path: Path) -> None:
 
 @in_browser
 @pytest.mark.parametrize("name", sorted(bundled_models()))
-def test_the_shipped_nets_do(name: str, tmp_path: Path) -> None:
+def test_bundled_models_match_pytorch(name: str, tmp_path: Path) -> None:
     page = render_playground(load_onnx(name))
     assert len(page.encode()) < 1_500_000
     drift, good = proof_of(page, tmp_path)
@@ -83,9 +83,9 @@ def test_the_shipped_nets_do(name: str, tmp_path: Path) -> None:
 
 
 @in_browser
-def test_a_page_that_answers_otherwise_says_so(tmp_path: Path) -> None:
+def test_self_check_detects_a_deviation(tmp_path: Path) -> None:
     page = page_of(made("tiny"), tmp_path)
-    golden = json.loads(model_of(page))["golden"]["probabilities"][0][0]
+    golden = json.loads(model_of(page))["reference"]["probabilities"][0][0]
     drift, good = proof_of(page.replace(f"{golden!r}", f"{golden + 0.01!r}", 1), tmp_path)
     assert drift == pytest.approx(0.01, abs=1e-4) and not good
 
@@ -95,7 +95,7 @@ def model_of(page: str) -> str:
 
 
 def pictures() -> dict[str, Image.Image]:
-    """Return a photo, a page with a digit in uneven light, strokes as on the pad, and what is small or see-through."""
+    """Return a photo, a digit on paper in uneven light, strokes, and small or transparent images."""
     y, x = np.mgrid[0:90, 0:130]
     photo = np.stack([x * 1.9, y * 2.7, 128 + 100 * np.sin(x / 9) * np.cos(y / 7)], axis=2).clip(0, 255)
     page = Image.fromarray((235 - x[:, :130] * 0.5).astype(np.uint8))
@@ -116,7 +116,7 @@ def pictures() -> dict[str, Image.Image]:
 
 
 @in_browser
-def test_pictures_are_adapted_as_in_python(tmp_path: Path) -> None:
+def test_preprocessing_matches_python(tmp_path: Path) -> None:
     styles = {
         "photo": Preprocess(3, 28, 28, (0.5,) * 3, (0.5,) * 3, InputStyle()),
         "wide grey photo": Preprocess(1, 12, 30, (0.5,), (0.5,), InputStyle()),
@@ -129,7 +129,7 @@ def test_pictures_are_adapted_as_in_python(tmp_path: Path) -> None:
         image = pictures()[name].convert("RGBA")
         data = {"width": image.width, "height": image.height, "data": list(image.tobytes())}
         given.append({"image": data, "shape": styles[style].to_json()})
-    page = f"""<script>{read_static("picture.js")}
+    page = f"""<script>{read_static("preprocess.js")}
 const given = {json.dumps(given)};
 </script>"""
     with browse(tmp_path) as tab:
@@ -143,28 +143,28 @@ const given = {json.dumps(given)};
 
 
 @in_browser
-def test_what_is_on_the_page(tmp_path: Path) -> None:
+def test_content_of_the_page(tmp_path: Path) -> None:
     page = render_playground(load_onnx("mnist"), [("7", np.zeros((1, 28, 28), np.uint8))])
     with browse(tmp_path) as tab:
         tab.open(save_page(page, tmp_path))
         assert answer(tab) == "7. It is sure."  # it begins with a seven
         text = tab.run("document.body.innerText")
         assert tab.run("document.querySelectorAll('.bar').length") == 10
-        assert tab.run("at('samples').firstChild.ariaLabel") == "Try a picture of: 7"
+        assert tab.run("at('samples').firstChild.ariaLabel") == "Try an image of: 7"
         assert "Step 1: 32 maps of 12 × 12" in text and "Step 2: shrunk to 6 × 6" in text
-        assert "94,698 numbers" in text and "it was right 99.54% of the time" in text
+        assert "94,698 parameters" in text and "Accuracy on 10,000 test images: 99.54%" in text
         nameless = "[...document.querySelectorAll('[id]:is(canvas, input)')].filter((one) => !one.ariaLabel).length"
         assert tab.run(nameless) == 0
 
 
 def answer(tab: Tab) -> str:
-    """Return what the page says, once it has drawn what it was last given."""
+    """Return the prediction on the page, once it has drawn the last input."""
     tab.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     return str(tab.run("`${at('answer').textContent}. ${at('words').textContent}`"))
 
 
 def seven(folder: Path) -> Path:
-    """Write a picture of a seven, dark on white, and return its file."""
+    """Write an image of a seven, dark on white, and return its file."""
     picture = Image.new("RGB", (300, 200), "white")
     ImageDraw.Draw(picture).line([(100, 50), (180, 50), (130, 160)], fill=(20, 20, 30), width=16, joint="curve")
     picture.save(folder / "seven.png")
@@ -172,7 +172,7 @@ def seven(folder: Path) -> Path:
 
 
 @in_browser
-def test_what_hands_do(tmp_path: Path) -> None:
+def test_drawing_files_and_camera(tmp_path: Path) -> None:
     file = seven(tmp_path)
     camera = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
     with browse(tmp_path, 1200, 900, *camera) as tab:
@@ -226,11 +226,11 @@ def test_what_hands_do(tmp_path: Path) -> None:
         tab.wait("at('answer').textContent === '7'")
         file.write_bytes(b"no picture")
         drop()
-        tab.wait("at('words').textContent === 'This file is no picture that the browser can read.'")
+        tab.wait("at('words').textContent === 'The browser cannot read this file as an image.'")
 
         # the browser's false camera: a green disc that beeps
         tab.run("at('camera').click()")
-        tab.wait("!at('video').hidden && at('pad').hidden && at('camera').textContent === 'Take the picture'")
+        tab.wait("!at('video').hidden && at('pad').hidden && at('camera').textContent === 'Take a photo'")
         tab.wait("at('video').videoWidth > 0")
         assert press("camera")
         assert tab.run("[at('video').hidden, at('pad').hidden, at('camera').textContent]") == [True, False, "Camera"]
@@ -239,52 +239,54 @@ def test_what_hands_do(tmp_path: Path) -> None:
 
 
 @in_browser
-def test_without_a_camera_it_says_so(tmp_path: Path) -> None:
+def test_missing_camera_is_reported(tmp_path: Path) -> None:
     with browse(tmp_path) as tab:
         tab.open(save_page(render_playground(load_onnx("mnist")), tmp_path))
         tab.run("at('camera').click()")
-        tab.wait("at('hint').textContent === 'The camera cannot be used here.'")
+        tab.wait("at('hint').textContent === 'The camera is not available.'")
 
 
 # without a browser
 
 
-def test_the_page_asks_for_nothing_from_outside(tmp_path: Path) -> None:
+def test_page_makes_no_requests(tmp_path: Path) -> None:
     page = page_of(made("tiny"), tmp_path)
     assert "default-src 'none'" in page
     assert not re.search(r"https?:|//[a-z]+\.[a-z]|src=|href=|fetch\(|XMLHttpRequest|import\(|eval\(", page)
     assert not re.search(r"\[[A-Z]{3,}\]", page)  # no part was left to fill in
 
 
-def test_names_cannot_become_code(tmp_path: Path) -> None:
+def test_class_names_are_escaped(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
     bundle = made("tiny")
-    trained = {**bundle.trained, "data": {**bundle.trained["data"], "name": evil}}
-    page = page_of(replace(bundle, classes=(evil, "dog", "owl"), trained=trained), tmp_path)
+    training = {**bundle.training, "data": {**bundle.training["data"], "name": evil}}
+    page = page_of(replace(bundle, classes=(evil, "dog", "owl"), training=training), tmp_path)
     assert evil not in page and page.count("<script") == 3
     assert json.loads(model_of(page))["classes"][0] == evil
 
 
-def test_large_tensors_are_kept_in_16_bits() -> None:
+def test_large_tensors_are_packed_in_16_bits() -> None:
     g = np.random.default_rng(0)
     weight = (g.normal(size=(16, 8, 3, 3)) * 10.0 ** g.integers(-4, 4, (16, 1, 1, 1))).astype(np.float32)
     told, packed = pack({"small": np.array([[1.5], [2.25]], np.float32), "weight": weight, "zero": np.zeros((4, 100))})
     assert told["small"] == {"shape": [2, 1], "values": [1.5, 2.25]}
     numbers = np.frombuffer(packed, "<i2")
-    assert len(numbers) == weight.size + 400 and told["zero"]["at"] == weight.size
+    assert len(numbers) == weight.size + 400 and told["zero"]["offset"] == weight.size
     rows = numbers[: weight.size].reshape(16, -1) * np.array(told["weight"]["scales"])[:, None]
     most = np.abs(weight).reshape(16, -1).max(axis=1)
     assert (np.abs(rows - weight.reshape(16, -1)).max(axis=1) <= most / 65_000).all()
 
 
-def test_a_layer_that_the_page_has_not_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_layer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.ReLU, "forward", lambda self, x: torch.sigmoid(x))
-    with pytest.raises(ConvlensError, match="^the page cannot compute Sigmoid as this net has it; ONNX can$"):
+    with pytest.raises(
+        ConvlensError, match="^the page cannot compute Sigmoid with the options of this model; ONNX can$"
+    ):
         page_of(made("tiny"), tmp_path)
 
 
 def train_on_photos(folder: Path, height: int, width: int) -> Run:
-    """Make a folder ``photos`` of dark and light pictures, and train on it."""
+    """Make a folder ``photos`` of dark and light images, and train on it."""
     g = np.random.default_rng(0)
     for label, level in (("dark", 40), ("light", 200)):
         (folder / "photos" / label).mkdir(parents=True)
@@ -294,7 +296,7 @@ def train_on_photos(folder: Path, height: int, width: int) -> Run:
     return convlens.train(folder / "photos", out=folder / "run", epochs=1, device="cpu", threads=1)
 
 
-def test_export_takes_samples_from_the_runs_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_takes_samples_from_the_data_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained = train_on_photos(tmp_path, 9, 9)
     assert run("export", trained.path, "--format", "html", "--out", tmp_path / "a.html") == 0
     assert capsys.readouterr().out.startswith(

@@ -41,7 +41,7 @@ def evaluate(
       convlens evaluate mnist --corruptions --plot mnist-corrupted.png
     """
     with gc_paused():
-        from convlens.evaluation.metrics import worst_classes
+        from convlens.evaluation.report import TestReport
         from convlens.runs.evaluate import evaluate_corruptions, evaluate_run
 
     restore_sigint()
@@ -63,12 +63,13 @@ def evaluate(
     if format is Format.json:
         print(json.dumps(test, indent=2))
         return
-    classes = test["classes"]
+    report = TestReport.from_json(test)
+    classes = report.classes
     if format is Format.text and len(classes) > MAX_LINES:
-        classes = worst_classes(test, WORST)
-    rows = [("class", "precision", "recall", "f1", "n")]
+        classes = report.worst_classes(WORST)
+    rows: list[tuple[str, ...]] = [("class", "precision", "recall", "f1", "support")]
     for name, c in classes.items():
-        rows.append((name, *(f"{c[key]:.4f}" for key in ("precision", "recall", "f1")), str(c["n"])))
+        rows.append((name, *(f"{getattr(c, key):.4f}" for key in ("precision", "recall", "f1")), str(c.support)))
     if format is Format.csv:
         print_csv(rows)
         print(describe_test(test), file=sys.stderr)  # a table of classes has no row for it

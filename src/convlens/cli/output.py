@@ -110,17 +110,17 @@ def describe_record(record: EpochRecord) -> str:
 
 def describe_test(test: dict[str, Any]) -> str:
     """Return the line of a test."""
-    low, high = test["accuracy_interval"]
+    low, high = test["accuracy_ci95"]
     line = (
-        f"test    accuracy {test['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}, n = {test['n']:,}), "
+        f"test    accuracy {test['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}, n = {test['num_images']:,}), "
         f"loss {test['loss']:.4f}"
     )
     line += f"\n        balanced accuracy {test['balanced_accuracy']:.2%}, macro-F1 {test['macro_f1']:.2%}"
     if calibration := test.get("calibration"):
-        before, after = (calibration[when]["calibration_error"] for when in ("before", "after"))
+        before, after = (calibration[when]["ece"] for when in ("before", "after"))
         line += f"; calibration error {after:.2%}" + (f" ({before:.2%} before)" if before != after else "")
     if views := test.get("test_time_augmentation"):
-        low, high = views["accuracy_interval"]
+        low, high = views["accuracy_ci95"]
         line += f"\n        {views['accuracy']:.2%} with test-time augmentation ({low:.2%} to {high:.2%})"
     return line
 
@@ -277,18 +277,18 @@ class Printer:
 
     def add(self, image: str, prediction: Prediction) -> None:
         """Print, or keep for the end, what was predicted for one image."""
-        best, labels = prediction.top, prediction.labels
+        best, labels = prediction.top, prediction.prediction_set
         if self.format is Format.text:
             told = ", ".join(f"{label} {probability:.1%}" for label, probability in best)
-            told = f"unknown (most like {told})" if prediction.known is False else told
+            told = f"unknown (most like {told})" if prediction.in_distribution is False else told
             print(f"{image}: {told}" + ("" if labels is None else f"  set: {', '.join(labels) or 'empty'}"))
         elif self.format is Format.csv:
-            known = "" if prediction.known is None else str(prediction.known).lower()
+            known = "" if prediction.in_distribution is None else str(prediction.in_distribution).lower()
             rest = (known, "|".join(labels or ()))
             print_csv([(image, rank, label, f"{p:.6f}", *rest) for rank, (label, p) in enumerate(best, start=1)])
         else:
             top = [{"label": label, "probability": round(p, 6)} for label, p in best]
-            row = {"image": image, **top[0], "known": prediction.known, "top": top}
+            row = {"image": image, **top[0], "known": prediction.in_distribution, "top": top}
             self._rows.append(row if labels is None else {**row, "set": list(labels)})
 
     def close(self) -> None:

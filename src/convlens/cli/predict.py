@@ -42,7 +42,7 @@ def predict(
 
     predictor = load_predictor(model)
     if coverage is not None:
-        require_coverage(coverage, predictor.bounds)
+        require_coverage(coverage, predictor.conformal_thresholds)
     files = expand(images)
     batch: list[tuple[str, Any]] = []
     bad, printer = 0, Printer(format)

@@ -22,5 +22,5 @@ def verify(
     from convlens.inference.onnx_runtime import OnnxPredictor
 
     predictor = OnnxPredictor.load(file)
-    whose = "this file gave when it was made" if predictor.in_8_bits else "the net gives in PyTorch"
+    whose = "this file gave when it was made" if predictor.is_quantized else "the net gives in PyTorch"
     print(f"proved  no probability is off by more than {predictor.verify():.1g} from what {whose}")

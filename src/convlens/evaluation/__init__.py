@@ -1,1 +1,1 @@
-"""How good a net is, and how sure one can be of it."""
+"""Evaluation: metrics, calibration, conformal prediction, out-of-distribution detection and significance tests."""

@@ -1,6 +1,6 @@
-"""Spoiling images in nine ways, each at five severities: how far a net's accuracy carries.
+"""Nine image corruptions at five severities each, to measure robustness.
 
-In the manner of Hendrycks and Dietterich 2019, with strengths for small images: lengths grow with the image's side.
+After Hendrycks & Dietterich 2019, with strengths for small images: lengths scale with the image size.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from convlens.data.augment import resample
 from convlens.system.random import derive_seed
 
 SEVERITIES = (1, 2, 3, 4, 5)
-USUAL_SIDE = 28  # lengths in pixels below are for images of this side
+
+REFERENCE_SIDE = 28  # pixels; lengths below are for images of this size
 
 
 def noise(x: Tensor, strength: float, g: Generator) -> Tensor:
-    """Add normal noise with a standard deviation of ``strength`` levels."""
+    """Add Gaussian noise with a standard deviation of ``strength`` gray levels."""
     return x + strength * torch.randn(x.shape, generator=g)
 
 
 def blur(x: Tensor, strength: float, g: Generator) -> Tensor:
-    """Blur by a normal curve with a standard deviation of ``strength`` pixels."""
-    sigma = strength * min(x.shape[2:]) / USUAL_SIDE
+    """Apply a Gaussian blur with a standard deviation of ``strength`` pixels."""
+    sigma = strength * min(x.shape[2:]) / REFERENCE_SIDE
     radius = min(math.ceil(3 * sigma), min(x.shape[2:]) - 1)
     weights = torch.exp(-((torch.arange(-radius, radius + 1) / sigma) ** 2) / 2)
     weights = (weights / weights.sum()).expand(x.shape[1], 1, 1, -1)
@@ -38,40 +39,40 @@ def blur(x: Tensor, strength: float, g: Generator) -> Tensor:
 
 
 def contrast(x: Tensor, strength: float, g: Generator) -> Tensor:
-    """Bring all pixels nearer to the image's mean: ``strength`` of the contrast is left."""
+    """Scale the contrast around the image mean by ``strength``."""
     mean = x.mean(dim=(1, 2, 3), keepdim=True)
     return mean + strength * (x - mean)
 
 
 def brightness(x: Tensor, strength: float, g: Generator) -> Tensor:
-    """Add ``strength`` levels."""
+    """Add ``strength`` gray levels."""
     return x + strength
 
 
 def rotation(x: Tensor, strength: float, g: Generator) -> Tensor:
-    """Turn by ``strength`` degrees, one way or the other."""
-    angle = sign(len(x), g) * math.radians(strength)
+    """Rotate by ``strength`` degrees in a random direction."""
+    angle = random_signs(len(x), g) * math.radians(strength)
     cos, sin = torch.cos(angle), torch.sin(angle)
     aspect = x.shape[2] / x.shape[3]  # coordinates run from -1 to 1 on both axes
     return warp(x, cos, -sin * aspect, sin / aspect, cos)
 
 
 def shift(x: Tensor, strength: float, g: Generator) -> Tensor:
-    """Move by ``strength`` pixels in any direction."""
+    """Translate by ``strength`` pixels in a random direction."""
     angle = 2 * math.pi * torch.rand(len(x), generator=g)
-    length = 2 * strength / USUAL_SIDE  # coordinates run from -1 to 1
+    length = 2 * strength / REFERENCE_SIDE  # coordinates run from -1 to 1
     one, zero = torch.ones(len(x)), torch.zeros(len(x))
     return warp(x, one, zero, zero, one, length * torch.cos(angle), length * torch.sin(angle))
 
 
 def scale(x: Tensor, strength: float, g: Generator) -> Tensor:
     """Zoom in or out by the factor ``strength``."""
-    zoom = strength ** sign(len(x), g)
+    zoom = strength ** random_signs(len(x), g)
     return warp(x, zoom, torch.zeros(len(x)), torch.zeros(len(x)), zoom)
 
 
 def occlusion(x: Tensor, strength: float, g: Generator) -> Tensor:
-    """Cover a square, ``strength`` of the image's side wide, with grey."""
+    """Cover a random square with gray; its side is the fraction ``strength`` of the image side."""
     height, width = x.shape[2:]
     side = max(round(strength * min(height, width)), 1)
     top = torch.randint(0, height - side + 1, (len(x), 1), generator=g)
@@ -83,28 +84,28 @@ def occlusion(x: Tensor, strength: float, g: Generator) -> Tensor:
 
 
 def jpeg(x: Tensor, strength: float, g: Generator) -> Tensor:
-    """Save as JPEG of quality ``strength``, and read again."""
-    pictures = []
+    """Compress as JPEG of quality ``strength``."""
+    decoded = []
     for image in x.round().byte().permute(0, 2, 3, 1).numpy():
         file = io.BytesIO()
         Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(file, "JPEG", quality=int(strength))
-        pictures.append(np.asarray(Image.open(file)).reshape(image.shape))
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
+        decoded.append(np.asarray(Image.open(file)).reshape(image.shape))
+    return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).float()
 
 
-def sign(n: int, g: Generator) -> Tensor:
-    """Return ``n`` times 1 or -1."""
+def random_signs(n: int, g: Generator) -> Tensor:
+    """Return ``n`` random signs, 1 or -1."""
     return 2.0 * torch.randint(0, 2, (n,), generator=g) - 1
 
 
 def warp(x: Tensor, *matrix: Tensor) -> Tensor:
-    """Sample each image at ((a, b), (c, d)) times the coordinates plus (dx, dy): ``matrix`` is a, b, c, d[, dx, dy]."""
-    a, b, c, d, *moved = matrix  # each (N,)
-    dx, dy = moved or (torch.zeros_like(a), torch.zeros_like(a))
+    """Apply the affine map ((a, b), (c, d)) plus (dx, dy) to each image; ``matrix`` is a, b, c, d[, dx, dy]."""
+    a, b, c, d, *offset = matrix  # each (N,)
+    dx, dy = offset or (torch.zeros_like(a), torch.zeros_like(a))
     return resample(x, torch.stack([a, b, dx, c, d, dy], dim=1).view(-1, 2, 3))
 
 
-# name -> how, and its strength at each severity
+# name -> function, and its strength at each severity
 CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float, Generator], Tensor], tuple[float, ...]]] = {
     "noise": (noise, (10, 20, 35, 50, 70)),
     "blur": (blur, (0.5, 0.75, 1.0, 1.5, 2.0)),
@@ -119,11 +120,21 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float, Generator], Tensor], tuple
 
 
 def corrupt(images: Tensor, kind: str, severity: int, batch_size: int = 1000) -> Tensor:
-    """Return uint8 images (N, C, H, W) spoiled by ``kind`` at ``severity`` 1 to 5: always in the same way."""
-    change, strengths = CORRUPTIONS[kind]
+    """Corrupt images. The result is deterministic.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        kind: A key of ``CORRUPTIONS``.
+        severity: 1 to 5.
+        batch_size: Images processed at a time.
+
+    Returns:
+        uint8 (N, C, H, W).
+    """
+    corruption, strengths = CORRUPTIONS[kind]
     generator = torch.Generator().manual_seed(derive_seed(list(CORRUPTIONS).index(kind), severity))
-    parts = [
-        change(images[start : start + batch_size].float(), strengths[severity - 1], generator).round().clamp(0, 255)
+    chunks = [
+        corruption(images[start : start + batch_size].float(), strengths[severity - 1], generator).round().clamp(0, 255)
         for start in range(0, len(images), batch_size)
     ]
-    return torch.cat(parts).to(torch.uint8)
+    return torch.cat(chunks).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Batched inference over a split: logits, features, test-time augmentation."""
+"""Batched inference over a split: logits, features and test-time augmentation."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from torch import Tensor, nn
 from convlens.data.normalize import Normalize
 from convlens.system.progress import ProgressBar
 
-# normalised images (N, C, H, W) -> views of them, each with its weight
+# normalized images (N, C, H, W) -> weighted views of them
 TTA = Callable[[Tensor], list[tuple[float, Tensor]]]
 
 
-def make_tta(mirrored: bool) -> TTA:
-    """Return the views of test-time augmentation: the image and its two shifts by a pixel along the diagonal.
+def make_tta(hflip: bool) -> TTA:
+    """Return test-time augmentation: each image and two translations by one pixel along the diagonal.
 
-    The image counts as much as both shifts; ``mirrored`` adds the mirror image of each (K. Jordan 2024).
+    The image weighs as much as both translations together (K. Jordan 2024).
+
+    Args:
+        hflip: Whether to add the mirror image of every view.
     """
 
     def views(x: Tensor) -> list[tuple[float, Tensor]]:
         height, width = x.shape[2:]
         padded = F.pad(x, (1, 1, 1, 1), mode="reflect" if min(height, width) > 1 else "replicate")
-        shifted = [padded[:, :, :height, :width], padded[:, :, 2:, 2:]]
-        plain = [(0.5, x), *((0.25, view) for view in shifted)]
-        if not mirrored:
+        translated = [padded[:, :, :height, :width], padded[:, :, 2:, 2:]]
+        plain = [(0.5, x), *((0.25, view) for view in translated)]
+        if not hflip:
             return plain
         return [(weight / 2, view) for weight, one in plain for view in (one, one.flip(3))]
 
@@ -35,54 +38,63 @@ def make_tta(mirrored: bool) -> TTA:
 
 
 def normalized_batches(
-    net: nn.Module, images: Tensor, normalise: Normalize, batch_size: int, autocast: AbstractContextManager[object]
+    model: nn.Module, images: Tensor, normalize: Normalize, batch_size: int, autocast: AbstractContextManager[object]
 ) -> Iterator[Tensor]:
-    """Yield uint8 images (N, C, H, W) in batches as ``net`` takes them, with the net in evaluation mode meanwhile."""
-    device = next(net.parameters()).device
-    normalise = normalise.to(device)
-    training = net.training
-    net.eval()
+    """Yield normalized batches of uint8 images (N, C, H, W); the model is in evaluation mode meanwhile."""
+    device = next(model.parameters()).device
+    normalize = normalize.to(device)
+    training = model.training
+    model.eval()
     try:
-        with torch.no_grad(), autocast, ProgressBar("evaluating", len(images)) as meter:
+        with torch.no_grad(), autocast, ProgressBar("evaluating", len(images)) as progress:
             for start in range(0, len(images), batch_size):
-                batch = normalise(images[start : start + batch_size].to(device))
+                batch = normalize(images[start : start + batch_size].to(device))
                 yield batch.contiguous(memory_format=torch.channels_last)
-                meter.update(len(batch))
+                progress.update(len(batch))
     finally:
-        net.train(training)
+        model.train(training)
 
 
 def compute_logits(
-    net: nn.Module,
+    model: nn.Module,
     images: Tensor,
-    normalise: Normalize,
+    normalize: Normalize,
     *,
     batch_size: int = 500,
     autocast: AbstractContextManager[object] | None = None,
-    views: TTA | None = None,
+    tta: TTA | None = None,
 ) -> Tensor:
-    """Return the logits, float32 (N, K), of uint8 images (N, C, H, W), computed where the net's weights are.
+    """Compute the logits of images on the model's device.
 
-    With ``views`` they are the weighted mean over several views of each image: test-time augmentation. The net is in
-    evaluation mode meanwhile, and put back afterwards.
+    Args:
+        model: The model; it is put into evaluation mode for the call.
+        images: uint8 (N, C, H, W).
+        normalize: Turns images into the model's input.
+        batch_size: Images in one forward pass.
+        autocast: Context manager for mixed precision.
+        tta: Test-time augmentation: return the weighted mean of the logits over the views.
+
+    Returns:
+        Logits, float32 (N, K).
     """
-    parts = []
-    for batch in normalized_batches(net, images, normalise, batch_size, autocast or nullcontext()):
-        seen = views(batch) if views else [(1.0, batch)]
-        parts.append(sum(w * net(x.contiguous(memory_format=torch.channels_last)).float() for w, x in seen))
-    return torch.cat(parts)
+    chunks = []
+    for batch in normalized_batches(model, images, normalize, batch_size, autocast or nullcontext()):
+        views = tta(batch) if tta else [(1.0, batch)]
+        chunks.append(sum(w * model(x.contiguous(memory_format=torch.channels_last)).float() for w, x in views))
+    return torch.cat(chunks)
 
 
 def compute_outputs(
-    net: nn.Module, images: Tensor, normalise: Normalize, *, batch_size: int = 500
+    model: nn.Module, images: Tensor, normalize: Normalize, *, batch_size: int = 500
 ) -> tuple[Tensor, Tensor]:
-    """Return logits, float32 (N, K), and features, float32 (N, D), of uint8 images (N, C, H, W).
+    """Compute logits and features of uint8 images (N, C, H, W).
 
-    The features are the means of the last spatial map over the image.
+    Returns:
+        Logits, float32 (N, K), and features, float32 (N, D): the spatial means of the last feature maps.
     """
     logits, features = [], []
-    for batch in normalized_batches(net, images, normalise, batch_size, nullcontext()):
-        maps = net.features(batch)  # type: ignore[operator]  # (N, D, H', W')
-        logits.append(net.head(maps).float())  # type: ignore[operator]
+    for batch in normalized_batches(model, images, normalize, batch_size, nullcontext()):
+        maps = model.features(batch)  # type: ignore[operator]  # (N, D, H', W')
+        logits.append(model.head(maps).float())  # type: ignore[operator]
         features.append(maps.float().mean(dim=(2, 3)))
     return torch.cat(logits), torch.cat(features)

@@ -1,7 +1,7 @@
-"""What validation images say of a net: how to read its probabilities, and which pictures it does not know.
+"""The uncertainty model of a classifier: calibration, prediction sets and out-of-distribution detection.
 
-A picture is strange by two signs: its features lie far from those of training images (Lee et al. 2018), and its logits
-are small (energy, Liu et al. 2020). Neither is good for every net (docs/results.md), their sum is.
+The out-of-distribution score is the sum of the Mahalanobis distance in feature space (Lee et al. 2018) and the energy
+of the logits (Liu et al. 2020). Neither is good for every model (docs/results.md); their sum is.
 """
 
 from __future__ import annotations
@@ -21,20 +21,31 @@ from convlens.evaluation.conformal import COVERAGE_LEVELS, prediction_sets
 from convlens.evaluation.inference import compute_outputs
 from convlens.evaluation.metrics import row_chunks
 from convlens.evaluation.ood import MahalanobisModel, energy, fit_threshold
+from convlens.evaluation.report import ConformalMetrics, TestReport
+
+MAX_FEATURE_IMAGES = 10_000  # training images that the class means are fitted on, evenly spaced
+
+TEST_COVERAGE = 0.95  # target coverage of the prediction sets in a test report
 
 
 def nonconformity(logits: Tensor) -> Tensor:
-    """Return -log p of every class, float64 (N, K), of logits (N, K): how surprising each would be as the answer."""
+    """Return the nonconformity score of every class, -log p, float64 (N, K), from logits (N, K)."""
     return -logits.double().log_softmax(dim=1)
 
 
 def conformal_thresholds(logits: Tensor, labels: Tensor) -> list[float]:
-    """Return, for each of ``LEVELS``, how surprising a class may be and still belong to the prediction set.
+    """Compute the thresholds of split conformal prediction (Vovk, Gammerman & Shafer 2005).
 
-    Split conformal prediction (Vovk et al. 2005): of images like those of the logits (N, K) and labels (N,), which
-    the net was not trained on, the set holds the true class with about that probability; at least, were nothing else
-    fitted on them (the temperature is, and where the recipe asks for it the epoch was chosen by them). ``inf``, every
-    class, where there are too few images to say.
+    The coverage guarantee assumes that nothing else was fitted on these images. Here the temperature was, and with
+    `restore_best` also the epoch, so coverage is only approximately guaranteed.
+
+    Args:
+        logits: Logits of validation images, (N, K).
+        labels: True classes, int64 (N,).
+
+    Returns:
+        The threshold of the nonconformity score for each of ``COVERAGE_LEVELS``. With too few images it is ``inf``: the
+        set then contains every class.
     """
     chunks = row_chunks(logits.shape[1], logits, labels)
     scores = torch.cat([nonconformity(z).gather(1, y[:, None])[:, 0] for z, y in chunks]).sort().values  # (N,)
@@ -42,96 +53,134 @@ def conformal_thresholds(logits: Tensor, labels: Tensor) -> list[float]:
     return [scores[rank - 1].item() if rank <= len(scores) else math.inf for rank in ranks]
 
 
-MAX_FEATURE_IMAGES = 10_000  # training images, evenly from all of them, say where the classes lie
-
-TEST_COVERAGE = 0.95  # that a test tells of
-
-
 @dataclass(frozen=True, eq=False)
 class UncertaintyModel:
-    """A temperature, bounds for prediction sets, and how strange a picture may be that is still known."""
+    """A calibration temperature, conformal thresholds and an out-of-distribution detector.
+
+    The class means of the detector are fitted on training images, everything else on validation images.
+    """
 
     temperature: float
-    bounds: tuple[float, ...]  # one for each of coverage.LEVELS; inf: every class
-    distance: tuple[float, float]  # mean and standard deviation on validation images
-    energy: tuple[float, float]
-    threshold: float  # of strangeness
-    n: int  # validation images that it was fitted on
-    space: MahalanobisModel
+    conformal_thresholds: tuple[float, ...]  # one for each of COVERAGE_LEVELS; inf: the set contains every class
+    distance: tuple[float, float]  # mean and standard deviation of the Mahalanobis distance
+    energy: tuple[float, float]  # mean and standard deviation of the energy
+    ood_threshold: float  # images with a larger score are out-of-distribution
+    num_images: int  # validation images that it was fitted on
+    mahalanobis: MahalanobisModel
 
     @classmethod
     def fit(
-        cls, net: nn.Module, train: Split, validation: Split, classes: int, normalise: Normalize
+        cls, model: nn.Module, train: Split, validation: Split, classes: int, normalize: Normalize
     ) -> UncertaintyModel:
-        """Fit on what ``net`` says of validation images; of training images only the features are looked at."""
-        rows = train.evenly_spaced(MAX_FEATURE_IMAGES)
-        _, known = compute_outputs(net, train.images[rows], normalise)
-        space = MahalanobisModel.fit(known.cpu(), train.labels[rows], classes)
-        logits, features = (x.cpu() for x in compute_outputs(net, validation.images, normalise))
-        temperature = fit_temperature(logits, validation.labels)
-        bounds = conformal_thresholds(logits / temperature, validation.labels)
-        distance, usual = mean_and_spread(space.distances(features)), mean_and_spread(energy(logits))
-        fitted = cls(temperature, tuple(bounds), distance, usual, 0.0, len(validation), space)
-        return replace(fitted, threshold=fit_threshold(fitted.strangeness(logits, features)))
+        """Fit the uncertainty model of a trained classifier.
 
-    def strangeness(self, logits: Tensor, features: Tensor) -> Tensor:
-        """Return how strange images are, float32 (N,), from logits (N, K) and features (N, D).
-
-        The sum of two scores, each in standard deviations from its mean on validation images.
+        Args:
+            model: The classifier.
+            train: Training images; only their features and labels are used.
+            validation: Images that the classifier was not trained on.
+            classes: Number of classes.
+            normalize: Turns images into the classifier's input.
         """
-        scores = ((self.space.distances(features), self.distance), (energy(logits), self.energy))
-        return sum(((score - mean) / spread for score, (mean, spread) in scores), torch.zeros(len(logits)))
-
-    def knows(self, logits: Tensor, features: Tensor) -> Tensor:
-        """Say which images look like what the net was trained on, bool (N,), from logits (N, K), features (N, D)."""
-        return self.strangeness(logits, features) <= self.threshold
-
-    def sets(self, logits: Tensor, coverage: float) -> Tensor:
-        """Return the classes of each prediction set, bool (N, K), from logits (N, K) before the temperature."""
-        return torch.from_numpy(
-            prediction_sets(nonconformity(logits / self.temperature).numpy(), self.bounds, coverage)
+        rows = train.spread(MAX_FEATURE_IMAGES)
+        _, train_features = compute_outputs(model, train.images[rows], normalize)
+        mahalanobis = MahalanobisModel.fit(train_features.cpu(), train.labels[rows], classes)
+        logits, features = (x.cpu() for x in compute_outputs(model, validation.images, normalize))
+        temperature = fit_temperature(logits, validation.labels)
+        fitted = cls(
+            temperature=temperature,
+            conformal_thresholds=tuple(conformal_thresholds(logits / temperature, validation.labels)),
+            distance=mean_and_std(mahalanobis.distances(features)),
+            energy=mean_and_std(energy(logits)),
+            ood_threshold=0.0,
+            num_images=len(validation),
+            mahalanobis=mahalanobis,
         )
+        return replace(fitted, ood_threshold=fit_threshold(fitted.ood_score(logits, features)))
 
-    def judge(self, logits: Tensor, features: Tensor, labels: Tensor) -> dict[str, Any]:
-        """Return what a test says of all this, from logits (N, K), features (N, D) and labels (N,)."""
+    def ood_score(self, logits: Tensor, features: Tensor) -> Tensor:
+        """Return the out-of-distribution score of images; a higher score is less like the training data.
+
+        The score is the sum of distance and energy, each standardized on validation images.
+
+        Args:
+            logits: (N, K).
+            features: (N, D).
+
+        Returns:
+            Scores, float32 (N,).
+        """
+        scores = ((self.mahalanobis.distances(features), self.distance), (energy(logits), self.energy))
+        return sum(((score - mean) / std for score, (mean, std) in scores), torch.zeros(len(logits)))
+
+    def is_in_distribution(self, logits: Tensor, features: Tensor) -> Tensor:
+        """Return whether images resemble the training data, bool (N,), from logits (N, K) and features (N, D)."""
+        return self.ood_score(logits, features) <= self.ood_threshold
+
+    def prediction_sets(self, logits: Tensor, coverage: float) -> Tensor:
+        """Return the prediction sets, bool (N, K), of uncalibrated logits (N, K)."""
+        scores = nonconformity(logits / self.temperature).numpy()
+        return torch.from_numpy(prediction_sets(scores, self.conformal_thresholds, coverage))
+
+    def evaluate(self, report: TestReport, logits: Tensor, features: Tensor, labels: Tensor) -> TestReport:
+        """Add calibration, prediction sets and out-of-distribution detection to a test report.
+
+        Args:
+            report: The report of the same images.
+            logits: (N, K).
+            features: (N, D).
+            labels: True classes, int64 (N,).
+        """
         covered, sizes = [], []
         for z, y in row_chunks(logits.shape[1], logits, labels):
-            sets = self.sets(z, TEST_COVERAGE)
+            sets = self.prediction_sets(z, TEST_COVERAGE)
             covered.append(sets.gather(1, y[:, None])[:, 0])
             sizes.append(sets.sum(dim=1))
-        return {
-            "calibration": calibration_report(logits, labels, self.temperature),
-            "coverage": {
-                "asked": TEST_COVERAGE,
-                "measured": float(torch.cat(covered).double().mean()),
-                "classes_in_a_set": float(torch.cat(sizes).double().mean()),
-            },
-            "known": float(self.knows(logits, features).double().mean()),
-        }
+        return replace(
+            report,
+            calibration=calibration_report(logits, labels, self.temperature),
+            conformal=ConformalMetrics(
+                target_coverage=TEST_COVERAGE,
+                empirical_coverage=float(torch.cat(covered).double().mean()),
+                mean_set_size=float(torch.cat(sizes).double().mean()),
+            ),
+            in_distribution_rate=float(self.is_in_distribution(logits, features).double().mean()),
+        )
 
     def to_json(self) -> dict[str, Any]:
-        """Return all but the feature space as plain values."""
-        bounds = [bound if math.isfinite(bound) else None for bound in self.bounds]
-        values = {"temperature": self.temperature, "bounds": bounds, "threshold": self.threshold, "n": self.n}
-        return {**values, "distance": list(self.distance), "energy": list(self.energy)}
+        """Return everything but the tensors as plain values."""
+        thresholds = [value if math.isfinite(value) else None for value in self.conformal_thresholds]
+        return {
+            "temperature": self.temperature,
+            "conformal_thresholds": thresholds,
+            "ood_threshold": self.ood_threshold,
+            "num_images": self.num_images,
+            "distance": list(self.distance),
+            "energy": list(self.energy),
+        }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the feature space."""
-        return {"means": self.space.means, "whitener": self.space.whitener}
+        """Return the tensors by name: class means and whitening matrix."""
+        return {"means": self.mahalanobis.means, "whitener": self.mahalanobis.whitener}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> UncertaintyModel:
-        """Rebuild what :meth:`to_json` and :meth:`tensors` gave; ValueError, KeyError or TypeError if it cannot be."""
-        bounds = tuple(math.inf if bound is None else float(bound) for bound in values["bounds"])
-        temperature, threshold = float(values["temperature"]), float(values["threshold"])
-        distance, energy = ((float(mean), float(spread)) for mean, spread in (values["distance"], values["energy"]))
-        finite = all(map(math.isfinite, (threshold, *distance, *energy)))
-        if len(bounds) != len(COVERAGE_LEVELS) or not finite or not (0 < temperature < math.inf):
-            raise ValueError("its calibration makes no sense")
-        space = MahalanobisModel(tensors["means"], tensors["whitener"])
-        return cls(temperature, bounds, distance, energy, threshold, int(values["n"]), space)
+        """Rebuild the model from the values of :meth:`to_json` and :meth:`tensors`.
+
+        Raises:
+            KeyError: If a value is missing.
+            TypeError: If a value has the wrong type.
+            ValueError: If a value is out of range.
+        """
+        thresholds = tuple(math.inf if value is None else float(value) for value in values["conformal_thresholds"])
+        temperature, ood_threshold = float(values["temperature"]), float(values["ood_threshold"])
+        distance, energy = ((float(mean), float(std)) for mean, std in (values["distance"], values["energy"]))
+        finite = all(map(math.isfinite, (ood_threshold, *distance, *energy)))
+        if len(thresholds) != len(COVERAGE_LEVELS) or not finite or not (0 < temperature < math.inf):
+            raise ValueError("its uncertainty model is invalid")
+        mahalanobis = MahalanobisModel(tensors["means"], tensors["whitener"])
+        return cls(temperature, thresholds, distance, energy, ood_threshold, int(values["num_images"]), mahalanobis)
 
 
-def mean_and_spread(scores: Tensor) -> tuple[float, float]:
-    """Return mean and standard deviation of scores (N,), never 0."""
+def mean_and_std(scores: Tensor) -> tuple[float, float]:
+    """Return mean and standard deviation of scores (N,); the latter is at least 1e-6."""
     return float(scores.mean()), max(float(scores.std(correction=0)), 1e-6)

@@ -1,1 +1,1 @@
-"""What a net sees: its feature maps, where it looks, how far its units see, what it was reminded of."""
+"""Explanations: class activation maps, occlusion maps, feature maps, receptive fields, similar training images."""

@@ -1,4 +1,4 @@
-"""Where a net looks: the class activation map."""
+"""Class activation maps."""
 
 from __future__ import annotations
 
@@ -6,33 +6,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convlens.explain.activations import get_stage, in_use, recording
+from convlens.explain.activations import eval_mode, get_stage, record_outputs
 
 
-def class_activation_map(net: nn.Module, x: Tensor, label: int, stage: str | None = None) -> Tensor:
-    """Return where in the images the net sees the class ``label``: float (N, H, W), 0..1, of normalised (N, C, H, W).
+def class_activation_map(model: nn.Module, x: Tensor, label: int, stage: str | None = None) -> Tensor:
+    """Compute the class activation map of a class with HiResCAM (Draelos & Carin 2020).
 
-    HiResCAM (Draelos, Carin 2020): the maps of a stage times the gradient of the class's logit by them, summed over the
-    channels, negative values left out, then brought to the image's size. By default the last spatial map. Grad-CAM
-    (Selvaraju et al. 2017) takes the mean of the gradient over each map first, which is the same where the head
-    averages; where it takes the maximum, as that of our nets does, the mean lays heat on places that the logit does not
-    come from. The largest value of an image is 1, or all are 0 where nothing speaks for the class. Raises UnknownName
-    for a stage that the net has not.
+    The feature maps are multiplied by the gradient of the class's logit, summed over the channels, clipped at 0 and
+    resized to the image. Grad-CAM (Selvaraju et al. 2017) averages the gradient over each map first. That is the same
+    for a head that averages the maps; for max pooling, which our models use, it highlights positions that the logit
+    does not depend on.
+
+    Args:
+        model: A model with ``features``, ``head`` and named stages.
+        x: Normalized images, float (N, C, H, W).
+        label: Index of the class.
+        stage: Name of the stage; by default the last feature maps.
+
+    Returns:
+        Maps, float (N, H, W), 0..1. The maximum of each map is 1, or all values are 0 if nothing supports the class.
+
+    Raises:
+        UnknownNameError: If the model has no such stage.
     """
-    with torch.enable_grad(), in_use(net):
+    with torch.enable_grad(), eval_mode(model):
         if stage is None:
-            maps = net.features(x).detach().requires_grad_()  # type: ignore[operator]
-            logits = net.head(maps)  # type: ignore[operator]
+            maps = model.features(x).detach().requires_grad_()  # type: ignore[operator]
+            logits = model.head(maps)  # type: ignore[operator]
         else:
-            # pixels that want a gradient, so that the stage's output has one even if all before it is frozen
-            with recording({stage: get_stage(net, stage)}) as outputs:
-                logits = net(x.detach().requires_grad_())
+            # the input requires a gradient, so that the stage's output has one even if all earlier layers are frozen
+            with record_outputs({stage: get_stage(model, stage)}) as outputs:
+                logits = model(x.detach().requires_grad_())
             maps = outputs[stage]
         score = logits[:, label]
-        if getattr(net, "log_probabilities", False):  # from which logits differ by a number that all classes share
+        if getattr(model, "log_probabilities", False):  # they differ from logits by a constant common to all classes
             score = score - logits.mean(dim=1)
         (gradient,) = torch.autograd.grad(score.sum(), maps)
-    heat = F.relu((gradient * maps.detach()).sum(dim=1, keepdim=True))  # (N, 1, H', W')
-    heat = F.interpolate(heat, x.shape[2:], mode="bilinear", align_corners=False).squeeze(1)
-    top = heat.amax(dim=(1, 2), keepdim=True)
-    return torch.where(top > 0, heat / top, heat)
+    heatmap = F.relu((gradient * maps.detach()).sum(dim=1, keepdim=True))  # (N, 1, H', W')
+    heatmap = F.interpolate(heatmap, x.shape[2:], mode="bilinear", align_corners=False).squeeze(1)
+    peak = heatmap.amax(dim=(1, 2), keepdim=True)
+    return torch.where(peak > 0, heatmap / peak, heatmap)

@@ -1,1 +1,1 @@
-"""Turn a trained model into a file for others: ONNX, int8, HTML."""
+"""Export trained models: ONNX, int8, and an HTML page that runs the model."""

@@ -1,4 +1,4 @@
-"""The html twin: one page that holds a trained net and runs it in any browser, with no network."""
+"""Export a trained model as the playground: one HTML page that runs the model in any browser, offline."""
 
 from __future__ import annotations
 
@@ -16,43 +16,55 @@ from convlens.errors import ConvlensError
 from convlens.inference.onnx_runtime import OnnxPredictor
 from convlens.web.render import read_static, render
 
-SMALL = 256  # numbers; longer tensors are kept as 16-bit whole numbers, with a scale for each row
+MAX_EXACT_VALUES = 256  # larger tensors are stored as 16-bit integers, with one scale per row
 
-SPACE = ({2, 3}, {-2, -1})  # the axes that a pooling head may reduce
+SPATIAL_AXES = ({2, 3}, {-2, -1})  # the axes that a pooling head may reduce
+
+SCRIPTS = ("canvas.js", "inference.js", "preprocess.js", "playground.js")
 
 
 def render_playground(
-    predictor: OnnxPredictor, samples: Sequence[tuple[str, Pixels]] = (), here: str = "", nets: Sequence[str] = ()
+    predictor: OnnxPredictor,
+    samples: Sequence[tuple[str, Pixels]] = (),
+    current: str = "",
+    models: Sequence[str] = (),
 ) -> str:
-    """Return the page of a net as HTML, with ``samples`` to try: classes, and images uint8 (C, H, W).
+    """Render the playground of a model.
 
-    On a server, it is the page of the net called ``here``, with links to those of the other ``nets``.
+    Args:
+        predictor: The model.
+        samples: Images to try: class names, and pixels uint8 (C, H, W).
+        current: On a server, the name of this model.
+        models: On a server, the names of all models; the page links to theirs.
 
-    Raises UsageError where the package that it takes is not installed, ConvlensError for a net with a layer that the
-    page cannot compute.
+    Returns:
+        The page as HTML.
+
+    Raises:
+        UsageError: If the packages of the extra `export` are not installed.
+        ConvlensError: If the model is quantized, or has a layer that the page cannot compute.
     """
-    if predictor.in_8_bits:
-        raise ConvlensError("the page cannot compute in 8 bits; it is for the same net without --int8")
-    about = predictor.about
-    model, weights = describe_model(predictor.model())
-    model |= {key: about[key] for key in ("classes", "preprocess", "golden", "trained")}
+    if predictor.is_quantized:
+        raise ConvlensError("the page cannot run int8 models; export the float32 model, without `int8`")
+    metadata = predictor.metadata
+    model, weights = describe_model(predictor.to_onnx())
+    model |= {key: metadata[key] for key in ("classes", "preprocess", "reference", "training")}
     model["samples"] = [
         {"label": label, "pixels": base64.b64encode(pixels.tobytes()).decode()} for label, pixels in samples
     ]
-    model |= {"here": here, "nets": list(nets)}
-    parts = {name: read_static(name) for name in ("paint.js", "engine.js", "picture.js", "page.js", "page.css")}
-    fill = {
-        "TITLE": html.escape(f"{about['trained']['data']}: a small net at work"),
-        "STYLE": parts["page.css"],
-        "SCRIPT": parts["paint.js"] + parts["engine.js"] + parts["picture.js"] + parts["page.js"],
+    model |= {"current": current, "models": list(models)}
+    parts = {
+        "TITLE": html.escape(f"{metadata['training']['data']}: a small neural network at work"),
+        "STYLE": read_static("playground.css"),
+        "SCRIPT": "".join(map(read_static, SCRIPTS)),
         "MODEL": json.dumps(model, separators=(",", ":")).replace("<", "\\u003c"),
         "WEIGHTS": weights,
     }
-    return render("page.html", fill)
+    return render("playground.html", parts)
 
 
 def describe_model(model: Any) -> tuple[dict[str, Any], str]:
-    """Return an ONNX model for the page's engine: layers, steps and small tensors as plain values, others in base64."""
+    """Return an ONNX model for ``inference.js``: layers, steps and small tensors; and the large tensors in base64."""
     from onnx import helper, numpy_helper
 
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
@@ -62,92 +74,99 @@ def describe_model(model: Any) -> tuple[dict[str, Any], str]:
             is_tensor = node.attribute[0].name == "value"
             constants[node.output[0]] = numpy_helper.to_array(value) if is_tensor else np.array(value)
     layers = list_layers(model.graph, constants)
-    trust = None
-    if "threshold" in constants:  # what the engine measures strangeness with
-        constants["centres"] = constants["means"] @ constants["whitener"]
-        pairs = {"distance": ("far", "far_spread"), "energy": ("high", "high_spread")}
-        trust = {key: [constants[name].item() for name in names] for key, names in pairs.items()}
-        trust["threshold"] = constants["threshold"].item()
-    used = {name for layer in layers for name in layer["inputs"]} | {"whitener", "centres"}
+    uncertainty = None
+    if "ood_threshold" in constants:
+        constants["centers"] = constants["means"] @ constants["whitener"]
+        uncertainty = {
+            key: [constants[f"{key}_mean"].item(), constants[f"{key}_std"].item()] for key in ("distance", "energy")
+        }
+        uncertainty["ood_threshold"] = constants["ood_threshold"].item()
+    used = {name for layer in layers for name in layer["inputs"]} | {"whitener", "centers"}
     tensors, packed = pack({name: value for name, value in constants.items() if name in used})
     last_map = next(layer["inputs"][0] for layer in layers if layer["output"] == "features")
-    told = {
+    description = {
         "layers": layers,
         "steps": list_steps(layers, last_map),
         "last_map": last_map,
         "tensors": tensors,
         "temperature": constants["temperature"].item(),
-        "trust": trust,
+        "uncertainty": uncertainty,
     }
-    return told, base64.b64encode(packed).decode()
+    return description, base64.b64encode(packed).decode()
 
 
 def list_layers(graph: Any, constants: dict[str, NDArray[Any]]) -> list[dict[str, Any]]:
-    """Return the layers from an ONNX graph's ``net_input`` to its ``logits`` and ``features``, as the engine has them.
+    """Return the layers from ``model_input`` to ``logits`` and ``features`` as ``inference.js`` takes them.
 
-    Constants that they take are added.
-    Raises ConvlensError for a layer that the engine does not have.
+    BatchNorm layers become affine ones; their factors and offsets are added to ``constants``.
+
+    Raises:
+        ConvlensError: If ``inference.js`` does not have a layer.
     """
     from onnx import helper
 
     layers: list[dict[str, Any]] = []
-    computed, other_names = {"net_input"}, dict[str, str]()
+    computed, aliases = {"model_input"}, dict[str, str]()
     for node in graph.node:
         if {"logits", "features"} <= computed:
-            break  # what comes now makes the answer of them
-        inputs = [other_names.get(name, name) for name in node.input]
-        if not (set(inputs) & computed):
-            continue  # it stands before the net, or computes with shapes, which are fixed here
+            break  # the rest of the graph computes the outputs from these
+        inputs = [aliases.get(name, name) for name in node.input]
+        if not (set(inputs) & computed) or node.op_type == "Shape":
+            continue  # part of the preprocessing, or a computation of shapes, which are fixed in the page
+        if node.op_type in ("Identity", "Dropout"):
+            aliases[node.output[0]] = inputs[0]
+            continue
         attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-        layer: dict[str, Any] = {"op": node.op_type, "inputs": inputs, "output": node.output[0]}
-        axes = set(constants[inputs[1]].tolist()) if node.op_type.startswith("Reduce") and len(inputs) > 1 else None
-        match node.op_type:
-            case "Shape":
-                continue
-            case "Identity" | "Dropout":
-                other_names[node.output[0]] = inputs[0]
-                continue
-            case "Conv" if attributes.get("group", 1) == 1 and set(attributes.get("dilations", [1])) == {1}:
-                layer |= {"pads": attributes.get("pads", [0] * 4), "strides": attributes.get("strides", [1, 1])}
-            case "MaxPool" | "AveragePool" if (
-                not attributes.get("ceil_mode")
-                and set(attributes.get("dilations", [1])) == {1}
-                and (node.op_type == "MaxPool" or not any(attributes.get("pads", [])))
-            ):
-                layer |= {"pads": attributes.get("pads", [0] * 4), "strides": attributes.get("strides", [1, 1])}
-                layer["kernel"] = attributes["kernel_shape"]
-            case "BatchNormalization":
-                weight, bias, mean, variance = (constants[name].astype(np.float64) for name in inputs[1:5])
-                factor = weight / np.sqrt(variance + attributes.get("epsilon", 1e-5))
-                names = [f"{node.output[0]}.{part}" for part in ("factor", "offset")]
-                constants |= dict(zip(names, (factor, bias - mean * factor), strict=True))
-                layer |= {"op": "Affine", "inputs": [inputs[0], *names]}
-            case "Relu" | "LogSoftmax":
-                pass
-            case "Add" if set(inputs) <= computed:  # of two maps: a shortcut
-                pass
-            case "Gelu" if attributes.get("approximate", b"none") == b"none":
-                pass
-            case "ReduceMax" | "ReduceMean" if axes in SPACE:
-                layer["inputs"] = inputs[:1]
-            case "GlobalMaxPool" | "GlobalAveragePool":
-                layer["op"] = "ReduceMax" if node.op_type == "GlobalMaxPool" else "ReduceMean"
-            case "Reshape" | "Flatten":
-                layer |= {"op": "Reshape", "inputs": inputs[:1]}
-            case "Gemm" if attributes.get("transB") == 1 and not attributes.get("transA"):
-                pass
-            case name:
-                raise ConvlensError(f"the page cannot compute {name} as this net has it; ONNX can")
+        layers.append(convert_layer(node, inputs, attributes, constants, computed))
         computed.add(node.output[0])
-        layers.append(layer)
     return layers
 
 
-def list_steps(layers: list[dict[str, Any]], last_map: str) -> list[dict[str, Any]]:
-    """Return what is shown of the net's inside: what each convolution finds, and what is left of it where it is pooled.
+def convert_layer(
+    node: Any, inputs: list[str], attributes: dict[str, Any], constants: dict[str, NDArray[Any]], computed: set[str]
+) -> dict[str, Any]:
+    """Return one layer; see :func:`list_layers`. ``computed`` are the values that depend on the image."""
+    layer: dict[str, Any] = {"op": node.op_type, "inputs": inputs, "output": node.output[0]}
+    axes = set(constants[inputs[1]].tolist()) if node.op_type.startswith("Reduce") and len(inputs) > 1 else None
+    window = {"pads": attributes.get("pads", [0] * 4), "strides": attributes.get("strides", [1, 1])}
+    undilated = set(attributes.get("dilations", [1])) == {1}
+    match node.op_type:
+        case "Conv" if attributes.get("group", 1) == 1 and undilated:
+            layer |= window
+        case "MaxPool" if not attributes.get("ceil_mode") and undilated:
+            layer |= {**window, "kernel": attributes["kernel_shape"]}
+        case "AveragePool" if not attributes.get("ceil_mode") and undilated and not any(window["pads"]):
+            layer |= {**window, "kernel": attributes["kernel_shape"]}
+        case "BatchNormalization":
+            weight, bias, mean, variance = (constants[name].astype(np.float64) for name in inputs[1:5])
+            factor = weight / np.sqrt(variance + attributes.get("epsilon", 1e-5))
+            names = [f"{node.output[0]}.{part}" for part in ("factor", "offset")]
+            constants |= dict(zip(names, (factor, bias - mean * factor), strict=True))
+            layer |= {"op": "Affine", "inputs": [inputs[0], *names]}
+        case "Relu" | "LogSoftmax":
+            pass
+        case "Add" if set(inputs) <= computed:  # a residual connection
+            pass
+        case "Gelu" if attributes.get("approximate", b"none") == b"none":
+            pass
+        case "ReduceMax" | "ReduceMean" if axes in SPATIAL_AXES:
+            layer["inputs"] = inputs[:1]
+        case "GlobalMaxPool" | "GlobalAveragePool":
+            layer["op"] = "ReduceMax" if node.op_type == "GlobalMaxPool" else "ReduceMean"
+        case "Reshape" | "Flatten":
+            layer |= {"op": "Reshape", "inputs": inputs[:1]}
+        case "Gemm" if attributes.get("transB") == 1 and not attributes.get("transA"):
+            pass
+        case name:
+            raise ConvlensError(f"the page cannot compute {name} with the options of this model; ONNX can")
+    return layer
 
-    What is found is shown behind the activation, unless that comes behind the pooling. A convolution of a shortcut is
-    shown in the sum that it is a part of.
+
+def list_steps(layers: list[dict[str, Any]], last_map: str) -> list[dict[str, Any]]:
+    """Return the steps that the page shows: every convolution, and every pooling.
+
+    The maps of a convolution are shown after its activation, unless a pooling comes in between. A convolution in a
+    shortcut is shown as part of the sum.
     """
     summed = {name for layer in layers if layer["op"] == "Add" for name in layer["inputs"]}
     linear = {layer["output"] for layer in layers if layer["op"] in ("Conv", "Affine")}
@@ -164,20 +183,24 @@ def list_steps(layers: list[dict[str, Any]], last_map: str) -> list[dict[str, An
 
 
 def pack(constants: dict[str, NDArray[Any]]) -> tuple[dict[str, dict[str, Any]], bytes]:
-    """Return the tensors' descriptions, small ones with their values, and the others as 16-bit numbers in a row.
+    """Pack tensors for the page.
 
-    A row (an output channel) is scaled so that its largest number is 32767: each is off by 1 / 65534 of that at most.
+    A row (an output channel) of a large tensor is scaled so that its largest absolute value becomes 32767: the rounding
+    error is at most 1 / 65534 of that value.
+
+    Returns:
+        The descriptions of the tensors, small ones with their values, and the large ones as 16-bit integers.
     """
-    described, parts, at = {}, [], 0
+    described, chunks, offset = {}, [], 0
     for name, value in constants.items():
-        about: dict[str, Any] = {"shape": list(value.shape)}
-        described[name] = about
-        if value.size <= SMALL:
-            about["values"] = [float(f"{number:.9g}") for number in value.ravel().tolist()]
+        entry: dict[str, Any] = {"shape": list(value.shape)}
+        described[name] = entry
+        if value.size <= MAX_EXACT_VALUES:
+            entry["values"] = [float(f"{number:.9g}") for number in value.ravel().tolist()]
             continue
         rows = value.reshape(len(value), -1).astype(np.float64)
         scales = np.maximum(np.abs(rows).max(axis=1), 1e-30) / 32767
-        parts.append(np.round(rows / scales[:, None]).astype("<i2").tobytes())
-        about |= {"at": at, "scales": [float(f"{scale:.9g}") for scale in scales.tolist()]}
-        at += value.size
-    return described, b"".join(parts)
+        chunks.append(np.round(rows / scales[:, None]).astype("<i2").tobytes())
+        entry |= {"offset": offset, "scales": [float(f"{scale:.9g}") for scale in scales.tolist()]}
+        offset += value.size
+    return described, b"".join(chunks)

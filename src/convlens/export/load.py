@@ -1,4 +1,4 @@
-"""Load a model for ONNX Runtime, exporting its graph first where it has none."""
+"""Load a model for ONNX Runtime, exporting its graph first if necessary."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from convlens.inference.store import resolve_bundle
 
 
 def load_onnx(source: str | Path) -> OnnxPredictor:
-    """Load what :func:`find_onnx` finds, or else make it in memory, as ``convlens export`` does.
+    """Load an ONNX file, or the ONNX graph of a run or bundle; export the graph in memory if there is none.
 
-    Raises UsageError where the packages that this takes are not installed, ConvlensError for what cannot be exported.
+    Raises:
+        UsageError: If there is no such model, or the packages of the extra `export` are not installed.
+        ConvlensError: If the model cannot be read or exported.
     """
     found = find_onnx(source)
     if found is not None:

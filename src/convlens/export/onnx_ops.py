@@ -2,81 +2,82 @@
 
 from __future__ import annotations
 
-# from uint8 images of any size, grey or RGB, to what the net takes: cut at the middle to its proportions, then resized
+# from uint8 images of any size, grayscale or RGB, to the model's input: center crop to its aspect ratio, then resize
 PREPROCESS_GRAPH = """
-front (uint8[N, H, W, C] images) => (float[N, c, h, w] net_input)
-<int64[2] size = {{{height}, {width}}}, int64[2] other_size = {{{width}, {height}}}, int64[2] swapped = {{1, 0}},
- int64[2] inner = {{1, 2}}, int64 one = {{1}}, int64 two = {{2}},
- {constants}, float least = {{0}}, float most = {{255}}>
+preprocess (uint8[N, H, W, C] images) => (float[N, c, h, w] model_input)
+<int64[2] size = {{{height}, {width}}}, int64[2] swapped_size = {{{width}, {height}}}, int64[2] swapped = {{1, 0}},
+ int64[2] spatial_axes = {{1, 2}}, int64 one = {{1}}, int64 two = {{2}},
+ {constants}, float min_level = {{0}}, float max_level = {{255}}>
 {{
     shape = Shape<start = 1, end = 3>(images)
-    other = Gather(shape, swapped)
-    wide = Mul(other, size)
-    half_wide = Div(other_size, two)
-    raised_wide = Add(wide, half_wide)
-    fitting = Div(raised_wide, other_size)
-    fitting_some = Max(fitting, one)
-    kept = Min(shape, fitting_some)
-    over = Sub(shape, kept)
-    begin = Div(over, two)
-    end = Add(begin, kept)
-    middle = Slice(images, begin, end, inner)
-    levels = Cast<to = 1>(middle)
-    {colour}
-    planes = Transpose<perm = [0, 3, 1, 2]>(coloured)
-    outer = Shape<start = 0, end = 2>(planes)
-    sizes = Concat<axis = 0>(outer, size)
+    swapped_shape = Gather(shape, swapped)
+    scaled_shape = Mul(swapped_shape, size)
+    half_size = Div(swapped_size, two)
+    raised_shape = Add(scaled_shape, half_size)
+    fitting = Div(raised_shape, swapped_size)
+    fitting_positive = Max(fitting, one)
+    crop = Min(shape, fitting_positive)
+    margin = Sub(shape, crop)
+    begin = Div(margin, two)
+    end = Add(begin, crop)
+    cropped = Slice(images, begin, end, spatial_axes)
+    levels = Cast<to = 1>(cropped)
+    {color}
+    planes = Transpose<perm = [0, 3, 1, 2]>(colored)
+    outer_shape = Shape<start = 0, end = 2>(planes)
+    sizes = Concat<axis = 0>(outer_shape, size)
     resized = Resize<mode = "linear", antialias = 1>(planes, , , sizes)
     rounded = Round(resized)
-    pixels = Clip(rounded, least, most)
+    pixels = Clip(rounded, min_level, max_level)
     scaled = Mul(pixels, scale)
-    net_input = Add(scaled, offset)
+    model_input = Add(scaled, offset)
 }}
 """
 
-# by the number of channels: constants, nodes. Grey is ITU-R 601 in whole numbers, as Pillow has it
+# by number of channels: constants, nodes. Gray is ITU-R 601 in integers, as in Pillow
 COLOR_GRAPHS = {
     1: (
-        "int64[1] last = {-1}, float[3] luma = {19595, 38470, 7471}, float half = {32768}, float whole = {65536}",
+        "int64[1] last_axis = {-1}, float[3] luma = {19595, 38470, 7471}, float half = {32768}, float whole = {65536}",
         """weighted = Mul(levels, luma)
-    summed = ReduceSum<keepdims = 1>(weighted, last)
-    raised = Add(summed, half)
-    shared = Div(raised, whole)
-    coloured = Floor(shared)""",
+    weighted_sum = ReduceSum<keepdims = 1>(weighted, last_axis)
+    raised = Add(weighted_sum, half)
+    divided = Div(raised, whole)
+    colored = Floor(divided)""",
     ),
-    3: ("float[3] each = {1, 1, 1}", "coloured = Mul(levels, each)"),  # which makes three channels of one
+    3: ("float[3] ones = {1, 1, 1}", "colored = Mul(levels, ones)"),  # broadcasts one channel to three
 }
 
-# from logits and features to the answer; see Trust.strangeness
+# from logits and features to the outputs
 OUTPUT_GRAPH = """
-back (float[N, K] logits, float[N, D] features) => (float[N, K] probabilities, int64[N] label)
+output (float[N, K] logits, float[N, D] features) => (float[N, K] probabilities, int64[N] label)
 <float temperature = {{{temperature!r}}}>
 {{
-    tempered = Div(logits, temperature)
-    probabilities = Softmax<axis = -1>(tempered)
-    label = ArgMax<axis = -1, keepdims = 0>(tempered)
+    calibrated = Div(logits, temperature)
+    probabilities = Softmax<axis = -1>(calibrated)
+    label = ArgMax<axis = -1, keepdims = 0>(calibrated)
 }}
 """
 
+# see UncertaintyModel.ood_score
 OOD_GRAPH = """
-known (float[N, K] logits, float[N, D] features) => (bool[N] known)
-<int64[1] classes = {{1}}, int64[1] along = {{-1}}, float threshold = {{{threshold!r}}},
- float far = {{{distance[0]!r}}}, float far_spread = {{{distance[1]!r}}},
- float high = {{{energy[0]!r}}}, float high_spread = {{{energy[1]!r}}}>
+ood (float[N, K] logits, float[N, D] features) => (bool[N] in_distribution)
+<int64[1] class_axis = {{1}}, int64[1] feature_axis = {{-1}}, float ood_threshold = {{{threshold!r}}},
+ float distance_mean = {{{distance[0]!r}}}, float distance_std = {{{distance[1]!r}}},
+ float energy_mean = {{{energy[0]!r}}}, float energy_std = {{{energy[1]!r}}}>
 {{
     white = MatMul(features, whitener)
-    centres = MatMul(means, whitener)
-    beside = Unsqueeze(white, classes)
-    apart = Sub(beside, centres)
-    distances = ReduceL2<keepdims = 0>(apart, along)
-    nearest = ReduceMin<keepdims = 0>(distances, along)
-    farther = Sub(nearest, far)
-    strange_place = Div(farther, far_spread)
-    total = ReduceLogSumExp<keepdims = 0>(logits, along)
-    energy = Neg(total)
-    higher = Sub(energy, high)
-    strange_energy = Div(higher, high_spread)
-    strangeness = Add(strange_place, strange_energy)
-    known = LessOrEqual(strangeness, threshold)
+    centers = MatMul(means, whitener)
+    expanded = Unsqueeze(white, class_axis)
+    differences = Sub(expanded, centers)
+    distances = ReduceL2<keepdims = 0>(differences, feature_axis)
+    nearest = ReduceMin<keepdims = 0>(distances, feature_axis)
+    distance_offset = Sub(nearest, distance_mean)
+    distance_score = Div(distance_offset, distance_std)
+    log_sum = ReduceLogSumExp<keepdims = 0>(logits, feature_axis)
+    energy = Neg(log_sum)
+    energy_offset = Sub(energy, energy_mean)
+    energy_score = Div(energy_offset, energy_std)
+    ood_score = Add(distance_score, energy_score)
+    in_distribution = LessOrEqual(ood_score, ood_threshold)
 }}
 """

@@ -1,4 +1,4 @@
-"""A net in whole numbers of 8 bits: an ONNX file of a third of the size, faster, and what that costs."""
+"""Static int8 quantization of ONNX models, and its cost in accuracy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from convlens.data.dataset import Dataset
 from convlens.evaluation.metrics import wilson_interval
 from convlens.export.onnx import (
     assemble_model,
-    export_net,
+    export_module,
     read_metadata,
     reference_outputs,
     require_exporter,
@@ -25,82 +25,96 @@ from convlens.export.onnx import (
 from convlens.inference.bundle import load_bundle
 from convlens.inference.onnx_runtime import OnnxPredictor, embed_digest
 
-SHOWN = 512  # training images that the ranges of activations are taken from
+CALIBRATION_IMAGES = 512  # training images that the activation ranges are measured on
 
-TOGETHER = 64  # of them at a time
+CALIBRATION_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
 class QuantizationCost:
-    """What 8 bits change on the test split."""
+    """What quantization changes on the test split."""
 
-    before: float  # accuracy, 0..1
-    after: float
-    same: float  # share of images with the same label
-    n: int
+    before: float  # accuracy in float32, 0..1
+    after: float  # accuracy in int8, 0..1
+    agreement: float  # fraction of images with the same predicted label, 0..1
+    num_images: int
 
     def __str__(self) -> str:
         return (
-            f"test accuracy {self.after:.2%} instead of {self.before:.2%}; {self.same:.2%} of {self.n:,} labels alike"
+            f"test accuracy {self.after:.2%} instead of {self.before:.2%}; "
+            f"{self.agreement:.2%} of {self.num_images:,} labels agree"
         )
 
 
 def build_int8(folder: Path, dataset: Dataset) -> tuple[Any, Any, QuantizationCost]:
-    """Return the ONNX model of the bundle in ``folder`` with convolutions in 8 bits, the exact one, and what it costs.
+    """Export the bundle in a folder with int8 convolutions.
 
-    The range of each activation is that on some training images of ``dataset``. Golden answers and test figures in
-    the file are those of the 8-bit net; temperature and bounds stay those of the exact one. Raises what
-    ``build_onnx`` does.
+    Temperature, conformal thresholds and out-of-distribution threshold stay those of the float32 model; reference
+    outputs and test metrics in the file are those of the int8 model.
+
+    Args:
+        folder: The bundle's folder.
+        dataset: The activation ranges are measured on its training split, the cost on its test split.
+
+    Returns:
+        The int8 model and the float32 model, both protobufs, and the cost of quantization.
+
+    Raises:
+        UsageError: If the packages of the extra `export` are not installed.
+        ConvlensError: If ONNX cannot represent the model.
     """
     require_exporter()
     bundle = load_bundle(folder)
-    net = export_net(bundle.net, bundle.preprocess)
+    module = export_module(bundle.model, bundle.preprocess)
     g = torch.Generator().manual_seed(0)
-    shown = dataset.train.images[torch.randperm(len(dataset.train), generator=g)[:SHOWN]]
-    exact = assemble_model(net, bundle, folder)
-    model = assemble_model(quantize(net, bundle.preprocess.normalizer()(shown).numpy()), bundle, folder)
-    plain, small = (OnnxPredictor(embed_digest(m.SerializeToString()), str(folder)) for m in (exact, model))
+    calibration = dataset.train.images[torch.randperm(len(dataset.train), generator=g)[:CALIBRATION_IMAGES]]
+    float32 = assemble_model(module, bundle, folder)
+    quantized = quantize(module, bundle.preprocess.normaliser()(calibration).numpy())
+    int8 = assemble_model(quantized, bundle, folder)
+    reference, predictor = (OnnxPredictor(embed_digest(m.SerializeToString()), str(folder)) for m in (float32, int8))
     images, labels = dataset.test.images.numpy(), dataset.test.labels.numpy()
-    first, second = (predictor.run(images)[0].argmax(axis=1) for predictor in (plain, small))
-    n, right = len(labels), int((second == labels).sum())
-    about = read_metadata(model)
-    about["golden"] = reference_outputs(small)
-    about["trained"] |= {"n": n, "accuracy": right / n, "accuracy_interval": wilson_interval(right, n), "bits": 8}
-    write_metadata(model, about)
-    return (
-        model,
-        exact,
-        QuantizationCost(float((first == labels).mean()), right / n, float((first == second).mean()), n),
-    )
+    before, after = (one.run(images)[0].argmax(axis=1) for one in (reference, predictor))
+    n, correct = len(labels), int((after == labels).sum())
+    metadata = read_metadata(int8)
+    metadata["reference"] = reference_outputs(predictor)
+    interval = wilson_interval(correct, n)
+    metadata["training"] |= {"num_images": n, "accuracy": correct / n, "accuracy_ci95": interval, "bits": 8}
+    write_metadata(int8, metadata)
+    cost = QuantizationCost(float((before == labels).mean()), correct / n, float((before == after).mean()), n)
+    return int8, float32, cost
 
 
-def quantize(net: Any, images: NDArray[np.float32]) -> Any:
-    """Return an ONNX net whose convolutions compute in 8 bits, with ranges as on ``images`` (N, C, H, W).
+def quantize(module: Any, images: NDArray[np.float32]) -> Any:
+    """Return an ONNX model with int8 convolutions.
 
-    Weights have a scale for each filter, and 7 of the 8 bits: with 8, processors without VNNI cut sums off, and answer
-    otherwise than those that have it.
+    Weights have one scale per filter and use only 7 bits (`reduce_range`), because CPUs without VNNI saturate 8-bit dot
+    products and would give different results.
+
+    Args:
+        module: The ONNX model, with input ``model_input``.
+        images: Normalized images (N, C, H, W) to measure the activation ranges on.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.parts = iter(np.array_split(images, max(len(images) // TOGETHER, 1)))
+            self.batches = iter(np.array_split(images, max(len(images) // CALIBRATION_BATCH_SIZE, 1)))
 
         def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-            part = next(self.parts, None)
-            return None if part is None else {"net_input": part}
+            batch = next(self.batches, None)
+            return None if batch is None else {"model_input": batch}
 
-    convolutions = [node.name for node in net.graph.node if node.op_type == "Conv"]
+    convolutions = [node.name for node in module.graph.node if node.op_type == "Conv"]
     with tempfile.TemporaryDirectory() as folder:
-        before, after = Path(folder) / "net.onnx", Path(folder) / "int8.onnx"
-        onnx.save(net, before)
-        logging.disable(logging.WARNING)  # advice for models that were not made for this
+        source, target = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
+        onnx.save(module, source)
+        logging.disable(logging.WARNING)  # advice that does not apply to our models
         try:
             quantize_static(
-                before, after, Reader(), nodes_to_quantize=convolutions, per_channel=True, reduce_range=True,
+                source, target, Reader(), nodes_to_quantize=convolutions, per_channel=True, reduce_range=True,
                 weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8,
             )  # fmt: skip
         finally:
             logging.disable(logging.NOTSET)
-        return onnx.load(after)
+        return onnx.load(target)

@@ -1,1 +1,1 @@
-"""Use a trained model: bundles, classifiers in PyTorch and in ONNX Runtime."""
+"""Inference: model bundles, and classifiers that run them with PyTorch or ONNX Runtime."""

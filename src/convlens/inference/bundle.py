@@ -1,9 +1,8 @@
-"""The model bundle: a folder that holds all a net needs to be used, and says what it was trained on."""
+"""The model bundle: a folder with everything that is needed to use a trained model."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,130 +17,59 @@ from torch import Tensor, nn
 from convlens.data.preprocess import Preprocess
 from convlens.errors import ConvlensError, UnknownNameError, UsageError
 from convlens.evaluation.uncertainty import UncertaintyModel
-from convlens.inference.store import CARD, CONFIG, UNCERTAINTY, WEIGHTS, read_verified
+from convlens.inference.metadata import Architecture, BundleMetadata, unreadable_bundle
+from convlens.inference.model_card import make_model_card
+from convlens.inference.store import CARD, UNCERTAINTY, WEIGHTS, read_verified
 from convlens.models import create_model
-from convlens.system.files import atomic_write, read_json, write_json, write_text
-from convlens.system.text import first_few
-
-FORMAT = 1
-
-SIDES = ("channels", "image_height", "image_width")
-
-# how the test split was used: said on the model card and in the report
-UNSEEN = "The test split was measured once, after training; nothing was chosen by it."
-
-WATCHED = "The test split was measured after every epoch, for the curves; nothing was chosen by it."
+from convlens.system.files import atomic_write, write_text
 
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """A trained net with its architecture, classes and preprocessing.
+    """A trained model with its architecture, classes and preprocessing.
 
-    ``model`` is the name and the constructor arguments that rebuild the net; ``trained`` is what the model card
-    tells: data, recipe, machine, test figures. ``trust`` was fitted on validation images, where there were any.
+    Attributes:
+        model: The trained module.
+        architecture: The name and the constructor arguments that rebuild the module.
+        classes: The K class names.
+        preprocess: Turns an image into the model's input pixels.
+        training: What the model card reports: data, recipe, machine, test metrics.
+        uncertainty: None if the model was trained without validation images.
     """
 
-    net: nn.Module
-    model: Mapping[str, Any]  # {"name": ..., "arguments": {...}}
+    model: nn.Module
+    architecture: Architecture
     classes: tuple[str, ...]
     preprocess: Preprocess
-    trained: Mapping[str, Any]
-    trust: UncertaintyModel | None = None
+    training: Mapping[str, Any]
+    uncertainty: UncertaintyModel | None = None
 
     def save(self, folder: Path) -> None:
-        """Write weights (safetensors), ``config.json`` and the model card; the config comes last."""
-        sha256 = write_tensors(folder / WEIGHTS, self.net.state_dict())
+        """Write the tensors (safetensors), the model card and, last, ``config.json``."""
+        sha256 = write_tensors(folder / WEIGHTS, self.model.state_dict())
         write_text(folder / CARD, self.card())
-        config = {
-            "format": FORMAT,
-            "model": dict(self.model),
-            "classes": list(self.classes),
-            "preprocess": self.preprocess.to_json(),
-            "trained": dict(self.trained),
-            "sha256": sha256,
-        }
-        if self.trust is not None:
-            config["trust"] = {
-                **self.trust.to_json(),
-                "sha256": write_tensors(folder / UNCERTAINTY, self.trust.tensors()),
-            }
-        write_json(folder / CONFIG, config)
+        uncertainty = None
+        if self.uncertainty is not None:
+            digest = write_tensors(folder / UNCERTAINTY, self.uncertainty.tensors())
+            uncertainty = {**self.uncertainty.to_json(), "sha256": digest}
+        BundleMetadata(
+            architecture=self.architecture,
+            classes=self.classes,
+            preprocess=self.preprocess,
+            training=dict(self.training),
+            sha256=sha256,
+            uncertainty=uncertainty,
+        ).write(folder)
 
     def card(self) -> str:
-        """Return the model card as Markdown: what it is, what on and how it was trained, how good, its limits."""
-        about, shape = self.trained, self.preprocess
-        test, data, machine = about["test"], about["data"], about["machine"]
-        low, high = test["accuracy_interval"]
-        counts = ", ".join(f"{count:,} {name}" for name, count in data["counts"].items())
-        colour = "grey" if shape.channels == 1 else "RGB"
-        return f"""{self.card_metadata()}
-# {data["name"]}: {self.model["name"]}
-
-A small convolutional image classifier, trained by convlens {about["convlens"]}.
-
-| | |
-|---|---|
-| classes | {first_few(self.classes, 100)} |
-| input | {shape.width} x {shape.height} pixels, {colour}; other pictures are adapted |
-| parameters | {about["parameters"]:,} |
-| data | {data["name"]}: {counts} images; {data["note"]} |
-| test accuracy | {test["accuracy"]:.2%} of {test["n"]:,} images (95% interval {low:.2%} to {high:.2%}) |
-| recipe | `{about["recipe"]["name"]}`, seed {about["recipe"]["seed"]} |
-| command | `{about["command"]}` |
-| training | {about["seconds"]:.0f} s on {machine["device_name"]}, {machine["threads"]} thread(s) |
-
-{WATCHED if about["recipe"].get("log_test_metrics") else UNSEEN} The interval is that of the test sample
-alone; another seed gives another net.
-
-{self.say_trust()}
-
-Use: `convlens predict FOLDER picture.png`, or in Python `convlens.Classifier.load("FOLDER").predict("picture.png")`.
-"""
-
-    def card_metadata(self) -> str:
-        """Return what stands above the card for hubs of models, in YAML as Hugging Face's has it."""
-        name = json.dumps(self.trained["data"]["name"])  # a string of JSON is one of YAML
-        return f"""---
-library_name: convlens
-pipeline_tag: image-classification
-tags:
-- image-classification
-model-index:
-- name: {json.dumps(self.model["name"])}
-  results:
-  - task:
-      type: image-classification
-    dataset:
-      name: {name}
-      type: {name}
-      split: test
-    metrics:
-    - type: accuracy
-      value: {self.trained["test"]["accuracy"]:.4f}
----
-"""
-
-    def say_trust(self) -> str:
-        """Return what the card says of probabilities and of pictures of other things."""
-        if self.trust is None:
-            return """There were no validation images: its probabilities are not calibrated, and it answers one of its
-classes for every picture, also for one that shows none of them."""
-        test = self.trained["test"]
-        before, after = test["calibration_error"]
-        fitted = f"{self.trust.n:,} validation images"
-        if self.trust.temperature == 1:
-            calibrated = f"""Its probabilities are those of the net, for {fitted} prove no need to change them: on
-the test images they are off by {after:.2%} on average."""
-        else:
-            calibrated = f"""Its probabilities are calibrated: on the test images they are off by {after:.2%} on average
-({before:.2%} before; temperature {self.trust.temperature:.2f}, fitted on {fitted})."""
-        return f"""{calibrated} It says
-"unknown" of a picture that is stranger to it than 95% of the validation images are; of the test images
-{test["known"]:.1%} pass. That is a help and no proof: some strange pictures pass too."""
+        """Return the model card as Markdown."""
+        uncertainty = self.uncertainty
+        fitted = (uncertainty.temperature, uncertainty.num_images) if uncertainty else None
+        return make_model_card(self.architecture.name, self.classes, self.preprocess, self.training, fitted)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors as a safetensors file, atomically; return the SHA-256 of its content."""
+    """Write tensors atomically as a safetensors file; return the SHA-256 digest of the file."""
     content = dump_tensors({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
@@ -149,51 +77,50 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
-    """Read a safetensors file; ConvlensError if its content is not the one with this SHA-256."""
+    """Read a safetensors file; raise ConvlensError if its SHA-256 digest differs."""
     return load_tensors(read_verified(path, sha256))
 
 
-def require_fitting(tensors: Mapping[str, Tensor], name: str, arguments: Mapping[str, Any]) -> None:
-    """Raise ValueError unless these are the weights of the net, as far as that is known without building it.
+def check_shapes(tensors: Mapping[str, Tensor], architecture: Architecture) -> None:
+    """Raise ValueError unless the shapes of the weights are those of the architecture.
 
-    Numbers that make no sense must not fill the memory. A net that reads its own weights cannot do without any.
+    The model is created on the meta device, so that absurd arguments in a damaged file cannot exhaust the memory. A
+    model whose constructor reads tensor values cannot be created there and is not checked.
     """
     try:
         with torch.device("meta"):
-            shapes = {key: value.shape for key, value in create_model(name, **arguments).state_dict().items()}
+            model = create_model(architecture.name, **architecture.arguments)
+        shapes = {key: value.shape for key, value in model.state_dict().items()}
     except RuntimeError as error:
         if "meta tensor" not in str(error):
             raise
     else:
         if {key: value.shape for key, value in tensors.items()} != shapes:
-            raise ValueError(f"its weights are not those of {name} with {arguments}")
+            raise ValueError(f"its weights are not those of {architecture.name} with {architecture.arguments}")
 
 
 def load_bundle(folder: Path) -> Bundle:
-    """Read a bundle; ConvlensError says what is missing, damaged, or made by a newer convlens."""
-    config = read_json(folder / CONFIG)
-    version = config.get("format")
-    if isinstance(version, int) and version > FORMAT:
-        raise ConvlensError(
-            f"{folder} was made by a newer convlens (bundle format {version}, this one reads {FORMAT}); "
-            "upgrade with: pip install --upgrade convlens"
-        )
+    """Load a bundle.
+
+    Args:
+        folder: The bundle's folder; see :func:`convlens.inference.store.resolve_bundle`.
+
+    Returns:
+        The bundle, with its model in evaluation mode.
+
+    Raises:
+        ConvlensError: If a file is missing or damaged, or was written by a newer convlens.
+    """
+    metadata = BundleMetadata.read(folder)
     try:
-        model, arguments = config["model"], config["model"]["arguments"]
-        tensors = read_tensors(folder / WEIGHTS, config["sha256"])
-        preprocess = Preprocess.from_json(config["preprocess"])
-        classes = tuple(str(name) for name in config["classes"])
-        if len(classes) != arguments["classes"]:
-            raise ValueError(f"{len(classes)} class names for {arguments['classes']} outputs")
-        if (preprocess.channels, preprocess.height, preprocess.width) != tuple(arguments[side] for side in SIDES):
-            raise ValueError("its net takes images of another size than its preprocessing makes")
-        require_fitting(tensors, model["name"], arguments)
-        net = create_model(model["name"], **arguments)
-        net.load_state_dict(tensors)
-        trust = None
-        if (fitted := config.get("trust")) is not None:
-            trust = UncertaintyModel.from_json(fitted, read_tensors(folder / UNCERTAINTY, fitted["sha256"]))
-        return Bundle(net.eval(), model, classes, preprocess, config["trained"], trust)
+        architecture = metadata.architecture
+        tensors = read_tensors(folder / WEIGHTS, metadata.sha256)
+        check_shapes(tensors, architecture)
+        model = create_model(architecture.name, **architecture.arguments)
+        model.load_state_dict(tensors)
+        uncertainty = None
+        if (values := metadata.uncertainty) is not None:
+            uncertainty = UncertaintyModel.from_json(values, read_tensors(folder / UNCERTAINTY, values["sha256"]))
     except FileNotFoundError as error:
         raise ConvlensError(f"{error.filename} is missing") from None
     except UnknownNameError as error:
@@ -201,5 +128,5 @@ def load_bundle(folder: Path) -> Bundle:
     except (
         OSError, KeyError, TypeError, ValueError, OverflowError, RuntimeError, SafetensorError, UsageError
     ) as error:  # fmt: skip
-        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        raise ConvlensError(f"{folder} is not a bundle that can be read: {reason}") from None
+        raise unreadable_bundle(folder, error) from None
+    return Bundle(model.eval(), architecture, metadata.classes, metadata.preprocess, metadata.training, uncertainty)

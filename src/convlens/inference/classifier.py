@@ -1,9 +1,9 @@
-"""Classifier: a trained net in PyTorch, ready to use and to be tested."""
+"""Classifier: a trained model in PyTorch."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from convlens.data.dataset import Split
 from convlens.data.images import Pixels
 from convlens.evaluation.inference import TTA, compute_logits, compute_outputs
-from convlens.evaluation.metrics import classification_report
+from convlens.evaluation.report import TestReport, TTAMetrics, classification_report
 from convlens.inference.bundle import Bundle, load_bundle
 from convlens.inference.predictor import Predictor
 from convlens.inference.store import resolve_bundle
@@ -21,10 +21,14 @@ from convlens.system.device import select_device
 
 
 class Classifier(Predictor):
-    """A trained net in PyTorch, ready to use; :meth:`load` makes one.
+    """A trained model in PyTorch; create it with :meth:`load`.
 
-    ``classes`` are the names, ``net`` is the module, ``preprocess`` what adapts pictures to it, ``trust`` what its
-    answers are worth (None: it was trained without validation images).
+    Attributes:
+        classes: The K class names.
+        model: The ``nn.Module``.
+        preprocess: Turns an image into the model's input pixels.
+        uncertainty: Calibration, prediction sets and out-of-distribution detection; None if the model was trained
+            without validation images.
 
     >>> classifier = Classifier.load("digits")
     >>> classifier.classes[:3]
@@ -40,48 +44,60 @@ class Classifier(Predictor):
         self.bundle = bundle
         self.classes = bundle.classes
         self.preprocess = bundle.preprocess
-        self.trust = bundle.trust
-        self.bounds = self.trust.bounds if self.trust else None
-        self.net = bundle.net.to(select_device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.uncertainty = bundle.uncertainty
+        self.conformal_thresholds = self.uncertainty.conformal_thresholds if self.uncertainty else None
+        self.model = bundle.model.to(select_device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @classmethod
     def load(cls, source: str | Path, device: str = "cpu") -> Classifier:
-        """Load a run folder, a bundle's folder, or a model that comes with convlens, by name.
+        """Load a trained model.
 
-        ``device`` is "cpu", "cuda", "mps", or "auto". Raises UsageError if there is no such thing or device, and
-        ConvlensError if it cannot be read.
+        Args:
+            source: A run folder, a bundle's folder, or the name of a bundled model.
+            device: "cpu", "cuda", "mps" or "auto".
+
+        Raises:
+            UsageError: If there is no such model or device.
+            ConvlensError: If the model cannot be read.
         """
         return cls(load_bundle(resolve_bundle(source)), device)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return the probabilities, float32 (N, K), of logits (N, K): calibrated, if the bundle can."""
-        return (logits / (self.trust.temperature if self.trust else 1.0)).softmax(dim=1)
+        """Return calibrated probabilities, float32 (N, K), of logits (N, K)."""
+        return (logits / (self.uncertainty.temperature if self.uncertainty else 1.0)).softmax(dim=1)
 
-    def logits(self, images: Tensor, views: TTA | None = None) -> Tensor:
-        """Return the logits, float32 (N, K), of uint8 images (N, C, H, W); with ``views``, the mean over them.
+    def logits(self, images: Tensor, tta: TTA | None = None) -> Tensor:
+        """Compute logits, float32 (N, K).
 
-        The images are of the size that the net takes, and are normalised here.
+        Args:
+            images: uint8 (N, C, H, W), of the model's input size.
+            tta: Test-time augmentation.
         """
-        return compute_logits(self.net, images, self.preprocess.normalizer(), views=views)
+        return compute_logits(self.model, images, self.preprocess.normaliser(), tta=tta)
 
-    def test(self, split: Split, views: TTA | None = None) -> tuple[dict[str, Any], Tensor]:
-        """Return every figure on ``split``, as ``test.json`` has them, and the logits, float32 (N, K).
+    def test(self, split: Split, tta: TTA | None = None) -> tuple[TestReport, Tensor]:
+        """Evaluate the model on a split.
 
-        With ``views`` the accuracy of test-time augmentation stands beside that of the plain images, by its name.
+        Args:
+            split: Images and labels.
+            tta: Test-time augmentation; its metrics are added to those of the plain images.
+
+        Returns:
+            All metrics, and the logits of the plain images, float32 (N, K).
         """
-        logits, features = (x.cpu() for x in compute_outputs(self.net, split.images, self.preprocess.normalizer()))
-        test = classification_report(logits, split.labels, self.classes)
-        if self.trust is not None:
-            test |= self.trust.judge(logits, features, split.labels)
-        if views is not None:
-            averaged = classification_report(self.logits(split.images, views), split.labels, self.classes)
-            kept = ("accuracy", "accuracy_interval", "interval_method", "loss")
-            test["test_time_augmentation"] = {key: averaged[key] for key in kept}
-        return test, logits
+        logits, features = (x.cpu() for x in compute_outputs(self.model, split.images, self.preprocess.normaliser()))
+        report = classification_report(logits, split.labels, self.classes)
+        if self.uncertainty is not None:
+            report = self.uncertainty.evaluate(report, logits, features, split.labels)
+        if tta is not None:
+            with_tta = classification_report(self.logits(split.images, tta), split.labels, self.classes)
+            metrics = TTAMetrics(with_tta.accuracy, with_tta.accuracy_ci95, with_tta.loss)
+            report = replace(report, test_time_augmentation=metrics)
+        return report, logits
 
     def run(self, pixels: Pixels) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
-        """Return probabilities (N, K) and which images are known (N,); see :meth:`Predictor.run`."""
-        outputs = compute_outputs(self.net, torch.from_numpy(pixels), self.preprocess.normalizer())
+        """Return probabilities (N, K) and whether images are in-distribution (N,); see :meth:`Predictor.run`."""
+        outputs = compute_outputs(self.model, torch.from_numpy(pixels), self.preprocess.normaliser())
         logits, features = (x.cpu() for x in outputs)
-        known = self.trust.knows(logits, features).numpy() if self.trust else None
+        known = self.uncertainty.is_in_distribution(logits, features).numpy() if self.uncertainty else None
         return self.probabilities(logits).numpy(), known

@@ -1,4 +1,4 @@
-"""What a trained net says of any picture, whatever computes it. Without PyTorch."""
+"""The common interface of classifiers, whatever runs them. Must not import torch."""
 
 from __future__ import annotations
 
@@ -21,103 +21,126 @@ ImageLike = str | Path | bytes | Image.Image | NDArray[Any]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a net says of one picture.
+    """The prediction for one image.
 
-    >>> print(Prediction("7", 0.98, (("7", 0.98),), known=True))
+    >>> print(Prediction("7", 0.98, (("7", 0.98),), in_distribution=True))
     7 (98.0%)
-    >>> print(Prediction("7", 0.5, (("7", 0.5),), known=False))
+    >>> print(Prediction("7", 0.5, (("7", 0.5),), in_distribution=False))
     unknown; most like 7 (50.0%)
     """
 
     label: str  # the most probable class
-    probability: float  # of that class, 0..1; calibrated, if the bundle can
-    top: tuple[tuple[str, float], ...]  # the most probable classes and their probabilities, best first
-    known: bool | None = None  # does it look like what the net was trained on? None: the bundle cannot say
-    labels: tuple[str, ...] | None = None  # the prediction set, where a coverage was asked for; it may be empty
+    confidence: float  # probability of that class, 0..1; calibrated if the model has a temperature
+    top: tuple[tuple[str, float], ...]  # the most probable classes with their probabilities, best first
+    in_distribution: bool | None = None  # does the image resemble the training data? None: the model has no detector
+    prediction_set: tuple[str, ...] | None = None  # only if a coverage was requested; may be empty
 
     def __str__(self) -> str:
-        told = f"{self.label} ({self.probability:.1%})"
-        return f"unknown; most like {told}" if self.known is False else told
+        text = f"{self.label} ({self.confidence:.1%})"
+        return f"unknown; most like {text}" if self.in_distribution is False else text
 
 
 class Predictor(ABC):
-    """Any picture in, label and probability out, with the preprocessing that the net was trained with."""
+    """Classifies images of any size, with the preprocessing of the training.
+
+    Attributes:
+        classes: The K class names.
+        preprocess: Turns an image into the model's input pixels.
+        conformal_thresholds: One threshold for each of ``COVERAGE_LEVELS``; None if the model has no prediction sets.
+    """
 
     classes: tuple[str, ...]
     preprocess: Preprocess
-    bounds: tuple[float, ...] | None  # of prediction sets, one for each of coverage.LEVELS
+    conformal_thresholds: tuple[float, ...] | None
 
     @abstractmethod
     def run(self, pixels: Pixels) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
-        """Return probabilities (N, K), calibrated if the model can, and which images are known (N,), of (N, C, H, W).
+        """Run the model.
 
-        The pixels are uint8 as :meth:`adapt` gives them.
+        Args:
+            pixels: uint8 (N, C, H, W), as :meth:`adapt` returns them.
+
+        Returns:
+            Probabilities, float32 (N, K), and whether each image is in-distribution, bool (N,); None if the model has
+            no detector.
         """
 
     @overload
     def predict(
-        self, pictures: ImageLike, *, top: int = ..., raw: bool = ..., coverage: float | None = ...
+        self, images: ImageLike, *, top: int = ..., raw: bool = ..., coverage: float | None = ...
     ) -> Prediction: ...
     @overload
     def predict(
-        self, pictures: list[ImageLike], *, top: int = ..., raw: bool = ..., coverage: float | None = ...
+        self, images: list[ImageLike], *, top: int = ..., raw: bool = ..., coverage: float | None = ...
     ) -> list[Prediction]: ...
 
     def predict(
-        self, pictures: ImageLike | list[ImageLike], *, top: int = 1, raw: bool = False, coverage: float | None = None
+        self, images: ImageLike | list[ImageLike], *, top: int = 1, raw: bool = False, coverage: float | None = None
     ) -> Prediction | list[Prediction]:
-        """Classify one picture (a Prediction) or a list of them (a list of Predictions).
+        """Classify one image or a list of images.
 
-        A picture is a path, a file's content, a PIL image, or an array: (H, W), (H, W, C) or (C, H, W), uint8 (or whole
-        numbers 0 to 255) or float 0..1, of any size. It is adapted to what the net was trained on; ``raw`` only
-        resizes. ``top`` is the number of classes in ``Prediction.top``. With ``coverage`` (0.5 to 0.995)
-        ``Prediction.labels`` is a set of classes that holds the right one for that share of pictures like the training
-        images (split conformal prediction; Vovk, Gammerman, Shafer 2005). Raises InvalidImageError for what cannot
-        be read, UsageError for a coverage that the bundle cannot give.
+        Args:
+            images: An image or a list of images of any size: a path, the content of a file, a PIL image, or an array
+                (H, W), (H, W, C) or (C, H, W), of integers 0..255 or floats 0..1.
+            top: Number of classes in ``Prediction.top``.
+            raw: Only convert and resize; do not extract strokes from scans and photos of handwriting.
+            coverage: Target coverage, 0.5 to 0.995: also return a prediction set that contains the true class with this
+                probability, for images like the training images (split conformal prediction; Vovk et al. 2005).
+
+        Returns:
+            A prediction, or a list of predictions.
+
+        Raises:
+            InvalidImageError: If an image cannot be read.
+            UsageError: If ``coverage`` is out of range or the model has no prediction sets.
         """
-        several = pictures if isinstance(pictures, list) else [pictures]
-        predictions = self.describe([self.adapt(p, raw=raw) for p in several], top, coverage)
-        return predictions if isinstance(pictures, list) else predictions[0]
+        several = images if isinstance(images, list) else [images]
+        predictions = self.describe([self.adapt(image, raw=raw) for image in several], top, coverage)
+        return predictions if isinstance(images, list) else predictions[0]
 
-    def adapt(self, picture: ImageLike, *, raw: bool = False) -> Pixels:
-        """Return an image as the pixels that the model sees, uint8 (C, H, W); InvalidImageError if unreadable."""
-        if isinstance(picture, (str, Path, bytes)):
-            image = open_image(picture)
-        elif isinstance(picture, Image.Image):
-            image = picture
-        elif isinstance(picture, np.ndarray):
-            image = array_to_image(picture)
+    def adapt(self, image: ImageLike, *, raw: bool = False) -> Pixels:
+        """Return an image as the model's input pixels, uint8 (C, H, W).
+
+        Raises:
+            InvalidImageError: If the image cannot be read.
+        """
+        if isinstance(image, (str, Path, bytes)):
+            opened = open_image(image)
+        elif isinstance(image, Image.Image):
+            opened = image
+        elif isinstance(image, np.ndarray):
+            opened = array_to_image(image)
         else:
-            raise InvalidImageError(
-                f"a {type(picture).__name__} is not a picture: give a path, a PIL image or an array"
-            )
-        return self.preprocess.transform(image, adapt=not raw)
+            raise InvalidImageError(f"a {type(image).__name__} is not an image: pass a path, a PIL image or an array")
+        return self.preprocess.adapt(opened, raw=raw)
 
     def describe(self, pixels: Sequence[Pixels], top: int = 1, coverage: float | None = None) -> list[Prediction]:
-        """Return a Prediction for each of uint8 images (C, H, W) as :meth:`adapt` gives them; see :meth:`predict`."""
+        """Return predictions for input pixels, uint8 (C, H, W) each; see :meth:`predict`."""
         if coverage is not None:
-            require_coverage(coverage, self.bounds)
+            require_coverage(coverage, self.conformal_thresholds)
         return self.interpret(*self.run(np.stack(pixels)), top, coverage) if pixels else []
 
     def interpret(
         self,
         probabilities: NDArray[np.float32],
-        known: NDArray[np.bool_] | None,
+        in_distribution: NDArray[np.bool_] | None,
         top: int = 1,
         coverage: float | None = None,
     ) -> list[Prediction]:
-        """Return a Prediction for each row of what :meth:`run` gave; see :meth:`predict`."""
-        sets = None
-        if coverage is not None and self.bounds is not None:
+        """Turn the outputs of :meth:`run` into predictions; see :meth:`predict`."""
+        members = None
+        if coverage is not None and self.conformal_thresholds is not None:
             with np.errstate(divide="ignore"):
-                sets = prediction_sets(-np.log(probabilities.astype(np.float64)), self.bounds, coverage)
+                nonconformity = -np.log(probabilities.astype(np.float64))
+            members = prediction_sets(nonconformity, self.conformal_thresholds, coverage)
         predictions = []
         for number, row in enumerate(probabilities):
             order = np.argsort(-row, kind="stable")
             chosen = order[: max(top, 1)]
             best = tuple((self.classes[i], p) for i, p in zip(chosen.tolist(), row[chosen].tolist(), strict=True))
+            known = None if in_distribution is None else bool(in_distribution[number])
             labels = None
-            if sets is not None:
-                labels = tuple(self.classes[i] for i in order[sets[number, order]].tolist())
-            predictions.append(Prediction(*best[0], best, None if known is None else bool(known[number]), labels))
+            if members is not None:
+                labels = tuple(self.classes[i] for i in order[members[number, order]].tolist())
+            predictions.append(Prediction(*best[0], best, known, labels))
         return predictions

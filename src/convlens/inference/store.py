@@ -1,4 +1,4 @@
-"""Where bundles lie: in run folders, in folders of their own, in the package. Without PyTorch."""
+"""Find model bundles: in run folders, in folders of their own, and in the package. Must not import torch."""
 
 from __future__ import annotations
 
@@ -11,19 +11,29 @@ from convlens.run_dir import RunDir
 from convlens.system.text import quoted
 
 # the files of a bundle
-WEIGHTS, CONFIG, CARD, UNCERTAINTY = "model.safetensors", "config.json", "README.md", "trust.safetensors"
+WEIGHTS, CONFIG, CARD, UNCERTAINTY = "model.safetensors", "config.json", "README.md", "uncertainty.safetensors"
 
-GRAPH = "graph.onnx"  # its ONNX, without weights: not every bundle has one
+GRAPH = "graph.onnx"  # optional: the ONNX graph without its weights
 
 
 def bundled_models() -> dict[str, Path]:
-    """Return the bundles that come with convlens, by name."""
+    """Return the folders of the models that are part of the package, by name."""
     root = Path(str(resources.files("convlens") / "weights"))
     return {path.name: path for path in sorted(root.iterdir())} if root.is_dir() else {}
 
 
 def read_verified(path: Path, sha256: str, remedy: str = "") -> bytes:
-    """Return the content of a bundle's file; ConvlensError, with a remedy, if it is not the one with this SHA-256."""
+    """Read a file of a bundle and check its digest.
+
+    Args:
+        path: The file.
+        sha256: The expected SHA-256 digest, in hexadecimal.
+        remedy: Text to append to the error message.
+
+    Raises:
+        ConvlensError: If the digest differs.
+        OSError: If the file cannot be read.
+    """
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ConvlensError(f"{path} is damaged: its SHA-256 is not the one in {CONFIG}{remedy}")
@@ -31,21 +41,27 @@ def read_verified(path: Path, sha256: str, remedy: str = "") -> bytes:
 
 
 def resolve_bundle(source: str | Path) -> Path:
-    """Return the bundle's folder for a run folder, a bundle's folder, or the name of a shipped model.
+    """Return the folder of a bundle.
 
-    A folder goes before a shipped model of the same name only if it is written as a path (``./mnist``).
+    Args:
+        source: A run folder, a bundle's folder, or the name of a bundled model. The name wins over a folder of the same
+            name; write the folder as a path, such as ``./mnist``.
+
+    Raises:
+        UnknownNameError: If there is neither such a folder nor such a model.
+        UsageError: If the run is not finished, or ``source`` is something else.
     """
-    if str(source) in (shipped := bundled_models()):
-        return shipped[str(source)]
+    if str(source) in (bundled := bundled_models()):
+        return bundled[str(source)]
     path = Path(source)
     if (path / WEIGHTS).is_file() and (path / CONFIG).is_file():
         return path
     run = RunDir(path)
     if (path / CARD).is_file() and run.config.is_file():
-        return path  # a bundle that has lost its weights: reading it says so
+        return path  # a bundle without its weights: loading it reports them as missing
     if run.config.is_file():
         if not (run.model / CONFIG).is_file():
-            raise UsageError(f"{path} is not finished: go on with: convlens train --resume {quoted(path)}")
+            raise UsageError(f"{path} is not finished; resume it with: convlens train --resume {quoted(path)}")
         return run.model
     if path.exists():
         RunDir.refuse_series(path)
@@ -54,4 +70,4 @@ def resolve_bundle(source: str | Path) -> Path:
                 f"{path} is an ONNX file, for `predict`, `serve`, `verify` and `export --format html`; name the run"
             )
         raise UsageError(f"{path} is neither a run folder nor a model bundle")
-    raise UnknownNameError("run folder or model", str(source), shipped)
+    raise UnknownNameError("run folder or model", str(source), bundled)

@@ -1,1 +1,1 @@
-"""Reporting: the pictures and the page of a run."""
+"""Reports: plots, image grids and HTML pages of runs, sweeps and explanations."""

@@ -1,4 +1,4 @@
-"""What the pages of a run, a sweep and an explanation share: frame, style, cards of figures, pictures with a text."""
+"""The HTML frame, cards and figures that all reports share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from convlens.system.files import write_text
 
 
 def write_page(file: Path, title: str, body: str, *, narrow: bool = False) -> None:
-    """Write a page that needs no network: its title, as text, above ``body``, as HTML."""
+    """Write a self-contained HTML page.
+
+    Args:
+        file: The file to write.
+        title: The title, as text.
+        body: The content below the title, as HTML.
+        narrow: Whether to limit the width of the page.
+    """
     css = resources.files("convlens.reports").joinpath("style.css").read_text(encoding="utf-8")
     name = escape(title)
     write_text(
@@ -26,17 +33,22 @@ def write_page(file: Path, title: str, body: str, *, narrow: bool = False) -> No
     )
 
 
-def make_cards(figures: Iterable[tuple[str, str, str]]) -> str:
-    """Return cards, each with what it is of, a figure, and a note."""
+def make_cards(metrics: Iterable[tuple[str, str, str]]) -> str:
+    """Return cards as HTML, each with a name, a value and a note."""
     return "".join(
-        f"<div>{label}<b>{value}</b><span class=quiet>{escape(note)}</span></div>" for label, value, note in figures
+        f"<div>{label}<b>{value}</b><span class=quiet>{escape(note)}</span></div>" for label, value, note in metrics
     )
 
 
-def make_pictures(drawn: Mapping[str, str], texts: Mapping[str, str]) -> str:
-    """Return the pictures that were drawn, HTML by the names of their files, each above its text and in their order."""
+def make_figures(drawn: Mapping[str, str], captions: Mapping[str, str]) -> str:
+    """Return figures with captions as HTML.
+
+    Args:
+        drawn: File name -> figure as HTML.
+        captions: File name -> caption, in the order of the page; files that were not drawn are left out.
+    """
     return "".join(
-        f"<section>{drawn[file]}<p class=quiet>{escape(text)}</p></section>"
-        for file, text in texts.items()
+        f"<section>{drawn[file]}<p class=quiet>{escape(caption)}</p></section>"
+        for file, caption in captions.items()
         if file in drawn
     )

@@ -1,4 +1,4 @@
-"""The time machine: one page with a slider over a training, and an animated picture of it."""
+"""The timelapse of a training: a page with a slider over the snapshots, and an animated GIF."""
 
 from __future__ import annotations
 
@@ -18,80 +18,103 @@ from PIL import Image
 
 from convlens.data.images import Pixels
 from convlens.explain.timelapse import SnapshotView
-from convlens.reports.image_grid import MUTED, TEXT, colour_kernel, shorten, to_picture
-from convlens.reports.plots import TRAIN, new_figure, quiet_axes, title
+from convlens.reports.image_grid import MUTED, TEXT, color_kernel, shorten, to_hwc
+from convlens.reports.plots import TRAIN, new_figure, style_axes, title
 from convlens.system.files import atomic_write, write_text
 from convlens.system.progress import track
 from convlens.web.render import read_static, render
 
-MOST = 32  # filters, and maps of a stage, on the page
+MAX_MAPS = 32  # filters, and feature maps of a stage, on the page
 
-MOST_POINTS = 16_384  # of a stage at a moment: large maps are shown of fewer channels
+MAX_STAGE_VALUES = 16_384  # of a stage in one snapshot: large maps are shown for fewer channels
 
-MOST_CLASSES = 30  # of a confusion matrix that can be read
+MIN_MAPS = 4  # of a stage, however large
+
+MAX_CONFUSION_CLASSES = 30  # a larger confusion matrix is unreadable
+
+MAX_BARS = 10  # classes in the animation
 
 
-def write_timelapse(path: Path, moments: Sequence[SnapshotView], pixels: Pixels, about: dict[str, Any]) -> None:
-    """Write the page of a training.
+def write_timelapse(path: Path, views: Sequence[SnapshotView], pixels: Pixels, info: dict[str, Any]) -> None:
+    """Write the page.
 
-    ``about`` has its ``name``, ``data``, ``net``, ``classes``, what the ``picture`` is, and the ``images`` asked.
+    Args:
+        path: The HTML file to write.
+        views: The snapshots, in order.
+        pixels: The followed image, uint8 (C, H, W).
+        info: ``name`` of the run, ``data``, ``model``, ``classes``, ``image`` (what the followed image is) and
+            ``images`` (what the accuracy is measured on).
     """
-    last = moments[-1]
-    # what is loudest at the end is followed from the start
-    shown = {
-        name: np.argsort(-maps.max(axis=(1, 2)), kind="stable")[: min(MOST, max(MOST_POINTS // maps[0].size, 4))]
-        for name, maps in last.maps.items()
+    last = views[-1]
+    # follow the channels that are the most active at the end
+    channels = {
+        name: np.argsort(-maps.max(axis=(1, 2)), kind="stable")[
+            : min(MAX_MAPS, max(MAX_STAGE_VALUES // maps[0].size, MIN_MAPS))
+        ]
+        for name, maps in last.feature_maps.items()
     }
-    tops = {name: max(float(m.maps[name][rows].max()) for m in moments) for name, rows in shown.items()}
-    heaviest = heaviest_weight(moments)
+    peaks = {name: max(float(v.feature_maps[name][rows].max()) for v in views) for name, rows in channels.items()}
+    scale = kernel_scale(views)
     model = {
-        **about,
+        **info,
         "shape": list(pixels.shape),
         "pixels": pack(pixels),
-        "kernels": [min(len(last.kernels), MOST), *last.kernels.shape[1:]],
+        "kernels": [min(len(last.kernels), MAX_MAPS), *last.kernels.shape[1:]],
         "stages": [
-            {"name": name, "count": len(maps), "shown": [len(shown[name]), *maps.shape[1:]]}
-            for name, maps in last.maps.items()
+            {"name": name, "count": len(maps), "shown": [len(channels[name]), *maps.shape[1:]]}
+            for name, maps in last.feature_maps.items()
         ],
-        "moments": [
-            {
-                "step": m.step,
-                "epoch": round(m.epoch, 4),
-                "accuracy": round(m.accuracy, 4),
-                "probabilities": [round(float(p), 4) for p in m.probabilities],
-                "confusion": None if m.confusion is None or len(m.confusion) > MOST_CLASSES else m.confusion.tolist(),
-                "kernels": pack((m.kernels[:MOST] / heaviest + 1) * 127.5),
-                "maps": [
-                    pack(np.sqrt(m.maps[name][rows].clip(0) / max(tops[name], 1e-9)) * 255)
-                    for name, rows in shown.items()
-                ],
-            }
-            for m in moments
-        ],
+        "snapshots": [describe_snapshot(view, channels, peaks, scale) for view in views],
     }
-    fill = {
-        "TITLE": html.escape(f"How {about['name']} learned"),
-        "STYLE": read_static("page.css") + read_static("timelapse.css"),
-        "SCRIPT": read_static("paint.js") + read_static("timelapse.js"),
+    parts = {
+        "TITLE": html.escape(f"Timelapse of {info['name']}"),
+        "STYLE": read_static("playground.css") + read_static("timelapse.css"),
+        "SCRIPT": read_static("canvas.js") + read_static("timelapse.js"),
         "MODEL": json.dumps(model, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    write_text(path, render("timelapse.html", fill))
+    write_text(path, render("timelapse.html", parts))
 
 
-def heaviest_weight(moments: Sequence[SnapshotView]) -> float:
-    """Return what counts as full colour in the filters: 99 of 100 weights are smaller."""
-    return max(float(np.quantile(np.abs(m.kernels), 0.99)) for m in moments)
+def describe_snapshot(
+    view: SnapshotView, channels: dict[str, NDArray[np.int64]], peaks: dict[str, float], scale: float
+) -> dict[str, Any]:
+    """Return one snapshot for the page.
+
+    Args:
+        view: The snapshot.
+        channels: Stage -> channels to show.
+        peaks: Stage -> largest activation in all snapshots.
+        scale: The weight that is drawn in full color.
+    """
+    readable = view.confusion is not None and len(view.confusion) <= MAX_CONFUSION_CLASSES
+    return {
+        "step": view.step,
+        "epoch": round(view.epoch, 4),
+        "accuracy": round(view.accuracy, 4),
+        "probabilities": [round(float(p), 4) for p in view.probabilities],
+        "confusion": view.confusion.tolist() if view.confusion is not None and readable else None,
+        "kernels": pack((view.kernels[:MAX_MAPS] / scale + 1) * 127.5),
+        "maps": [
+            pack(np.sqrt(view.feature_maps[name][rows].clip(0) / max(peaks[name], 1e-9)) * 255)
+            for name, rows in channels.items()
+        ],
+    }
+
+
+def kernel_scale(views: Sequence[SnapshotView]) -> float:
+    """Return the weight that is drawn in full color: the 99th percentile of the absolute weights."""
+    return max(float(np.quantile(np.abs(view.kernels), 0.99)) for view in views)
 
 
 def pack(values: NDArray[Any]) -> str:
-    """Return numbers of 0..255 as bytes in base64."""
+    """Return values 0..255 as bytes in base64."""
     return base64.b64encode(values.round().clip(0, 255).astype(np.uint8).tobytes()).decode()
 
 
-def write_animation(path: Path, moments: Sequence[SnapshotView], pixels: Pixels, about: dict[str, Any]) -> None:
-    """Write an animated GIF of a training: filters, the verdict on the picture, the confusion matrix."""
-    heaviest, shown = heaviest_weight(moments), np.sort(np.argsort(-moments[-1].probabilities, kind="stable")[:10])
-    frames = [draw_moment(moment, pixels, about, heaviest, shown) for moment in track(moments, "drawing", len(moments))]
+def write_animation(path: Path, views: Sequence[SnapshotView], pixels: Pixels, info: dict[str, Any]) -> None:
+    """Write an animated GIF with filters, probabilities and confusion matrix; arguments as in write_timelapse."""
+    scale, shown = kernel_scale(views), np.sort(np.argsort(-views[-1].probabilities, kind="stable")[:MAX_BARS])
+    frames = [draw_snapshot(view, pixels, info, scale, shown) for view in track(views, "drawing", len(views))]
     content = io.BytesIO()
     durations = [250] * (len(frames) - 1) + [2500]
     frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
@@ -99,38 +122,38 @@ def write_animation(path: Path, moments: Sequence[SnapshotView], pixels: Pixels,
         temporary.write_bytes(content.getvalue())
 
 
-def draw_moment(
-    moment: SnapshotView, pixels: Pixels, about: dict[str, Any], heaviest: float, shown: NDArray[np.int64]
+def draw_snapshot(
+    view: SnapshotView, pixels: Pixels, info: dict[str, Any], scale: float, shown: NDArray[np.int64]
 ) -> Image.Image:
     """Return one frame of the animation, 864 x 360 pixels, with the probabilities of the classes ``shown``."""
     figure = new_figure(9, 3.75)
     figure.set_dpi(96)
-    title(figure, f"Epoch {tell_epoch(moment.epoch)}: {moment.accuracy:.1%} of the {about['images']} right")
-    picture, filters, verdict, matrix = figure.subplots(1, 4, width_ratios=[0.5, 1.1, 0.9, 1])
-    picture.imshow(to_picture(pixels), cmap="gray", vmin=0, vmax=255)
-    lines = textwrap.wrap(shorten(about["picture"], 29), 15)[:2]
-    picture.set_title("\n".join(lines), fontsize=9, color=TEXT, loc="left", parse_math=False)
-    picture.set_axis_off()
-    filters.imshow(tile(moment.kernels[:MOST], heaviest))
+    title(figure, f"Epoch {format_epoch(view.epoch)}: accuracy {view.accuracy:.1%} on {info['images']}")
+    image, filters, bars, matrix = figure.subplots(1, 4, width_ratios=[0.5, 1.1, 0.9, 1])
+    image.imshow(to_hwc(pixels), cmap="gray", vmin=0, vmax=255)
+    lines = textwrap.wrap(shorten(info["image"], 29), 15)[:2]
+    image.set_title("\n".join(lines), fontsize=9, color=TEXT, loc="left", parse_math=False)
+    image.set_axis_off()
+    filters.imshow(tile_kernels(view.kernels[:MAX_MAPS], scale))
     filters.set_title("first filters", fontsize=10, color=TEXT, loc="left")
     filters.set_axis_off()
-    quiet_axes(verdict)
-    verdict.barh(range(len(shown)), moment.probabilities[shown], color=TRAIN)
-    names = [shorten(about["classes"][i], 10) for i in shown]
-    verdict.set_yticks(range(len(shown)), names, fontsize=8, parse_math=False)
-    verdict.invert_yaxis()
-    verdict.set_xlim(0, 1)
-    verdict.set_xticks([0, 1], ["0%", "100%"])
-    verdict.set_title("its verdict", fontsize=10, color=TEXT, loc="left")
-    if moment.confusion is None:
+    style_axes(bars)
+    bars.barh(range(len(shown)), view.probabilities[shown], color=TRAIN)
+    names = [shorten(info["classes"][i], 10) for i in shown]
+    bars.set_yticks(range(len(shown)), names, fontsize=8, parse_math=False)
+    bars.invert_yaxis()
+    bars.set_xlim(0, 1)
+    bars.set_xticks([0, 1], ["0%", "100%"])
+    bars.set_title("prediction", fontsize=10, color=TEXT, loc="left")
+    if view.confusion is None:
         matrix.set_axis_off()
         return to_image(figure)
-    share = moment.confusion / np.maximum(moment.confusion.sum(axis=1, keepdims=True), 1)
-    matrix.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)
-    matrix.set_title("what it takes for what", fontsize=10, color=TEXT, loc="left")
-    names = [shorten(name, 7) for name in about["classes"]] if len(share) <= 10 else []
-    turned = 90 if max(map(len, names), default=0) > 2 else 0
-    matrix.set_xticks(range(len(names)), names, rotation=turned, parse_math=False)
+    fraction = view.confusion / np.maximum(view.confusion.sum(axis=1, keepdims=True), 1)
+    matrix.imshow(np.sqrt(fraction), cmap="Blues", vmin=0, vmax=1)
+    matrix.set_title("confusion matrix", fontsize=10, color=TEXT, loc="left")
+    names = [shorten(name, 7) for name in info["classes"]] if len(fraction) <= MAX_BARS else []
+    rotation = 90 if max(map(len, names), default=0) > 2 else 0
+    matrix.set_xticks(range(len(names)), names, rotation=rotation, parse_math=False)
     matrix.set_yticks(range(len(names)), names, parse_math=False)
     matrix.tick_params(length=0, labelsize=6, colors=MUTED)
     matrix.spines[:].set_visible(False)
@@ -138,28 +161,28 @@ def draw_moment(
 
 
 def to_image(figure: Figure) -> Image.Image:
-    """Return a figure in 128 colours."""
+    """Return a figure as an image with a palette of 128 colors."""
     figure.canvas.draw()
     drawn = np.asarray(figure.canvas.buffer_rgba())[:, :, :3]  # type: ignore[attr-defined]
     return Image.fromarray(drawn).quantize(128, dither=Image.Dither.NONE)
 
 
-def tile(kernels: NDArray[np.float32], heaviest: float) -> NDArray[Any]:
-    """Return kernels (C', C, k, k) side by side in one picture (H, W, 3), as the report has them."""
+def tile_kernels(kernels: NDArray[np.float32], scale: float) -> NDArray[Any]:
+    """Return kernels (C', C, k, k) side by side in one image, uint8 (H, W, 3)."""
     columns = max(int(np.ceil(np.sqrt(len(kernels)))), 1)
     side = kernels.shape[2] + 1
     rows = -(-len(kernels) // columns)
-    picture = np.full((rows * side - 1, columns * side - 1, 3), 255, np.uint8)
-    for number, kernel in enumerate((kernels / max(heaviest, 1e-9)).clip(-1, 1)):
+    image = np.full((rows * side - 1, columns * side - 1, 3), 255, np.uint8)
+    for number, kernel in enumerate((kernels / max(scale, 1e-9)).clip(-1, 1)):
         top, left = side * (number // columns), side * (number % columns)
-        picture[top : top + side - 1, left : left + side - 1] = colour_kernel(kernel)
-    return picture
+        image[top : top + side - 1, left : left + side - 1] = color_kernel(kernel)
+    return image
 
 
-def tell_epoch(epoch: float) -> str:
-    """Return an epoch as people say it.
+def format_epoch(epoch: float) -> str:
+    """Return a number of epochs for people.
 
-    >>> tell_epoch(3.0), tell_epoch(0.02), tell_epoch(0.0)
+    >>> format_epoch(3.0), format_epoch(0.02), format_epoch(0.0)
     ('3', '0.02', '0')
     """
     return f"{epoch:.2g}" if epoch < 1 else f"{epoch:.4g}"

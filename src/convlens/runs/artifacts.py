@@ -60,10 +60,12 @@ def redact_paths(command: str, data: dict[str, Any]) -> str:
 def model_card_metrics(test: dict[str, Any]) -> dict[str, Any]:
     """Return what a bundle carries of ``test.json``: what its model card tells."""
     carried: dict[str, Any] = {
-        key: test[key] for key in ("n", "accuracy", "accuracy_interval", "loss", "known") if key in test
+        key: test[key]
+        for key in ("num_images", "accuracy", "accuracy_ci95", "loss", "in_distribution_rate")
+        if key in test
     }
     if calibration := test.get("calibration"):
-        carried["calibration_error"] = [calibration[when]["calibration_error"] for when in ("before", "after")]
+        carried["ece"] = [calibration[when]["ece"] for when in ("before", "after")]
     return carried
 
 

@@ -31,7 +31,7 @@ def load_evaluation_data(source: str | Path, data: Any = None, *, other: bool = 
     folder = resolve_bundle(source)
     bundle, run = load_bundle(folder), RunDir(folder.parent)
     preprocess = bundle.preprocess
-    recorded = read_json(run.config)["data"] if run.test.is_file() else bundle.trained["data"]
+    recorded = read_json(run.config)["data"] if run.test.is_file() else bundle.training["data"]
     own = data is None or not other
     if data is None and recorded["source"] is None:
         raise UsageError(f"{source} does not say where its data are; name them with --data")
@@ -91,9 +91,9 @@ def evaluate_run(source: str | Path, data: Any = None, *, tta: bool = False) -> 
     """
     set_num_threads()
     bundle, dataset = load_evaluation_data(source, data, other=True)
-    views = make_tta(bundle.trained["recipe"].get("hflip", False)) if tta else None
+    views = make_tta(bundle.training["recipe"].get("hflip", False)) if tta else None
     test, _ = Classifier(bundle).test(dataset.test, views)
-    return test
+    return test.to_json()
 
 
 def evaluate_corruptions(source: str | Path, data: Any = None) -> tuple[float, dict[str, list[float]]]:

@@ -13,7 +13,7 @@ from convlens.data.loading import refuse_inside_data
 from convlens.errors import ConvlensError, UsageError
 from convlens.explain.explanation import Explanation, explain, require_class
 from convlens.inference.classifier import Classifier
-from convlens.reports.explanation import picture_explanation, picture_kernels, write_explanations
+from convlens.reports.explanation import kernels_panel, make_panels, write_explanations
 from convlens.run_dir import RunDir, atomic_dir
 from convlens.runs.run import load_training_images
 from convlens.system.device import set_num_threads
@@ -72,12 +72,12 @@ def explain_images(
         ):
             own = new if len(pictures) == 1 else new / f"{number}-{cut(Path(file).stem)}"
             own.mkdir(exist_ok=True)
-            shown = picture_explanation(e)
+            shown = make_panels(e)
             for one in shown:
-                one.sheet.save(own / one.file)
+                one.grid.save(own / one.file)
             parts.append((Path(file).name, progress_line(e), shown))
-        itself = picture_kernels(explanations[0].kernels)
-        itself.sheet.save(new / itself.file)
+        itself = kernels_panel(explanations[0].kernels)
+        itself.grid.save(new / itself.file)
         parts.append(("The net itself", "", [itself]))
         write_explanations(new / "index.html", f"What {name} sees", parts)
     return folder, explanations, missing

@@ -16,10 +16,12 @@ from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
 from convlens.evaluation.inference import make_tta
 from convlens.evaluation.metrics import Cell
+from convlens.evaluation.report import TestReport
 from convlens.evaluation.uncertainty import UncertaintyModel
 from convlens.explain.activations import first_convolution
 from convlens.inference.bundle import Bundle
 from convlens.inference.classifier import Classifier
+from convlens.inference.metadata import Architecture
 from convlens.reports import image_grid, plots
 from convlens.reports.run import write_report
 from convlens.run_dir import RunDir
@@ -34,17 +36,18 @@ def finalize(
 ) -> None:
     """Test the trained ``net``, once; write bundle, metrics, predictions, plots and report."""
     records = folder.read_metrics()
-    model = {key: config["model"][key] for key in ("name", "arguments")}
+    architecture = Architecture(config["model"]["name"], config["model"]["arguments"])
     trust = None
     if dataset.validation is not None:
         trust = UncertaintyModel.fit(
             net, dataset.train, dataset.validation, len(dataset.classes), preprocess.normalizer()
         )
-    bundle = Bundle(net, model, dataset.classes, preprocess, {}, trust)
+    bundle = Bundle(net, architecture, dataset.classes, preprocess, {}, trust)
     classifier = Classifier(bundle, recipe.device)
-    test, logits = classifier.test(dataset.test, make_tta(recipe.hflip) if recipe.tta else None)
+    report, logits = classifier.test(dataset.test, make_tta(recipe.hflip) if recipe.tta else None)
+    test = report.to_json()
     trained = {
-        "convlens": version("convlens"),
+        "version": version("convlens"),
         "command": redact_paths(config["command"], config["data"]),
         "recipe": {**config["recipe"], "pretrained": Path(recipe.pretrained).name},
         "data": redact_source(config["data"]),
@@ -53,14 +56,14 @@ def finalize(
         "seconds": records[-1]["seconds"] if records else 0.0,
         "test": model_card_metrics(test),
     }
-    dataclasses.replace(bundle, trained=trained).save(folder.model)
+    dataclasses.replace(bundle, training=trained).save(folder.model)
     probabilities = classifier.probabilities(logits)
     write_predictions(folder, dataset, probabilities)
     # a file of its own: test.json, which is read as a whole, grows with the classes only
     cells = test.pop("confusion_matrix")
     write_csv(folder.confusion, ["true_label", "predicted_label", "count"], cells)
     write_json(folder.test, test)
-    drawn = draw_plots(folder, recipe, dataset, preprocess, net, test, cells, probabilities)
+    drawn = draw_plots(folder, recipe, dataset, preprocess, net, report, cells, probabilities)
     write_report(folder, drawn)  # last: its presence says that the training is finished
 
 
@@ -70,7 +73,7 @@ def draw_plots(
     dataset: Dataset,
     preprocess: Preprocess,
     net: nn.Module,
-    test: dict[str, Any],
+    report: TestReport,
     cells: Sequence[Cell],
     probabilities: Tensor,
 ) -> dict[str, str]:
@@ -99,6 +102,6 @@ def draw_plots(
     shown = {file: sheet.to_html() for file, sheet in drawn.items()}
     shown["curves.png"] = plots.draw_curves(place / "curves.png", folder.read_metrics())
     shown["confusion.png"] = plots.draw_confusion(place / "confusion.png", cells, classes)
-    if calibration := test.get("calibration"):
-        shown["calibration.png"] = plots.draw_reliability(place / "calibration.png", calibration)
+    if report.calibration is not None:
+        shown["calibration.png"] = plots.draw_reliability(place / "calibration.png", report.calibration)
     return shown

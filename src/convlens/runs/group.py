@@ -171,7 +171,7 @@ class RunGroup:
             "worst": {"run": worst, "accuracy": accuracies[worst]},
             "best": {"run": best, "accuracy": accuracies[best]},
             "runs": {
-                name: {"accuracy": run.accuracy, "accuracy_interval": run.test["accuracy_interval"]}
+                name: {"accuracy": run.accuracy, "accuracy_ci95": run.test["accuracy_ci95"]}
                 for name, run in runs.items()
             },
             "interval_method": "Wilson, 95%",

@@ -9,7 +9,7 @@ from PIL import Image
 
 from convlens.data.loading import refuse_inside_data
 from convlens.errors import UnknownNameError, UsageError
-from convlens.reports.image_grid import prediction_grid, to_picture
+from convlens.reports.image_grid import prediction_grid, to_hwc
 from convlens.run_dir import atomic_dir
 from convlens.runs.evaluate import load_evaluation_data
 from convlens.runs.run import Run
@@ -61,7 +61,7 @@ def write_mistakes(
     with atomic_dir(folder) as new:
         (new / "images").mkdir()
         for name, answer in track(zip(names, chosen, strict=True), "writing images", len(chosen)):
-            Image.fromarray(to_picture(dataset.test.images[row[answer["id"]]])).save(new / "images" / name)
+            Image.fromarray(to_hwc(dataset.test.images[row[answer["id"]]])).save(new / "images" / name)
         if chosen:
             shown = chosen[:MAX_GRID_IMAGES]
             images = dataset.test.images[[row[answer["id"]] for answer in shown]]

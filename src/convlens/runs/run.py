@@ -46,7 +46,7 @@ class Run:
     def test(self) -> dict[str, Any]:
         """Every figure of the final test: ``test.json``.
 
-        Shares such as ``accuracy`` and ``balanced_accuracy`` are 0..1, ``accuracy_interval`` is Wilson's, 95%, ``loss``
+        Shares such as ``accuracy`` and ``balanced_accuracy`` are 0..1, ``accuracy_ci95`` is Wilson's, 95%, ``loss``
         the mean cross-entropy in nats; ``classes`` has precision, recall, F1 and count of each. With validation images
         there are ``calibration``, ``coverage`` and ``known`` as well.
         """
@@ -140,5 +140,5 @@ def load_training_images(source: str | Path, classifier: Classifier, data: Any =
     """
     with contextlib.nullcontext() if data is not None else offline():
         bundle, dataset = load_evaluation_data(source, data)
-    recipe = bundle.trained["recipe"]
+    recipe = bundle.training["recipe"]
     return TrainingImages(classifier, dataset.with_validation(recipe["val_fraction"], recipe["seed"]))

@@ -51,10 +51,10 @@ def write_timelapse_page(
     about = {
         "name": run.path.resolve().name,
         "data": dataset.name,
-        "net": bundle.model["name"],
+        "model": bundle.architecture.name,
         "classes": list(dataset.classes),
-        "picture": name,
-        "images": f"{min(MAX_IMAGES, len(asked)):,} {'training' if held_out is None else 'val_fraction'} images",
+        "image": name,
+        "images": f"{min(MAX_IMAGES, len(asked)):,} {'training' if held_out is None else 'validation'} images",
     }
     write_timelapse(page, moments, pixels, about)
     if gif is not None:

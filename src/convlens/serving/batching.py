@@ -20,8 +20,8 @@ from python_multipart.multipart import Field, File, MultipartState
 
 from convlens.data.images import InvalidImageError, Pixels, open_image
 from convlens.errors import UsageError
-from convlens.explain.occlusion import Heat, Occlusion
-from convlens.inference.onnx_runtime import BATCH, OnnxPredictor
+from convlens.explain.occlusion import Heatmap, Occlusion
+from convlens.inference.onnx_runtime import BATCH_SIZE, OnnxPredictor
 from convlens.inference.predictor import Prediction
 from convlens.system.hardware import available_cores
 
@@ -107,7 +107,9 @@ class BatchWorker:
             return answer()
         return await asyncio.get_running_loop().run_in_executor(self._decoders, answer)
 
-    async def explain(self, picture: bytes, until: float, *, raw: bool, label: str | None) -> tuple[Prediction, Heat]:
+    async def explain(
+        self, picture: bytes, until: float, *, raw: bool, label: str | None
+    ) -> tuple[Prediction, Heatmap]:
         """Classify one picture, and return with it what the probability of ``label`` (by default its own) hangs on.
 
         Raises InvalidImageError if it cannot be read, UsageError if the input is too large, DeadlineExceeded.
@@ -119,12 +121,12 @@ class BatchWorker:
             if occlusion.nbytes > MAX_INPUT_BYTES:
                 raise UsageError("this model takes images that are too large to be explained here")
             covered.append(occlusion)
-            return occlusion.cover()
+            return occlusion.occlude()
 
         probabilities, known = await self._ask(cover, until)
         own = slice(len(probabilities) - 1, None)
         (prediction,) = self.predictor.interpret(probabilities[own], None if known is None else known[own])
-        return prediction, covered[0].heat(probabilities, self.predictor.classes.index(label or prediction.label))
+        return prediction, covered[0].heatmap(probabilities, self.predictor.classes.index(label or prediction.label))
 
     async def _ask(self, make: Callable[[], Pixels], until: float) -> Output:
         """Return what the net says of the pixels that ``make`` gives on another thread."""
@@ -170,7 +172,7 @@ class BatchWorker:
     def _work(self) -> None:
         while True:
             jobs = [self.jobs.get()]
-            while sum(len(job.pixels) for job in jobs) < BATCH:
+            while sum(len(job.pixels) for job in jobs) < BATCH_SIZE:
                 try:
                     jobs.append(self.jobs.get_nowait())
                 except queue.Empty:

@@ -47,7 +47,7 @@ def describe_run(folder: RunDir) -> dict[str, Any]:
             "data": config["data"]["name"],
             "recipe": recipe["name"],
             "seed": recipe["seed"],
-            "net": config["model"]["name"],
+            "model": config["model"]["name"],
         }
         if folder.metrics.is_file():
             told["metrics"] = folder.read_metrics()
@@ -55,7 +55,7 @@ def describe_run(folder: RunDir) -> dict[str, Any]:
             told["mistakes"] = folder.mistakes.stat().st_mtime_ns
         if folder.report.is_file():
             test = read_json(folder.test)
-            told["test"] = {key: test[key] for key in ("accuracy", "accuracy_interval", "n")}
+            told["test"] = {key: test[key] for key in ("accuracy", "accuracy_ci95", "num_images")}
         elif folder.progress.is_file():
             # seconds since it was last heard of: in a long time it may have been stopped
             heard = max(file.stat().st_mtime for file in (folder.progress, folder.metrics) if file.is_file())
@@ -68,8 +68,11 @@ def describe_run(folder: RunDir) -> dict[str, Any]:
 
 def make_dashboard_page() -> str:
     """Return the page as HTML; it asks for ``runs.json`` and ``N/mistakes.json`` beside it."""
-    style, script = read_static("page.css") + read_static("live.css"), read_static("paint.js") + read_static("live.js")
-    return render("live.html", {"STYLE": style, "SCRIPT": script})
+    style, script = (
+        read_static("playground.css") + read_static("dashboard.css"),
+        read_static("canvas.js") + read_static("dashboard.js"),
+    )
+    return render("dashboard.html", {"STYLE": style, "SCRIPT": script})
 
 
 HOST = "127.0.0.1"

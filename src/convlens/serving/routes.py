@@ -112,7 +112,7 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
     among: dict[str, Any] = {"enum": list(names)}
     classes = sorted({name for predictor in models.values() for name in predictor.classes})
     labels = {"enum": classes} if len(classes) <= MAX_ENUM else {}  # /models lists the classes, however many
-    shown = [name for name, predictor in models.items() if not predictor.in_8_bits] or list(names)
+    shown = [name for name, predictor in models.items() if not predictor.is_quantized] or list(names)
     api = FastAPI(title="convlens", version=version("convlens"), docs_url=None, redoc_url=None, redirect_slashes=False)
     registry = CollectorRegistry()
     images = Counter("convlens_images", "Images classified", ["model"], registry=registry)
@@ -161,7 +161,7 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
         """Say what pictures show."""
         body, is_form = await read_body(request, "model", "top", "raw", "coverage")
         worker = find(workers, model)
-        if coverage is not None and worker.predictor.bounds is None:
+        if coverage is not None and worker.predictor.conformal_thresholds is None:
             raise HTTPException(422, f"coverage: {model} cannot say, for it was trained without validation images")
 
         def files() -> list[bytes]:
@@ -199,7 +199,7 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
             found, heat = await worker.explain(body, request.scope["until"], raw=raw, label=label)
         about = {"about": label or found.label, "occlusion": heat.round(4).tolist()}
         return ExplainResponse(
-            model=model, label=found.label, probability=found.probability, known=found.known, **about
+            model=model, label=found.label, probability=found.confidence, known=found.in_distribution, **about
         )
 
     @api.get("/models", responses=REFUSALS)
@@ -212,8 +212,8 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
                 channels=p.preprocess.channels,
                 height=p.preprocess.height,
                 width=p.preprocess.width,
-                coverage=p.bounds is not None,
-                trained=p.about["trained"],
+                coverage=p.conformal_thresholds is not None,
+                trained=p.metadata["training"],
             )
             for name, p in models.items()
         ]
@@ -227,7 +227,7 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
         with making:  # once, also if many ask at the same time
             if model not in pages:
                 try:
-                    content = render_playground(predictor, here=model, nets=shown)
+                    content = render_playground(predictor, current=model, models=shown)
                     pages[model] = HTMLResponse(content, headers={"content-security-policy": policy_of(content)})
                 except ConvlensError as error:
                     pages[model] = f"there is no page of this model: {error}"

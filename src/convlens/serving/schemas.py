@@ -31,8 +31,8 @@ class PredictResponse(ClassProbability):
     def of(cls, prediction: Prediction) -> "PredictResponse":
         """Return a prediction as the server sends it."""
         top = [ClassProbability(label=label, probability=share) for label, share in prediction.top]
-        labels = None if prediction.labels is None else list(prediction.labels)
-        return cls(**top[0].model_dump(), known=prediction.known, top=top, set=labels)
+        labels = None if prediction.prediction_set is None else list(prediction.prediction_set)
+        return cls(**top[0].model_dump(), known=prediction.in_distribution, top=top, set=labels)
 
 
 class PredictResponses(BaseModel):

@@ -1,1 +1,1 @@
-"""HTML, CSS and JavaScript of every page, and their renderer."""
+"""HTML, CSS and JavaScript of all pages, and the function that fills them in."""

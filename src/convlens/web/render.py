@@ -1,4 +1,4 @@
-"""Read and fill the page templates in ``static/``."""
+"""Render the page templates in ``static/``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from importlib import resources
 
 
 def render(name: str, parts: Mapping[str, str]) -> str:
-    """Return a page with its [PARTS] filled in, in one pass: no part's content is taken for a place to fill."""
+    """Return a template with its [PLACEHOLDERS] replaced, in one pass, so that parts may contain such text."""
     return re.sub(r"\[([A-Z]{3,})\]", lambda found: parts[found[1]], read_static(name))
 
 
 def read_static(name: str) -> str:
-    """Return a file of the page."""
+    """Return the content of a file in ``static/``."""
     return resources.files("convlens.web").joinpath("static", name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-// Any picture as the pixels that the net was trained on: what convlens' Preprocess does in Python, step by step.
+// Preprocessing: turns any image into the model's input pixels, like Preprocess in Python.
 "use strict";
 
 // planes are {width, height, planes: [Uint8Array of width * height for each channel]}
@@ -8,7 +8,7 @@ function roundHalfEven(x) {
   return x - down === 0.5 ? down + (down % 2) : Math.round(x);
 }
 
-// a canvas' pixels on white, in grey (as Pillow makes it) or RGB
+// blend the pixels of a canvas onto white, in grayscale (ITU-R 601, as in Pillow) or RGB
 function toPlanes({ width, height, data }, channels) {
   const planes = Array.from({ length: channels }, () => new Uint8Array(width * height));
   for (let i = 0; i < width * height; i++) {
@@ -23,14 +23,14 @@ function toPlanes({ width, height, data }, channels) {
 const TRIANGLE = { support: 1, weight: (x) => Math.max(1 - Math.abs(x), 0) };
 const BOX = { support: 0.5, weight: (x) => (x > -0.5 && x <= 0.5 ? 1 : 0) };
 
-// of each of `to` places the first source place and the weights from there on, as Pillow's resize has them
+// for each of `to` output positions: the first source position and the weights from there on, as in Pillow's resize
 function coefficients(size, from, until, to, filter) {
   const scale = (until - from) / to, stretch = Math.max(scale, 1), support = filter.support * stretch;
-  return Array.from({ length: to }, (_, place) => {
-    const centre = from + (place + 0.5) * scale;
-    const first = Math.max(Math.trunc(centre - support + 0.5), 0);
-    const last = Math.min(Math.trunc(centre + support + 0.5), size);
-    const weights = Array.from({ length: last - first }, (_, i) => filter.weight((i + first - centre + 0.5) / stretch));
+  return Array.from({ length: to }, (_, position) => {
+    const center = from + (position + 0.5) * scale;
+    const first = Math.max(Math.trunc(center - support + 0.5), 0);
+    const last = Math.min(Math.trunc(center + support + 0.5), size);
+    const weights = Array.from({ length: last - first }, (_, i) => filter.weight((i + first - center + 0.5) / stretch));
     const total = weights.reduce((a, b) => a + b, 0);
     return [first, weights.map((weight) => weight / total)];
   });
@@ -56,12 +56,12 @@ function resize({ width, height, planes }, toWidth, toHeight, filter, box = [0, 
   return { width: toWidth, height: toHeight, planes: resized };
 }
 
-// cover width x height, and cut what stands over equally on both sides
-function fitPhoto(picture, width, height) {
-  const wide = Math.min((width / height) * picture.height, picture.width);
-  const tall = Math.min((height / width) * picture.width, picture.height);
-  const left = (picture.width - wide) / 2, top = (picture.height - tall) / 2;
-  return resize(picture, width, height, TRIANGLE, [left, top, left + wide, top + tall]);
+// center crop to the aspect ratio of width x height, then resize
+function fitPhoto(image, width, height) {
+  const wide = Math.min((width / height) * image.height, image.width);
+  const tall = Math.min((height / width) * image.width, image.height);
+  const left = (image.width - wide) / 2, top = (image.height - tall) / 2;
+  return resize(image, width, height, TRIANGLE, [left, top, left + wide, top + tall]);
 }
 
 function median(values) {
@@ -69,7 +69,7 @@ function median(values) {
   return sorted.length % 2 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
 }
 
-// least squares for brightness = a + b y + c x
+// least squares fit of brightness = a + b y + c x
 function fitPlane(points) {
   const a = [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]];
   for (const [value, y, x] of points)
@@ -85,7 +85,7 @@ function fitPlane(points) {
   return [0, 1, 2].map((i) => (a[i][i] ? a[i][3] / a[i][i] : 0));
 }
 
-// the brightness of the paper at each place: the plane through the picture's border, for a lamp shines from a side
+// the brightness of the paper at each position: a plane fitted to the border, because light often falls from one side
 function estimatePaper(values, width, height) {
   const points = [];
   for (const y of [0, height - 1]) for (let x = 0; x < width; x++) points.push([values[y * width + x], y / height, x / width]);
@@ -101,34 +101,34 @@ function estimatePaper(values, width, height) {
   return values.map((_, i) => plane[0] + plane[1] * (Math.floor(i / width) / height) + plane[2] * ((i % width) / width));
 }
 
-// ink on paper, or light on dark, as MNIST's makers had it: on black, in its box, centred
-function fitInk(picture, width, height, { ink_box: box, centre_by_mass: byMass }) {
-  const values = Float32Array.from(picture.planes[0]);
-  const paper = estimatePaper(values, picture.width, picture.height);
+// strokes on paper (or light on dark) in the style of MNIST: light on black, scaled to a box and centered
+function fitStrokes(image, width, height, { content_size: box, center_of_mass: byMass }) {
+  const values = Float32Array.from(image.planes[0]);
+  const paper = estimatePaper(values, image.width, image.height);
   const brightness = median(paper);
-  if (picture.width === width && picture.height === height && brightness < 64) return picture;
+  if (image.width === width && image.height === height && brightness < 64) return image;
   let ink = values.map((value, i) => (brightness > 127 ? paper[i] - value : value - paper[i]));
   const page = { width, height, planes: [new Uint8Array(width * height)] };
   const rank = Math.min(Math.floor(ink.length / 40) + 1, 20);
   const peak = Float32Array.from(ink).sort()[ink.length - rank];
-  if (peak < 16) return page; // nothing stands out: an empty page
+  if (peak < 16) return page; // no strokes: an empty page
   ink = ink.map((value) => Math.min(Math.max(value / peak, 0), 1)).map((value) => (value < 0.25 ? 0 : value));
   const rows = [], columns = [];
   ink.forEach((value, i) => {
     if (!value) return;
-    rows.push(Math.floor(i / picture.width));
-    columns.push(i % picture.width);
+    rows.push(Math.floor(i / image.width));
+    columns.push(i % image.width);
   });
-  const least = (list) => list.reduce((a, b) => Math.min(a, b)), most = (list) => list.reduce((a, b) => Math.max(a, b));
-  const top = least(rows), left = least(columns), tall = most(rows) - top + 1, wide = most(columns) - left + 1;
+  const min = (list) => list.reduce((a, b) => Math.min(a, b)), max = (list) => list.reduce((a, b) => Math.max(a, b));
+  const top = min(rows), left = min(columns), tall = max(rows) - top + 1, wide = max(columns) - left + 1;
   const cut = new Uint8Array(wide * tall);
   for (let y = 0; y < tall; y++)
-    for (let x = 0; x < wide; x++) cut[y * wide + x] = Math.floor(ink[(top + y) * picture.width + left + x] * 255);
+    for (let x = 0; x < wide; x++) cut[y * wide + x] = Math.floor(ink[(top + y) * image.width + left + x] * 255);
   const scale = box / Math.max(tall, wide);
   const toWide = Math.max(roundHalfEven(wide * scale), 1), toTall = Math.max(roundHalfEven(tall * scale), 1);
   const small = resize({ width: wide, height: tall, planes: [cut] }, toWide, toTall, BOX).planes[0];
-  const strongest = Math.max(most(small), 1);
-  const pixels = Float32Array.from(small, (value) => value * (255 / strongest)); // thin strokes grow pale when they shrink
+  const strongest = Math.max(max(small), 1);
+  const pixels = Float32Array.from(small, (value) => value * (255 / strongest)); // thin strokes fade when they are shrunk
   let y = (toTall - 1) / 2, x = (toWide - 1) / 2;
   if (byMass) {
     const total = pixels.reduce((a, b) => a + b, 0);
@@ -143,10 +143,10 @@ function fitInk(picture, width, height, { ink_box: box, centre_by_mass: byMass }
   return page;
 }
 
-// from a canvas' pixels to what the net takes: Uint8Array, one channel after the other
+// from the pixels of a canvas to the model's input, Uint8Array (C, H, W)
 function adapt(imageData, { channels, height, width, style }) {
-  const picture = toPlanes(imageData, channels);
-  const fitted = style.ink_box ? fitInk(picture, width, height, style) : fitPhoto(picture, width, height);
+  const image = toPlanes(imageData, channels);
+  const fitted = style.content_size ? fitStrokes(image, width, height, style) : fitPhoto(image, width, height);
   const pixels = new Uint8Array(channels * height * width);
   fitted.planes.forEach((plane, c) => pixels.set(plane, c * height * width));
   return pixels;
