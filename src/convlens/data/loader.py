@@ -102,7 +102,7 @@ class BatchLoader:
         step_seed = derive_seed(self._seed, epoch, index)
         seed_everything(step_seed + self._ranks.rank, self._labels.device)
         count, first = self.size(index), index * self._batch_size
-        part = self._ranks.part(count)
+        part = self._ranks.local_slice(count)
         rows = self._order[first : first + count][part]
         images = self._normalise(self._images[rows])
         rows = rows.to(self._labels.device)

@@ -64,9 +64,9 @@ def evaluate(
 ) -> Scores:
     """Return loss and accuracy of ``net`` on ``split``; several ``ranks`` share the work, and all get the result."""
     ranks = ranks or World()
-    mine = split.images[ranks.part(len(split))]
+    mine = split.images[ranks.local_slice(len(split))]
     logits = compute_logits(net, mine, normalise, batch_size=batch_size, autocast=autocast)
-    return Scores.of(ranks.gather(logits, len(split)), split.labels)
+    return Scores.of(ranks.all_gather(logits, len(split)), split.labels)
 
 
 def wilson_interval(correct: int, n: int, z: float = Z95) -> tuple[float, float]:

@@ -80,13 +80,13 @@ class Experiment:
         the place of one that has died, it goes on with the run that the job has begun.
         """
         ranks = init_world()
-        if not ranks.first:
+        if not ranks.is_main:
             return cls._follow(data, ranks)
-        with ranks.leading():
+        with ranks.planning():
             if budget is not None and ranks.size > 1:
                 raise UsageError("--budget measures the pace of one process; give several of them --max-seconds")
             training = launch_id()
-            if ranks.again and (begun := find_interrupted_run(out, training)):
+            if ranks.is_restart and (begun := find_interrupted_run(out, training)):
                 return cls._go_on(begun, memory_of(data), accept_changes=True, finished_too=True)._lead()
             return cls._begin(
                 data,
@@ -216,9 +216,9 @@ class Experiment:
         UsageError says so, unless ``accept_changes``; config.json records them.
         """
         ranks = init_world()
-        if not ranks.first:
+        if not ranks.is_main:
             return cls._follow(data, ranks)
-        with ranks.leading():
+        with ranks.planning():
             return cls._go_on(
                 path,
                 data,
@@ -291,13 +291,13 @@ class Experiment:
 
     def _lead(self) -> Experiment:
         """Tell the other processes what to train."""
-        self.ranks.lead([str(self.folder.path), self.config, list(self.dataset.left_out)])
+        self.ranks.broadcast_plan([str(self.folder.path), self.config, list(self.dataset.left_out)])
         return self
 
     @classmethod
     def _follow(cls, data: Any, ranks: World) -> Experiment:
         """Set up what the first process has decided."""
-        path, config, left_out = ranks.follow()
+        path, config, left_out = ranks.receive_plan()
         set_num_threads(min(config["recipe"]["threads"], available_cores()))
         return cls._rebuild(RunDir(path), config, memory_of(data), left_out, allow_unreadable=True)
 
@@ -307,11 +307,11 @@ class Experiment:
         """Train; yield one record an epoch (those of an interrupted run first), keeping ``metrics.csv`` up to date."""
         records: list[EpochRecord] = []
         watcher = Callback()
-        if self.ranks.first:
+        if self.ranks.is_main:
             watcher = LiveStatus(self.folder, self.dataset, self.preprocess.normaliser(), self.recipe)
-        tensorboard = self.recipe.tensorboard and self.ranks.first
+        tensorboard = self.recipe.tensorboard and self.ranks.is_main
         with (
-            self.folder.claimed() if self.ranks.first else contextlib.nullcontext(),
+            self.folder.claimed() if self.ranks.is_main else contextlib.nullcontext(),
             contextlib.closing(TensorBoardLogger(self.folder.tensorboard, wanted=tensorboard)) as board,
         ):
             for record in fit(
@@ -322,21 +322,21 @@ class Experiment:
                 store=CheckpointStore(self.folder.checkpoint),
                 should_stop=should_stop,
                 watcher=watcher,
-                show_progress=show_progress and self.ranks.first,
+                show_progress=show_progress and self.ranks.is_main,
             ):
                 records.append(record)
-                if self.ranks.first:
+                if self.ranks.is_main:
                     write_metrics(self.folder, records, watched=self.recipe.log_test_metrics)
                 board.add(record)
                 yield record
 
     def finish(self) -> Run:
         """Measure the test split, once; write bundle, ``test.json``, ``predictions.csv``, plots and report."""
-        if self.ranks.first:
+        if self.ranks.is_main:
             with self.folder.claimed():
                 if not self.folder.report.exists():  # else another process has finished it
                     finalize(self.folder, self.config, self.recipe, self.dataset, self.preprocess, self.net)
-        self.ranks.share(None)  # the others wait for it
+        self.ranks.broadcast(None)  # the others wait for it
         return Run(self.folder.path)
 
 
