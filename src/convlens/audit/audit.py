@@ -23,6 +23,7 @@ from convlens.system.device import select_device, set_num_threads
 from convlens.system.files import write_json, write_name_list
 from convlens.system.random import derive_seed, preserve_rng_state, seed_everything
 from convlens.training.build import make_model, model_config
+from convlens.training.callbacks import ProgressBarCallback
 from convlens.training.loop import fit
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import default_recipe, get_recipe
@@ -201,7 +202,7 @@ def out_of_fold_logits(dataset: Dataset, everything: Split, recipe: Recipe) -> t
             preprocess = Preprocess.measure(train.images, dataset.style)
             seed_everything(derive_seed(recipe.seed, number), device)
             net = make_model(model_config(recipe, part), part, preprocess)
-            for _ in fit(net, part, recipe, preprocess=preprocess, show_progress=True):
+            for _ in fit(net, part, recipe, preprocess=preprocess, callbacks=[ProgressBarCallback()]):
                 pass
             logits = compute_logits(net, everything.images[unseen], preprocess.normaliser())
             probabilities = logits.softmax(dim=1).cpu()

@@ -31,10 +31,18 @@ from convlens.system.device import select_device, set_num_threads, system_info
 from convlens.system.files import read_name_list, write_json, write_name_list
 from convlens.system.hardware import available_cores
 from convlens.system.random import preserve_rng_state
-from convlens.training.build import drop_unsupported_options, freeze, make_model, model_config
-from convlens.training.callbacks import Callback, LiveStatus, TensorBoardLogger, find_tensorboard
+from convlens.training.build import drop_unsupported_options, freeze, make_model, model_config, require_possible
+from convlens.training.callbacks import (
+    Callback,
+    LiveStatus,
+    ProgressBarCallback,
+    SnapshotCallback,
+    StopWhen,
+    TensorBoardLogger,
+    find_tensorboard,
+)
 from convlens.training.checkpoint import CheckpointStore
-from convlens.training.loop import fit, require_possible
+from convlens.training.loop import fit
 from convlens.training.precision import choose_precision
 from convlens.training.pretrained import input_spec, load_matching_weights, start_from_model, start_from_weights
 from convlens.training.recipe import LENGTHS, Recipe
@@ -306,29 +314,31 @@ class Experiment:
     ) -> Iterator[EpochRecord]:
         """Train; yield one record an epoch (those of an interrupted run first), keeping ``metrics.csv`` up to date."""
         records: list[EpochRecord] = []
-        watcher = Callback()
-        if self.ranks.is_main:
-            watcher = LiveStatus(self.folder, self.dataset, self.preprocess.normaliser(), self.recipe)
-        tensorboard = self.recipe.tensorboard and self.ranks.is_main
-        with (
-            self.folder.claimed() if self.ranks.is_main else contextlib.nullcontext(),
-            contextlib.closing(TensorBoardLogger(self.folder.tensorboard, wanted=tensorboard)) as board,
-        ):
+        with self.folder.claimed() if self.ranks.is_main else contextlib.nullcontext():
             for record in fit(
                 self.net,
                 self.dataset,
                 self.recipe,
                 preprocess=self.preprocess,
-                store=CheckpointStore(self.folder.checkpoint),
-                should_stop=should_stop,
-                watcher=watcher,
-                show_progress=show_progress and self.ranks.is_main,
+                checkpoints=CheckpointStore(self.folder.checkpoint),
+                callbacks=[StopWhen(should_stop), *(self._callbacks(show_progress) if self.ranks.is_main else [])],
             ):
                 records.append(record)
                 if self.ranks.is_main:
                     write_metrics(self.folder, records, watched=self.recipe.log_test_metrics)
-                board.add(record)
                 yield record
+
+    def _callbacks(self, show_progress: bool) -> list[Callback]:
+        """Return the callbacks of rank 0."""
+        normalize = self.preprocess.normaliser()
+        callbacks: list[Callback] = [LiveStatus(self.folder, self.dataset, normalize, self.recipe.batch_size)]
+        if self.recipe.save_snapshots:
+            callbacks.append(SnapshotCallback(self.folder.snapshots))
+        if self.recipe.tensorboard:
+            callbacks.append(TensorBoardLogger(self.folder.tensorboard))
+        if show_progress:
+            callbacks.append(ProgressBarCallback())
+        return callbacks
 
     def finish(self) -> Run:
         """Measure the test split, once; write bundle, ``test.json``, ``predictions.csv``, plots and report."""
