@@ -298,6 +298,13 @@ def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dic
     return folder, loaded[1]
 
 
+def take_messages(caplog: pytest.LogCaptureFixture) -> str:
+    """Return what was logged since the last call."""
+    messages = "\n".join(caplog.messages)
+    caplog.clear()
+    return messages
+
+
 def check_damage(folder: Path, newest: dict[str, Tensor], path: Path, content: bytes, said: Callable[[], str]) -> bool:
     """Put ``content`` in the place of a checkpoint's file; say whether that was found out and the older one taken."""
     before = path.read_bytes()
@@ -307,7 +314,7 @@ def check_damage(folder: Path, newest: dict[str, Tensor], path: Path, content: b
         assert loaded is not None
         found = said()
         if loaded[0].step == 5:
-            assert found.endswith("going on from step 5 instead of 10\n") and str(folder) in found
+            assert found.endswith("resuming from step 5 instead of 10") and str(folder) in found
             return True
         # a flip that means the same, such as 1e-05 and 1E-05
         assert same(loaded[1], newest) and found == "" and path.suffix == ".json"
@@ -317,7 +324,7 @@ def check_damage(folder: Path, newest: dict[str, Tensor], path: Path, content: b
 
 
 def test_a_flipped_bit_is_found_out(
-    two_checkpoints: tuple[Path, dict[str, Tensor]], capsys: pytest.CaptureFixture[str]
+    two_checkpoints: tuple[Path, dict[str, Tensor]], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, newest = two_checkpoints
     luck, found = random.Random(0), 0
@@ -326,12 +333,12 @@ def test_a_flipped_bit_is_found_out(
         content = bytearray(path.read_bytes())
         place = luck.randrange(8 * len(content))
         content[place // 8] ^= 1 << place % 8
-        found += check_damage(folder, newest, path, bytes(content), lambda: capsys.readouterr().err)
+        found += check_damage(folder, newest, path, bytes(content), lambda: take_messages(caplog))
     assert found >= 998  # the others meant the same: their content was compared
 
 
 def test_a_file_cut_short_is_found_out(
-    two_checkpoints: tuple[Path, dict[str, Tensor]], capsys: pytest.CaptureFixture[str]
+    two_checkpoints: tuple[Path, dict[str, Tensor]], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, newest = two_checkpoints
     for kind in ("json", "safetensors"):
@@ -339,10 +346,10 @@ def test_a_file_cut_short_is_found_out(
         content = path.read_bytes()
         for percent in range(100):
             cut = content[: len(content) * percent // 100]
-            assert check_damage(folder, newest, path, cut, lambda: capsys.readouterr().err), (kind, percent)
+            assert check_damage(folder, newest, path, cut, lambda: take_messages(caplog)), (kind, percent)
 
 
-def test_a_damaged_checkpoint_that_is_ahead_is_cleared_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_that_is_ahead_is_cleared_away(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = tmp_path / "store"
     for step in (10, 20):
         save_state(store, step)

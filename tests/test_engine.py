@@ -771,9 +771,7 @@ def test_small_images_are_refused_for_nets_of_one_size(precision: str) -> None:
     torch.manual_seed(0)
     net = create_model("fashion-2conv", channels=1, image_height=8, image_width=8, classes=4)
     recipe = make_recipe(model="fashion-2conv", initial_size=4, precision=precision)
-    with pytest.raises(
-        UsageError, match="^`initial_size` is 4: the model fashion-2conv does not take"
-    ):
+    with pytest.raises(UsageError, match="^`initial_size` is 4: the model fashion-2conv does not take"):
         train(net, make_dataset(), recipe)
 
 

@@ -639,12 +639,12 @@ def test_on_the_command_line(
         ((toy, "--param", "lrr=1,2"), "unknown name of a --param 'lrr'; did you mean 'lr'?"),
         ((toy, "--param", LR[0], "--jobs", 9999), "--jobs is 9999; this machine lets convlens use"),
         ((toy, "--param", LR[0], "--confirm", 1), "--confirm is 1; it takes 2 seeds or more"),
-        ((toy, "--param", LR[0], "--pretrained", "x.safetensors"), "a sweep starts every net from random weights"),
+        ((toy, "--param", LR[0], "--pretrained", "x.safetensors"), "a sweep starts every model from random weights"),
         (
             (toy, "--param", "model=small,tiny", "--param", "pool=avg,max"),
             "--param pool=avg: model 'small' has no option 'pool'; it takes filters; model 'tiny' has no",
         ),
-        ((toy, "--param", LR[0], "--freeze", 1), "a sweep starts every net from random weights, so it takes no --fr"),
+        ((toy, "--param", LR[0], "--freeze", 1), "a sweep starts every model from random weights, so it takes no --fr"),
         ((toy, "--param", "frozen=0,1"), "--param frozen makes no sense to search: all nets start from random weights"),
         ((toy, "--param", LR[0], "--out", "runs"), "runs exists already; choose another --out"),
         (
