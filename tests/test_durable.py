@@ -349,7 +349,7 @@ def test_a_file_cut_short_is_found_out(
             assert check_damage(folder, newest, path, cut, lambda: take_messages(caplog)), (kind, percent)
 
 
-def test_a_damaged_checkpoint_that_is_ahead_is_cleared_away(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_that_is_ahead_is_cleared_away(tmp_path: Path) -> None:
     store = tmp_path / "store"
     for step in (10, 20):
         save_state(store, step)

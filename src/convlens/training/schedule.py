@@ -36,8 +36,9 @@ class Schedule:
     @property
     def total(self) -> int:
         """Number of steps of the whole training; with ``max_seconds`` an estimate that changes with the clock."""
-        seconds = equivalent_seconds(self._recipe, self._shape, self._state.elapsed)
-        return self._recipe.total_steps(self.steps_per_epoch, self._state.step, seconds)
+        step = self._state.step  # before the first step there is no throughput, whatever time has passed
+        seconds = equivalent_seconds(self._recipe, self._shape, self._state.elapsed) if step else 0.0
+        return self._recipe.total_steps(self.steps_per_epoch, step, seconds)
 
     @property
     def finished(self) -> bool:
