@@ -434,7 +434,7 @@ def test_a_batch_seeds_the_global_generator_for_dropout() -> None:
 @quick
 @given(st.integers(1, 60), st.integers(1, 7))
 def test_the_parts_of_the_ranks_are_the_batch(n: int, ranks: int) -> None:
-    parts = [World(rank, ranks).part(n) for rank in range(ranks)]
+    parts = [World(rank, ranks).local_slice(n) for rank in range(ranks)]
     if n < 2 * ranks:  # too few to share
         assert parts == [slice(0, n)] * ranks
         return

@@ -14,17 +14,12 @@ import convlens
 from convlens.data.dataset import Dataset
 from convlens.errors import UsageError
 from convlens.runs.experiment import Experiment
-from convlens.training import loop, time_budget
+from convlens.training import throughput, time_budget
+from convlens.training.loop import fit
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import BUDGET_RECIPES, RECIPES, get_recipe
-from convlens.training.time_budget import (
-    Throughput,
-    budget_candidates,
-    choose_for_budget,
-    measure_rate,
-    measure_throughput,
-    parse_budget,
-)
+from convlens.training.throughput import Throughput, measure_rate, measure_throughput
+from convlens.training.time_budget import budget_candidates, choose_for_budget, parse_budget
 
 
 @pytest.fixture
@@ -36,13 +31,13 @@ def digits() -> Dataset:
     ("text", "max_seconds"),
     [("60", 60), ("60s", 60), (" 90 s ", 90), ("1.5m", 90), ("5min", 300), ("1h", 3600), ("0.5h", 1800)],
 )
-def test_times(text: str, seconds: float) -> None:
-    assert parse_budget(text) == seconds
+def test_times(text: str, max_seconds: float) -> None:
+    assert parse_budget(text) == max_seconds
 
 
 @pytest.mark.parametrize("text", ["", "0", "0s", "soon", "-5", "5 parsecs", "1e9", "nan", "inf", "1m30s"])
 def test_what_is_no_time(text: str) -> None:
-    with pytest.raises(UsageError, match="^--budget takes a time such as 60s, 5m or 1h, not "):
+    with pytest.raises(UsageError, match="^`budget` takes a time such as 60s, 5m or 1h, not "):
         parse_budget(text)
 
 
@@ -59,9 +54,8 @@ def paces(monkeypatch: pytest.MonkeyPatch, *paces: float) -> None:
     """Let the recipes, the quickest first, train so many images a second."""
     left = list(paces)
     monkeypatch.setattr(time_budget.time, "perf_counter", lambda: NOW)  # the arithmetic is tested, not the machine
-    monkeypatch.setattr(
-        time_budget, "measure_throughput", lambda *_: Throughput(left.pop(0), 359.0)
-    )  # the test takes a second
+    # the test split takes a second
+    monkeypatch.setattr(time_budget, "measure_throughput", lambda *_: Throughput(64, left.pop(0), 359.0))
 
 
 NOW = 100.0  # what the clock says, all the time
@@ -99,7 +93,7 @@ def test_steps_on_smaller_images_are_counted_by_their_pixels(digits: Dataset, mo
 
 def test_a_budget_that_is_too_short(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     paces(monkeypatch, 1408)
-    with pytest.raises(UsageError, match="^--budget 2.5s is too short: loading, testing and the report take 2 s here$"):
+    with pytest.raises(UsageError, match="^`budget` 2.5s is too short: loading, testing and the report take 2 s here$"):
         choose_for_budget(2.5, NOW, digits, [SHORT])
 
 
@@ -108,7 +102,7 @@ def test_images_are_tested_once_unless_asked(monkeypatch: pytest.MonkeyPatch) ->
     assert asked.tta
     for recipe in (None, asked):
         assert not any(choice.tta for choice in budget_candidates("fashion-mnist", recipe))
-    monkeypatch.setattr(time_budget, "measure_throughput", lambda *_: Throughput(1e6, 1e6))
+    monkeypatch.setattr(time_budget, "measure_throughput", lambda *_: Throughput(64, 1e6, 1e6))
     for given in ({}, {"tta": True}):
         experiment = Experiment.create("digits", asked, budget=60, initial_size=0, out=f"views{len(given)}", **given)
         assert experiment.recipe.tta is bool(given)
@@ -118,7 +112,7 @@ def test_the_pace_is_measured_and_nothing_random_is_touched(digits: Dataset) -> 
     torch.manual_seed(5)
     before = torch.get_rng_state()
     pace = measure_throughput(digits, RECIPES["digits"]())
-    assert pace.training > 0 and pace.testing > 0
+    assert pace.training > 0 and pace.inference > 0
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -145,31 +139,32 @@ def test_what_is_slow_once_does_not_count(stalled: int, done: list[int]) -> None
 
 @pytest.mark.parametrize(("batch_size", "grad_accum_steps", "images", "batch"), [(1000, 4, 1437, 250), (64, 1, 40, 40)])
 def test_the_pace_is_that_of_the_recipes_own_batches(
-    batch_size: int, parts: int, images: int, batch: int, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+    batch_size: int, grad_accum_steps: int, images: int, batch: int, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: set[int] = set()
-    monkeypatch.setattr(time_budget, "PROBE_SECONDS", 0.0)
-    made = time_budget.make_net
+    monkeypatch.setattr(throughput, "PROBE_SECONDS", 0.0)
+    made = throughput.make_model
 
-    def make_net(*told: Any) -> torch.nn.Module:
-        net = made(*told)
+    def make_model(*arguments: Any) -> torch.nn.Module:
+        net = made(*arguments)
         net.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
         return net
 
-    monkeypatch.setattr(time_budget, "make_net", make_net)
-    few = replace(digits, train=digits.train.select(torch.arange(images)))
-    measure_throughput(few, Recipe(model="small", width=4, epochs=1, batch_size=batch_size, grad_accum_steps=parts))
+    monkeypatch.setattr(throughput, "make_model", make_model)
+    few = replace(digits, train=digits.train.take(torch.arange(images)))
+    measure_throughput(
+        few, Recipe(model="small", width=4, epochs=1, batch_size=batch_size, grad_accum_steps=grad_accum_steps)
+    )
     assert sizes - {1} == {batch}  # the arithmetic is chosen with single images
 
 
-def test_a_run_in_seconds_ends_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_in_seconds_ends_then(digits: Dataset) -> None:
     ticks = itertools.count()
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(ticks) / 100)  # a machine of an even pace
-    run = convlens.train("digits", max_seconds=1.0, threads=1, device="cpu", precision="fp32")
-    assert run.config["recipe"]["epochs"] is None
-    last = run.metrics[-1]
-    assert last["seconds"] is not None and 0.8 < last["seconds"] <= 1.0
-    assert last["lr"] is not None and 0 <= last["lr"] < 0.01  # of 0.1: the schedule ended with it
+    recipe = get_recipe("digits").override(max_seconds=1.0, device="cpu", precision="fp32")
+    net = convlens.create_model("small", channels=1, image_height=8, image_width=8, classes=10)
+    last = list(fit(net, digits, recipe, clock=lambda: next(ticks) / 100))[-1]  # a machine of an even pace
+    assert 0.8 < last.seconds <= 1.0
+    assert 0 <= last.lr < 0.01  # of 0.1: the schedule ended with it
 
 
 def test_a_run_in_seconds_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,9 +185,9 @@ def test_a_run_in_seconds_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_budget_in_python_may_be_text() -> None:
-    with pytest.raises(UsageError, match="^--budget takes a time such as 60s, 5m or 1h, not 'soon'$"):
+    with pytest.raises(UsageError, match="^`budget` takes a time such as 60s, 5m or 1h, not 'soon'$"):
         convlens.train("digits", budget="soon")
-    with pytest.raises(UsageError, match="^--budget 0.1s is too short"):
+    with pytest.raises(UsageError, match="^`budget` 0.1s is too short"):
         convlens.train("digits", budget="0.1s")
 
 

@@ -24,7 +24,6 @@ import torch
 from test_engine import make_dataset, make_net, make_recipe, same, state_of, timeless, train
 from torch import Tensor, nn
 
-import convlens.training.loop as engine
 from convlens.cli import main
 from convlens.data.image_folder import load_folder
 from convlens.errors import ConvlensError, DivergenceError, UsageError
@@ -32,6 +31,7 @@ from convlens.run_dir import RunDir
 from convlens.runs.experiment import Experiment
 from convlens.system.device import select_device
 from convlens.system.files import write_json
+from convlens.training.callbacks import Callback, LiveStatus
 from convlens.training.checkpoint import CheckpointStore
 from convlens.training.finite import has_nonfinite
 from convlens.training.recipe import Recipe
@@ -103,15 +103,14 @@ def digits_experiment(out: Path) -> Experiment:
 
 
 def run_and_tell(out: Path, step: mmap.mmap) -> None:
-    """Train, and write the step that is under way where the parent sees it even if this process is killed."""
-    experiment, learning_rate = digits_experiment(out), engine.learning_rate
+    """Train, and write the steps done where the parent sees them even if this process is killed."""
 
-    def tell(recipe: Recipe, number: int, total: int, steps_per_epoch: int) -> float:
-        step[:4] = struct.pack("i", number)
-        return learning_rate(recipe, number, total, steps_per_epoch)
+    def write(_: Callback, done: int) -> bool:
+        step[:4] = struct.pack("i", done)
+        return False
 
-    engine.learning_rate = tell
-    for _ in experiment.epochs():
+    LiveStatus.should_stop = write  # type: ignore[method-assign,assignment]
+    for _ in digits_experiment(out).epochs():
         pass
 
 
@@ -247,33 +246,39 @@ def test_a_crash_at_any_file_operation_leaves_a_whole_json(when: str, tmp_path: 
 
 
 @pytest.mark.parametrize("save_every", [1, 2, 4, 200])
-def test_saving_by_steps_changes_no_bit_and_loses_no_more_than_that(
-    save_every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_saving_by_steps_changes_no_bit_and_loses_no_more_than_that(save_every: int, tmp_path: Path) -> None:
     whole = make_net()
     expected = train(whole, make_dataset(), make_recipe())
     recipe, store = make_recipe(save_every=save_every), CheckpointStore(tmp_path)
-    learning_rate = engine.learning_rate
 
     class Crash(Exception):
         pass
 
-    for crash in range(1, 15):
+    class CrashAfter(Callback):
+        """Crashes in the forward pass of the step after ``last``."""
 
-        def crashing(recipe: Recipe, step: int, *rest: int, crash: int = crash) -> float:
-            if step == crash:
+        def __init__(self, last: int, net: nn.Module):
+            self.last, self.step = last, 0
+            net.register_forward_pre_hook(self.look)
+
+        def should_stop(self, step: int) -> bool:
+            self.step = step
+            return False
+
+        def look(self, net: nn.Module, _: Any) -> None:
+            if net.training and self.step == self.last:
                 raise Crash
-            return learning_rate(recipe, step, *rest)
 
-        with monkeypatch.context() as patch, pytest.raises(Crash):
-            patch.setattr(engine, "learning_rate", crashing)
-            train(make_net(), make_dataset(), recipe, store=store)
+    for crash in range(1, 15):
+        net = make_net()
+        with pytest.raises(Crash):
+            train(net, make_dataset(), recipe, checkpoints=store, callbacks=[CrashAfter(crash, net)])
         saved = store.load()
         assert saved is not None
         # epochs of 5 steps are saved too
         assert saved[0].step == max(step for step in range(crash + 1) if step % save_every == 0 or step % 5 == 0)
     net = make_net()
-    records = train(net, make_dataset(), recipe, store=store)
+    records = train(net, make_dataset(), recipe, checkpoints=store)
     assert timeless(records) == timeless(expected)
     assert same(state_of(net), state_of(whole))
 
@@ -287,10 +292,17 @@ def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dic
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("checkpoints")
     store = CheckpointStore(folder)
-    train(make_net(), make_dataset(), make_recipe(epochs=2), store=store)
+    train(make_net(), make_dataset(), make_recipe(epochs=2), checkpoints=store)
     loaded = store.load()
     assert loaded is not None and loaded[0].step == 10
     return folder, loaded[1]
+
+
+def take_messages(caplog: pytest.LogCaptureFixture) -> str:
+    """Return what was logged since the last call."""
+    messages = "\n".join(caplog.messages)
+    caplog.clear()
+    return messages
 
 
 def check_damage(folder: Path, newest: dict[str, Tensor], path: Path, content: bytes, said: Callable[[], str]) -> bool:
@@ -302,7 +314,7 @@ def check_damage(folder: Path, newest: dict[str, Tensor], path: Path, content: b
         assert loaded is not None
         found = said()
         if loaded[0].step == 5:
-            assert found.endswith("going on from step 5 instead of 10\n") and str(folder) in found
+            assert found.endswith("resuming from step 5 instead of 10") and str(folder) in found
             return True
         # a flip that means the same, such as 1e-05 and 1E-05
         assert same(loaded[1], newest) and found == "" and path.suffix == ".json"
@@ -312,7 +324,7 @@ def check_damage(folder: Path, newest: dict[str, Tensor], path: Path, content: b
 
 
 def test_a_flipped_bit_is_found_out(
-    two_checkpoints: tuple[Path, dict[str, Tensor]], capsys: pytest.CaptureFixture[str]
+    two_checkpoints: tuple[Path, dict[str, Tensor]], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, newest = two_checkpoints
     luck, found = random.Random(0), 0
@@ -321,12 +333,12 @@ def test_a_flipped_bit_is_found_out(
         content = bytearray(path.read_bytes())
         place = luck.randrange(8 * len(content))
         content[place // 8] ^= 1 << place % 8
-        found += check_damage(folder, newest, path, bytes(content), lambda: capsys.readouterr().err)
+        found += check_damage(folder, newest, path, bytes(content), lambda: take_messages(caplog))
     assert found >= 998  # the others meant the same: their content was compared
 
 
 def test_a_file_cut_short_is_found_out(
-    two_checkpoints: tuple[Path, dict[str, Tensor]], capsys: pytest.CaptureFixture[str]
+    two_checkpoints: tuple[Path, dict[str, Tensor]], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, newest = two_checkpoints
     for kind in ("json", "safetensors"):
@@ -334,10 +346,10 @@ def test_a_file_cut_short_is_found_out(
         content = path.read_bytes()
         for percent in range(100):
             cut = content[: len(content) * percent // 100]
-            assert check_damage(folder, newest, path, cut, lambda: capsys.readouterr().err), (kind, percent)
+            assert check_damage(folder, newest, path, cut, lambda: take_messages(caplog)), (kind, percent)
 
 
-def test_a_damaged_checkpoint_that_is_ahead_is_cleared_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_that_is_ahead_is_cleared_away(tmp_path: Path) -> None:
     store = tmp_path / "store"
     for step in (10, 20):
         save_state(store, step)
@@ -625,15 +637,14 @@ def test_asked_to_stop_at_100_random_instants_it_saves_and_goes(tmp_path: Path) 
 def test_asked_to_stop_in_the_last_step_it_goes_too(
     stop: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, said = engine.make_record, tmp_path / "said"
+    said = tmp_path / "said"
 
-    def asked(*arguments: Any) -> Any:
+    def asked(*_: object) -> None:
         sys.stderr = open(said, "w", buffering=1)
         os.kill(os.getpid(), stop)
-        return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "make_record", asked)
+        patch.setattr(LiveStatus, "on_epoch_end", asked)
         assert command("train", "digits", *SHORT, "--epochs", "1", "--seeds", "2", "--out", tmp_path / "s") == 130
     assert "trained, but not tested; go on with: convlens train --resume" in said.read_text()
     assert not (tmp_path / "s" / "seed-0" / "report.html").exists() and not (tmp_path / "s" / "seed-1").exists()
@@ -682,15 +693,15 @@ class Poisoned(nn.Module):
 @pytest.mark.parametrize(
     ("where", "says"),
     [
-        ("loss", "the loss is not a number"),
-        ("gradient", "the gradient of conv.weight is not a number"),
-        ("statistics", "the buffer norm.running_var is not a number"),
+        ("loss", "the loss is NaN or infinite"),
+        ("gradient", "the gradient of conv.weight is NaN or infinite"),
+        ("statistics", "the buffer norm.running_var is NaN or infinite"),
     ],
 )
 def test_what_is_no_number_ends_the_training_at_that_step(where: str, says: str, step: int, tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     with pytest.raises(DivergenceError, match=f"^{says}") as caught:
-        train(Poisoned(where, step), make_dataset(), make_recipe(save_every=2), store=store)
+        train(Poisoned(where, step), make_dataset(), make_recipe(save_every=2), checkpoints=store)
     assert caught.value.exit_code == 3
     assert f"(at step {step})" in str(caught.value)
     saved = store.load()
@@ -745,16 +756,15 @@ CPU_FULL = RuntimeError(
 
 @pytest.mark.parametrize("error", [CPU_FULL, torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 def test_when_memory_runs_out_the_batch_goes_in_parts(
-    error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    error: Exception, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain, hungry = Hungry(99, error), Hungry(2, error)
     expected = train(plain, make_dataset(), make_recipe())
     store = CheckpointStore(tmp_path)
-    records = train(hungry, make_dataset(), make_recipe(), store=store)
-    assert capsys.readouterr().err == (
-        "convlens: not enough memory for 8 images at once; from here on each step goes through the net in 4 parts, "
-        "and learns from all of them together\n"
-    )
+    records = train(hungry, make_dataset(), make_recipe(), checkpoints=store)
+    assert caplog.messages == [
+        "not enough memory for 8 images at once; from here on each step accumulates the gradients of 4 micro-batches"
+    ]
     # the same gradients, but for the order in which they are added up
     for key, value in state_of(hungry).items():
         assert torch.allclose(value, state_of(plain)[key], atol=1e-5)
@@ -783,11 +793,11 @@ torch.set_num_threads(1)
 images = torch.randint(0, 256, (2048, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
 labels = (torch.arange(2048) % 4).numpy()
 data = from_arrays(images, labels, images[:8], labels[:8])
-net = create_model("small", channels=3, image_height=32, image_width=32, classes=4, filters=32)
+net = create_model("small", channels=3, image_height=32, image_width=32, classes=4, width=32)
 own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 limit = own + (int(sys.argv[1]) << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-records = list(fit(net, data, Recipe(epochs=1, batch_size=2048, validation=0.0, device="cpu", precision="fp32")))
+records = list(fit(net, data, Recipe(epochs=1, batch_size=2048, val_fraction=0.0, device="cpu", precision="fp32")))
 print(len(records))
 """
 
@@ -799,4 +809,4 @@ def test_a_real_limit_of_memory_is_met(more: str) -> None:
     program = [sys.executable, "-c", WITH_LITTLE_MEMORY, more]
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.stdout == "1\n", done.stderr
-    assert "not enough memory for 2048 images at once; from here on each step goes through" in done.stderr
+    assert "not enough memory for 2048 images at once; from here on each step accumulates" in done.stderr

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import convlens.training.loop as engine
 from convlens.data.dataset import Dataset, IndexIds, Split
 from convlens.data.images import InputStyle
 from convlens.data.loader import BatchLoader
@@ -21,7 +20,7 @@ from convlens.errors import ConvlensError, DivergenceError, TrainingInterruptedE
 from convlens.evaluation.metrics import Scores, evaluate
 from convlens.models import ConvNet, create_model
 from convlens.training import build, grad_accum
-from convlens.training.callbacks import Callback
+from convlens.training.callbacks import Callback, StopWhen
 from convlens.training.checkpoint import CheckpointStore
 from convlens.training.loop import fit
 from convlens.training.metrics import Progress, RunningMetrics
@@ -93,30 +92,17 @@ def train(net: nn.Module, dataset: Dataset, recipe: Recipe, **options: Any) -> l
     return list(fit(net, dataset, recipe, **options))
 
 
-class Clock:
-    """Counts the steps of a training, and stops it as Ctrl-C does: from one step on, for good."""
+class StopAt(Callback):
+    """Stops a training as Ctrl-C does: from one step on, for good."""
 
-    def __init__(self) -> None:
-        self.steps = 0
+    def __init__(self, step: int) -> None:
+        self.step = step
 
-    def stop_at(self, step: int) -> Callable[[], bool]:
-        return lambda: self.steps >= step
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Return a clock that runs with the steps of whatever is trained."""
-    clock, learning_rate = Clock(), engine.learning_rate
-
-    def ticking(recipe: Recipe, step: int, total: int, steps_per_epoch: int) -> float:
-        clock.steps = step + 1
-        return learning_rate(recipe, step, total, steps_per_epoch)
-
-    monkeypatch.setattr(engine, "learning_rate", ticking)
-    return clock
+    def should_stop(self, step: int) -> bool:
+        return step >= self.step
 
 
-# learning, and what is told of it
+# learning, and the records
 
 
 def test_it_learns_what_can_be_separated() -> None:
@@ -178,12 +164,12 @@ def test_validation_is_carved_from_train_only() -> None:
 
 
 @pytest.mark.parametrize(("max_steps", "epochs"), [(1, 1), (4, 1), (5, 1), (6, 2), (12, 3), (15, 3)])
-def test_iterations_need_not_be_whole_epochs(iterations: int, epochs: int, tmp_path: Path) -> None:
+def test_steps_need_not_be_whole_epochs(max_steps: int, epochs: int, tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
-    records = train(make_net(), make_dataset(), make_recipe(max_steps=iterations), store=store)
+    records = train(make_net(), make_dataset(), make_recipe(max_steps=max_steps), checkpoints=store)
     assert [record.epoch for record in records] == list(range(1, epochs + 1))
     saved = store.load()
-    assert saved is not None and saved[0].step == iterations
+    assert saved is not None and saved[0].step == max_steps
 
 
 def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own() -> None:
@@ -222,15 +208,15 @@ def test_a_last_batch_of_one_image(model: str) -> None:
 
 def test_it_asks_for_freed_memory_to_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr(engine, "keep_memory", lambda: asked.append(True))
+    monkeypatch.setattr(grad_accum, "retain_freed_memory", lambda: asked.append(True))
     train(make_net(), make_dataset(), make_recipe(epochs=1))
     assert asked == [True]
 
 
 def test_it_does_not_keep_memory_that_did_not_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(engine, "keep_memory", lambda: asked.append("keep"))
-    monkeypatch.setattr(grad_accum, "return_memory", lambda: asked.append("return"))
+    monkeypatch.setattr(grad_accum, "retain_freed_memory", lambda: asked.append("keep"))
+    monkeypatch.setattr(grad_accum, "release_memory", lambda: asked.append("return"))
 
     def short(net: nn.Module, arguments: tuple[Tensor]) -> None:
         if net.training and len(arguments[0]) > 4:
@@ -244,8 +230,8 @@ def test_it_does_not_keep_memory_that_did_not_suffice(monkeypatch: pytest.Monkey
 
 def test_it_gives_back_what_it_kept_when_a_later_step_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(engine, "keep_memory", lambda: asked.append("keep"))
-    monkeypatch.setattr(grad_accum, "return_memory", lambda: asked.append("return"))
+    monkeypatch.setattr(grad_accum, "retain_freed_memory", lambda: asked.append("keep"))
+    monkeypatch.setattr(grad_accum, "release_memory", lambda: asked.append("return"))
 
     def short(net: nn.Module, arguments: tuple[Tensor]) -> None:
         if net.training and len(arguments[0]) > 4 and arguments[0].shape[-1] == SIDE:
@@ -267,12 +253,12 @@ def test_sums_do_not_depend_on_when_somebody_asks() -> None:
     states = []
     for asked in ((), (0, 1, 2, 3), (1, 2)):
         state = TrainState(grad_accum_steps=1, loss_sum=0.1, correct=4, seen=9)
-        tally = RunningMetrics(state, CPU, World())
+        metrics = RunningMetrics(state, CPU, World())
         for index, batch in enumerate(batches):
-            tally.add(*batch)
+            metrics.update(*batch)
             if index in asked:
-                tally.describe(state, 10, 5, 1.0, 1.0)
-        tally.store_into(state)
+                metrics.compute()
+        metrics.flush()
         states.append((state.loss_sum, state.correct, state.seen))
     assert states[0] == states[1] == states[2]
     right = sum(int((logits.argmax(dim=1) == labels).sum()) for _, logits, labels, _ in batches)
@@ -300,7 +286,7 @@ def test_the_global_generator_does_not_matter() -> None:
         net = make_dropout_net()
         torch.manual_seed(seed)
         train(net, make_dataset(), make_recipe(mixup=0.4))
-        build.append(state_of(net))
+        nets.append(state_of(net))
     assert same(*nets)
 
 
@@ -322,27 +308,26 @@ RESUMED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_stopping_anywhere_and_going_on_changes_no_bit(case: str, tmp_path: Path, clock: Clock) -> None:
+def test_stopping_anywhere_and_resuming_changes_no_bit(case: str, tmp_path: Path) -> None:
     make, options = RESUMED[case]
     dataset, recipe = make_dataset(), make_recipe(**options)
     whole_net, whole_store = make(), CheckpointStore(tmp_path / "whole")
-    whole_records = train(whole_net, dataset, recipe, store=whole_store)
+    whole_records = train(whole_net, dataset, recipe, checkpoints=whole_store)
     whole = whole_store.load()
     assert whole is not None
 
     # stopped before and behind the first step, in mid-epoch, at the last step of an epoch (5), right behind it, later
     store = CheckpointStore(tmp_path / "grad_accum_steps")
     for stop in (0, 1, 2, 5, 6, 9):
-        clock.steps = 0
-        told: list[EpochRecord] = []
+        yielded: list[EpochRecord] = []
         with pytest.raises(TrainingInterruptedError, match=f"^stopped at step {stop} of "):
-            for record in fit(make(), dataset, recipe, store=store, should_stop=clock.stop_at(stop)):
-                told.append(record)
-        assert [record.epoch for record in told] == list(range(1, stop // 5 + 1))
+            for record in fit(make(), dataset, recipe, checkpoints=store, callbacks=[StopAt(stop)]):
+                yielded.append(record)
+        assert [record.epoch for record in yielded] == list(range(1, stop // 5 + 1))
         saved = store.load()
         assert saved is not None and saved[0].step == stop
     net = make()
-    records = train(net, dataset, recipe, store=store)
+    records = train(net, dataset, recipe, checkpoints=store)
     parts = store.load()
     assert parts is not None
     clockless = {"seconds": 0.0, "elapsed": 0.0, "records": []}
@@ -355,29 +340,28 @@ def test_stopping_anywhere_and_going_on_changes_no_bit(case: str, tmp_path: Path
     assert replace(parts[0], **clockless) == replace(whole[0], **clockless)
 
 
-def test_stopping_at_every_step_in_turn(tmp_path: Path, clock: Clock) -> None:
+def test_stopping_at_every_step_in_turn(tmp_path: Path) -> None:
     dataset, recipe, store = make_dataset(), make_recipe(epochs=2, ema_decay=0.9), CheckpointStore(tmp_path)
     whole = make_net()
     expected = train(whole, dataset, recipe)
     for stop in range(10):
-        clock.steps = 0
         with pytest.raises(TrainingInterruptedError, match=f"^stopped at step {stop} of 10$") as caught:
-            train(make_net(), dataset, recipe, store=store, should_stop=clock.stop_at(stop))
+            train(make_net(), dataset, recipe, checkpoints=store, callbacks=[StopAt(stop)])
         assert caught.value.exit_code == 130
     net = make_net()
-    records = train(net, dataset, recipe, store=store)
+    records = train(net, dataset, recipe, checkpoints=store)
     assert timeless(records) == timeless(expected)
     assert same(state_of(net), state_of(whole))
 
 
-def test_stopping_without_a_store(clock: Clock) -> None:
+def test_stopping_without_a_store() -> None:
     with pytest.raises(TrainingInterruptedError, match="^stopped at step 7 of 15$"):
-        train(make_net(), make_dataset(), make_recipe(), should_stop=clock.stop_at(7))
+        train(make_net(), make_dataset(), make_recipe(), callbacks=[StopAt(7)])
 
 
-def test_a_stop_at_the_very_last_step_comes_too_late(clock: Clock) -> None:
+def test_a_stop_at_the_very_last_step_comes_too_late() -> None:
     net, whole = make_net(), make_net()
-    records = train(net, make_dataset(), make_recipe(), should_stop=clock.stop_at(15))
+    records = train(net, make_dataset(), make_recipe(), callbacks=[StopAt(15)])
     assert timeless(records) == timeless(train(whole, make_dataset(), make_recipe()))
     assert same(state_of(net), state_of(whole))
 
@@ -385,10 +369,10 @@ def test_a_stop_at_the_very_last_step_comes_too_late(clock: Clock) -> None:
 def test_a_finished_training_tells_its_records_again_and_does_nothing(tmp_path: Path) -> None:
     dataset, recipe, store = make_dataset(), make_recipe(restore_best=True), CheckpointStore(tmp_path / "store")
     first = make_net()
-    records = train(first, dataset, recipe, store=store)
+    records = train(first, dataset, recipe, checkpoints=store)
     files = {path: path.read_bytes() for path in (tmp_path / "store").iterdir()}
     again = make_net(seed=1)
-    assert train(again, dataset, recipe, store=store) == records
+    assert train(again, dataset, recipe, checkpoints=store) == records
     assert same(state_of(again), state_of(first))
     assert {path: path.read_bytes() for path in (tmp_path / "store").iterdir()} == files
 
@@ -404,18 +388,18 @@ def script(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> list[dic
         seen.append(state_of(net))
         return Scores(1.0, accuracies[len(seen) - 1])
 
-    monkeypatch.setattr(engine, "evaluate", scripted)
+    monkeypatch.setattr(build, "evaluate", scripted)
     return seen
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 @pytest.mark.parametrize(("restore_best", "kept"), [(True, 1), (False, 2)])
 def test_which_epochs_weights_are_kept(
-    restore_best: bool, kept: int, ema: float, monkeypatch: pytest.MonkeyPatch
+    restore_best: bool, kept: int, ema_decay: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = script(monkeypatch, [0.5, 0.9, 0.7])
     net = make_net()
-    train(net, make_dataset(), make_recipe(restore_best=restore_best, ema_decay=ema))
+    train(net, make_dataset(), make_recipe(restore_best=restore_best, ema_decay=ema_decay))
     assert len(seen) == 3
     assert [same(state_of(net), weights) for weights in seen] == [i == kept for i in range(3)]
 
@@ -428,7 +412,7 @@ def test_of_equal_epochs_the_lower_loss_is_kept(monkeypatch: pytest.MonkeyPatch)
         seen.append(state_of(net))
         return scores[len(seen) - 1]
 
-    monkeypatch.setattr(engine, "evaluate", scripted)
+    monkeypatch.setattr(build, "evaluate", scripted)
     net = make_net()
     train(net, make_dataset(), make_recipe(restore_best=True))
     assert [same(state_of(net), weights) for weights in seen] == [False, True, False]
@@ -449,16 +433,16 @@ def test_patience(
 ) -> None:
     script(monkeypatch, accuracies)
     recipe, store = make_recipe(epochs=6, patience=patience), CheckpointStore(tmp_path)
-    assert len(train(make_net(), make_dataset(), recipe, store=store)) == epochs
+    assert len(train(make_net(), make_dataset(), recipe, checkpoints=store)) == epochs
     # what has ended is not taken up again
-    monkeypatch.setattr(engine, "evaluate", None)
-    assert len(train(make_net(), make_dataset(), recipe, store=store)) == epochs
+    monkeypatch.setattr(build, "evaluate", None)
+    assert len(train(make_net(), make_dataset(), recipe, checkpoints=store)) == epochs
 
 
 @pytest.mark.parametrize("choice", [{"patience": 1}, {"restore_best": True}])
 def test_without_validation_there_is_nothing_to_choose_by(choice: dict[str, Any]) -> None:
     recipe = make_recipe(log_test_metrics=True, **choice)
-    with pytest.raises(UsageError, match="choose by validation images; set a --val-fraction share above 0"):
+    with pytest.raises(UsageError, match="choose by validation images; set `val_fraction` above 0$"):
         train(make_net(), make_dataset(validation=0), recipe)
 
 
@@ -484,7 +468,7 @@ def test_averaged_weights_are_what_is_measured_and_kept(tmp_path: Path, monkeypa
     seen = script(monkeypatch, [0.5, 0.6, 0.7])
     net, store = make_net(), CheckpointStore(tmp_path)
     averages, own = [], []
-    for _ in fit(net, make_dataset(), make_recipe(ema_decay=0.9), store=store):
+    for _ in fit(net, make_dataset(), make_recipe(ema_decay=0.9), checkpoints=store):
         saved = store.load()
         assert saved is not None
         tensors = saved[1]
@@ -508,7 +492,7 @@ def test_average_by_hand() -> None:
         assert average.weights["weight"].item() == pytest.approx(0.1 * 1 + 0.9 * 2)
         average.update(10**6)
         assert average.weights["weight"].item() == pytest.approx(0.9 * 1.9 + 0.1 * 2)
-    with average.applied():
+    with average.swapped_in():
         assert net.weight.item() == pytest.approx(1.91)
     assert net.weight.item() == 2.0
 
@@ -521,24 +505,24 @@ def test_a_loss_that_is_no_number_ends_the_training_with_advice() -> None:
         train(make_dropout_net(), make_dataset(), make_recipe(lr=1e15, lr_schedule="constant"))
     assert caught.value.exit_code == 3
     message = str(caught.value)
-    assert message.startswith("the loss is not a number any more (at step ")
-    assert "try a lower --lr (now 1e+15)" in message
-    assert "--warmup-fraction" in message and "--max-grad-norm 1" in message
+    assert message.startswith("the loss is NaN or infinite (at step ")
+    assert "try a lower `lr` (now 1e+15)" in message
+    assert "`warmup_fraction`" in message and "`max_grad_norm` of 1" in message
 
 
-@pytest.mark.parametrize(("val_fraction", "weight_decay"), [(0, 1000.0), (12, 1000.0), (12, 0.0)])
+@pytest.mark.parametrize(("images", "weight_decay"), [(0, 1000.0), (12, 1000.0), (12, 0.0)])
 def test_a_net_that_the_very_last_step_ruins_is_not_passed_off_as_trained(
-    validation: int, weight_decay: float, tmp_path: Path
+    images: int, weight_decay: float, tmp_path: Path
 ) -> None:
     # the loss of a step is that of the weights before it: of one step alone it is always a number; with the decay
     # the weights become infinite, without it they stay numbers and what the net says does not
     recipe = make_recipe(max_steps=1, lr=1e38, momentum=0.0, weight_decay=weight_decay, lr_schedule="constant")
-    with pytest.raises(DivergenceError, match="try a lower --lr"):
-        train(make_net(), make_dataset(validation=validation), recipe, store=CheckpointStore(tmp_path))
+    with pytest.raises(DivergenceError, match="try a lower `lr`"):
+        train(make_net(), make_dataset(validation=images), recipe, checkpoints=CheckpointStore(tmp_path))
 
 
 def test_nll_needs_log_probabilities() -> None:
-    with pytest.raises(UsageError, match="^--loss nll needs a net that ends in log-softmax, and small does not$"):
+    with pytest.raises(UsageError, match="^`loss` nll needs a model that ends in log-softmax, and small does not$"):
         train(make_net(), make_dataset(), make_recipe(loss="nll"))
 
 
@@ -547,7 +531,7 @@ def test_nll_needs_log_probabilities() -> None:
 
 def test_two_checkpoints_are_kept_and_no_scrap(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "store")
-    for record in fit(make_net(), make_dataset(), make_recipe(epochs=4), store=store):
+    for record in fit(make_net(), make_dataset(), make_recipe(epochs=4), checkpoints=store):
         files = sorted(path.name for path in (tmp_path / "store").iterdir())
         assert files[-2:] == [f"step-{5 * record.epoch:08d}.{kind}" for kind in ("json", "safetensors")]
         assert len(files) == 4
@@ -559,10 +543,10 @@ def test_what_a_kill_behind_the_last_save_left_is_cleared_away(tmp_path: Path, m
     dataset, recipe, store = make_dataset(), make_recipe(epochs=4), CheckpointStore(folder)
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointStore, "clear", lambda *_: None)  # killed before it came to that, every time
-        records = train(make_net(), dataset, recipe, store=store)
+        records = train(make_net(), dataset, recipe, checkpoints=store)
     (folder / ".step-00000020.json.scrap").write_text("{")
     assert len(list(folder.iterdir())) > 5
-    assert train(make_net(), dataset, recipe, store=store) == records
+    assert train(make_net(), dataset, recipe, checkpoints=store) == records
     names = ["step-00000015.json", "step-00000015.safetensors", "step-00000020.json", "step-00000020.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == names
 
@@ -572,18 +556,18 @@ def test_no_checkpoint_yet(tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = CheckpointStore(tmp_path)
-    train(make_net(), make_dataset(), make_recipe(epochs=2, lr_schedule="constant"), store=store)
+    train(make_net(), make_dataset(), make_recipe(epochs=2, lr_schedule="constant"), checkpoints=store)
     newest, older = tmp_path / "step-00000010.safetensors", tmp_path / "step-00000005.safetensors"
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
     newest.write_bytes(content)
     damage = f"the checkpoint {newest} is damaged: its SHA-256 is not the one that was written"
     net, whole = make_net(), make_net()
-    records = train(net, make_dataset(), make_recipe(epochs=3, lr_schedule="constant"), store=store)
-    assert capsys.readouterr().err == f"convlens: {damage}; going on from step 5 instead of 10\n"
+    records = train(net, make_dataset(), make_recipe(epochs=3, lr_schedule="constant"), checkpoints=store)
+    assert caplog.messages == [f"{damage}; resuming from step 5 instead of 10"]
     assert timeless(records) == timeless(train(whole, make_dataset(), make_recipe(epochs=3, lr_schedule="constant")))
     for path in (newest, tmp_path / "step-00000015.safetensors", older):
         path.unlink(missing_ok=True)
@@ -602,7 +586,7 @@ def test_a_damaged_manifest_is_named(content: str, tmp_path: Path) -> None:
 
 def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CheckpointStore(tmp_path / "store")
-    epochs = fit(make_net(), make_dataset(), make_recipe(), store=store)
+    epochs = fit(make_net(), make_dataset(), make_recipe(), checkpoints=store)
     next(epochs)
 
     def fail(*_: Any) -> None:
@@ -616,7 +600,7 @@ def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path: Path, monkey
     assert saved is not None and saved[0].step == 5
     assert sorted(path.name for path in (tmp_path / "store").iterdir() if path.name.startswith(".")) == []
     net, whole = make_net(), make_net()
-    records = train(net, make_dataset(), make_recipe(), store=store)
+    records = train(net, make_dataset(), make_recipe(), checkpoints=store)
     assert timeless(records) == timeless(train(whole, make_dataset(), make_recipe()))
     assert same(state_of(net), state_of(whole))
 
@@ -674,60 +658,107 @@ class Timed(nn.Module):
         return self.net(x)  # type: ignore[no-any-return]
 
 
-class Told(Callback):
-    """Writes down how many seconds are said to be left."""
+class Listener(Callback):
+    """Writes down how many seconds are estimated to be left."""
 
     def __init__(self) -> None:
         self.left: list[float] = []
 
-    def tell(self, progress: Progress) -> None:
+    def on_step_end(self, progress: Progress) -> None:
         self.left.append(progress.left)
 
 
 WHOLE, SMALL = SIDE**2, 4**2  # seconds of a step of Timed
 
 
-def test_the_time_that_is_left_knows_that_whole_images_take_longer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # five steps an epoch, and it is told at the end of each; the first six of the 15 steps are small
+def test_the_time_that_is_left_knows_that_whole_images_take_longer(tmp_path: Path) -> None:
+    # five steps an epoch, and progress is reported at the end of each; the first six of the 15 steps are small
     recipe = make_recipe(max_steps=15, initial_size=4, initial_size_fraction=0.37)
-    net, told = Timed(), Told()
-    monkeypatch.setattr(engine.time, "perf_counter", lambda: net.clock)
-    list(fit(net, make_dataset(), recipe, watcher=told))
-    assert told.left == pytest.approx([SMALL + 9 * WHOLE, 5 * WHOLE, 0])
+    net, listener = Timed(), Listener()
+    list(fit(net, make_dataset(), recipe, callbacks=[listener], clock=lambda: net.clock))
+    assert listener.left == pytest.approx([SMALL + 9 * WHOLE, 5 * WHOLE, 0])
 
-    # the same where it is stopped in the middle of the second epoch and taken up again, on a machine of half the pace
+    # the same if it is stopped in the middle of the second epoch and resumed, on a machine of half the speed
     net, store = Timed(), CheckpointStore(tmp_path)
+    stop = StopWhen(lambda: net.clock > 5 * SMALL + WHOLE)
     with pytest.raises(TrainingInterruptedError):
-        list(fit(net, make_dataset(), recipe, store=store, should_stop=lambda: net.clock > 5 * SMALL + WHOLE))
-    net, told = Timed(), Told()
-    monkeypatch.setattr(engine.time, "perf_counter", lambda: 2 * net.clock)
-    list(fit(net, make_dataset(), recipe, store=store, watcher=told))
-    assert told.left == pytest.approx([2 * 5 * WHOLE, 0])
+        list(fit(net, make_dataset(), recipe, checkpoints=store, callbacks=[stop], clock=lambda: net.clock))
+    resumed, listener = Timed(), Listener()
+    list(
+        fit(
+            resumed,
+            make_dataset(),
+            recipe,
+            checkpoints=store,
+            callbacks=[listener],
+            clock=lambda: 2 * resumed.clock,
+        )
+    )
+    assert listener.left == pytest.approx([2 * 5 * WHOLE, 0])
 
 
-def test_the_time_that_is_left_of_a_training_by_the_clock_is_the_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, told = Timed(), Told()
-    monkeypatch.setattr(engine.time, "perf_counter", lambda: net.clock)
-    list(fit(net, make_dataset(), make_recipe(epochs=None, max_seconds=12 * WHOLE), watcher=told))
-    assert told.left == pytest.approx([7 * WHOLE, 2 * WHOLE, 0])
+def test_with_a_time_limit_the_time_that_is_left_is_the_clocks() -> None:
+    net, listener = Timed(), Listener()
+    recipe = make_recipe(epochs=None, max_seconds=12 * WHOLE)
+    list(fit(net, make_dataset(), recipe, callbacks=[listener], clock=lambda: net.clock))
+    assert listener.left == pytest.approx([7 * WHOLE, 2 * WHOLE, 0])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
-def test_by_the_clock_as_many_steps_are_small_and_the_learning_rate_falls_as_evenly(
-    share: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.6, 1.0])
+def test_with_a_time_limit_as_many_steps_are_small_and_the_learning_rate_falls_as_evenly(fraction: float) -> None:
     net, sides = Timed(), list[int]()
     net.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[3]) if net.training else None)
-    monkeypatch.setattr(engine.time, "perf_counter", lambda: net.clock)
-    recipe = make_recipe(epochs=None, max_seconds=100 * WHOLE, initial_size=4, initial_size_fraction=share)
-    records = list(fit(net, make_dataset(), recipe))
+    recipe = make_recipe(epochs=None, max_seconds=100 * WHOLE, initial_size=4, initial_size_fraction=fraction)
+    records = list(fit(net, make_dataset(), recipe, clock=lambda: net.clock))
     assert net.clock == pytest.approx(100 * WHOLE, rel=0.02)
     assert sides == sorted(sides)  # the small ones first
-    assert sides.count(4) / len(sides) == pytest.approx(share, abs=0.02)
+    assert sides.count(4) / len(sides) == pytest.approx(fraction, abs=0.02)
     done = [5 * record.epoch / len(sides) for record in records[:-1]]  # whole epochs of five steps
-    assert [record.lr / recipe.lr for record in records[:-1]] == pytest.approx([1 - share for share in done], abs=0.05)
+    assert [record.lr / recipe.lr for record in records[:-1]] == pytest.approx([1 - part for part in done], abs=0.05)
+
+
+class Log(Callback):
+    """Writes down which hooks are called."""
+
+    def __init__(self) -> None:
+        self.calls: list[object] = []
+
+    def on_train_start(self, records: Sequence[EpochRecord]) -> None:
+        self.calls.append(("train", len(records)))
+
+    def on_epoch_start(self, epoch: int, epochs: int | None) -> None:
+        self.calls.append(("epoch", epoch, epochs))
+
+    def on_step_end(self, progress: Progress) -> None:
+        self.calls.append(("step", progress.step, progress.epoch_done))
+
+    def on_snapshot(self, step: int, model: nn.Module) -> None:
+        self.calls.append(("snapshot", step))
+
+    def on_epoch_end(self, record: EpochRecord, model: nn.Module) -> None:
+        self.calls.append(("end of epoch", record.epoch))
+
+    def on_train_end(self) -> None:
+        self.calls.append("end")
+
+
+def test_every_hook_is_called_in_its_place(tmp_path: Path) -> None:
+    recipe, store, log = make_recipe(epochs=2), CheckpointStore(tmp_path), Log()
+    with pytest.raises(TrainingInterruptedError):
+        train(make_net(), make_dataset(), recipe, checkpoints=store, callbacks=[log, StopAt(7)])
+    first = [("epoch", 1, 2), *(("snapshot", step) for step in (1, 2, 4, 5)), ("step", 5, 1.0), ("end of epoch", 1)]
+    assert log.calls == [("train", 0), ("snapshot", 0), *first, ("epoch", 2, 2), "end"]
+    log = Log()
+    train(make_net(), make_dataset(), recipe, checkpoints=store, callbacks=[log])
+    second = [("epoch", 2, 2), ("snapshot", 10), ("step", 10, 1.0), ("end of epoch", 2)]
+    assert log.calls == [("train", 1), *second, "end"]
+
+
+def test_the_end_is_told_after_an_error_too() -> None:
+    log = Log()
+    with pytest.raises(DivergenceError):
+        train(make_dropout_net(), make_dataset(), make_recipe(lr=1e15, lr_schedule="constant"), callbacks=[log])
+    assert log.calls[-1] == "end"
 
 
 def test_no_gradient_of_the_images_is_computed() -> None:
@@ -742,21 +773,21 @@ def test_small_images_are_refused_for_nets_of_one_size(precision: str) -> None:
     torch.manual_seed(0)
     net = create_model("fashion-2conv", channels=1, image_height=8, image_width=8, classes=4)
     recipe = make_recipe(model="fashion-2conv", initial_size=4, precision=precision)
-    with pytest.raises(UsageError, match="^--initial-size 4: the net fashion-2conv does not take images of that size$"):
+    with pytest.raises(UsageError, match="^`initial_size` is 4: the model fashion-2conv does not take"):
         train(net, make_dataset(), recipe)
 
 
 def test_a_checkpoint_of_another_version_is_refused_in_a_line(tmp_path: Path) -> None:
     """Such as one of the time when the optimizers were PyTorch's."""
     store = CheckpointStore(tmp_path)
-    train(make_net(), make_dataset(), make_recipe(), store=store)
+    train(make_net(), make_dataset(), make_recipe(), checkpoints=store)
     saved = store.load()
     assert saved is not None
     state, tensors = saved
     old = {key.replace("optimizer.", "optimizer.0."): value for key, value in tensors.items()}
     store.save(replace(state, step=99), old)
     with pytest.raises(ConvlensError, match="^the checkpoint does not fit this version of convlens: .*; train anew$"):
-        train(make_net(), make_dataset(), make_recipe(), store=store)
+        train(make_net(), make_dataset(), make_recipe(), checkpoints=store)
 
 
 def test_a_fresh_net_sees_images_of_every_class(monkeypatch: pytest.MonkeyPatch) -> None:

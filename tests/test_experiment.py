@@ -494,7 +494,7 @@ def test_init_from_a_net_of_default_width(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_plots")
 def test_init_from_a_net_that_does_not_fit(run: Run, tmp_path: Path) -> None:
     colour = np.random.default_rng(0).integers(0, 256, (40, 3, 40, 40), dtype=np.uint8)
-    with pytest.raises(UsageError, match="^--init-from: no weight of its small fits"):
+    with pytest.raises(UsageError, match="^`init_from`: no weight of its small fits"):
         Experiment.create((colour, np.arange(40) % 4), init_from=run.path, width=3, out=tmp_path / "run", **QUICK)
     assert not (tmp_path / "run").exists()
 

@@ -8,20 +8,23 @@ the strong nets so chaotic that the rounding of another processor's arithmetic c
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import convlens.training.loop as engine
 from convlens.data.dataset import Dataset, Split
 from convlens.data.preprocess import Preprocess
 from convlens.errors import TrainingInterruptedError
+from convlens.training import grad_accum
 from convlens.training.build import make_model, model_config
+from convlens.training.callbacks import StopWhen
+from convlens.training.loop import fit
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import RECIPES, get_recipe
+from convlens.training.step import forward_backward
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 ACCEPT = os.environ.get("CONVLENS_ACCEPT_GOLDEN") == "1"
@@ -63,30 +66,24 @@ def make_split(count: int, channels: int, side: int, seed: int) -> Split:
 
 
 def ten_losses(recipe: Recipe, data: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Train the recipe's net for ten steps, or as many parts of steps, and return the loss of each."""
+    """Train the recipe's model for ten steps, or as many micro-batches, and return the loss of each."""
     channels, side, count = data
     train, test = make_split(count, channels, side, 0), make_split(2 * CLASSES, channels, side, 1)
     names = tuple("abcd")
     dataset = Dataset(name="toy", classes=names, train=train, test=test)
     losses: list[float] = []
-    make_loss = engine.make_loss
 
-    def make_recording_loss(recipe: Recipe, net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-        compute = make_loss(recipe, net)
+    def recording(*arguments: Any) -> tuple[Tensor, Tensor]:
+        loss, logits = forward_backward(*arguments)
+        losses.append(loss.item())
+        return loss, logits
 
-        def compute_and_record(logits: Tensor, target: Tensor) -> Tensor:
-            loss = compute(logits, target)
-            losses.append(loss.item())
-            return loss
-
-        return compute_and_record
-
-    monkeypatch.setattr(engine, "make_loss", make_recording_loss)
+    monkeypatch.setattr(grad_accum, "forward_backward", recording)
     recipe = recipe.override(max_steps=OF_STEPS, device="cpu", threads=1, precision="fp32", seed=0)
     torch.manual_seed(0)
     net = make_model(model_config(recipe, dataset), dataset, Preprocess.fit(train.images, dataset.input_style))
     with pytest.raises(TrainingInterruptedError):
-        list(engine.fit(net, dataset, recipe, should_stop=lambda: len(losses) >= STEPS))
+        list(fit(net, dataset, recipe, callbacks=[StopWhen(lambda: len(losses) >= STEPS)]))
     return losses[:STEPS]
 
 

@@ -332,7 +332,7 @@ def test_a_hostile_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
     manifest.write_text(json.dumps(values))
     if name.startswith("other "):  # whole, and of another net: the training says so
         with pytest.raises(ConvlensError, match="does not fit this version of convlens"):
-            train(make_net(), make_dataset(), make_recipe(), store=CheckpointStore(folder))
+            train(make_net(), make_dataset(), make_recipe(), checkpoints=CheckpointStore(folder))
         return
     with pytest.raises(ConvlensError, match="no whole checkpoint is left: train anew$"):
         CheckpointStore(folder).load()

@@ -32,6 +32,7 @@ from convlens.serving.dashboard import describe_run, start_dashboard
 from convlens.system.files import write_json_best_effort
 from convlens.training.callbacks import LiveStatus
 from convlens.training.metrics import Progress
+from convlens.training.state import EpochRecord
 
 FAST: dict[str, Any] = {"batch_size": 50, "device": "cpu", "threads": 1}
 
@@ -87,9 +88,13 @@ def test_progress_and_mistakes(half: RunDir) -> None:
     assert shares == sorted(shares, reverse=True)
 
 
+def record(epoch: int) -> EpochRecord:
+    return EpochRecord(epoch, 1.0, 0.1, 0.5, 0.9)
+
+
 def test_it_takes_little_time(half: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("convlens.runs.artifacts.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("convlens.training.callbacks.time.monotonic", lambda: now[0])
     looked = []
 
     def slow(net: Any, images: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -97,15 +102,15 @@ def test_it_takes_little_time(half: RunDir, monkeypatch: pytest.MonkeyPatch) -> 
         now[0] += 1.0
         return torch.zeros(len(images), 10)
 
-    monkeypatch.setattr("convlens.runs.artifacts.compute_logits", slow)
+    monkeypatch.setattr("convlens.training.callbacks.compute_logits", slow)
     experiment = Experiment.resume(half.path)
     live = LiveStatus(half, experiment.dataset, experiment.preprocess.normalizer(), experiment.recipe)
     for epoch in range(1, 401):  # of a second each
-        live.look(epoch, experiment.net)
+        live.on_epoch_end(record(epoch), experiment.net)
         now[0] += 1
     assert len(looked) == 4 and looked[1] - looked[0] > 100
-    live.tell(Progress(10, 10, 400.0, 0.1, 1.0, 9.0, 0.0))
-    live.look(400, experiment.net)  # the end is always looked at
+    live.on_step_end(Progress(10, 10, 400.0, 0.1, 1.0, 9.0, 0.0))
+    live.on_epoch_end(record(400), experiment.net)  # after the end always
     assert len(looked) == 5 and json.loads(half.mistakes.read_text())["epoch"] == 400
 
 
@@ -118,14 +123,14 @@ def test_what_is_wrong_is_asked_of_all_classes(half: RunDir) -> None:
     live = LiveStatus(half, by_class, experiment.preprocess.normalizer(), experiment.recipe)
     live.ASKED = 50
     net = create_model("small", channels=1, image_height=8, image_width=8, classes=10, width=4)
-    live.look(1, net)
+    live.on_epoch_end(record(1), net)
     told = json.loads(half.mistakes.read_text())
     assert told["asked"] == 50 and len({one["label"] for one in told["mistakes"]}) > 3
 
 
 def test_mistakes_are_those_of_the_net_that_is_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, torch.Tensor]] = []
-    monkeypatch.setattr(LiveStatus, "look", lambda self, epoch, net: seen.append((epoch, weight_of(net))))
+    monkeypatch.setattr(LiveStatus, "on_epoch_end", lambda _, row, net: seen.append((row.epoch, weight_of(net))))
     experiment = Experiment.create("digits", out=tmp_path / "run", epochs=2, ema_decay=0.9, **FAST)
     raw = [weight_of(experiment.net) for _ in experiment.epochs()]
     assert [epoch for epoch, _ in seen] == [1, 2]

@@ -172,7 +172,7 @@ def test_a_training_imports_neither_the_compiler_nor_sympy() -> None:
     program = (
         "import sys, convlens\n"
         "net = convlens.create_model('small', channels=1, image_height=8, image_width=8, classes=10)\n"
-        "recipe = convlens.get_recipe('digits').override(iterations=2, precision='auto')  # bf16 is tried out\n"
+        "recipe = convlens.get_recipe('digits').override(max_steps=2, precision='auto')  # bf16 is tried out\n"
         "for _ in convlens.fit(net, convlens.load_dataset('digits'), recipe): pass\n"
         "print({'torch._dynamo', 'sympy'} & set(sys.modules))"
     )

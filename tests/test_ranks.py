@@ -26,7 +26,7 @@ import convlens
 from convlens.data.preprocess import Preprocess
 from convlens.evaluation.metrics import evaluate
 from convlens.models import ConvNet
-from convlens.distributed.process_group import join
+from convlens.distributed.process_group import init_world
 
 class Plain(ConvNet):
     def __init__(self):
@@ -36,16 +36,16 @@ class Plain(ConvNet):
 
 dataset = convlens.load_dataset("digits")
 for kind, options in json.loads(sys.argv[1]):
-    torch.manual_seed(join().rank)  # each process begins with other weights; those of the first count
+    torch.manual_seed(init_world().rank)  # each process begins with other weights; those of the first count
     small = {"channels": 1, "image_height": 8, "image_width": 8, "classes": 10}
     net = Plain() if kind == "plain" else convlens.create_model("small", **small)
-    options = {"iterations": 50, "batch_size": 60, "lr": 0.05, "threads": 1, **options}
+    options = {"max_steps": 50, "batch_size": 60, "lr": 0.05, "threads": 1, **options}
     recipe = convlens.get_recipe("digits").override(**options)
     torch.set_num_threads(1)
     records = [[r.train_loss, r.train_acc, r.val_loss, r.val_acc] for r in convlens.fit(net, dataset, recipe)]
     # three images are too few for some processes: all of them still test all three, once
-    normalise, three = Preprocess.fit(dataset.train.images, dataset.input_style).normalizer(), torch.arange(3)
-    shared, alone = (evaluate(net, dataset.test.select(three), normalise, ranks=ranks) for ranks in (join(), None))
+    normalise, three = Preprocess.measure(dataset.train.images, dataset.style).normaliser(), torch.arange(3)
+    shared, alone = (evaluate(net, dataset.test.take(three), normalise, ranks=ranks) for ranks in (init_world(), None))
     assert abs(shared.loss - alone.loss) < 1e-6 and shared.accuracy == alone.accuracy
     print(json.dumps([records, torch.cat([p.detach().flatten() for p in net.parameters()])[::7].tolist()]))
 """
@@ -126,7 +126,7 @@ def refused(what):
 
 digits = convlens.load_dataset("digits")
 net = convlens.create_model("small", channels=1, image_height=8, image_width=8, classes=10)
-parts = convlens.get_recipe("digits").override(epochs=1, parts=2, sync_batchnorm=True)
+parts = convlens.get_recipe("digits").override(epochs=1, grad_accum_steps=2, sync_batchnorm=True)
 refused(lambda: list(convlens.fit(net, digits, parts)))
 refused(lambda: convlens.train_series("digits", seeds=2))
 refused(lambda: convlens.train("digits", budget="9s"))
@@ -136,13 +136,13 @@ print(run.path, run.accuracy >= 0)
 """
     first, other = (text.splitlines() for text in in_processes(2, code=code))
     assert first[:3] == [
-        "UsageError --sync-batchnorm measures a batch in one go; leave --grad-accum-steps out",
+        "UsageError `sync_batchnorm` normalizes a batch as a whole; leave out `grad_accum_steps`",
         "UsageError a series of trainings cannot be shared by several processes: start it without torchrun",
         "UsageError --budget measures the pace of one process; give several of them --max-seconds",
     ]
-    assert first[3].startswith("UnknownName unknown model 'nothing'")
+    assert first[3].startswith("UnknownNameError unknown model 'nothing'")
     assert first[4].endswith("1 True")
-    gone = [re.sub(r"^\w+", "PeerGone", line) for line in first[2:4]]
+    gone = [re.sub(r"^\w+", "WorkerLostError", line) for line in first[2:4]]
     assert other == [*first[:2], *gone, first[4]]
 
 
@@ -204,7 +204,7 @@ def test_killed_processes_change_nothing(tmp_path: Path, kills: int) -> None:
         os.kill(dice.choice(workers_of(run.pid)), signal.SIGKILL)
         _, errors = run.communicate(timeout=180)
         assert run.returncode == 0, errors
-        assert "a process was killed (signal 9); all go on from the last checkpoint" in errors
+        assert "a process was killed (signal 9); all processes resume from the last checkpoint" in errors
         assert (tmp_path / out / "model/model.safetensors").read_bytes() == whole
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from convlens.cli.main.main import main
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import convlens
+from convlens.cli.main import main
 from convlens.distributed.sync_batchnorm import SyncBatchNorm
 from convlens.errors import ConvlensError, UsageError
 from convlens.models import MODELS, ConvNet, create_model
@@ -124,13 +124,13 @@ def test_seeds_start_from_the_same_weights(trained: Run, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("rules", "says"),
     [
-        ({"pretrained": "nowhere.safetensors"}, "^--pretrained: there is no file nowhere.safetensors$"),
-        ({"pretrained": "."}, "^--pretrained takes a .safetensors file; for the run or model . there is --init-from$"),
-        ({"pretrained": "torn.safetensors"}, "^--pretrained: torn.safetensors is no whole .safetensors file: "),
-        ({"pretrained": "timm"}, "^--pretrained timm is for nets of timm, such as --model timm:resnet18$"),
+        ({"pretrained": "nowhere.safetensors"}, "^`pretrained`: there is no file nowhere.safetensors$"),
+        ({"pretrained": "."}, "^`pretrained` takes a .safetensors file; for the run or model . there is `init_from`$"),
+        ({"pretrained": "torn.safetensors"}, "^`pretrained`: torn.safetensors is not a complete .safetensors file: "),
+        ({"pretrained": "timm"}, "^`pretrained` timm needs a model of timm, such as timm:resnet18$"),
         (
             {"pretrained": "other.safetensors"},
-            "^--pretrained: no weight in .*other.safetensors fits a net SmallNet here$",
+            "^`pretrained`: no weight in .*other.safetensors fits a model SmallNet here$",
         ),
         ({"freeze": 1}, "^--freeze leaves trained stages as they are; name them with --pretrained or --init-from$"),
         ({"model": "timm:resnet18", "width": None}, MISSING),
@@ -155,7 +155,7 @@ def test_init_and_pretrained_are_two_answers(trained: Run) -> None:
 def test_a_damaged_note_beside_the_weights_is_named(trained: Run, tmp_path: Path) -> None:
     save_file(load_file(weights_of(trained)), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"pretrained_cfg": {"mean": [0.5]}}')
-    with pytest.raises(ConvlensError, match="config.json, beside the weights, is damaged: KeyError"):
+    with pytest.raises(ConvlensError, match="config.json, next to the weights, is damaged: KeyError"):
         Experiment.create(
             make_photos(tmp_path / "photos"), pretrained=str(tmp_path / "model.safetensors"), out="run", **SMALL
         )
@@ -201,7 +201,7 @@ def test_more_frozen_stages_than_there_are() -> None:
 
 def test_only_a_convnet_can_be_frozen() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    with pytest.raises(UsageError, match="^--freeze: the net small is no convlens.models.ConvNet"):
+    with pytest.raises(UsageError, match="^`freeze` needs a convlens.models.ConvNet, and the model small is not one"):
         list(fit(net, convlens.load_dataset("digits"), Recipe(freeze=1, max_steps=1, **QUICK)))
 
 
@@ -209,11 +209,11 @@ def test_what_is_frozen_must_have_been_trained() -> None:
     net = create_model("small", channels=3, image_height=8, image_width=8, classes=4, width=4)
     assert isinstance(net, ConvNet)
     weights = {key: value + 1 for key, value in tensors_of(net).items() if "stem.0" not in key}
-    start = PretrainedWeights("--pretrained", "some.safetensors", weights)
+    start = PretrainedWeights("pretrained", "some.safetensors", weights)
     with pytest.raises(
-        UsageError, match="^--freeze 2: 1 of the tensors .* some.safetensors, such as body.stem.0.weight$"
+        UsageError, match="^`freeze` 2: 1 of the frozen tensors .* some.safetensors, such as body.stem.0.weight$"
     ):
-        load_matching_weights(net, start, frozen=2)
+        load_matching_weights(net, start, freeze=2)
     load_matching_weights(net, start)
     assert torch.equal(net.state_dict()["body.conv1.0.weight"], weights["body.conv1.0.weight"])
 
@@ -223,7 +223,7 @@ def test_a_batchnorm_of_its_own_kind_is_not_measured_together() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).relu()
 
-    with pytest.raises(UsageError, match="^--sync-batchnorm cannot measure WithReLU"):
+    with pytest.raises(UsageError, match="^`sync_batchnorm` does not support WithReLU"):
         SyncBatchNorm(nn.Sequential(WithReLU(3)))
 
 

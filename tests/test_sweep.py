@@ -33,9 +33,10 @@ from convlens.sweep.results import pick_best, recipe_file, trial_rows, write_out
 from convlens.sweep.space import Choice, Range, parse_space, read_space, space_texts
 from convlens.sweep.storage import absolute_storage
 from convlens.sweep.study import Sweep
-from convlens.training import lr_finder
+from convlens.training import lr_finder, throughput
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import RECIPES, get_recipe, read_recipe
+from convlens.training.throughput import Throughput
 
 QUICK: dict[str, Any] = {
     "epochs": 1, "width": 4, "batch_size": 16, "val_fraction": 0.25, "device": "cpu", "threads": 1, "precision": "fp32",
@@ -638,12 +639,12 @@ def test_on_the_command_line(
         ((toy, "--param", "lrr=1,2"), "unknown name of a --param 'lrr'; did you mean 'lr'?"),
         ((toy, "--param", LR[0], "--jobs", 9999), "--jobs is 9999; this machine lets convlens use"),
         ((toy, "--param", LR[0], "--confirm", 1), "--confirm is 1; it takes 2 seeds or more"),
-        ((toy, "--param", LR[0], "--pretrained", "x.safetensors"), "a sweep starts every net from random weights"),
+        ((toy, "--param", LR[0], "--pretrained", "x.safetensors"), "a sweep starts every model from random weights"),
         (
             (toy, "--param", "model=small,tiny", "--param", "pool=avg,max"),
             "--param pool=avg: model 'small' has no option 'pool'; it takes filters; model 'tiny' has no",
         ),
-        ((toy, "--param", LR[0], "--freeze", 1), "a sweep starts every net from random weights, so it takes no --fr"),
+        ((toy, "--param", LR[0], "--freeze", 1), "a sweep starts every model from random weights, so it takes no --fr"),
         ((toy, "--param", "frozen=0,1"), "--param frozen makes no sense to search: all nets start from random weights"),
         ((toy, "--param", LR[0], "--out", "runs"), "runs exists already; choose another --out"),
         (
@@ -687,37 +688,37 @@ def test_batch_sizes_are_tried_until_they_bring_nothing(monkeypatch: pytest.Monk
     dataset = dataclasses.replace(dataset, train=dataset.train.select(torch.arange(1200).repeat(5)))
     monkeypatch.setattr(lr_finder, "measure", lambda _, __, size: lr_finder.Pace(size, pace[size], memory[size]))
     recipe = get_recipe("digits")
-    told: list[lr_finder.Pace] = []
-    tried, why = lr_finder.probe_batches(dataset, recipe, told.append)
+    told: list[Throughput] = []
+    tried, why = throughput.probe_batches(dataset, recipe, told.append)
     assert (
-        [p.batch_size for p in tried] == [16, 32, 64, 128, 256] and lr_finder.pick_batch(tried) == 64 and told == tried
+        [p.batch_size for p in tried] == [16, 32, 64, 128, 256] and throughput.pick_batch(tried) == 64 and told == tried
     )
     assert why == "batches of 128 and 256 are hardly faster"
     memory[32] = 1 << 60
-    tried, why = lr_finder.probe_batches(dataset, recipe)
-    assert [p.batch_size for p in tried] == [16, 32] and lr_finder.pick_batch(tried) == 32
+    tried, why = throughput.probe_batches(dataset, recipe)
+    assert [p.batch_size for p in tried] == [16, 32] and throughput.pick_batch(tried) == 32
     assert why == "batches of 64 may need more than half of the memory that is free"
 
-    def run_out(*_: object) -> lr_finder.Pace:
+    def run_out(*_: object) -> Throughput:
         raise MemoryError
 
     few = dataclasses.replace(dataset, train=dataset.train.select(torch.arange(350)))  # ten steps an epoch at least
     tried, why = lr_finder.probe_batches(few, recipe)
     assert [p.batch_size for p in tried] == [16]
     assert why == "with batches of 32 an epoch would have fewer than 10 steps"
-    monkeypatch.setattr(lr_finder, "measure", run_out)
-    assert lr_finder.probe_batches(dataset, recipe) == ([], "batches of 16 do not fit into memory")
+    monkeypatch.setattr(throughput, "measure_batch_size", run_out)
+    assert throughput.probe_batches(dataset, recipe) == ([], "batches of 16 do not fit into memory")
     with pytest.raises(ConvlensError, match="^there is not enough memory for 16 images at once"):
-        lr_finder.pick_batch([])
+        throughput.pick_batch([])
 
 
 def test_what_a_batch_costs_is_measured_without_a_test_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lr_finder, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(throughput, "BATCH_PROBE_SECONDS", 0.01)
     dataset = dataclasses.replace(load_dataset("digits"), test=None)  # type: ignore[arg-type]
     recipe = get_recipe("digits").override(width=4)
-    small, large = (lr_finder.measure(dataset, recipe, size) for size in (16, 64))
-    assert small.images_per_second > 0 and large.memory == 4 * small.memory > 0
-    assert lr_finder.free_memory(recipe) > 0
+    small, large = (throughput.measure_batch_size(dataset, recipe, size) for size in (16, 64))
+    assert small.training > 0 and large.memory == 4 * small.memory > 0
+    assert throughput.free_memory(recipe) > 0
 
 
 def test_a_net_without_an_option_is_searched_beside_one_with_it(toy: str) -> None:
@@ -745,7 +746,7 @@ def test_tune_prints_a_command_that_runs(
 ) -> None:
     from convlens.cli import main
 
-    monkeypatch.setattr(lr_finder, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(throughput, "BATCH_PROBE_SECONDS", 0.01)
     monkeypatch.setattr(sys, "argv", ["convlens", "tune", "digits", "--width", "4", "--no-nesterov", "--seed", "2"])
     with pytest.raises(SystemExit) as leaving:
         main.main()

@@ -19,7 +19,7 @@ from convlens.models import create_model
 from convlens.reports.timelapse import draw_snapshot, format_epoch
 from convlens.runs.experiment import Experiment
 from convlens.runs.run import Run
-from convlens.training.loop import is_snapshot_step
+from convlens.training.schedule import is_snapshot_step
 
 FAST = {"epochs": 3, "batch_size": 100, "device": "cpu", "threads": 1}
 

@@ -23,6 +23,7 @@ from convlens.system.device import select_device, set_num_threads
 from convlens.system.files import write_json, write_name_list
 from convlens.system.random import derive_seed, preserve_rng_state, seed_everything
 from convlens.training.build import make_model, model_config
+from convlens.training.callbacks import ProgressBarCallback
 from convlens.training.loop import fit
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import default_recipe, get_recipe

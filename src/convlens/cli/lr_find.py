@@ -17,7 +17,7 @@ from convlens.system.text import quoted
 from convlens.training.recipe import flag
 
 if TYPE_CHECKING:
-    from convlens.training.lr_finder import Pace
+    from convlens.training.throughput import Throughput
 
 
 @app.command()
@@ -55,9 +55,10 @@ def lr_find(
         from convlens.reports.plots import draw_range_test
         from convlens.system.device import set_num_threads
         from convlens.training.build import drop_unsupported_options
-        from convlens.training.lr_finder import find_lr, pick_batch, probe_batches, with_lr
+        from convlens.training.lr_finder import find_lr, with_lr
         from convlens.training.pretrained import reject_pretrained
         from convlens.training.recipes import default_recipe, get_recipe
+        from convlens.training.throughput import pick_batch, probe_batches
 
     own = get_recipe(recipe) if recipe else default_recipe(data_name(data))
     restore_sigint()
@@ -92,6 +93,6 @@ def lr_find(
     echo(f"train with: convlens train {quoted(data)}{named} {' '.join(words)}")
 
 
-def describe_pace(pace: Pace) -> str:
+def describe_pace(pace: Throughput) -> str:
     """Return the line of a batch size: "batches of    64: about    12,000 images/s"; timings tell no more than that."""
-    return f"batches of {pace.batch_size:>5}: about {float(f'{pace.images_per_second:.2g}'):>9,.0f} images/s"
+    return f"batches of {pace.batch_size:>5}: about {float(f'{pace.training:.2g}'):>9,.0f} images/s"

@@ -152,7 +152,7 @@ def train(
     if resume is not None and RunDir.is_series(resume):
         run_series(RunGroup.resume(resume, **allowed), live=live)
     elif resume is not None:
-        run_experiment(Experiment.resume(resume, finished_too=init_world().again, **allowed), live=live)
+        run_experiment(Experiment.resume(resume, finished_too=init_world().is_restart, **allowed), live=live)
     else:
         given: dict[str, Any] = {"out": out, "allow_unreadable": allow_unreadable, "exclude": exclude, **overrides}
         if several:
@@ -203,7 +203,7 @@ def run_experiment(experiment: Experiment, part_of: Path | None = None, *, live:
     from convlens.distributed.process_group import launcher_died
 
     whole = part_of or experiment.folder.path
-    alone, first = experiment.ranks.size == 1, experiment.ranks.first
+    alone, first = experiment.ranks.size == 1, experiment.ranks.is_main
     if not first:  # one process speaks for all
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
     describe_experiment(experiment)
@@ -218,7 +218,7 @@ def run_experiment(experiment: Experiment, part_of: Path | None = None, *, live:
                 f"{error}; saved. Go on with: convlens train --resume {quoted(whole)}"
             ) from None
     untested = f"trained, but not tested; go on with: convlens train --resume {quoted(whole)}"
-    if experiment.ranks.agree(asked(), 0.0)[0]:  # in the last step, or behind it
+    if experiment.ranks.any(asked()):  # in the last step, or behind it
         raise TrainingInterruptedError(untested)
     try:
         restore_sigint()

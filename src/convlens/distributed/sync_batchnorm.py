@@ -1,4 +1,4 @@
-"""What BatchNorm remembers of the images it saw, and how it measures those of several processes at once."""
+"""BatchNorm across ranks, and the running statistics of BatchNorm."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ from convlens.errors import UsageError
 RUNNING = ("running_mean", "running_var")  # BatchNorm's buffers
 
 
-def batchnorm_statistics(net: nn.Module) -> dict[str, Tensor]:
-    """Return the running means and variances of a net's BatchNorm by name."""
-    layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, _BatchNorm)}
+def batchnorm_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Return the running means and variances of a model's BatchNorm layers, by buffer name."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
     statistics = {f"{name}.{kind}": getattr(layer, kind) for name, layer in layers.items() for kind in RUNNING}
     return {name: value for name, value in statistics.items() if value is not None}
 
 
 class SyncBatchNorm:
-    """``with``: the BatchNorm of a net measures the images of all ranks at once, forwards and backwards.
+    """Context in which a model's BatchNorm uses the statistics of the images of all ranks, forward and backward.
 
-    PyTorch's own SyncBatchNorm does so on accelerators only.
+    PyTorch's own SyncBatchNorm works on accelerators only.
+
+    Raises:
+        UsageError: If a layer overrides BatchNorm's forward.
     """
 
-    def __init__(self, net: nn.Module):
-        self._layers = [layer for layer in net.modules() if isinstance(layer, _BatchNorm)]
+    def __init__(self, model: nn.Module):
+        self._layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
         for layer in self._layers:
-            if type(layer).forward is not _BatchNorm.forward:  # timm's, some of which hold what follows as well
-                raise UsageError(f"--sync-batchnorm cannot measure {type(layer).__name__}, a BatchNorm of its own kind")
+            if type(layer).forward is not _BatchNorm.forward:  # some of timm's contain the activation too
+                raise UsageError(f"`sync_batchnorm` does not support {type(layer).__name__}")
 
     def __enter__(self) -> None:
         for layer in self._layers:
@@ -44,12 +47,12 @@ class SyncBatchNorm:
 
 
 def normalize_across_ranks(layer: _BatchNorm, x: Tensor) -> Tensor:
-    """Do what BatchNorm does to ``x`` (N, C, ...), with the mean and variance over the images of all ranks."""
+    """Apply BatchNorm to ``x`` (N, C, ...) with the mean and variance over the images of all ranks."""
     if not layer.training:
         return type(layer).forward(layer, x)
     values = x.float()
     places = [d for d in range(x.dim()) if d != 1]
-    ours = values.numel() // values.shape[1]  # values of a channel
+    ours = values.numel() // values.shape[1]  # values per channel
     mean, count = all_reduce_sum(values.sum(places, keepdim=True), ours)  # (1, C, 1, 1)
     mean = mean / count
     variance = all_reduce_sum((values - mean).square().sum(places, keepdim=True), ours)[0] / count
@@ -66,13 +69,13 @@ def normalize_across_ranks(layer: _BatchNorm, x: Tensor) -> Tensor:
 
 
 def all_reduce_sum(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the sum over all ranks of ``x``, with gradients, and that of ``count``, the values that went into it."""
+    """Return the sums over all ranks of ``x``, with gradients, and of ``count``, the number of values in ``x``."""
     total, values = AllReduceSum.apply(x, count)  # type: ignore[no-untyped-call]
     return total, values
 
 
 class AllReduceSum(torch.autograd.Function):
-    """What :func:`all_reduce_sum` does."""
+    """Autograd function of :func:`all_reduce_sum`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -85,7 +88,7 @@ class AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
-        """Add up the gradients of all losses, as Ranks.average will weigh them: by the number of images."""
+        """Sum the gradients of all ranks, weighted by their images, as World.all_reduce_mean weighs them later."""
         total = gradient.contiguous() * ctx.count
         with translate_peer_failure():
             distributed().all_reduce(total)

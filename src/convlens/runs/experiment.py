@@ -31,10 +31,18 @@ from convlens.system.device import select_device, set_num_threads, system_info
 from convlens.system.files import read_name_list, write_json, write_name_list
 from convlens.system.hardware import available_cores
 from convlens.system.random import preserve_rng_state
-from convlens.training.build import drop_unsupported_options, freeze, make_model, model_config
-from convlens.training.callbacks import Callback, LiveStatus, TensorBoardLogger, find_tensorboard
+from convlens.training.build import drop_unsupported_options, freeze, make_model, model_config, require_possible
+from convlens.training.callbacks import (
+    Callback,
+    LiveStatus,
+    ProgressBarCallback,
+    SnapshotCallback,
+    StopWhen,
+    TensorBoardLogger,
+    find_tensorboard,
+)
 from convlens.training.checkpoint import CheckpointStore
-from convlens.training.loop import fit, require_possible
+from convlens.training.loop import fit
 from convlens.training.precision import choose_precision
 from convlens.training.pretrained import input_spec, load_matching_weights, start_from_model, start_from_weights
 from convlens.training.recipe import LENGTHS, Recipe
@@ -80,13 +88,13 @@ class Experiment:
         the place of one that has died, it goes on with the run that the job has begun.
         """
         ranks = init_world()
-        if not ranks.first:
+        if not ranks.is_main:
             return cls._follow(data, ranks)
-        with ranks.leading():
+        with ranks.planning():
             if budget is not None and ranks.size > 1:
                 raise UsageError("--budget measures the pace of one process; give several of them --max-seconds")
             training = launch_id()
-            if ranks.again and (begun := find_interrupted_run(out, training)):
+            if ranks.is_restart and (begun := find_interrupted_run(out, training)):
                 return cls._go_on(begun, memory_of(data), accept_changes=True, finished_too=True)._lead()
             return cls._begin(
                 data,
@@ -216,9 +224,9 @@ class Experiment:
         UsageError says so, unless ``accept_changes``; config.json records them.
         """
         ranks = init_world()
-        if not ranks.first:
+        if not ranks.is_main:
             return cls._follow(data, ranks)
-        with ranks.leading():
+        with ranks.planning():
             return cls._go_on(
                 path,
                 data,
@@ -297,7 +305,7 @@ class Experiment:
     @classmethod
     def _follow(cls, data: Any, ranks: World) -> Experiment:
         """Set up what the first process has decided."""
-        path, config, left_out = ranks.follow()
+        path, config, left_out = ranks.receive_plan()
         set_num_threads(min(config["recipe"]["threads"], available_cores()))
         return cls._rebuild(RunDir(path), config, memory_of(data), left_out, allow_unreadable=True)
 
@@ -319,24 +327,33 @@ class Experiment:
                 self.dataset,
                 self.recipe,
                 preprocess=self.preprocess,
-                store=CheckpointStore(self.folder.checkpoint),
-                should_stop=should_stop,
-                watcher=watcher,
-                show_progress=show_progress and self.ranks.first,
+                checkpoints=CheckpointStore(self.folder.checkpoint),
+                callbacks=[StopWhen(should_stop), *(self._callbacks(show_progress) if self.ranks.is_main else [])],
             ):
                 records.append(record)
-                if self.ranks.first:
+                if self.ranks.is_main:
                     write_metrics(self.folder, records, watched=self.recipe.log_test_metrics)
-                board.add(record)
                 yield record
+
+    def _callbacks(self, show_progress: bool) -> list[Callback]:
+        """Return the callbacks of rank 0."""
+        normalize = self.preprocess.normaliser()
+        callbacks: list[Callback] = [LiveStatus(self.folder, self.dataset, normalize, self.recipe.batch_size)]
+        if self.recipe.save_snapshots:
+            callbacks.append(SnapshotCallback(self.folder.snapshots))
+        if self.recipe.tensorboard:
+            callbacks.append(TensorBoardLogger(self.folder.tensorboard))
+        if show_progress:
+            callbacks.append(ProgressBarCallback())
+        return callbacks
 
     def finish(self) -> Run:
         """Measure the test split, once; write bundle, ``test.json``, ``predictions.csv``, plots and report."""
-        if self.ranks.first:
+        if self.ranks.is_main:
             with self.folder.claimed():
                 if not self.folder.report.exists():  # else another process has finished it
                     finalize(self.folder, self.config, self.recipe, self.dataset, self.preprocess, self.net)
-        self.ranks.share(None)  # the others wait for it
+        self.ranks.broadcast(None)  # the others wait for it
         return Run(self.folder.path)
 
 

@@ -17,8 +17,7 @@ from convlens.models import model_options
 from convlens.sweep.space import Choice, Range, Space
 from convlens.system.random import preserve_rng_state
 from convlens.system.text import first_few
-from convlens.training.build import drop_unsupported_options, make_model, model_config
-from convlens.training.loop import require_possible
+from convlens.training.build import drop_unsupported_options, make_model, model_config, require_possible
 from convlens.training.recipe import MODEL_OPTIONS, Recipe, flag
 from convlens.training.schedule import require_any_size
 

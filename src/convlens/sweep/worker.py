@@ -29,6 +29,7 @@ from convlens.system.device import set_num_threads
 from convlens.system.hardware import available_cores
 from convlens.system.random import derive_seed
 from convlens.training.build import drop_unsupported_options, make_model, model_config
+from convlens.training.callbacks import Callback, ProgressBarCallback, StopWhen
 from convlens.training.loop import fit
 from convlens.training.recipe import Recipe
 from convlens.training.state import EpochRecord
@@ -144,9 +145,8 @@ def train_trial(
     set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     net = make_model(model_config(recipe, sweep.data), sweep.data, sweep.preprocess)
-    return fit(
-        net, sweep.data, recipe, preprocess=sweep.preprocess, should_stop=should_stop, show_progress=show_progress
-    )  # fmt: skip
+    callbacks: list[Callback] = [StopWhen(should_stop), *([ProgressBarCallback()] if show_progress else [])]
+    return fit(net, sweep.data, recipe, preprocess=sweep.preprocess, callbacks=callbacks)
 
 
 def run_trial(

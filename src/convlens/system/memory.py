@@ -38,3 +38,12 @@ def ask_malloc(settings: Mapping[int, int]) -> None:
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # musl has none
         for variable, value in settings.items():
             mallopt(variable, value)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if an allocation failed: Python's, PyTorch's on a CPU, or an accelerator's."""
+    import torch
+
+    # macOS, Windows and Linux; then C++ and oneDNN, whose convolutions allocate memory of their own
+    messages = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "could not create a ")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in messages)

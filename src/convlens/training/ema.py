@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Exponential moving average of all floating-point weights and buffers; with decay 0 it does nothing."""
+    """Exponential moving average of all floating-point weights and buffers; with decay 0 a no-op."""
 
-    def __init__(self, net: nn.Module, decay: float):
-        self._net, self._decay = net, decay
+    def __init__(self, model: nn.Module, decay: float):
+        self._model, self._decay = model, decay
         self.weights = {k: v.detach().clone() for k, v in self._live().items()} if decay else {}
 
     def _live(self) -> dict[str, Tensor]:
-        return {k: v for k, v in self._net.state_dict().items() if v.is_floating_point()}
+        return {k: v for k, v in self._model.state_dict().items() if v.is_floating_point()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the average towards the net's weights after ``step`` steps; early on it follows them faster."""
+        """Move the average towards the weights after ``step`` steps; the decay rises from 0.1 over the first steps."""
         if not self._decay:
             return
         decay = min(self._decay, (1 + step) / (10 + step))
@@ -30,14 +30,14 @@ class EMA:
         torch._foreach_lerp_([self.weights[k] for k in keys], [live[k] for k in keys], 1 - decay)
 
     @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Let the net use the averaged weights inside the block."""
+    def swapped_in(self) -> Iterator[None]:
+        """Give the model the averaged weights inside the block, and its own back afterwards."""
         if not self._decay:
             yield
             return
         own = {k: v.clone() for k, v in self._live().items()}
-        self._net.load_state_dict(self.weights, strict=False)
+        self._model.load_state_dict(self.weights, strict=False)
         try:
             yield
         finally:
-            self._net.load_state_dict(own, strict=False)
+            self._model.load_state_dict(own, strict=False)

@@ -1,62 +1,87 @@
-"""When memory runs out: a batch goes through the net in parts whose gradients add up, so the effective batch stays."""
+"""Gradient accumulation: forward and backward in micro-batches, smaller ones when memory runs out."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+import logging
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from convlens.system.memory import release_memory
+from convlens.system.memory import is_out_of_memory, release_memory, retain_freed_memory
+from convlens.training.state import TrainState
+from convlens.training.step import forward_backward
 
-Step = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+if TYPE_CHECKING:
+    from convlens.training.build import TrainSetup
+
+logger = logging.getLogger("convlens")
 
 
-def accumulate_gradients(
-    step: Step, restart: Callable[[], None], images: Tensor, labels: Tensor, parts: int, *, again: bool = True
-) -> tuple[Tensor, Tensor, int]:
-    """Run ``step`` on the images (N, ...) in ``parts``; return its mean loss, all logits (N, K), and how many parts.
+class GradientAccumulator:
+    """Forward, loss and backward of a batch, in ``state.grad_accum_steps`` micro-batches whose gradients add up.
 
-    ``step`` takes images, labels and their share of the batch, adds to the gradients, and returns (loss, logits).
-    Where memory does not suffice for it, ``restart`` forgets the gradients, and all is done again in twice as many
-    parts, which is said once; unless it may not be done ``again``, since other processes take part. What this process
-    kept goes back to the system before. BatchNorm measures each part by itself. The error is raised again if there is
-    not enough for two images at a time. The attempt that failed has moved BatchNorm's running statistics, and the
-    random numbers of dropout, by what it got through.
+    When memory runs out, the batch is tried again in twice as many micro-batches, and later batches keep that number.
+    The effective batch size stays the same, but BatchNorm normalizes each micro-batch by itself. A failed attempt has
+    changed BatchNorm's running statistics and the random state of dropout.
+
+    On a CPU, freed memory is retained for the next step once a step has fitted; see :mod:`convlens.system.memory`.
     """
-    asked = parts
-    while True:
-        losses, logits = [], []  # first, so that nothing of an attempt that failed is held on to
-        restart()
-        if parts > asked and images.device.type == "cpu":
-            release_memory()
+
+    def __init__(self, setup: TrainSetup, state: TrainState):
+        self._setup, self._state = setup, state
+        self._may_retain = setup.device.type == "cpu"
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of a batch.
+
+        Args:
+            images: Normalized float images (N, C, H, W).
+            labels: Labels (N,) or probabilities (N, K).
+
+        Returns:
+            The mean loss, a scalar, and the logits (N, K), both detached.
+
+        Raises:
+            RuntimeError, MemoryError: If there is not enough memory for two images at a time, or if the ranks
+                synchronize within a step, so that one rank cannot try again.
+        """
+        result = self._attempt(images, labels)
+        while result is None:  # outside of the except block: the exception would keep what filled the memory
+            self._state.grad_accum_steps *= 2
+            self._setup.optimizer.zero_grad()
+            if images.device.type == "cpu":
+                release_memory()
+            result = self._attempt(images, labels)
+            if result is not None:
+                logger.warning(
+                    "not enough memory for %d images at once; from here on each step accumulates the gradients of %d "
+                    "micro-batches",
+                    len(images),
+                    self._state.grad_accum_steps,
+                )
+        if self._may_retain and self._state.grad_accum_steps == self._setup.recipe.grad_accum_steps:
+            retain_freed_memory()
+            self._may_retain = False
+        return result
+
+    def _attempt(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return loss and logits, or None if there was not enough memory and smaller micro-batches may help."""
+        self._setup.optimizer.zero_grad()
+        # a micro-batch has two images at least: BatchNorm cannot learn from one
+        count = max(min(self._state.grad_accum_steps, len(images) // 2), 1)
+        losses, logits = [], []
         try:
-            # of a small last batch, no part of one image, which BatchNorm cannot learn from
-            count = max(min(parts, len(images) // 2), 1)
             if count == 1:
-                return *step(images, labels, 1.0), parts
+                return forward_backward(self._setup, images, labels)
             for x, y in zip(images.tensor_split(count), labels.tensor_split(count), strict=True):
-                share = len(x) / len(images)
-                loss, output = step(x, y, share)
-                losses.append(loss * share)
+                fraction = len(x) / len(images)
+                loss, output = forward_backward(self._setup, x, y, fraction)
+                losses.append(loss * fraction)
                 logits.append(output)
         except (RuntimeError, MemoryError) as error:
-            if not again or not is_out_of_memory(error) or len(images) // (2 * parts) < 2:
+            too_small = len(images) // (2 * self._state.grad_accum_steps) < 2
+            if self._setup.sync_batchnorm or not is_out_of_memory(error) or too_small:
                 raise
-            parts *= 2
-            continue  # the error, which holds on to what filled the memory, is forgotten before the next attempt
-        if parts > asked:
-            print(
-                f"convlens: not enough memory for {len(images)} images at once; from here on each step goes through "
-                f"the net in {parts} parts, and learns from all of them together",
-                file=sys.stderr,
-            )
-        return torch.stack(losses).sum(), torch.cat(logits), parts
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error is that of an allocation, of Python, of PyTorch on a CPU, or on an accelerator."""
-    # Apple's, Windows' and Linux' words, then those of C++ and of oneDNN, whose convolutions need memory of their own
-    told = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "could not create a ")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in told)
+            return None
+        return torch.stack(losses).sum(), torch.cat(logits)

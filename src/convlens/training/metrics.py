@@ -1,4 +1,4 @@
-"""What an epoch has come to so far: the sums on the device, and what is told of them now and then."""
+"""Running loss and accuracy of the current epoch, accumulated on the device."""
 
 from __future__ import annotations
 
@@ -13,73 +13,96 @@ from convlens.training.state import TrainState
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training stands in the middle of an epoch."""
+    """Position and running metrics of a training.
+
+    Attributes:
+        step: Number of steps done.
+        total: Number of steps of the whole training; with ``max_seconds`` an estimate.
+        epoch: Number of epochs done, with a fraction.
+        loss: Mean training loss of this epoch so far, in nats.
+        accuracy: Training accuracy of this epoch so far, 0..1.
+        images_per_second: Training throughput of this epoch.
+        left: Estimated seconds until the end of the training.
+        epoch_done: Fraction of this epoch's work that is done, 0..1; 1 after its last step.
+    """
 
     step: int
-    total: int  # steps, as far as it is known
-    epoch: float  # epochs that are done
-    loss: float  # of this epoch so far
+    total: int
+    epoch: float
+    loss: float
     accuracy: float
     images_per_second: float
-    left: float  # seconds
+    left: float
+    epoch_done: float = 1.0
 
     def __str__(self) -> str:
-        figures = f"loss {self.loss:.4f}  accuracy {self.accuracy:.2%}  {self.left:,.0f} s left in all"
-        return f"{figures}  {self.images_per_second:,.0f} images/s"
+        metrics = f"loss {self.loss:.4f}  accuracy {self.accuracy:.2%}  {self.left:,.0f} s left in all"
+        return f"{metrics}  {self.images_per_second:,.0f} images/s"
 
 
 class RunningMetrics:
-    """Loss, hits and images of an epoch, added up on the device and read now and then."""
+    """Loss, correct predictions and images of an epoch, summed on the device and read now and then.
 
-    def __init__(self, state: TrainState, device: torch.device, ranks: World):
-        # float64 keeps the sums exact enough to be the same after a resume; MPS has none
+    The sums continue from those in ``state``, and :meth:`flush` writes them back for checkpoints.
+    """
+
+    def __init__(self, state: TrainState, device: torch.device, world: World):
+        # with float64 the sums do not depend on where a training was interrupted; MPS has none
         kind = torch.float32 if device.type == "mps" else torch.float64
-        self._before = self._seen = state.seen  # an interrupted epoch's, by another process
+        self._state, self._world = state, world
         self._sums = torch.tensor([state.loss_sum, state.correct], dtype=kind, device=device)
-        self._ranks = ranks
-        self._waiting: list[tuple[Tensor, Tensor, Tensor, int]] = []
+        self._pending: list[tuple[Tensor, Tensor, Tensor, int]] = []
+        self.images = 0  # of this epoch, in this process
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, n: int) -> None:
-        """Take the mean loss of a batch of ``n`` images, and this process's logits (N, K) and labels of it.
+    def update(self, loss: Tensor, logits: Tensor, labels: Tensor, count: int) -> None:
+        """Add a batch.
 
-        They wait until somebody asks: within a step, whose convolutions have emptied the caches, each small operation
-        takes five times as long as in a row of them.
+        The batch is stored until the next read: within a step, whose convolutions have emptied the caches, each small
+        operation takes five times as long as in a row of them.
+
+        Args:
+            loss: Mean loss of the batch, on all ranks.
+            logits: Logits (N, K) of this rank's images.
+            labels: Labels (N,) or probabilities (N, K) of this rank's images.
+            count: Number of images of the batch, on all ranks.
         """
-        self._waiting.append((loss, logits, labels, n))
-        self._seen += n
+        self._pending.append((loss, logits, labels, count))
+        self._state.seen += count
+        self.images += count
+
+    def compute(self) -> tuple[float, float]:
+        """Return mean loss and accuracy of the epoch so far."""
+        self.flush()
+        return self._state.loss_sum / self._state.seen, self._state.correct / self._state.seen
+
+    def reset(self) -> None:
+        """Start another epoch."""
+        self._sums.zero_()
+        self._state.loss_sum, self._state.correct, self._state.seen = 0.0, 0, 0
+        self.images = 0
 
     @torch.no_grad()
-    def add_up(self) -> None:
-        """Add what waits, batch by batch, so that the sums do not depend on when somebody asked."""
-        if not self._waiting:
-            return
-        hits = torch.stack([count_correct(logits, labels) for _, logits, labels, _ in self._waiting])
-        images = torch.tensor([float(len(logits)) for _, logits, _, _ in self._waiting], device=hits.device)
-        self._ranks.average([hits, images], 1)
-        for (loss, _, _, n), share in zip(self._waiting, hits / images, strict=True):
-            self._sums += torch.stack([loss * n, (share * n).round()])
-        self._waiting.clear()
+    def flush(self) -> None:
+        """Write the sums to the state; an accelerator waits.
 
-    def read(self) -> tuple[float, int]:
-        """Return the sum of the losses of all images so far, and how many were right: an accelerator is waited for."""
-        self.add_up()
+        The stored batches are added one by one, so that the sums do not depend on when they are read.
+        """
+        if not self._pending:
+            return
+        correct = torch.stack([count_correct(logits, labels) for _, logits, labels, _ in self._pending])
+        images = torch.tensor([float(len(logits)) for _, logits, _, _ in self._pending], device=correct.device)
+        self._world.all_reduce_mean([correct, images], 1)
+        for (loss, _, _, count), accuracy in zip(self._pending, correct / images, strict=True):
+            self._sums += torch.stack([loss * count, (accuracy * count).round()])
+        self._pending.clear()
+        self._state.loss_sum, self._state.correct = self._read()
+
+    def _read(self) -> tuple[float, int]:
         loss, correct = self._sums.tolist()
         return loss, int(correct)
 
-    def describe(self, state: TrainState, total: int, epoch_steps: int, seconds: float, left: float) -> Progress:
-        """Return where the training stands, ``seconds`` into the epoch (or into its part that this process does)."""
-        loss_sum, correct = self.read()
-        pace = (self._seen - self._before) / max(seconds, 1e-9)
-        loss, accuracy = loss_sum / self._seen, correct / self._seen
-        return Progress(state.step, total, state.step / epoch_steps, loss, accuracy, pace, left)
-
-    def store_into(self, state: TrainState) -> None:
-        """Write the sums into the state that a checkpoint holds."""
-        state.loss_sum, state.correct = self.read()
-        state.seen = self._seen
-
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return how many images logits (N, K) have right, by labels (N,) or probabilities (N, K)."""
+    """Return the number of correct predictions among logits (N, K), given labels (N,) or probabilities (N, K)."""
     target = labels if labels.dim() == 1 else labels.argmax(dim=1)
     return (logits.argmax(dim=1) == target).sum(dtype=torch.float32)

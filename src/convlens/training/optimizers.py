@@ -1,7 +1,7 @@
-"""The optimizers: SGD, Adam, AdamW and Muon, each one fused update of a group of weights.
+"""The optimizers SGD, Adam, AdamW and Muon, each as one fused update of a group of weights.
 
-torch.optim has the first three, and the same numbers come out; but its first step imports PyTorch's compiler, which
-takes 1.6 s of every command, longer than a small net trains. torch.optim.Muon takes matrices only, not filters.
+The first three compute the same numbers as torch.optim. But the first step of torch.optim imports PyTorch's compiler,
+which takes 1.6 s, longer than a small model trains. torch.optim.Muon takes matrices only, not filters.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # K. Jordan's quintic (2024): steep at 0, so that three steps are enough
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # K. Jordan's quintic (2024), steep at 0: three steps suffice
 
 
 class ParamGroup(ABC):
-    """Weights that one rule updates; ``slots`` are the rule's own tensors, by name, one for each weight."""
+    """Weights with one update rule; ``slots`` holds the rule's state, one tensor per weight, by name."""
 
     def __init__(self, weights: Sequence[Tensor], lr_scale: float = 1.0, slots: Sequence[str] = ()):
         self.weights: list[Tensor] = list(weights)
@@ -28,7 +28,7 @@ class ParamGroup(ABC):
         """Change the weights in place from their gradients."""
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradients, laid out in memory as their weights are, for the fused kernels trust in that.
+        """Return the gradients with the strides of their weights, which the fused kernels require.
 
         A weight that the loss does not depend on has the gradient 0.
         """
@@ -41,7 +41,7 @@ class ParamGroup(ABC):
 
 
 class SGD(ParamGroup):
-    """Gradient descent with momentum, Nesterov's if asked, and weight decay added to the gradient."""
+    """Gradient descent with momentum, optionally Nesterov's, and weight decay added to the gradient."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class SGD(ParamGroup):
 
 
 class Adam(ParamGroup):
-    """Adam (Kingma, Ba 2015), or AdamW (Loshchilov, Hutter 2019), which decays the weights apart from the gradient."""
+    """Adam (Kingma, Ba 2015), or AdamW (Loshchilov, Hutter 2019) with decoupled weight decay."""
 
     def __init__(
         self,
@@ -109,10 +109,10 @@ class Adam(ParamGroup):
 
 
 class Muon(ParamGroup):
-    """Muon (K. Jordan et al. 2024) for convolutions: the momentum's direction, with all its singular values made 1.
+    """Muon (K. Jordan et al. 2024) for convolutions: steps along the momentum with all its singular values set to 1.
 
-    A filter bank (C', C, k, k) counts as the matrix (C', C k k). Before each step it is scaled to the norm
-    sqrt(C'), which takes the place of weight decay.
+    A filter bank (C', C, k, k) is treated as the matrix (C', C k k). Before each step it is scaled to the norm
+    sqrt(C'), instead of weight decay.
     """
 
     def __init__(self, weights: Sequence[Tensor], *, lr_scale: float = 1.0, momentum: float):
@@ -129,10 +129,10 @@ class Muon(ParamGroup):
 
 
 def zeropower_via_newtonschulz(matrix: Tensor, steps: int = 3) -> Tensor:
-    """Return the matrix (M, N) with its singular values brought near 1: ``steps`` of a Newton-Schulz iteration.
+    """Return the matrix (M, N) with its singular values near 1, by ``steps`` of a Newton-Schulz iteration.
 
-    A step multiplies by a polynomial of the matrix times its transpose. These commute, so all steps are done on that
-    small square, and the matrix is multiplied once: about half the arithmetic where it is wide.
+    A step multiplies by a polynomial of the matrix times its transpose. These polynomials commute, so they are
+    multiplied first, as small squares, and the matrix once: about half the arithmetic if it is wide.
     """
     a, b, c = NEWTON_SCHULZ
     wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
@@ -154,25 +154,25 @@ def zeropower_via_newtonschulz(matrix: Tensor, steps: int = 3) -> Tensor:
 
 
 class Optimizer:
-    """Groups of weights, each with its own rule."""
+    """Groups of weights, each with its own update rule."""
 
     def __init__(self, groups: Sequence[ParamGroup]):
         self.groups = [group for group in groups if group.weights]
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Update all weights from their gradients, with the learning rate ``lr`` times the group's own factor."""
+        """Update all weights from their gradients, with the learning rate ``lr`` times the group's ``lr_scale``."""
         for group in self.groups:
             group.update(lr * group.lr_scale)
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Delete the gradients."""
         for group in self.groups:
             for weight in group.weights:
                 weight.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor that the rules keep from step to step, by name."""
+        """Return the state of all update rules, by name."""
         return {
             f"{number}.{slot}.{index}": value
             for number, group in enumerate(self.groups)
@@ -182,7 +182,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`tensors` gave; ValueError if it was of another optimizer."""
+        """Restore the state that :meth:`tensors` returned; ValueError if it is of another optimizer."""
         own = self.tensors()
         if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
             raise ValueError("it was written by another optimizer, or by another version of convlens")
