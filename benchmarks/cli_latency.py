@@ -85,7 +85,8 @@ with importing():
     import convlens.runs.experiment, convlens.runs.group
 mark("import PyTorch, NumPy, matplotlib and convlens")
 from convlens.runs.experiment import Experiment
-experiment = Experiment.create("mnist", "mnist-99", out="run")
+from convlens.runs.request import TrainRequest
+experiment = Experiment.start(TrainRequest.create("mnist", "mnist-99", out="run"))
 mark("find, check and read MNIST; build the net; look up what bf16 is worth")
 for record in experiment.epochs(): pass
 mark(f"train, with checkpoints")

@@ -227,7 +227,7 @@ def test_find_bundle(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match="is not finished: go on with: convlens train --resume"):
+    with pytest.raises(UsageError, match="is not finished; resume it first"):
         resolve_bundle(run)
     saved.rename(run / "model")
     assert resolve_bundle(run) == run / "model"
@@ -332,11 +332,11 @@ def test_raw_leaves_the_ink_alone() -> None:
     classifier = Classifier(ink)
     paper = Image.new("L", (40, 40), 255)
     paper.paste(0, (20, 20, 24, 34))
-    adapted, raw = classifier.adapt(paper), classifier.adapt(paper, raw=True)
+    adapted, raw = classifier.adapt(paper), classifier.adapt(paper, adapt=False)
     assert adapted[0, 0, 0] == 0 and adapted.max() == 255  # black paper, white ink
     assert raw[0, 0, 0] == 255
-    assert classifier.predict(paper).probability != classifier.predict(paper, raw=True).probability
-    assert classifier.predict(paper, raw=True) == Classifier(bundle).predict(paper)
+    assert classifier.predict(paper).probability != classifier.predict(paper, adapt=False).probability
+    assert classifier.predict(paper, adapt=False) == Classifier(bundle).predict(paper)
 
 
 def test_an_empty_list(classifier: Classifier) -> None:

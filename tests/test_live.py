@@ -27,6 +27,7 @@ from convlens.errors import UsageError
 from convlens.models import create_model
 from convlens.run_dir import RunDir
 from convlens.runs.experiment import Experiment
+from convlens.runs.request import TrainRequest
 from convlens.runs.run import Run
 from convlens.serving.dashboard import describe_run, start_dashboard
 from convlens.system.files import write_json_best_effort
@@ -39,12 +40,12 @@ FAST: dict[str, Any] = {"batch_size": 50, "device": "cpu", "threads": 1}
 @pytest.fixture
 def half(tmp_path: Path) -> RunDir:
     """Train two of three epochs."""
-    experiment = Experiment.create("digits", out=tmp_path / "half", epochs=3, **FAST)
+    experiment = Experiment.start(TrainRequest.create("digits", out=tmp_path / "half", epochs=3, **FAST))
     epochs = experiment.epochs()
     next(epochs)
     next(epochs)
     epochs.close()  # type: ignore[attr-defined]
-    return experiment.folder
+    return experiment.run_dir
 
 
 @contextlib.contextmanager
@@ -101,11 +102,11 @@ def test_it_takes_little_time(half: RunDir, monkeypatch: pytest.MonkeyPatch) -> 
     experiment = Experiment.resume(half.path)
     live = LiveStatus(half, experiment.dataset, experiment.preprocess.normaliser(), experiment.recipe)
     for epoch in range(1, 401):  # of a second each
-        live.look(epoch, experiment.net)
+        live.look(epoch, experiment.model)
         now[0] += 1
     assert len(looked) == 4 and looked[1] - looked[0] > 100
     live.tell(Progress(10, 10, 400.0, 0.1, 1.0, 9.0, 0.0))
-    live.look(400, experiment.net)  # the end is always looked at
+    live.look(400, experiment.model)  # the end is always looked at
     assert len(looked) == 5 and json.loads(half.mistakes.read_text())["epoch"] == 400
 
 
@@ -126,13 +127,13 @@ def test_what_is_wrong_is_asked_of_all_classes(half: RunDir) -> None:
 def test_mistakes_are_those_of_the_net_that_is_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, torch.Tensor]] = []
     monkeypatch.setattr(LiveStatus, "look", lambda self, epoch, net: seen.append((epoch, weight_of(net))))
-    experiment = Experiment.create("digits", out=tmp_path / "run", epochs=2, ema_decay=0.9, **FAST)
-    raw = [weight_of(experiment.net) for _ in experiment.epochs()]
+    experiment = Experiment.start(TrainRequest.create("digits", out=tmp_path / "run", epochs=2, ema_decay=0.9, **FAST))
+    raw = [weight_of(experiment.model) for _ in experiment.epochs()]
     assert [epoch for epoch, _ in seen] == [1, 2]
     assert not torch.equal(seen[0][1], raw[0])  # the average, not the weights that go on
-    assert torch.equal(seen[1][1], weight_of(experiment.net))  # at the end they are those that stay
+    assert torch.equal(seen[1][1], weight_of(experiment.model))  # at the end they are those that stay
     # an epoch that an earlier process trained is not looked at
-    again = Experiment.create("digits", out=tmp_path / "again", epochs=3, **FAST)
+    again = Experiment.start(TrainRequest.create("digits", out=tmp_path / "again", epochs=3, **FAST))
     epochs = again.epochs()
     next(epochs)
     epochs.close()  # type: ignore[attr-defined]
@@ -196,7 +197,7 @@ def test_figures_that_are_no_numbers_are_not_told(half: RunDir) -> None:
 
 
 def test_a_series_is_its_runs(tmp_path: Path) -> None:
-    convlens.train_series("digits", seeds=2, out=tmp_path / "two", epochs=1, **FAST)
+    convlens.train_seeds("digits", 2, out=tmp_path / "two", epochs=1, **FAST)
     with watching(tmp_path / "two") as address:
         told = json.loads(ask(address, "/runs.json")[2])
         assert [(one["name"], one["seed"]) for one in told] == [("seed-0", 0), ("seed-1", 1)]

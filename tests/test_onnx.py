@@ -109,7 +109,7 @@ def test_the_shipped_nets_do(name: str) -> None:
     assert (shape, predictor.classes) == (classifier.preprocess, classifier.classes)
     assert predictor.bounds == pytest.approx(classifier.bounds)
     picture = Image.radial_gradient("L").rotate(20).resize((70, 50)).convert("RGB")
-    for how in ({}, {"raw": True}, {"top": 3, "coverage": 0.9}):
+    for how in ({}, {"adapt": False}, {"top": 3, "coverage": 0.9}):
         a, b = predictor.predict(picture, **how), classifier.predict(picture, **how)  # type: ignore[call-overload]
         assert (a.label, a.known, a.labels) == (b.label, b.known, b.labels)
         assert [label for label, _ in a.top] == [label for label, _ in b.top]
@@ -151,7 +151,7 @@ def test_colours_become_the_grey_that_pillow_makes(tmp_path: Path) -> None:
 def test_other_sizes_are_fitted_as_pillow_does(size: tuple[int, int], model: Any, folder: Path) -> None:
     waves = np.sin(np.arange(size[0])[None, :] / 9) * np.cos(np.arange(size[1])[:, None] / 7) * 100 + 120
     picture = Image.fromarray(waves.astype(np.uint8)).convert("RGB")
-    expected, _ = Classifier(load_bundle(folder)).run(Classifier(load_bundle(folder)).adapt(picture, raw=True)[None])
+    expected, _ = Classifier(load_bundle(folder)).run(Classifier(load_bundle(folder)).adapt(picture, adapt=False)[None])
     assert np.abs(answers(model, np.asarray(picture)[None])[0] - expected).max() < 0.04
 
 

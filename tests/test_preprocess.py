@@ -641,7 +641,7 @@ def test_adapt_takes_any_mode_and_size(mode: str, style: InputStyle) -> None:
 def test_adapt_looks_for_ink_unless_raw() -> None:
     preprocess = Preprocess(1, 28, 28, (0.5,), (0.5,), MNIST_STYLE)
     image = Image.fromarray(page(size=(150, 150))).convert("RGB")
-    adapted, raw = preprocess.adapt(image), preprocess.adapt(image, raw=True)
+    adapted, raw = preprocess.adapt(image), preprocess.adapt(image, adapt=False)
     assert adapted[0, 0, 0] == 0
     assert raw[0, 0, 0] == 255  # the paper stays white
     assert np.array_equal(adapted[0], ink_of(page(size=(150, 150))))

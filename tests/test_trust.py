@@ -98,7 +98,7 @@ def test_probabilities_are_those_of_the_temperature(run: Run) -> None:
     assert classifier.trust is not None
     logits = classifier.logits(dataset.test.images)
     expected = (logits / classifier.trust.temperature).softmax(dim=1).max(dim=1).values
-    said = [float(row["probability"]) for row in run.predictions]
+    said = [float(row["confidence"]) for row in run.predictions]
     np.testing.assert_allclose(said, expected.numpy(), atol=2e-6)
 
 
@@ -108,8 +108,8 @@ def test_it_knows_digits_and_does_not_know_a_blank_or_noise(run: Run) -> None:
     assert sum(bool(p.known) for p in digits) >= 50
     g = np.random.default_rng(0)
     strange = [g.integers(0, 256, (8, 8), dtype=np.uint8) for _ in range(40)]
-    assert sum(not run.predict(x, raw=True).known for x in strange) >= 20  # most; 64 pixels are few
-    blank = run.predict(np.zeros((8, 8), dtype=np.uint8), raw=True)
+    assert sum(not run.predict(x, adapt=False).known for x in strange) >= 20  # most; 64 pixels are few
+    blank = run.predict(np.zeros((8, 8), dtype=np.uint8), adapt=False)
     assert blank.known is False and str(blank).startswith("unknown; most like ")
 
 

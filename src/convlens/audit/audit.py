@@ -210,16 +210,16 @@ def out_of_fold_logits(dataset: Dataset, everything: Split, recipe: Recipe) -> t
     return own, top, likely
 
 
-def require_new_outputs(path: Path, data: Any, flag: str) -> None:
-    """Raise UsageError if ``path``, given with ``flag``, exists already or lies in the folder of the data."""
+def require_new_outputs(path: Path, data: Any, field: str) -> None:
+    """Raise UsageError if ``path``, given as ``field``, exists already or lies in the folder of the data."""
     if path.exists():
-        raise UsageError(f"{path} exists already; choose another name for {flag}")
-    refuse_inside_data(path, data, flag)
+        raise UsageError(f"{path} exists already; choose another `{field}`")
+    refuse_inside_data(path, data, field)
 
 
 def write_report(findings: AuditReport, dataset: Dataset, to: Path) -> None:
     """Write ``doctor.json`` and contact sheets of suspects and copies into a new folder; UsageError if it exists."""
-    require_new_outputs(to, dataset, "--to")
+    require_new_outputs(to, dataset, "out")
     everything, splits = merge(dataset)
     row = {name_image(split, image): i for i, (split, image) in enumerate(zip(splits, everything.ids, strict=True))}
     with atomic_dir(to) as new:
@@ -245,7 +245,7 @@ def short(name: str) -> str:
 
 def write_exclude_file(findings: AuditReport, dataset: Dataset, file: Path) -> int:
     """Write what had better not be trained on, a name and a reason a line; return how many. UsageError if it exists."""
-    require_new_outputs(file, dataset, "--list")
+    require_new_outputs(file, dataset, "exclude_file")
     reasons = findings.to_remove()
     write_name_list(file, reasons)
     return len(reasons)

@@ -97,14 +97,14 @@ def data_name(data: Any) -> str:
 def require_size(image_size: int, dataset: Dataset) -> None:
     """Raise UsageError if images of ``image_size`` pixels (0: any) were asked for, and could not be had."""
     if image_size not in (0, dataset.shape[1]):
-        raise UsageError(f"--image-size is for folders; {dataset.name} has images of {dataset.shape[1]} pixels")
+        raise UsageError(f"`image_size` is for folders; {dataset.name} has images of {dataset.shape[1]} pixels")
 
 
-def refuse_inside_data(out: str | Path | None, data: Any, flag: str = "--out") -> None:
+def refuse_inside_data(out: str | Path | None, data: Any, field: str = "out") -> None:
     """Raise UsageError if ``out`` (None: ``runs``) would lie in the folder of the data: it is only ever read."""
     data = data.source if isinstance(data, Dataset) else data
     if not isinstance(data, (str, Path)) or not str(data) or str(data) in DATASETS or not Path(data).is_dir():
         return  # of an empty name load_dataset speaks
     target = Path(out) if out is not None else Path("runs")
     if target.resolve().is_relative_to(Path(data).resolve()):
-        raise UsageError(f"{target} would be written into the data in {data}; choose a place outside with {flag}")
+        raise UsageError(f"{target} would be written into the data in {data}; choose a place outside with `{field}`")

@@ -56,13 +56,13 @@ class Preprocess:
         std = np.sqrt((share @ levels**2 - mean**2).clip(0)).clip(1e-3)
         return cls(channels, height, width, tuple(mean.tolist()), tuple(std.tolist()), style)
 
-    def adapt(self, image: Image.Image, *, raw: bool = False) -> Pixels:
+    def adapt(self, image: Image.Image, *, adapt: bool = True) -> Pixels:
         """Return any PIL image as the pixels this net was trained on, uint8 (C, H, W).
 
-        ``raw`` only converts the colour mode and resizes, without looking for ink.
+        Without ``adapt`` it is only converted and resized, without looking for ink.
         """
         image = to_mode(image, self.channels)
-        if raw or not self.style.ink_box:
+        if not adapt or not self.style.ink_box:
             image = fit_photo(image, self.height, self.width)
         else:
             image = fit_ink(image, self.height, self.width, self.style)

@@ -84,7 +84,7 @@ A small convolutional image classifier, trained by convlens {about["convlens"]}.
 | classes | {first_few(self.classes, 100)} |
 | input | {shape.width} x {shape.height} pixels, {colour}; other pictures are adapted |
 | parameters | {about["parameters"]:,} |
-| data | {data["name"]}: {counts} images; {data["note"]} |
+| data | {data["name"]}: {counts} images; {data["split_description"]} |
 | test accuracy | {test["accuracy"]:.2%} of {test["n"]:,} images (95% interval {low:.2%} to {high:.2%}) |
 | recipe | `{about["recipe"]["name"]}`, seed {about["recipe"]["seed"]} |
 | command | `{about["command"]}` |

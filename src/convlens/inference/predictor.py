@@ -56,30 +56,30 @@ class Predictor(ABC):
 
     @overload
     def predict(
-        self, pictures: ImageLike, *, top: int = ..., raw: bool = ..., coverage: float | None = ...
+        self, pictures: ImageLike, *, top: int = ..., adapt: bool = ..., coverage: float | None = ...
     ) -> Prediction: ...
     @overload
     def predict(
-        self, pictures: list[ImageLike], *, top: int = ..., raw: bool = ..., coverage: float | None = ...
+        self, pictures: list[ImageLike], *, top: int = ..., adapt: bool = ..., coverage: float | None = ...
     ) -> list[Prediction]: ...
 
     def predict(
-        self, pictures: ImageLike | list[ImageLike], *, top: int = 1, raw: bool = False, coverage: float | None = None
+        self, pictures: ImageLike | list[ImageLike], *, top: int = 1, adapt: bool = True, coverage: float | None = None
     ) -> Prediction | list[Prediction]:
         """Classify one picture (a Prediction) or a list of them (a list of Predictions).
 
         A picture is a path, a file's content, a PIL image, or an array: (H, W), (H, W, C) or (C, H, W), uint8 (or whole
-        numbers 0 to 255) or float 0..1, of any size. It is adapted to what the net was trained on; ``raw`` only
+        numbers 0 to 255) or float 0..1, of any size. It is adapted to what the net was trained on; ``adapt=False`` only
         resizes. ``top`` is the number of classes in ``Prediction.top``. With ``coverage`` (0.5 to 0.995)
         ``Prediction.labels`` is a set of classes that holds the right one for that share of pictures like the training
         images (split conformal prediction; Vovk, Gammerman, Shafer 2005). Raises InvalidImageError for what cannot
         be read, UsageError for a coverage that the bundle cannot give.
         """
         several = pictures if isinstance(pictures, list) else [pictures]
-        predictions = self.describe([self.adapt(p, raw=raw) for p in several], top, coverage)
+        predictions = self.describe([self.adapt(p, adapt=adapt) for p in several], top, coverage)
         return predictions if isinstance(pictures, list) else predictions[0]
 
-    def adapt(self, picture: ImageLike, *, raw: bool = False) -> Pixels:
+    def adapt(self, picture: ImageLike, *, adapt: bool = True) -> Pixels:
         """Return an image as the pixels that the model sees, uint8 (C, H, W); InvalidImageError if unreadable."""
         if isinstance(picture, (str, Path, bytes)):
             image = open_image(picture)
@@ -91,7 +91,7 @@ class Predictor(ABC):
             raise InvalidImageError(
                 f"a {type(picture).__name__} is not a picture: give a path, a PIL image or an array"
             )
-        return self.preprocess.adapt(image, raw=raw)
+        return self.preprocess.adapt(image, adapt=adapt)
 
     def describe(self, pixels: Sequence[Pixels], top: int = 1, coverage: float | None = None) -> list[Prediction]:
         """Return a Prediction for each of uint8 images (C, H, W) as :meth:`adapt` gives them; see :meth:`predict`."""

@@ -54,7 +54,7 @@ def write_report(folder: RunDir, drawn: Mapping[str, str]) -> None:
         figures.append(("with test-time augmentation", f"{views['accuracy']:.2%}", note))
     body = f"""\
 <p class=quiet>{escape(data["name"])}: {counts} images of {" x ".join(map(str, reversed(data["shape"][1:])))} pixels;
-{escape(data["note"])}. Recipe {escape(recipe["name"])}, seed {recipe["seed"]}.</p>
+{escape(data["split_description"])}. Recipe {escape(recipe["name"])}, seed {recipe["seed"]}.</p>
 <p><code>{escape(config["command"])}</code></p>
 <section class=figures>{make_cards(figures)}</section>
 {unreadable_note(data["unreadable"])}
