@@ -329,7 +329,7 @@ def test_command_line(argv: list[str], command: str, monkeypatch: pytest.MonkeyP
 
 def test_runs_are_numbered_and_never_overwritten(tmp_path: Path) -> None:
     x, y = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8), np.arange(40) % 4
-    places = [str(Experiment.start(TrainRequest.create((x, y), TINY)).folder.path) for _ in range(3)]
+    places = [str(Experiment.start(TrainRequest.create((x, y), TINY)).run_dir.path) for _ in range(3)]
     assert places == ["runs/arrays-1", "runs/arrays-2", "runs/arrays-3"]
 
 
