@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from convlens.system.text import LONGEST
+from convlens.system.text import MAX_MESSAGE_CHARS
 
 
 class ConvlensError(Exception):
@@ -24,7 +24,8 @@ class ConvlensError(Exception):
 
     def __init__(self, message: str):
         line = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], message)
-        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
+        half = MAX_MESSAGE_CHARS // 2
+        super().__init__(line if len(line) <= MAX_MESSAGE_CHARS else f"{line[:half]} ... {line[-half:]}")
 
 
 class UsageError(ConvlensError):
