@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +27,7 @@ from convlens.reports.plots import GRID
 from convlens.reports.run import PLOTS
 from convlens.run_dir import RunDir
 from convlens.runs.artifacts import current_command
-from convlens.runs.config import InitFrom
+from convlens.runs.config import InitFrom, RunConfig
 from convlens.runs.evaluate import evaluate_run
 from convlens.runs.experiment import Experiment, train
 from convlens.runs.request import TrainRequest
@@ -499,6 +499,38 @@ def test_init_from_a_net_that_does_not_fit(run: Run, tmp_path: Path) -> None:
             TrainRequest.create((colour, np.arange(40) % 4), init_from=run.path, width=3, out=tmp_path / "run", **QUICK)
         )
     assert not (tmp_path / "run").exists()
+
+
+# what is asked for, and what is recorded
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": 3}, "^a recipe is a name or a Recipe, not a int"),
+        (
+            {"budget": "9s", "epochs": 2},
+            "^`budget` sets the length; leave out `epochs`, `max_steps` and `max_seconds`$",
+        ),
+    ],
+)
+def test_a_request_that_contradicts_itself_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TrainRequest.create("digits", **options)
+
+
+def test_a_request_tells_its_own_options_from_those_of_the_recipe() -> None:
+    request = TrainRequest.create("digits", "digits", out="run", epochs=3, seed=1)
+    assert (request.out, request.overrides) == ("run", {"epochs": 3, "seed": 1})
+
+
+def test_the_config_of_a_run_is_read_as_it_was_written(run: Run) -> None:
+    config = RunConfig.read(run.run_dir.config)
+    assert config.to_json() == run.config
+    assert config.recipe == get_recipe("digits").override(epochs=1, seed=3, **QUICK)
+    assert config.init_from is None and "init_from" not in run.config
+    started = replace(config, init_from=InitFrom("digits", "12 of 14"), environment_changes=("device (cpu, now cuda)",))
+    assert RunConfig.from_json(json.loads(json.dumps(started.to_json()))) == started
 
 
 # from Python

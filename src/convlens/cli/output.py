@@ -188,11 +188,11 @@ def describe_trial(row: Mapping[str, Any], fields: Iterable[str], so_far: str) -
     if row["state"] not in ("complete", "pruned"):
         return f"{line}  {row['reason']}"
     values = [describe_params({name: row[name]}) for name in fields if row[name] is not None]
-    room, told = shutil.get_terminal_size().columns - len(line) - 2, ", ".join(values)
-    while len(told) > room and len(values) > 1:  # at least one is shown
+    room, text = shutil.get_terminal_size().columns - len(line) - 2, ", ".join(values)
+    while len(text) > room and len(values) > 1:  # at least one is shown
         values.pop()
-        told = ", ".join([*values, "..."])
-    return f"{line}  {told}"
+        text = ", ".join([*values, "..."])
+    return f"{line}  {text}"
 
 
 def rank_trial(row: Mapping[str, Any]) -> tuple[float, float, int]:
@@ -236,9 +236,9 @@ def describe_findings(findings: AuditReport) -> list[str]:
     if findings.one_colour:
         lines.append(f"{count(len(findings.one_colour), 'image')} of one color: {some(findings.one_colour)}")
     if small := findings.small_classes:
-        told = [f"{label!r} has {number:,}" for label, number in sorted(small.items(), key=lambda one: one[1])]
+        sizes = [f"{label!r} has {number:,}" for label, number in sorted(small.items(), key=lambda one: one[1])]
         number = f"{len(small)} classes have" if len(small) > 1 else "1 class has"
-        lines.append(f"{number} too few training images to learn from: {some(told)}")
+        lines.append(f"{number} too few training images to learn from: {some(sizes)}")
     if findings.imbalance > SKEWED:
         lines.append(
             f"the largest class has {findings.imbalance:.1f} times the images of the smallest; see --balanced-sampling"
@@ -251,8 +251,8 @@ def describe_findings(findings: AuditReport) -> list[str]:
         why = "training images are also in the test or validation split"
         lines.append(f"{count(findings.leaks, 'group')} of duplicates in more than one split: {why}")
     if findings.suspects:
-        told = [f"{s.image} ({s.label}? probably {s.likely})" for s in findings.suspects]
-        lines.append(f"{count(len(told), 'label issue')}: {some(told)}")
+        issues = [f"{s.image} ({s.label}? probably {s.likely})" for s in findings.suspects]
+        lines.append(f"{count(len(issues), 'label issue')}: {some(issues)}")
     if findings.not_judged:
         lines.append(f"labels were not checked: {findings.not_judged}")
     if findings.shift > 0.6:
@@ -274,8 +274,8 @@ def print_corruptions(model: str, clean: float, figures: dict[str, list[float]],
         print_csv(rows)
     else:
         print_table(rows)
-    told = f"{model}: accuracy {mean:.2%} on average, {clean:.2%} on the clean test images"
-    print(told, file=sys.stderr if format is Format.csv else sys.stdout)
+    line = f"{model}: accuracy {mean:.2%} on average, {clean:.2%} on the clean test images"
+    print(line, file=sys.stderr if format is Format.csv else sys.stdout)
 
 
 class PredictionPrinter:

@@ -34,12 +34,12 @@ def restore_sigint() -> None:
 
 
 @contextlib.contextmanager
-def graceful_stop(*, alone: bool = True, told: bool = True) -> Iterator[Callable[[], bool]]:
+def graceful_stop(*, alone: bool = True, announce: bool = True) -> Iterator[Callable[[], bool]]:
     """Yield a function that returns True once Ctrl-C or SIGTERM asked to stop; a second Ctrl-C interrupts.
 
     Args:
         alone: False for one of several processes: torchrun repeats the signal, which must not interrupt.
-        told: Print a message at the first signal.
+        announce: Print a message at the first signal.
     """
     asked = False
 
@@ -47,7 +47,7 @@ def graceful_stop(*, alone: bool = True, told: bool = True) -> Iterator[Callable
         nonlocal asked
         if asked and alone:
             raise KeyboardInterrupt
-        if not asked and told:
+        if not asked and announce:
             print("stopping after this step ...", file=sys.stderr)
         asked = True
 

@@ -180,7 +180,7 @@ def run_experiment(experiment: Experiment, part_of: Path | None = None, *, live:
     describe_experiment(experiment)
     if live and first:
         show_dashboard(experiment.run_dir.path)
-    with graceful_stop(alone=alone, told=first) as asked:
+    with graceful_stop(alone=alone, announce=first) as asked:
         try:
             for record in experiment.epochs(should_stop=lambda: asked() or launcher_died(), show_progress=True):
                 echo(describe_record(record))
