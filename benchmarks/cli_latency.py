@@ -80,8 +80,8 @@ def mark(name):
     now = time.perf_counter()
     marks.append((name, now - start))
     start = now
-from convlens.cli.app import importing
-with importing():
+from convlens.cli.startup import gc_paused
+with gc_paused():
     import convlens.runs.experiment, convlens.runs.group
 mark("import PyTorch, NumPy, matplotlib and convlens")
 from convlens.runs.experiment import Experiment

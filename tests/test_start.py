@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from convlens.cli.main.main import main
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import convlens
+from convlens.cli.main import main
 from convlens.distributed.sync_batchnorm import SyncBatchNorm
 from convlens.errors import ConvlensError, UsageError
 from convlens.models import MODELS, ConvNet, create_model
