@@ -114,11 +114,18 @@ def test_nothing_is_overwritten(run: Run, tmp_path: Path) -> None:
 
 
 def test_names_of_files_hold_nothing_strange() -> None:
-    answer = {"label": "a/b", "prediction": "c d:*", "probability": "0.5", "id": "../x/y z.jpeg"}
+    answer = {
+        "true_label": "a/b",
+        "predicted_label": "c d:*",
+        "confidence": "0.5",
+        "image_id": "../x/y z.jpeg",
+    }
     name = file_name(answer)
     assert name == "a-b_c-d-_0.500_..-x-y-z.png" and "/" not in name
     assert unique(["a.png", "b.png", "A.png", "a-2.png"]) == ["a.png", "b.png", "A-2.png", "a-2-2.png"]
-    long = file_name({"label": "x" * 300, "prediction": "\u732b" * 300, "probability": "1", "id": "\u72ac" * 300})
+    long = file_name(
+        {"true_label": "x" * 300, "predicted_label": "\u732b" * 300, "confidence": "1", "image_id": "\u72ac" * 300}
+    )
     assert len(long.encode()) < 255 and long.endswith(".png")
 
 
