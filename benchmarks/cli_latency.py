@@ -80,12 +80,13 @@ def mark(name):
     now = time.perf_counter()
     marks.append((name, now - start))
     start = now
-from convlens.cli.app import importing
-with importing():
+from convlens.cli.startup import gc_paused
+with gc_paused():
     import convlens.runs.experiment, convlens.runs.group
 mark("import PyTorch, NumPy, matplotlib and convlens")
 from convlens.runs.experiment import Experiment
-experiment = Experiment.create("mnist", "mnist-99", out="run")
+from convlens.runs.request import TrainRequest
+experiment = Experiment.start(TrainRequest.create("mnist", "mnist-99", out="run"))
 mark("find, check and read MNIST; build the net; look up what bf16 is worth")
 for record in experiment.epochs(): pass
 mark(f"train, with checkpoints")

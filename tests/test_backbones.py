@@ -24,6 +24,7 @@ from convlens.errors import ConvlensError, UnknownNameError, UsageError
 from convlens.export.onnx import build_onnx, write_onnx
 from convlens.models import ConvNet, check_model, create_model
 from convlens.runs.experiment import Experiment
+from convlens.runs.request import TrainRequest
 from convlens.runs.run import Run
 
 QUICK: dict[str, Any] = {"threads": 1, "device": "cpu", "precision": "fp32", "epochs": 1, "batch_size": 8}
@@ -134,23 +135,23 @@ def test_images_that_are_too_small_are_refused() -> None:
 def test_weights_with_the_names_of_timm(weights: Path, tmp_path: Path) -> None:
     photos = make_photos(tmp_path / "grey", mode="L")
     rules = {**QUICK, "model": "timm:resnet10t", "image_size": 48}
-    experiment = Experiment.create(photos, pretrained=str(weights), out="run", **rules)
+    experiment = Experiment.start(TrainRequest.create(photos, pretrained=str(weights), out="run", **rules))
     assert experiment.dataset.shape == (3, 48, 48)  # as timm's nets take them
     cfg = timm.get_pretrained_cfg("resnet10t")
     assert (experiment.preprocess.mean, experiment.preprocess.std) == (cfg.mean, cfg.std)
-    own = experiment.net.state_dict()
-    assert experiment.config["init"]["tensors"] == f"{len(own) - 2} of {len(own)}"  # all but the head
-    again = Experiment.create(photos, out="plain", **rules)
+    own = experiment.model.state_dict()
+    assert experiment.config.init_from.num_tensors == f"{len(own) - 2} of {len(own)}"  # all but the head
+    again = Experiment.start(TrainRequest.create(photos, out="plain", **rules))
     assert again.preprocess.mean != cfg.mean
 
 
 def test_the_size_and_what_is_beside_the_file(weights: Path, tmp_path: Path) -> None:
     photos = make_photos(tmp_path / "photos")
     rules = {**QUICK, "model": "timm:resnet10t", "pretrained": str(weights)}
-    assert Experiment.create(photos, out="usual", **rules).dataset.shape == (3, 176, 176)
+    assert Experiment.start(TrainRequest.create(photos, out="usual", **rules)).dataset.shape == (3, 176, 176)
     told = {"pretrained_cfg": {"input_size": [3, 40, 40], "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}}
     weights.with_name("config.json").write_text(json.dumps(told))
-    experiment = Experiment.create(photos, out="told", **rules)
+    experiment = Experiment.start(TrainRequest.create(photos, out="told", **rules))
     assert experiment.dataset.shape == (3, 40, 40) and experiment.preprocess.mean == (0.5, 0.5, 0.5)
 
 
@@ -158,18 +159,18 @@ def test_half_precision_weights_become_floats(weights: Path, tmp_path: Path) -> 
     half = {key: value.half() for key, value in timm.create_model("resnet10t").state_dict().items()}
     save_file(half, weights)
     photos = make_photos(tmp_path / "photos")
-    experiment = Experiment.create(
-        photos, model="timm:resnet10t", pretrained=str(weights), image_size=32, out="run", **QUICK
+    experiment = Experiment.start(
+        TrainRequest.create(photos, model="timm:resnet10t", pretrained=str(weights), image_size=32, out="run", **QUICK)
     )
-    assert {parameter.dtype for parameter in experiment.net.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in experiment.model.parameters()} == {torch.float32}
 
 
 def test_weights_of_another_net_are_refused(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="^--pretrained: no weight in .* fits a net Backbone here$"):
-        Experiment.create(
+        Experiment.start(TrainRequest.create(
             make_photos(tmp_path / "photos"), model="timm:mobilenetv3_small_050", pretrained=str(weights),
             image_size=32, out="run", **QUICK,
-        )  # fmt: skip
+        ))  # fmt: skip
 
 
 def test_timms_own_weights_come_as_safetensors(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,9 +184,9 @@ def test_timms_own_weights_come_as_safetensors(weights: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     rules = {**QUICK, "model": "timm:resnet10t", "pretrained": "timm", "image_size": 32}
-    experiment = Experiment.create(make_photos(tmp_path / "photos"), out="run", **rules)
+    experiment = Experiment.start(TrainRequest.create(make_photos(tmp_path / "photos"), out="run", **rules))
     assert asked == [("timm/resnet10t.c3_in1k", "model.safetensors")]
-    assert experiment.config["init"]["from"] == "timm" and experiment.recipe.pretrained == "timm"
+    assert experiment.config.init_from.source == "timm" and experiment.recipe.pretrained == "timm"
 
     def fail(*_: object) -> str:
         raise OSError("no route to host\nand more")
@@ -194,13 +195,17 @@ def test_timms_own_weights_come_as_safetensors(weights: Path, tmp_path: Path, mo
     with pytest.raises(
         ConvlensError, match="^the weights of timm:resnet10t cannot be downloaded .*: no route to host; "
     ):
-        Experiment.create(tmp_path / "photos", out="again", **rules)
+        Experiment.start(TrainRequest.create(tmp_path / "photos", out="again", **rules))
 
 
 def test_nets_that_timm_has_no_weights_of(tmp_path: Path) -> None:
     name = next(n for n in timm.list_models("resnet*") if not timm.get_pretrained_cfg(n).hf_hub_id)
     with pytest.raises(UsageError, match=f"^timm has no weights of timm:{name}; "):
-        Experiment.create(make_photos(tmp_path / "photos"), model=f"timm:{name}", pretrained="timm", out="run", **QUICK)
+        Experiment.start(
+            TrainRequest.create(
+                make_photos(tmp_path / "photos"), model=f"timm:{name}", pretrained="timm", out="run", **QUICK
+            )
+        )
 
 
 # what follows a training

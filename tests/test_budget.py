@@ -104,7 +104,9 @@ def test_images_are_tested_once_unless_asked(monkeypatch: pytest.MonkeyPatch) ->
         assert not any(choice.tta for choice in budget_candidates("fashion-mnist", recipe))
     monkeypatch.setattr(time_budget, "measure_throughput", lambda *_: Throughput(64, 1e6, 1e6))
     for given in ({}, {"tta": True}):
-        experiment = Experiment.create("digits", asked, budget=60, initial_size=0, out=f"views{len(given)}", **given)
+        experiment = Experiment.start(
+            TrainRequest.create("digits", asked, budget=60, initial_size=0, out=f"views{len(given)}", **given)
+        )
         assert experiment.recipe.tta is bool(given)
 
 
@@ -172,7 +174,7 @@ def test_a_run_in_seconds_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) 
     from convlens.runs.experiment import Experiment
 
     options = {"max_seconds": 3.0, "threads": 1, "device": "cpu", "precision": "fp32"}
-    experiment = Experiment.create("digits", out="cut", **options)
+    experiment = Experiment.start(TrainRequest.create("digits", out="cut", **options))
     stop: list[bool] = []
     should_stop: Callable[[], bool] = lambda: bool(stop)  # noqa: E731
     with pytest.raises(TrainingInterruptedError, match=r"^stopped at step \d+$"):  # of how many, nobody can know

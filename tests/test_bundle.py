@@ -335,7 +335,7 @@ def test_raw_does_not_extract_strokes() -> None:
     classifier = Classifier(ink)
     paper = Image.new("L", (40, 40), 255)
     paper.paste(0, (20, 20, 24, 34))
-    adapted, raw = classifier.adapt(paper), classifier.adapt(paper, raw=True)
+    adapted, raw = classifier.adapt(paper), classifier.adapt(paper, adapt=False)
     assert adapted[0, 0, 0] == 0 and adapted.max() == 255  # black paper, white ink
     assert raw[0, 0, 0] == 255
     assert classifier.predict(paper).confidence != classifier.predict(paper, raw=True).confidence

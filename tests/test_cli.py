@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import io
 import json
+import logging
 import os
 import re
 import shlex
@@ -22,6 +23,10 @@ from PIL import Image, ImageDraw
 
 import convlens
 from convlens.cli import main
+from convlens.cli.app import render_flags
+from convlens.cli.lr_find import lr_find
+from convlens.cli.sweep import sweep
+from convlens.cli.train import train
 from convlens.run_dir import RunDir
 from convlens.training.recipe import Recipe, flag
 
@@ -132,15 +137,18 @@ def test_predict_in_every_format(shell: Shell, tmp_path: Path) -> None:
     code, out, _ = shell("predict", "mnist", image)
     assert code == 0
     assert out.startswith(f"{image}: 1 ")
-    _, out, _ = shell("predict", "mnist", image, "--top", "3", "--format", "json")
+    _, out, _ = shell("predict", "mnist", image, "--top", "3")
+    assert len(out.split(": ")[1].split(", ")) == 3
+    columns = ["image_id", "predicted_label", "confidence", *(f"p_{label}" for label in range(10))]
+    columns += ["in_distribution", "prediction_set"]
+    _, out, _ = shell("predict", "mnist", image, "--format", "json")
     (row,) = json.loads(out)
-    assert row["image"] == str(image)
-    assert row["label"] == row["top"][0]["label"] == "1"
-    assert len(row["top"]) == 3
-    _, out, _ = shell("predict", "mnist", image, "--format", "csv", "--top", "2")
-    rows = list(csv.DictReader(io.StringIO(out)))
-    assert [(r["rank"], r["label"]) for r in rows][0] == ("1", "1")
-    assert len(rows) == 2
+    assert list(row) == columns
+    assert row["image_id"] == str(image) and row["predicted_label"] == "1" and row["prediction_set"] is None
+    assert row["confidence"] == row["p_1"] and sum(row[f"p_{label}"] for label in range(10)) == pytest.approx(1)
+    _, out, _ = shell("predict", "mnist", image, "--format", "csv")
+    (cells,) = csv.DictReader(io.StringIO(out))
+    assert list(cells) == columns and cells["predicted_label"] == "1" and float(cells["p_1"]) == row["p_1"]
 
 
 def test_predict_takes_folders_globs_and_lists(shell: Shell, tmp_path: Path) -> None:
@@ -156,7 +164,7 @@ def test_predict_takes_folders_globs_and_lists(shell: Shell, tmp_path: Path) -> 
         code, out, err = shell("predict", "mnist", *arguments, stdin=stdin)
         assert (code, err) == (0, "")
         assert [line.split(": ")[0] for line in out.splitlines()] == names
-    assert shell("predict", "mnist", "-", stdin="\n") == (2, "", "convlens: standard input named no file\n")
+    assert shell("predict", "mnist", "-", stdin="\n") == (2, "", "convlens: standard input lists no files\n")
 
 
 def test_predict_names_bad_images_and_goes_on(shell: Shell, tmp_path: Path) -> None:
@@ -171,11 +179,11 @@ def test_predict_names_bad_images_and_goes_on(shell: Shell, tmp_path: Path) -> N
     assert err.strip().endswith("2 of 3 images could not be read")
 
 
-def test_raw_turns_the_adaptation_off(shell: Shell, tmp_path: Path) -> None:
+def test_no_adapt_turns_the_adaptation_off(shell: Shell, tmp_path: Path) -> None:
     image = draw_one(tmp_path / "one.png")
     adapted = json.loads(shell("predict", "mnist", image, "--format", "json")[1])
-    raw = json.loads(shell("predict", "mnist", image, "--format", "json", "--raw")[1])
-    assert adapted[0]["probability"] != raw[0]["probability"]
+    raw = json.loads(shell("predict", "mnist", image, "--format", "json", "--no-adapt")[1])
+    assert adapted[0]["confidence"] != raw[0]["confidence"]
 
 
 def test_unknown_names_are_answered_with_the_nearest(shell: Shell) -> None:
@@ -195,10 +203,19 @@ def test_wrong_values_name_their_flag(shell: Shell) -> None:
     shell.fails("train", "digits", "--batch-size", "0", code=2, says="--batch-size is 0; it must be at least 1")
     shell.fails("train", "digits", "--momentum", "1", code=2, says="--momentum is 1.0; it must be below 1")
     shell.fails("train", "digits", "--pool", "max", code=2, says="model 'small' has no option 'pool'")
-    shell.fails("train", "digits", "--epochs", "1", "--max-steps", "5", code=2, says="epochs, iterations or seconds")
-    shell.fails("train", code=2, says="name the data to train on, or a run to --resume")
+    shell.fails(
+        "train",
+        "digits",
+        "--epochs",
+        "1",
+        "--max-steps",
+        "5",
+        code=2,
+        says="a recipe needs exactly one of --epochs, --max-steps and --max-seconds",
+    )
+    shell.fails("train", code=2, says="give either the data to train on, or a run to --resume")
     shell.fails("train", "--resume", "runs/none", code=2, says="there is no run folder runs/none")
-    shell.fails("train", "--resume", "x", "--lr", "1", code=2, says="--resume goes on with the run's own recipe")
+    shell.fails("train", "--resume", "x", "--lr", "1", code=2, says="--resume uses the run's own recipe")
     assert not Path("runs").exists()
 
 
@@ -239,7 +256,7 @@ def test_an_existing_run_is_never_overwritten(shell: Shell, digits_run: Path) ->
 
 def test_a_place_that_cannot_be_written(shell: Shell) -> None:
     Path("runs").write_text("a file where the folder should be")
-    shell.fails("train", "digits", *QUICK, code=1, says="cannot make the run folder runs/digits-1")
+    shell.fails("train", "digits", *QUICK, code=1, says="cannot create the run folder runs/digits-1")
 
 
 def test_a_full_disk_leaves_no_checkpoint_that_claims_to_be_one(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +270,7 @@ def test_a_full_disk_leaves_no_checkpoint_that_claims_to_be_one(shell: Shell, mo
         real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convlens.system.files, "sync", full)
+        patch.setattr(convlens.system.files, "fsync", full)
         shell.fails("train", "digits", *QUICK, code=1, says="metrics.csv: No space left on device; nothing was changed")
     assert not Path("runs/digits-1/metrics.csv").exists()
     code, out, _ = shell("train", "--resume", "runs/digits-1")
@@ -277,7 +294,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "saved. Go on with: convlens train --resume interrupted" in err
+    assert "saved. Resume with: convlens train --resume interrupted" in err
     resumed = subprocess.run([sys.executable, "-m", "convlens", "train", "--resume", "interrupted"], check=True)
     assert resumed.returncode == 0
     subprocess.run([*command[:-1], "whole"], check=True)
@@ -301,7 +318,7 @@ def test_init_starts_from_trained_weights(shell: Shell, tmp_path: Path, digits_r
     root = make_folder(tmp_path / "shapes", {"a": 12, "b": 12, "c": 12}, side=8)
     code, out, _ = shell("train", root, *QUICK, "--init-from", digits_run, "--recipe", "digits")
     assert code == 0
-    assert f"started from {digits_run}: " in out
+    assert f"initialized from {digits_run}: " in out
     assert "3 classes" in out
 
 
@@ -346,7 +363,7 @@ def test_models_and_recipes(shell: Shell) -> None:
 
 def test_help_has_examples_for_every_verb(shell: Shell) -> None:
     verbs = ["train", "evaluate", "mistakes", "compare", "predict", "models", "recipes", "data info", "data doctor"]
-    verbs += ["sweep", "tune"]
+    verbs += ["sweep", "lr-find"]
     for verb in map(str.split, verbs):
         code, out, _ = shell(*verb, "--help")
         assert code == 0
@@ -355,7 +372,7 @@ def test_help_has_examples_for_every_verb(shell: Shell) -> None:
 
 def test_seeds_compare_mistakes_and_doctor_in_the_shell(shell: Shell, tmp_path: Path) -> None:
     _, out, _ = shell("train", "digits", *QUICK, "--seeds", "2")
-    assert out.splitlines()[0] == "series  runs/digits-seeds-1: seed-0, seed-1"
+    assert out.splitlines()[0] == "group   runs/digits-seeds-1: seed-0, seed-1"
     assert "seed-1   accuracy " in out and "all 2    " in out and " (mean +- sd), worst " in out
     runs = [f"runs/digits-seeds-1/seed-{seed}" for seed in (0, 1)]
     code, out, _ = shell("compare", *runs)
@@ -364,38 +381,45 @@ def test_seeds_compare_mistakes_and_doctor_in_the_shell(shell: Shell, tmp_path: 
     assert json.loads(out)[0]["n"] == 359
     _, out, _ = shell("compare", *runs, "--format", "csv")
     assert out.splitlines()[0] == "a,b,n,only_a,only_b,difference,p_value,interval_low,interval_high"
-    shell.fails("compare", runs[0], code=2, says="name two runs or more to compare")
-    _, out, _ = shell("mistakes", runs[0], "--doubtful", "3")
-    assert f" wrong and 3 doubtful images in {runs[0]}/mistakes" in out
-    shell.fails("mistakes", runs[0], code=2, says="mistakes exists already; choose another place with --to")
-    code, out, err = shell("data", "doctor", "digits", "--no-labels", "--list", "remove.txt")
+    shell.fails("compare", runs[0], code=2, says="name two or more runs to compare")
+    _, out, _ = shell("mistakes", runs[0], "--uncertain", "3")
+    assert f" misclassified and 3 uncertain images in {runs[0]}/mistakes" in out
+    shell.fails("mistakes", runs[0], code=2, says="mistakes exists already; choose another --out")
+    code, out, err = shell("data", "doctor", "digits", "--no-labels", "--exclude-file", "remove.txt")
     assert code == 0 and out.startswith("digits: 1,797 images") and "convlens train digits --exclude remove.txt" in err
-    shell.fails("data", "doctor", "digits", "--list", "remove.txt", code=2, says="remove.txt exists already")
+    shell.fails("data", "doctor", "digits", "--exclude-file", "remove.txt", code=2, says="remove.txt exists already")
     code, out, _ = shell("train", "digits", *QUICK, "--exclude", "remove.txt")
     assert code == 0 and "images excluded on request" in Path("runs/digits-1/config.json").read_text()
     shell.fails("train", "digits", "--seeds", "1", code=2, says="--seeds is 1; a spread needs at least 2")
     shell.fails("train", "digits", "--folds", "0", code=2, says="--folds is 0; a spread needs at least 2")
     shell.fails("train", "", code=2, says="the name of the data is empty; use . for the current folder")
     shell.fails(
-        "train", "digits", "--seeds", "2", "--budget", "9s", code=2, says="--seeds and --folds take no --init-from"
+        "train",
+        "digits",
+        "--seeds",
+        "2",
+        "--budget",
+        "9s",
+        code=2,
+        says="--seeds and --folds do not go with --init-from or --budget",
     )
 
 
 def test_predict_says_unknown_and_names_a_set(shell: Shell, digits_run: Path) -> None:
     Image.new("L", (8, 8), 128).save("blank.png")
-    _, out, _ = shell("predict", digits_run, "blank.png", "--raw", "--coverage", "0.9")
+    _, out, _ = shell("predict", digits_run, "blank.png", "--no-adapt", "--coverage", "0.9")
     assert out.startswith("blank.png: unknown (most like ") and "  set: " in out
-    _, out, _ = shell("predict", digits_run, "blank.png", "--raw", "--format", "csv", "--coverage", "0.9")
+    _, out, _ = shell("predict", digits_run, "blank.png", "--no-adapt", "--format", "csv", "--coverage", "0.9")
     row = next(csv.DictReader(io.StringIO(out)))
-    assert row["known"] == "false" and set(row) == {"image", "rank", "label", "probability", "known", "set"}
-    _, out, _ = shell("predict", digits_run, "blank.png", "--raw", "--format", "json")
-    assert json.loads(out)[0]["known"] is False and "set" not in json.loads(out)[0]
+    assert row["in_distribution"] == "false" and row["prediction_set"]
+    _, out, _ = shell("predict", digits_run, "blank.png", "--no-adapt", "--format", "json")
+    assert json.loads(out)[0]["in_distribution"] is False and json.loads(out)[0]["prediction_set"] is None
     shell.fails("predict", digits_run, "blank.png", "--coverage", "2", code=2, says="it must be from 0.5 to 0.995")
 
 
 def test_evaluate_on_spoiled_images(shell: Shell, digits_run: Path) -> None:
     code, out, _ = shell("evaluate", digits_run, "--corruptions", "--plot", "spoiled.png")
-    last = rf"{digits_run}: accuracy [\d.]+% on average of these, [\d.]+% on the test images as they are"
+    last = rf"{digits_run}: accuracy [\d.]+% on average, [\d.]+% on the clean test images"
     assert code == 0 and re.fullmatch(last, out.splitlines()[-1])
     assert len(out.splitlines()) == 12 and Path("spoiled.png").stat().st_size > 5000
     _, out, err = shell("evaluate", digits_run, "--corruptions", "--format", "csv")
@@ -424,16 +448,16 @@ def test_the_flags_of_train_are_the_recipe_and_these(shell: Shell) -> None:
         "processes",
     }
     fields = {item.name for item in dataclasses.fields(Recipe)} - {"name"}
-    assert set(inspect.signature(main.train.train).parameters) == own | fields
+    assert set(inspect.signature(train).parameters) == own | fields
     assert {flag(name) for name in fields} == set(FROZEN_RECIPE_FLAGS.split())
 
 
-def test_the_flags_of_sweep_and_tune_are_the_recipe_and_these() -> None:
+def test_the_flags_of_sweep_and_lr_find_are_the_recipe_and_these() -> None:
     import inspect
 
     fields = {item.name for item in dataclasses.fields(Recipe)} - {"name"}
     searching = "data param preset trials jobs recipe config storage confirm out resume allow_unreadable"
-    for verb, own in ((main.sweep.sweep, searching), (main.lr_find.tune, "data recipe to allow_unreadable")):
+    for verb, own in ((sweep, searching), (lr_find, "data recipe out allow_unreadable")):
         assert set(inspect.signature(verb).parameters) == set(own.split()) | fields
 
 
@@ -507,6 +531,25 @@ def test_the_exit_code_is_that_of_the_work_whoever_listens(words: str, code: int
     assert "convlens:" not in done.stdout
 
 
+def test_messages_name_options_as_they_are_typed() -> None:
+    for words, message, shown in (
+        (["train", "digits"], "`val_fraction` is 2", "--val-fraction is 2"),
+        (["train"], "`device=cpu`, `hflip=False` or `hflip=True`", "--device cpu, --no-hflip or --hflip"),
+        (["evaluate", "x"], "say where with `data`, not `test_on`", "say where with --data, not --test-on"),
+        (["data", "pack", "x"], "choose another `out` for `data`", "choose another --out for DATA"),
+        (["compare", "x"], "use `save_snapshots=True` and `nothing`", "use --save-snapshots and `nothing`"),
+        ([], "see `convlens recipes`", "see `convlens recipes`"),
+    ):
+        assert render_flags(message, words) == shown
+
+
+def test_the_library_warns_through_its_logger(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("convlens.data")
+    monkeypatch.setattr("convlens.cli.data_list.first_line", lambda _: logger.warning("set `image_size`") or "")
+    code, _, err = shell("data", "list")
+    assert code == 0 and err.splitlines()[0] == "convlens: set --image-size"
+
+
 def test_debug_shows_the_traceback(shell: Shell) -> None:
     _, _, err = shell("--debug", "train", "digit")
     assert "Traceback" in err
@@ -571,7 +614,7 @@ def test_a_folder_that_changed_is_not_judged_by(shell: Shell, tmp_path: Path) ->
     assert len(list((tmp_path / "cache").rglob("images.npy"))) == 1  # decoded once for both
     Image.new("RGB", (12, 12), "red").save(root / "dark" / "new.png")
     shell.fails("evaluate", "run", code=2, says="have changed since the training")
-    assert shell("evaluate", "run", "--data", root)[0] == 0
+    assert shell("evaluate", "run", "--test-on", root)[0] == 0
 
 
 def test_strange_class_and_file_names(shell: Shell, tmp_path: Path) -> None:
@@ -600,8 +643,8 @@ def test_the_run_never_lies_in_the_data(shell: Shell, tmp_path: Path, monkeypatc
 
 def test_data_info_replaces_no_file(shell: Shell) -> None:
     Path("mine.png").write_text("precious")
-    shell.fails("data", "info", "digits", "--to", "mine.png", code=2, says="--to mine.png: that file exists")
-    shell.fails("data", "info", "digits", "--to", "mine.jpg", code=2, says="the name must end in .png")
+    shell.fails("data", "info", "digits", "--out", "mine.png", code=2, says="--out mine.png: that file exists")
+    shell.fails("data", "info", "digits", "--out", "mine.jpg", code=2, says="the name must end in .png")
     assert Path("mine.png").read_text() == "precious"
     for number in ("", "-2"):
         _, out, _ = shell("data", "info", "digits")
@@ -637,7 +680,7 @@ def test_a_run_without_its_checkpoints_begins_anew_and_says_so(shell: Shell) -> 
     shutil.rmtree("run/checkpoint")
     code, out, err = shell("train", "--resume", "run")
     assert code == 0, err
-    assert "its checkpoints are gone: it begins anew" in out and Path("run/split.csv").exists()
+    assert "its checkpoints are missing: training starts over" in out and Path("run/split.csv").exists()
 
 
 @pytest.mark.parametrize(
@@ -681,10 +724,12 @@ def test_ctrl_c_while_shards_are_written_leaves_none(shell: Shell, monkeypatch: 
 def test_nothing_is_written_into_the_data(shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     root = make_folder(tmp_path / "photos", {"dark": 9, "light": 9})
     monkeypatch.chdir(root)
-    shell.fails("data", "info", ".", code=2, says="would be written into the data in .; choose a place outside")
+    shell.fails(
+        "data", "info", ".", code=2, says="would be written into the data in .; choose a place outside with --out"
+    )
     monkeypatch.chdir(tmp_path)
     assert shell("train", "photos", *QUICK, "--out", "run")[0] == 0
-    shell.fails("mistakes", "run", "--to", "photos/dark/m", code=2, says="choose a place outside")
+    shell.fails("mistakes", "run", "--out", "photos/dark/m", code=2, says="choose a place outside with --out")
     assert sorted(path.name for path in root.iterdir()) == ["dark", "light"]
 
 
@@ -704,7 +749,7 @@ def test_what_nobody_foresaw_is_one_line_too(shell: Shell, monkeypatch: pytest.M
     shell.fails("train", "a" * 300, code=1, says="File name too long")
     Path("bad.json").write_text('{"recipe": 3}')
     shell.fails("train", "digits", "--config", "bad.json", code=2, says='bad.json: "recipe" is neither')
-    monkeypatch.setattr(main.predict, "expand", lambda _: 1 / 0)
+    monkeypatch.setattr("convlens.cli.predict.expand", lambda _: 1 / 0)
     shell.fails("predict", "mnist", "x.png", code=1, says="unexpected ZeroDivisionError: division by zero")
     _, _, err = shell("predict", "mnist", "x.png", "--debug")
     assert "Traceback" in err

@@ -29,6 +29,7 @@ from convlens.data.image_folder import load_folder
 from convlens.errors import ConvlensError, DivergenceError, UsageError
 from convlens.run_dir import RunDir
 from convlens.runs.experiment import Experiment
+from convlens.runs.request import TrainRequest
 from convlens.system.device import select_device
 from convlens.system.files import write_json
 from convlens.training.callbacks import Callback, LiveStatus
@@ -96,10 +97,10 @@ def digits_experiment(out: Path) -> Experiment:
     if (out / "config.json").exists():
         return Experiment.resume(out)
     shutil.rmtree(out, ignore_errors=True)  # killed before there was anything to go on with
-    return Experiment.create(
+    return Experiment.start(TrainRequest.create(
         "digits", out=out, epochs=4, batch_size=130, save_every=3, width=4, ema_decay=0.9, device="cpu", threads=1,
         precision="fp32",
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def run_and_tell(out: Path, step: mmap.mmap) -> None:
@@ -511,38 +512,38 @@ def test_the_temporary_folder_is_not_needed(tmp_path: Path, monkeypatch: pytest.
         ("torch", "2.0.0", "version of PyTorch (2.0.0, now "),
         ("threads", 9, "number of threads (9, now 1)"),
         ("device_name", "Intel 8086", "processor (Intel 8086, now "),
-        ("convlens", "0.0.1", "version of convlens (0.0.1, now "),
+        ("version", "0.0.1", "version of convlens (0.0.1, now "),
     ],
 )
 def test_what_would_change_the_digits_is_refused_unless_accepted(key: str, was: Any, says: str, tmp_path: Path) -> None:
     experiment = digits_experiment(tmp_path / "run")
-    config = json.loads(experiment.folder.config.read_text())
-    (config if key == "convlens" else config["machine"])[key] = was
-    write_json(experiment.folder.config, config)
+    config = json.loads(experiment.run_dir.config.read_text())
+    (config if key == "version" else config["machine"])[key] = was
+    write_json(experiment.run_dir.config, config)
     with pytest.raises(UsageError) as caught:
         Experiment.resume(tmp_path / "run")
-    assert says in str(caught.value) and str(caught.value).endswith("go on all the same with --accept-changes")
+    assert says in str(caught.value) and str(caught.value).endswith("resume it nevertheless with `accept_changes`")
     resumed = Experiment.resume(tmp_path / "run", accept_changes=True)
     assert len(list(resumed.epochs())) == 4
-    (recorded,) = json.loads(experiment.folder.config.read_text())["resumed"]
+    (recorded,) = json.loads(experiment.run_dir.config.read_text())["environment_changes"]
     assert says in recorded
 
 
 def test_a_run_of_a_machine_with_a_gpu_goes_on_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = digits_experiment(tmp_path / "run")
-    config = json.loads(experiment.folder.config.read_text())
+    config = json.loads(experiment.run_dir.config.read_text())
     config["recipe"] |= {"device": "mps", "precision": "fp32"}
     config["machine"] |= {"device": "mps", "device_name": "Apple M9"}
-    write_json(experiment.folder.config, config)
+    write_json(experiment.run_dir.config, config)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UsageError, match=r"another device \(mps, now \w+\), another processor \(Apple M9, now "):
         Experiment.resume(tmp_path / "run")
     resumed = Experiment.resume(tmp_path / "run", accept_changes=True)
-    config = json.loads(experiment.folder.config.read_text())
+    config = json.loads(experiment.run_dir.config.read_text())
     for recipe in (resumed.recipe, Recipe.from_json(config["recipe"])):
         assert recipe.device == select_device().type
         assert recipe.precision in ("fp32", "bf16")  # settled, for all that is to come
-    assert config["resumed"][0].startswith("device (mps, now ")
+    assert config["environment_changes"][0].startswith("device (mps, now ")
     assert len(list(resumed.epochs())) == 4
 
 
@@ -552,7 +553,7 @@ def test_one_folder_is_trained_in_by_one_process(tmp_path: Path) -> None:
     flag = tmp_path / "claimed"
 
     def hold() -> None:
-        with RunDir(out).claimed():
+        with RunDir(out).locked():
             flag.touch()
             time.sleep(60)
 

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
@@ -27,8 +27,10 @@ from convlens.reports.plots import GRID
 from convlens.reports.run import PLOTS
 from convlens.run_dir import RunDir
 from convlens.runs.artifacts import current_command
+from convlens.runs.config import InitFrom, RunConfig
 from convlens.runs.evaluate import evaluate_run
 from convlens.runs.experiment import Experiment, train
+from convlens.runs.request import TrainRequest
 from convlens.runs.run import Run
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import get_recipe
@@ -101,7 +103,7 @@ def test_every_file_of_the_layout_is_there(run: Run) -> None:
 
 def test_config(run: Run) -> None:
     config = run.config
-    assert config["convlens"] == version("convlens")
+    assert config["version"] == version("convlens")
     assert config["command"] == "convlens train digits --epochs 1 --out 'a b'"
     assert Recipe.from_json(config["recipe"]) == get_recipe("digits").override(epochs=1, seed=3, **QUICK)
     assert config["model"]["name"] == "small"
@@ -125,7 +127,7 @@ def test_config(run: Run) -> None:
 
 
 def test_metrics(run: Run) -> None:
-    rows = rows_of(run.folder.metrics)
+    rows = rows_of(run.run_dir.metrics)
     assert list(rows[0]) == ["epoch", "seconds", "lr", "train_loss", "train_acc", "val_loss", "val_acc"]
     assert [row["epoch"] for row in rows] == ["1"]
     assert run.metrics == [{key: float(value) for key, value in rows[0].items()}]
@@ -133,33 +135,39 @@ def test_metrics(run: Run) -> None:
 
 
 def test_predictions_agree_with_the_test(run: Run) -> None:
-    rows = rows_of(run.folder.predictions)
-    assert list(rows[0]) == ["id", "label", "prediction", "probability"]
+    rows = rows_of(run.run_dir.predictions)
+    assert list(rows[0]) == [
+        "image_id",
+        "true_label",
+        "predicted_label",
+        "confidence",
+        *(f"p_{label}" for label in range(10)),
+    ]
     test = run.test
-    assert len(rows) == test["num_images"] == len(load_dataset("digits").test)
-    right = sum(row["label"] == row["prediction"] for row in rows)
+    assert len(rows) == test["n"] == len(load_dataset("digits").test)
+    right = sum(row["true_label"] == row["predicted_label"] for row in rows)
     assert right == test["correct"]
     assert test["accuracy"] == run.accuracy == right / len(rows)
     low, high = test["accuracy_ci95"]
     assert low < test["accuracy"] < high
-    assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
+    assert all(0.1 <= float(row["confidence"]) <= 1 for row in rows)
     matrix = np.zeros((10, 10), dtype=int)
     for row in rows:
-        matrix[int(row["label"]), int(row["prediction"])] += 1
+        matrix[int(row["true_label"]), int(row["predicted_label"])] += 1
     assert np.array_equal(matrix, run.confusion_matrix)
-    cells = rows_of(run.folder.confusion)
+    cells = rows_of(run.run_dir.confusion)
     assert list(cells[0]) == ["true_label", "predicted_label", "count"]
     assert all(int(cell["count"]) > 0 for cell in cells) and len(cells) == np.count_nonzero(matrix)
     assert test["accuracy"] > 0.3, "an epoch teaches something"
 
 
 def test_split_tells_every_image_once(run: Run) -> None:
-    rows = rows_of(run.folder.split)
-    assert sorted(int(row["id"]) for row in rows) == list(range(1797))
+    rows = rows_of(run.run_dir.split)
+    assert sorted(int(row["image_id"]) for row in rows) == list(range(1797))
     counts = {name: sum(row["split"] == name for row in rows) for name in ("train", "validation", "test")}
     assert counts == run.config["data"]["counts"]
-    assert [row["id"] for row in rows if row["split"] == "test"] == [
-        row["id"] for row in rows_of(run.folder.predictions)
+    assert [row["image_id"] for row in rows if row["split"] == "test"] == [
+        row["image_id"] for row in rows_of(run.run_dir.predictions)
     ]
 
 
@@ -170,11 +178,11 @@ def test_bundle_of_a_run(run: Run) -> None:
     card = (run.path / "model" / "README.md").read_text()
     assert f"{run.accuracy:.2%} of {run.test['num_images']} images" in card
     assert run.config["command"] in card
-    rows = rows_of(run.folder.predictions)
+    rows = rows_of(run.run_dir.predictions)
     test = load_dataset("digits").test
     prediction = run.predict(test.images[0, 0].numpy())
-    assert prediction.label == rows[0]["prediction"]
-    assert prediction.confidence == pytest.approx(float(rows[0]["probability"]), abs=1e-4)
+    assert prediction.label == rows[0]["predicted_label"]
+    assert prediction.probability == pytest.approx(float(rows[0]["confidence"]), abs=1e-4)
 
 
 def test_evaluating_a_run_again_gives_the_same_figures(run: Run) -> None:
@@ -185,24 +193,24 @@ def test_evaluating_a_run_again_gives_the_same_figures(run: Run) -> None:
     assert again == {key: value for key, value in run.test.items() if key != "loss"}
     assert loss == pytest.approx(run.test["loss"], rel=1e-5)
     assert evaluate_run(run.path / "model")["accuracy"] == run.accuracy
-    assert evaluate_run(run.path, "digits")["accuracy"] == run.accuracy
+    assert evaluate_run(run.path, test_on="digits")["accuracy"] == run.accuracy
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
 
 def test_evaluating_on_other_data_is_refused(run: Run, tmp_path: Path) -> None:
     data = write_npz(tmp_path / "toy.npz")
     with pytest.raises(UsageError) as caught:
-        evaluate_run(run.path, data)
+        evaluate_run(run.path, test_on=data)
     assert str(caught.value) == f"{data} has other classes than {run.path}: it lacks 4, 5, 6, 7, 8, 9"
     with pytest.raises(UsageError, match=r"has images of \(C, H, W\) \(1, 9, 9\), .* takes \(1, 8, 8\)$"):
-        evaluate_run(run.path, convlens.from_arrays(np.zeros((40, 9, 9), dtype=np.uint8), np.arange(40) % 10))
+        evaluate_run(run.path, test_on=convlens.from_arrays(np.zeros((40, 9, 9), dtype=np.uint8), np.arange(40) % 10))
 
 
 def test_evaluating_on_arrays_is_refused_in_one_line(run: Run) -> None:
     x, y = np.zeros((40, 8, 8), dtype=np.uint8), np.arange(40) % 4
     for data in ((x, y), convlens.from_arrays(x, y)):
         with pytest.raises(UsageError, match="has other classes than ") as caught:
-            evaluate_run(run.path, data)
+            evaluate_run(run.path, test_on=data)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
@@ -219,9 +227,9 @@ def test_run_reads_its_folder(run: Run) -> None:
 
 def test_a_run_hands_out_its_plots_for_a_notebook(run: Run) -> None:
     with Image.open(run.path / "plots" / "curves.png") as drawn:
-        assert np.array_equal(run.picture("curves"), drawn)
+        assert np.array_equal(run.plot("curves"), drawn)
     with pytest.raises(UnknownNameError, match="^unknown plot 'curve'; did you mean 'curves'"):
-        run.picture("curve")
+        run.plot("curve")
 
 
 # the report
@@ -321,7 +329,7 @@ def test_command_line(argv: list[str], command: str, monkeypatch: pytest.MonkeyP
 
 def test_runs_are_numbered_and_never_overwritten(tmp_path: Path) -> None:
     x, y = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8), np.arange(40) % 4
-    places = [str(Experiment.create((x, y), TINY).folder.path) for _ in range(3)]
+    places = [str(Experiment.start(TrainRequest.create((x, y), TINY)).run_dir.path) for _ in range(3)]
     assert places == ["runs/arrays-1", "runs/arrays-2", "runs/arrays-3"]
 
 
@@ -329,9 +337,7 @@ def test_an_existing_out_is_refused(run: Run, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     with pytest.raises(UsageError) as caught:
         train("digits", epochs=1, out=run.path, **QUICK)
-    assert str(caught.value) == (
-        f"{run.path} exists already; choose another --out, or continue it with --resume {run.path}"
-    )
+    assert str(caught.value) == (f"{run.path} exists already; choose another `out`, or continue that run with `resume`")
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
 
@@ -341,7 +347,7 @@ def test_an_existing_out_is_refused(run: Run, tmp_path: Path) -> None:
         ("digts", {}, "^unknown data set or folder 'digts'; did you mean 'digits'"),
         ("digits", {"recipe": "mnst-99"}, "^unknown recipe 'mnst-99'; did you mean 'mnist-99'"),
         ("digits", {"epoch": 3}, "^unknown recipe option 'epoch'; did you mean 'epochs'"),
-        ("digits", {"epochs": 0}, "^--epochs is 0; it must be at least 1$"),
+        ("digits", {"epochs": 0}, "^`epochs` is 0; it must be at least 1$"),
         ("digits", {"model": "mnist-4conv"}, "has no option 'filters'|images are too small"),
         ("digits", {"recipe": "mnist-4conv"}, "^the images are too small for model 'mnist-4conv'"),
         ("digits", {"init_from": "nowhere"}, "^unknown run folder or model 'nowhere'"),
@@ -355,8 +361,8 @@ def test_a_wrong_call_leaves_no_folder(data: str, options: dict[str, Any], messa
 
 def test_another_net_without_the_filters_of_the_recipe_for_digits() -> None:
     # --model folder-cnn on the digits: the recipe's own `filters` are of the net that was replaced
-    experiment = Experiment.create("digits", model="folder-cnn", **QUICK)
-    assert type(experiment.net).__name__ == "FolderCNN"
+    experiment = Experiment.start(TrainRequest.create("digits", model="folder-cnn", **QUICK))
+    assert type(experiment.model).__name__ == "FolderCNN"
 
 
 # resuming
@@ -368,14 +374,12 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_stopped(tmp_path: Path) -> Non
     whole = train(data, TINY, out=tmp_path / "whole", translate=1)
     for steps in (2, 5):
         out = tmp_path / f"parts-{steps}"
-        stop(Experiment.create(data, TINY, out=out, translate=1), steps)
-        with pytest.raises(UsageError, match="is not finished: go on with: convlens train --resume"):
+        stop(Experiment.start(TrainRequest.create(data, TINY, out=out, translate=1)), steps)
+        with pytest.raises(UsageError, match="is not finished; resume it first"):
             Classifier.load(out)
         torch.manual_seed(99)
         experiment = Experiment.resume(out)
-        for _ in experiment.epochs():
-            pass
-        parts = experiment.finish()
+        parts = experiment.run()
         assert parts.test == whole.test
         for name in ("predictions.csv", "model/model.safetensors", "split.csv"):
             assert (out / name).read_bytes() == (whole.path / name).read_bytes()
@@ -386,7 +390,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_stopped(tmp_path: Path) -> Non
 @pytest.mark.usefixtures("no_plots")
 def test_a_run_that_was_stopped_while_it_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_npz(tmp_path / "toy.npz")
-    experiment = Experiment.create(data, TINY, out=tmp_path / "run")
+    experiment = Experiment.start(TrainRequest.create(data, TINY, out=tmp_path / "run"))
     for _ in experiment.epochs():
         pass
     with monkeypatch.context() as patch:
@@ -405,7 +409,7 @@ def test_a_finished_run_cannot_be_resumed(run: Run) -> None:
 
 def test_changed_data_cannot_be_resumed(tmp_path: Path) -> None:
     data = write_npz(tmp_path / "toy.npz")
-    stop(Experiment.create(data, TINY, out=tmp_path / "run"), 2)
+    stop(Experiment.start(TrainRequest.create(data, TINY, out=tmp_path / "run")), 2)
     write_npz(data, seed=1)
     with pytest.raises(UsageError) as caught:
         Experiment.resume(tmp_path / "run")
@@ -416,7 +420,7 @@ def test_changed_data_cannot_be_resumed(tmp_path: Path) -> None:
 
 def test_objects_in_memory_cannot_be_resumed(tmp_path: Path) -> None:
     x, y = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8), np.arange(40) % 4
-    stop(Experiment.create((x, y), TINY, out=tmp_path / "run"), 1)
+    stop(Experiment.start(TrainRequest.create((x, y), TINY, out=tmp_path / "run")), 1)
     with pytest.raises(UsageError, match="were objects in memory; only data on disk can be resumed$"):
         Experiment.resume(tmp_path / "run")
 
@@ -434,13 +438,13 @@ def test_a_damaged_config_is_named(tmp_path: Path) -> None:
 
 def test_init_takes_the_stages_and_a_new_head(run: Run, tmp_path: Path) -> None:
     data = write_npz(tmp_path / "toy.npz")
-    experiment = Experiment.create(data, init_from=run.path, out=tmp_path / "run", **QUICK)
-    trained, fresh = run.classifier.model.state_dict(), experiment.net.state_dict()
+    experiment = Experiment.start(TrainRequest.create(data, init_from=run.path, out=tmp_path / "run", **QUICK))
+    trained, fresh = run.classifier.net.state_dict(), experiment.model.state_dict()
     assert experiment.recipe.model == "small" and experiment.recipe.width == 16
     assert fresh["head.2.weight"].shape == (4, 64) and trained["head.2.weight"].shape == (10, 64)
     stages = [key for key in trained if not key.startswith("head.")]
     assert all(torch.equal(fresh[key], trained[key]) for key in stages)
-    assert experiment.config["init"] == {"from": str(run.path), "tensors": f"{len(stages)} of {len(trained)}"}
+    assert experiment.config.init_from == InitFrom(str(run.path), f"{len(stages)} of {len(trained)}")
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -449,11 +453,9 @@ def test_init_helps_and_can_be_resumed(run: Run, tmp_path: Path) -> None:
     whole = train("digits", init_from=run.path, out=tmp_path / "whole", **rules)
     cold = train("digits", out=tmp_path / "cold", **rules)
     assert whole.metrics[0]["train_loss"] < cold.metrics[0]["train_loss"]
-    stop(Experiment.create("digits", init_from=run.path, out=tmp_path / "grad_accum_steps", **rules), 3)
-    experiment = Experiment.resume(tmp_path / "grad_accum_steps")
-    for _ in experiment.epochs():
-        pass
-    assert experiment.finish().test == whole.test
+    stop(Experiment.start(TrainRequest.create("digits", init_from=run.path, out=tmp_path / "parts", **rules)), 3)
+    experiment = Experiment.resume(tmp_path / "parts")
+    assert experiment.run().test == whole.test
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -462,21 +464,19 @@ def test_init_of_a_whitened_net_keeps_the_whitening_it_was_trained_with(tmp_path
     rules: dict[str, Any] = {"model": "whitened", "width": 4, "epochs": 2, "batch_size": 16, "lr": 0.02, **QUICK}
     first = train("digits", out=tmp_path / "first", **rules)
     whole = train(data, init_from=first.path, out=tmp_path / "whole", **rules)
-    stem = first.classifier.model.state_dict()["body.stem.0.weight"]
-    assert torch.equal(whole.classifier.model.state_dict()["body.stem.0.weight"], stem)
-    stop(Experiment.create(data, init_from=first.path, out=tmp_path / "grad_accum_steps", **rules), 3)
-    experiment = Experiment.resume(tmp_path / "grad_accum_steps")
-    for _ in experiment.epochs():
-        pass
-    assert experiment.finish().test == whole.test
+    stem = first.classifier.net.state_dict()["body.stem.0.weight"]
+    assert torch.equal(whole.classifier.net.state_dict()["body.stem.0.weight"], stem)
+    stop(Experiment.start(TrainRequest.create(data, init_from=first.path, out=tmp_path / "parts", **rules)), 3)
+    experiment = Experiment.resume(tmp_path / "parts")
+    assert experiment.run().test == whole.test
 
 
 def test_whitening_looks_at_every_class_of_a_set_that_lies_class_by_class() -> None:
     images = np.zeros((4000, 32, 32), dtype=np.uint8)
     images[2000:] = np.random.default_rng(0).integers(0, 256, (2000, 32, 32))  # the first class is blank
     rules: dict[str, Any] = {"model": "whitened", "width": 4, "val_fraction": 0.0, "image_size": 32, **QUICK}
-    experiment = Experiment.create((images, np.arange(4000) // 2000), **rules)
-    stem = experiment.net.state_dict()["body.stem.0.weight"]
+    experiment = Experiment.start(TrainRequest.create((images, np.arange(4000) // 2000), **rules))
+    stem = experiment.model.state_dict()["body.stem.0.weight"]
     # of blank patches alone every filter would have the largest scale there is, 1 / sqrt(5e-4)
     assert stem.flatten(1).norm(dim=1).max() < 10
 
@@ -487,16 +487,50 @@ def test_init_from_a_net_of_default_width(tmp_path: Path) -> None:
     data = write_npz(tmp_path / "toy.npz")
     wide = Recipe(epochs=1, batch_size=64, val_fraction=0.0, **QUICK)
     first = train(data, wide, out=tmp_path / "wide")
-    experiment = Experiment.create("digits", init_from=first.path, out=tmp_path / "next", **QUICK)
-    assert experiment.net.state_dict()["head.2.weight"].shape == (10, 128)
+    experiment = Experiment.start(TrainRequest.create("digits", init_from=first.path, out=tmp_path / "next", **QUICK))
+    assert experiment.model.state_dict()["head.2.weight"].shape == (10, 128)
 
 
 @pytest.mark.usefixtures("no_plots")
 def test_init_from_a_net_that_does_not_fit(run: Run, tmp_path: Path) -> None:
     colour = np.random.default_rng(0).integers(0, 256, (40, 3, 40, 40), dtype=np.uint8)
-    with pytest.raises(UsageError, match="^`init_from`: no weight of its small fits"):
-        Experiment.create((colour, np.arange(40) % 4), init_from=run.path, width=3, out=tmp_path / "run", **QUICK)
+    with pytest.raises(UsageError, match="^(--init-from|`init_from`): no weight of its small fits"):
+        Experiment.start(
+            TrainRequest.create((colour, np.arange(40) % 4), init_from=run.path, width=3, out=tmp_path / "run", **QUICK)
+        )
     assert not (tmp_path / "run").exists()
+
+
+# what is asked for, and what is recorded
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": 3}, "^a recipe is a name or a Recipe, not a int"),
+        (
+            {"budget": "9s", "epochs": 2},
+            "^`budget` sets the length; leave out `epochs`, `max_steps` and",
+        ),
+    ],
+)
+def test_a_request_that_contradicts_itself_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TrainRequest.create("digits", **options)
+
+
+def test_a_request_tells_its_own_options_from_those_of_the_recipe() -> None:
+    request = TrainRequest.create("digits", "digits", out="run", epochs=3, seed=1)
+    assert (request.out, request.overrides) == ("run", {"epochs": 3, "seed": 1})
+
+
+def test_the_config_of_a_run_is_read_as_it_was_written(run: Run) -> None:
+    config = RunConfig.read(run.run_dir.config)
+    assert config.to_json() == run.config
+    assert config.recipe == get_recipe("digits").override(epochs=1, seed=3, **QUICK)
+    assert config.init_from is None and "init_from" not in run.config
+    started = replace(config, init_from=InitFrom("digits", "12 of 14"), environment_changes=("device (cpu, now cuda)",))
+    assert RunConfig.from_json(json.loads(json.dumps(started.to_json()))) == started
 
 
 # from Python
@@ -504,12 +538,12 @@ def test_init_from_a_net_that_does_not_fit(run: Run, tmp_path: Path) -> None:
 
 def test_data_forms_and_recipes(tmp_path: Path) -> None:
     data = load_dataset(write_npz(tmp_path / "toy.npz"))
-    assert Experiment.create(data, TINY, out=tmp_path / "a").recipe == TINY
-    assert Experiment.create(data, out=tmp_path / "b", **QUICK).recipe.name == "folder"
-    digits = Experiment.create(load_dataset("digits"), out=tmp_path / "c", **QUICK)
+    assert Experiment.start(TrainRequest.create(data, TINY, out=tmp_path / "a")).recipe == TINY
+    assert Experiment.start(TrainRequest.create(data, out=tmp_path / "b", **QUICK)).recipe.name == "folder"
+    digits = Experiment.start(TrainRequest.create(load_dataset("digits"), out=tmp_path / "c", **QUICK))
     assert asdict(digits.recipe) == asdict(get_recipe("digits").override(**QUICK))
-    named = Experiment.create(data, "fashion-2conv", out=tmp_path / "d", **QUICK)
-    assert type(named.net).__name__ == "FashionTwoConv"
+    named = Experiment.start(TrainRequest.create(data, "fashion-2conv", out=tmp_path / "d", **QUICK))
+    assert type(named.model).__name__ == "FashionTwoConv"
 
 
 def test_the_seed_fixes_weights_and_validation(tmp_path: Path) -> None:
@@ -517,10 +551,10 @@ def test_the_seed_fixes_weights_and_validation(tmp_path: Path) -> None:
 
     def create(seed: int, generator: int) -> Experiment:
         torch.manual_seed(generator)
-        return Experiment.create(data, TINY, seed=seed)
+        return Experiment.start(TrainRequest.create(data, TINY, seed=seed))
 
     first, again, other = create(0, 1), create(0, 2), create(1, 1)
-    weights = [experiment.net.state_dict()["body.stem.0.weight"] for experiment in (first, again, other)]
+    weights = [experiment.model.state_dict()["body.stem.0.weight"] for experiment in (first, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     ids = [list(e.dataset.validation.ids) for e in (first, again, other) if e.dataset.validation]
     assert ids[0] == ids[1] != ids[2]
@@ -532,7 +566,7 @@ def test_the_seed_fixes_weights_and_validation(tmp_path: Path) -> None:
 def test_test_columns_are_there_where_the_test_is_watched(tmp_path: Path) -> None:
     data = write_npz(tmp_path / "toy.npz")
     finished = train(data, TINY, log_test_metrics=True, val_fraction=0.0, out=tmp_path / "run")
-    (_, last) = rows_of(finished.folder.metrics)
+    (_, last) = rows_of(finished.run_dir.metrics)
     assert list(last)[-2:] == ["test_loss", "test_acc"]
     assert last["val_loss"] == last["val_acc"] == ""
     assert float(last["test_acc"]) == pytest.approx(finished.accuracy)
@@ -549,7 +583,7 @@ def test_classic_with_log_softmax_has_probabilities_that_sum_to_one(tmp_path: Pa
 
 
 def test_tensorboard_shows_the_curves_of_metrics_csv(tmp_path: Path) -> None:
-    stopped = Experiment.create("digits", out=tmp_path / "run", epochs=3, tensorboard=True)
+    stopped = Experiment.start(TrainRequest.create("digits", out=tmp_path / "run", epochs=3, tensorboard=True))
     stop(stopped, 25)  # in the second epoch
     experiment = Experiment.resume(tmp_path / "run")
     assert len(list(experiment.epochs())) == 3

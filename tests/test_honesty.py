@@ -18,6 +18,7 @@ from convlens.data.dataset import Split
 from convlens.data.loading import load_dataset
 from convlens.evaluation.metrics import wilson_interval
 from convlens.runs.experiment import Experiment
+from convlens.runs.request import TrainRequest
 
 ROOT = Path(__file__).parent.parent
 PAGE, BENCHMARKS, README = ROOT / "docs" / "results.md", ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
@@ -86,14 +87,14 @@ def test_shuffled_test_labels_change_no_training_artifact_by_one_bit(restore_bes
     }
     runs = []
     for name, dataset in (("true", digits), ("shuffled", other)):
-        experiment = Experiment.create(dataset, out=name, device="cpu", **options)
+        experiment = Experiment.start(TrainRequest.create(dataset, out=name, device="cpu", **options))
         for _ in experiment.epochs():
             pass
         runs.append(experiment.finish())
     first, second = runs
     assert first.accuracy > 0.9 and second.accuracy < 0.3
-    files = [Path("model/model.safetensors"), Path("model/uncertainty.safetensors"), Path("split.csv")]
-    files += [path.relative_to(first.path) for path in first.folder.checkpoint.glob("*.safetensors")]
+    files = [Path("model/model.safetensors"), Path("model/trust.safetensors"), Path("split.csv")]
+    files += [path.relative_to(first.path) for path in first.run_dir.checkpoint.glob("*.safetensors")]
     assert len(files) >= 4
     for file in files:
         assert (first.path / file).read_bytes() == (second.path / file).read_bytes(), file
@@ -101,7 +102,7 @@ def test_shuffled_test_labels_change_no_training_artifact_by_one_bit(restore_bes
     assert timeless[0] == timeless[1]
     trust = [run.classifier.bundle.uncertainty for run in runs]
     assert trust[0] is not None and trust[1] is not None and trust[0].to_json() == trust[1].to_json()
-    said = [[(row["id"], row["prediction"], row["probability"]) for row in run.predictions] for run in runs]
+    said = [[(row["image_id"], row["predicted_label"], row["confidence"]) for row in run.predictions] for run in runs]
     assert said[0] == said[1]
 
 

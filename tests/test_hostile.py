@@ -36,6 +36,7 @@ from convlens.errors import ConvlensError
 from convlens.inference.bundle import load_bundle
 from convlens.models import ConvNet, register
 from convlens.runs.experiment import Experiment
+from convlens.runs.request import TrainRequest
 from convlens.system.files import read_json
 from convlens.training.checkpoint import CheckpointStore, digest
 from convlens.training.state import TrainState
@@ -469,12 +470,14 @@ def test_a_run_whose_data_has_a_name_that_is_no_text_goes_on(tmp_path: Path) -> 
     root = make_folder(tmp_path / "photos", {"a": 10, "b": 10})
     with open(os.path.join(os.fsencode(root), b"a", b"bad\xe9.png"), "wb") as file:
         file.write(b"no image")
-    run = Experiment.create(
-        root, out=tmp_path / "run", epochs=1, allow_unreadable=True, device="cpu", threads=1, precision="fp32"
+    run = Experiment.start(
+        TrainRequest.create(
+            root, out=tmp_path / "run", epochs=1, allow_unreadable=True, device="cpu", threads=1, precision="fp32"
+        )
     )
-    assert run.config["data"]["unreadable"][0].startswith("a/bad\udce9.png is not an image")
+    assert run.config.data["unreadable"][0].startswith("a/bad\udce9.png is not an image")
     resumed = Experiment.resume(tmp_path / "run")
-    assert resumed.config["data"] == json.loads(json.dumps(run.config["data"]))
+    assert resumed.config.data == json.loads(json.dumps(run.config.data))
 
 
 @register("reads-its-weights")

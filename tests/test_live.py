@@ -27,6 +27,7 @@ from convlens.errors import UsageError
 from convlens.models import create_model
 from convlens.run_dir import RunDir
 from convlens.runs.experiment import Experiment
+from convlens.runs.request import TrainRequest
 from convlens.runs.run import Run
 from convlens.serving.dashboard import describe_run, start_dashboard
 from convlens.system.files import write_json_best_effort
@@ -40,12 +41,12 @@ FAST: dict[str, Any] = {"batch_size": 50, "device": "cpu", "threads": 1}
 @pytest.fixture
 def half(tmp_path: Path) -> RunDir:
     """Train two of three epochs."""
-    experiment = Experiment.create("digits", out=tmp_path / "half", epochs=3, **FAST)
+    experiment = Experiment.start(TrainRequest.create("digits", out=tmp_path / "half", epochs=3, **FAST))
     epochs = experiment.epochs()
     next(epochs)
     next(epochs)
     epochs.close()  # type: ignore[attr-defined]
-    return experiment.folder
+    return experiment.run_dir
 
 
 @contextlib.contextmanager
@@ -135,9 +136,9 @@ def test_mistakes_are_those_of_the_net_that_is_tested(tmp_path: Path, monkeypatc
     raw = [weight_of(experiment.net) for _ in experiment.epochs()]
     assert [epoch for epoch, _ in seen] == [1, 2]
     assert not torch.equal(seen[0][1], raw[0])  # the average, not the weights that go on
-    assert torch.equal(seen[1][1], weight_of(experiment.net))  # at the end they are those that stay
+    assert torch.equal(seen[1][1], weight_of(experiment.model))  # at the end they are those that stay
     # an epoch that an earlier process trained is not looked at
-    again = Experiment.create("digits", out=tmp_path / "again", epochs=3, **FAST)
+    again = Experiment.start(TrainRequest.create("digits", out=tmp_path / "again", epochs=3, **FAST))
     epochs = again.epochs()
     next(epochs)
     epochs.close()  # type: ignore[attr-defined]
@@ -201,7 +202,7 @@ def test_figures_that_are_no_numbers_are_not_told(half: RunDir) -> None:
 
 
 def test_a_series_is_its_runs(tmp_path: Path) -> None:
-    convlens.train_series("digits", seeds=2, out=tmp_path / "two", epochs=1, **FAST)
+    convlens.train_seeds("digits", 2, out=tmp_path / "two", epochs=1, **FAST)
     with watching(tmp_path / "two") as address:
         told = json.loads(ask(address, "/runs.json")[2])
         assert [(one["name"], one["seed"]) for one in told] == [("seed-0", 0), ("seed-1", 1)]

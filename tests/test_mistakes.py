@@ -41,28 +41,28 @@ def read(folder: Path) -> list[dict[str, str]]:
 
 
 def test_every_wrong_image_is_a_file_that_says_so(run: Run, tmp_path: Path) -> None:
-    folder, wrong, doubtful = write_mistakes(run.path, tmp_path / "wrong", doubtful=7)
-    assert wrong == run.test["num_images"] - run.test["correct"] and doubtful == 7
+    folder, wrong, doubtful = write_mistakes(run.path, tmp_path / "wrong", uncertain=7)
+    assert wrong == run.test["n"] - run.test["correct"] and doubtful == 7
     rows = read(folder)
-    assert [row["kind"] for row in rows] == ["wrong"] * wrong + ["doubtful"] * 7
+    assert [row["kind"] for row in rows] == ["misclassified"] * wrong + ["uncertain"] * 7
     assert {path.name for path in (folder / "images").iterdir()} == {row["file"] for row in rows}
-    sure = [float(row["probability"]) for row in rows]
+    sure = [float(row["confidence"]) for row in rows]
     assert sure[:wrong] == sorted(sure[:wrong], reverse=True) and sure[wrong:] == sorted(sure[wrong:])
     test = load_dataset("digits").test
     for row in rows[:5]:
         pixels = np.asarray(Image.open(folder / "images" / row["file"]))
-        assert np.array_equal(pixels, test.images[list(test.ids).index(row["id"]), 0].numpy())
-        said = f"{row['label']}_{row['prediction']}_{float(row['probability']):.3f}_{row['id']}.png"
+        assert np.array_equal(pixels, test.images[list(test.ids).index(row["image_id"]), 0].numpy())
+        said = f"{row['true_label']}_{row['predicted_label']}_{float(row['confidence']):.3f}_{row['image_id']}.png"
         assert row["file"] == said
     assert (folder / "mistakes.png").stat().st_size > 5000
 
 
 def test_a_pair_of_classes(run: Run, tmp_path: Path) -> None:
-    worst = next(row for row in run.predictions if row["label"] != row["prediction"])
-    pair = {"true": worst["label"], "predicted": worst["prediction"]}
+    worst = next(row for row in run.predictions if row["true_label"] != row["predicted_label"])
+    pair = {"true": worst["true_label"], "predicted": worst["predicted_label"]}
     folder, wrong, doubtful = write_mistakes(run.path, tmp_path / "pair", **pair)
     assert wrong >= 1 and doubtful == 0
-    assert {(row["label"], row["prediction"]) for row in read(folder)} == {(pair["true"], pair["predicted"])}
+    assert {(row["true_label"], row["predicted_label"]) for row in read(folder)} == {(pair["true"], pair["predicted"])}
     with pytest.raises(UsageError, match="^unknown class 'x'"):
         write_mistakes(run.path, tmp_path / "none", true="x")
     assert not (tmp_path / "none").exists()
@@ -75,12 +75,12 @@ def test_other_images_are_not_taken_for_those_it_was_tested_on(run: Run, tmp_pat
     other = tmp_path / "other.npz"
     numbers = {key: value.numpy() for key, value in {**arrays, "y_test": digits.test.labels.flip(0)}.items()}
     np.savez(other, **numbers, classes=np.array(digits.classes))
-    with pytest.raises(UsageError, match=rf"^the data in {other} are not those that .* was trained on, digits, or"):
+    with pytest.raises(UsageError, match=rf"^the data in {other} are not those that .* was trained on \(digits\), or"):
         write_mistakes(run.path, tmp_path / "mistakes", data=str(other))
     with pytest.raises(UsageError, match="are not those that"):
         load_training_images(run.path, run.classifier, str(other))
     assert not (tmp_path / "mistakes").exists()
-    assert evaluate_run(run.path, str(other))["num_images"] == run.test["num_images"]  # which is for other data
+    assert evaluate_run(run.path, test_on=str(other))["n"] == run.test["n"]  # which is for other data
 
 
 def test_data_that_were_moved_are_those_it_was_tested_on(tmp_path: Path) -> None:
@@ -93,9 +93,11 @@ def test_data_that_were_moved_are_those_it_was_tested_on(tmp_path: Path) -> None
     old.rename(new)
     with pytest.raises(ConvlensError) as caught:
         write_mistakes(run.path, tmp_path / "mistakes")
-    assert str(caught.value).endswith(f"; if the data of {run.path} are elsewhere now, --data says where")
+    assert str(caught.value).endswith(f"; if the data of {run.path} have moved, say where with `data`")
     assert str(old) in str(caught.value)
-    with pytest.raises(UsageError, match=r"^the data in digits are not those that .*, old, or were packed or decoded"):
+    with pytest.raises(
+        UsageError, match=r"^the data in digits are not those that .* \(old\), or were packed or decoded"
+    ):
         write_mistakes(run.path, tmp_path / "mistakes", data="digits")
     assert (
         write_mistakes(run.path, tmp_path / "mistakes", data=str(new))[1]
@@ -103,23 +105,30 @@ def test_data_that_were_moved_are_those_it_was_tested_on(tmp_path: Path) -> None
     )
     assert load_training_images(run.path, run.classifier, str(new)) is not None
     shutil.copytree(run.path / "model", tmp_path / "elsewhere" / "model")
-    with pytest.raises(UsageError, match="left images out, and the list of them is in its run folder; name that"):
+    with pytest.raises(UsageError, match="excludes images that are listed in its run folder; name that"):
         load_training_images(tmp_path / "elsewhere" / "model", run.classifier, str(new))
 
 
 def test_nothing_is_overwritten(run: Run, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    with pytest.raises(UsageError, match="mine exists already; choose another place with --to$"):
+    with pytest.raises(UsageError, match="mine exists already; choose another `out`$"):
         write_mistakes(run.path, tmp_path / "mine")
     assert list((tmp_path / "mine").iterdir()) == []
 
 
 def test_names_of_files_hold_nothing_strange() -> None:
-    answer = {"label": "a/b", "prediction": "c d:*", "probability": "0.5", "id": "../x/y z.jpeg"}
+    answer = {
+        "true_label": "a/b",
+        "predicted_label": "c d:*",
+        "confidence": "0.5",
+        "image_id": "../x/y z.jpeg",
+    }
     name = file_name(answer)
     assert name == "a-b_c-d-_0.500_..-x-y-z.png" and "/" not in name
     assert unique(["a.png", "b.png", "A.png", "a-2.png"]) == ["a.png", "b.png", "A-2.png", "a-2-2.png"]
-    long = file_name({"label": "x" * 300, "prediction": "\u732b" * 300, "probability": "1", "id": "\u72ac" * 300})
+    long = file_name(
+        {"true_label": "x" * 300, "predicted_label": "\u732b" * 300, "confidence": "1", "image_id": "\u72ac" * 300}
+    )
     assert len(long.encode()) < 255 and long.endswith(".png")
 
 

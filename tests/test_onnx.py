@@ -110,7 +110,7 @@ def test_bundled_models_match_pytorch(name: str) -> None:
     assert (shape, predictor.classes) == (classifier.preprocess, classifier.classes)
     assert predictor.conformal_thresholds == pytest.approx(classifier.conformal_thresholds)
     picture = Image.radial_gradient("L").rotate(20).resize((70, 50)).convert("RGB")
-    for how in ({}, {"raw": True}, {"top": 3, "coverage": 0.9}):
+    for how in ({}, {"adapt": False}, {"top": 3, "coverage": 0.9}):
         a, b = predictor.predict(picture, **how), classifier.predict(picture, **how)  # type: ignore[call-overload]
         assert (a.label, a.in_distribution, a.prediction_set) == (b.label, b.in_distribution, b.prediction_set)
         assert [label for label, _ in a.top] == [label for label, _ in b.top]
@@ -152,7 +152,7 @@ def test_grayscale_conversion_matches_pillow(tmp_path: Path) -> None:
 def test_resizing_matches_pillow(size: tuple[int, int], model: Any, folder: Path) -> None:
     waves = np.sin(np.arange(size[0])[None, :] / 9) * np.cos(np.arange(size[1])[:, None] / 7) * 100 + 120
     picture = Image.fromarray(waves.astype(np.uint8)).convert("RGB")
-    expected, _ = Classifier(load_bundle(folder)).run(Classifier(load_bundle(folder)).adapt(picture, raw=True)[None])
+    expected, _ = Classifier(load_bundle(folder)).run(Classifier(load_bundle(folder)).adapt(picture, adapt=False)[None])
     assert np.abs(answers(model, np.asarray(picture)[None])[0] - expected).max() < 0.04
 
 

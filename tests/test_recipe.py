@@ -121,17 +121,17 @@ def test_unknown_keys_have_the_nearest_name() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("epochs", 1.5, "--epochs takes a whole number, not 1.5"),
-        ("epochs", "3", "--epochs takes a whole number, not '3'"),
-        ("batch_size", True, "--batch-size takes a whole number, not True"),
-        ("batch_size", None, "--batch-size takes a whole number, not None"),
-        ("lr", "fast", "--lr takes a number, not 'fast'"),
-        ("lr", False, "--lr takes a number, not False"),
-        ("hflip", 1, "--hflip takes yes or no, not 1"),
-        ("output_relu", "no", "--output-relu takes yes or no, not 'no'"),
-        ("model", 4, "--model takes a word, not 4"),
-        ("pool", 2, "--pool takes a word, not 2"),
-        ("translate", [1], r"--translate takes a whole number, not \[1\]"),
+        ("epochs", 1.5, "`epochs` takes an integer, not 1.5"),
+        ("epochs", "3", "`epochs` takes an integer, not '3'"),
+        ("batch_size", True, "`batch_size` takes an integer, not True"),
+        ("batch_size", None, "`batch_size` takes an integer, not None"),
+        ("lr", "fast", "`lr` takes a number, not 'fast'"),
+        ("lr", False, "`lr` takes a number, not False"),
+        ("hflip", 1, "`hflip` takes True or False, not 1"),
+        ("output_relu", "no", "`output_relu` takes True or False, not 'no'"),
+        ("model", 4, "`model` takes a string, not 4"),
+        ("pool", 2, "`pool` takes a string, not 2"),
+        ("translate", [1], r"`translate` takes an integer, not \[1\]"),
     ],
 )
 def test_wrong_types(key: str, value: Any, message: str) -> None:
@@ -142,19 +142,19 @@ def test_wrong_types(key: str, value: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("epochs", 0, "--epochs is 0; it must be at least 1"),
-        ("max_steps", 0, "--max-steps is 0; it must be at least 1"),
-        ("batch_size", 0, "--batch-size is 0; it must be at least 1"),
-        ("lr", -0.1, "--lr is -0.1; it must be at least 0"),
-        ("lr", math.nan, "--lr is nan; it must be finite"),
-        ("seed", -1, "--seed is -1; it must be at least 0"),
-        ("val_fraction", 1, "--val-fraction is 1.0; it must be below 1"),
-        ("momentum", 1.0, "--momentum is 1.0; it must be below 1"),
-        ("ema_decay", 1.0, "--ema-decay is 1.0; it must be below 1"),
-        ("label_smoothing", 1.1, "--label-smoothing is 1.1; it must be at most 1"),
-        ("scale", 2, "--scale is 2.0; it must be at most 1"),
-        ("center_crop_prob", 1.5, "--center-crop-prob is 1.5; it must be at most 1"),
-        ("warmup_fraction", 1.01, "--warmup-fraction is 1.01; it must be at most 1"),
+        ("epochs", 0, "`epochs` is 0; it must be at least 1"),
+        ("max_steps", 0, "`max_steps` is 0; it must be at least 1"),
+        ("batch_size", 0, "`batch_size` is 0; it must be at least 1"),
+        ("lr", -0.1, "`lr` is -0.1; it must be at least 0"),
+        ("lr", math.nan, "`lr` is nan; it must be finite"),
+        ("seed", -1, "`seed` is -1; it must be at least 0"),
+        ("val_fraction", 1, "`val_fraction` is 1.0; it must be below 1"),
+        ("momentum", 1.0, "`momentum` is 1.0; it must be below 1"),
+        ("ema_decay", 1.0, "`ema_decay` is 1.0; it must be below 1"),
+        ("label_smoothing", 1.1, "`label_smoothing` is 1.1; it must be at most 1"),
+        ("scale", 2, "`scale` is 2.0; it must be at most 1"),
+        ("center_crop_prob", 1.5, "`center_crop_prob` is 1.5; it must be at most 1"),
+        ("warmup_fraction", 1.01, "`warmup_fraction` is 1.01; it must be at most 1"),
     ],
 )
 def test_out_of_range(key: str, value: Any, message: str) -> None:
@@ -163,22 +163,22 @@ def test_out_of_range(key: str, value: Any, message: str) -> None:
 
 
 def test_infinity_is_refused_by_a_message_that_is_true() -> None:
-    with pytest.raises(UsageError, match="^--lr is inf; it must be (?!at least 0$)"):
+    with pytest.raises(UsageError, match="^`lr` is inf; it must be (?!at least 0$)"):
         Recipe(epochs=1, lr=math.inf)
 
 
 def test_a_seed_that_torch_cannot_take_is_refused() -> None:
     torch.manual_seed(Recipe(epochs=1, seed=2**63 - 1).seed)
-    with pytest.raises(UsageError, match="--seed"):
+    with pytest.raises(UsageError, match="`seed`"):
         Recipe(epochs=1, seed=2**64)
 
 
 def test_choices() -> None:
-    with pytest.raises(UnknownNameError, match="^unknown value of --lr-schedule 'cosin'; did you mean 'cosine'"):
+    with pytest.raises(UnknownNameError, match="^unknown value of `lr_schedule` 'cosin'; did you mean 'cosine'"):
         Recipe(epochs=1, lr_schedule="cosin")
-    with pytest.raises(UnknownNameError, match="^unknown value of --optimizer 'lion'; "):
+    with pytest.raises(UnknownNameError, match="^unknown value of `optimizer` 'lion'; "):
         Recipe(epochs=1, optimizer="lion")
-    with pytest.raises(UnknownNameError, match="^unknown value of --precision 'int8'; choose from: auto, bf16, fp32$"):
+    with pytest.raises(UnknownNameError, match="^unknown value of `precision` 'int8'; choose from: auto, bf16, fp32$"):
         Recipe(epochs=1, precision="int8")
 
 
@@ -190,7 +190,7 @@ def test_whole_numbers_are_taken_where_a_number_is_asked_for() -> None:
 def test_nesterov_needs_momentum_of_sgd() -> None:
     assert Recipe(epochs=1, nesterov=True).nesterov
     for options in ({"momentum": 0.0}, {"optimizer": "adamw"}):
-        with pytest.raises(UsageError, match="^--nesterov needs --optimizer sgd or muon and a --momentum above 0$"):
+        with pytest.raises(UsageError, match="^`nesterov` needs `optimizer=sgd` or muon, and a `momentum` above 0$"):
             Recipe(epochs=1, nesterov=True, **options)
 
 
@@ -206,7 +206,7 @@ def test_epochs_and_iterations_take_each_others_place() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"epochs": 1, "max_steps": 1}])
 def test_one_of_epochs_and_iterations_is_needed(options: dict[str, int]) -> None:
-    with pytest.raises(UsageError, match="^a recipe needs epochs, max_steps or max_seconds, one of the three$"):
+    with pytest.raises(UsageError, match="^a recipe needs exactly one of `epochs`, `max_steps` and `max_seconds`$"):
         Recipe(**options)
 
 
@@ -324,7 +324,7 @@ def test_nll_is_for_nets_that_end_in_log_softmax() -> None:
     net = create_model("mnist-4conv", channels=1, image_height=16, image_width=16, classes=2)
     loss = make_loss(Recipe(epochs=1, loss="nll"), net)
     assert loss(torch.tensor([[-0.5, -1.0]]), torch.tensor([1])).item() == 1.0
-    with pytest.raises(UsageError, match="^`loss` nll needs a model that ends in log-softmax, and small does not$"):
+    with pytest.raises(UsageError, match="^`loss` nll needs a net that ends in log-softmax, and small does not$"):
         make_loss(Recipe(epochs=1, loss="nll"), nn.Linear(1, 1))
     for options in ({"label_smoothing": 0.1}, {"mixup": 0.2}, {"cutmix": 1.0}):
         with pytest.raises(UsageError, match="^`loss` nll takes plain labels"):

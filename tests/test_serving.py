@@ -123,7 +123,7 @@ def test_what_cannot_be_explained(client: TestClient, picture: bytes, monkeypatc
     cases: list[tuple[dict[str, Any], int, str]] = [
         ({"params": {"label": "cow"}, "content": picture, "headers": PNG}, 422, "label: digits knows no class 'cow'"),
         ({"params": {"top": "3"}, "content": picture, "headers": PNG}, 422,
-         "unknown option 'top'; choose from: model, raw, label"),
+         "unknown option 'top'; choose from: model, adapt, label"),
         ({"files": [("images", ("a.png", picture, "image/png"))]}, 415,
          "send one picture (image/png, image/jpeg, ...): a form is for /predict"),
         ({"content": b"no picture", "headers": PNG}, 422, "the image is not an image (JPEG, PNG, GIF"),
@@ -147,7 +147,7 @@ def test_raw_and_more_than_one_model(digits: OnnxPredictor) -> None:
     for params, wanted in (
         ({}, digits.predict(page)),
         ({"model": "mnist"}, mnist.predict(page)),
-        ({"model": "mnist", "raw": "true"}, mnist.predict(page, raw=True)),
+        ({"model": "mnist", "adapt": "false"}, mnist.predict(page, adapt=False)),
     ):
         answer = client.post("/predict", params=params, content=file.getvalue(), headers=PNG).json()
         assert answer["model"] == params.get("model", "digits")

@@ -25,6 +25,8 @@ from convlens.data.preprocess import Preprocess
 from convlens.data.shard_storage import ShardStorage
 from convlens.data.shards import Shard, ShardImages, ShardOrder, load_shards, write_shards
 from convlens.errors import ConvlensError, UsageError
+from convlens.runs.experiment import Experiment
+from convlens.runs.request import TrainRequest
 
 CPU = torch.device("cpu")
 
@@ -142,11 +144,11 @@ def test_few_shards_are_in_memory_and_each_is_read_once(shards: Path, monkeypatc
 def test_training_from_shards_stops_anywhere_and_goes_on_in_the_same_bits(shards: Path, tmp_path: Path) -> None:
     options = {"recipe": "digits", "epochs": 2, "threads": 1}
     whole = convlens.train(str(shards), out=tmp_path / "whole", **options)
-    stopped = convlens.runs.experiment.Experiment.create(str(shards), out=tmp_path / "stopped", **options)
+    stopped = Experiment.start(TrainRequest.create(str(shards), out=tmp_path / "stopped", **options))
     asked = iter(range(1000))
     with pytest.raises(convlens.errors.TrainingInterruptedError):
         list(stopped.epochs(should_stop=lambda: next(asked) >= 29))
-    again = convlens.runs.experiment.Experiment.resume(tmp_path / "stopped")
+    again = Experiment.resume(tmp_path / "stopped")
     list(again.epochs())
     run = again.finish()
     assert (run.path / "model/model.safetensors").read_bytes() == (whole.path / "model/model.safetensors").read_bytes()

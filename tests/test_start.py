@@ -17,7 +17,9 @@ from convlens.cli.main import main
 from convlens.distributed.sync_batchnorm import SyncBatchNorm
 from convlens.errors import ConvlensError, UsageError
 from convlens.models import MODELS, ConvNet, create_model
+from convlens.runs.config import InitFrom
 from convlens.runs.experiment import Experiment
+from convlens.runs.request import TrainRequest
 from convlens.runs.run import Run
 from convlens.training.loop import fit
 from convlens.training.pretrained import PretrainedWeights, load_matching_weights
@@ -58,12 +60,14 @@ def tensors_of(net: nn.Module) -> dict[str, Tensor]:
 
 def test_weights_of_a_bundle_start_another_net(trained: Run, tmp_path: Path) -> None:
     photos = make_photos(tmp_path / "photos", side=20, classes="abc")
-    experiment = Experiment.create(photos, pretrained=str(weights_of(trained)), out=tmp_path / "run", **SMALL)
-    weights, fresh = load_file(weights_of(trained)), experiment.net.state_dict()
+    experiment = Experiment.start(
+        TrainRequest.create(photos, pretrained=str(weights_of(trained)), out=tmp_path / "run", **SMALL)
+    )
+    weights, fresh = load_file(weights_of(trained)), experiment.model.state_dict()
     stages = [key for key in weights if not key.startswith("head.")]
     assert all(torch.equal(fresh[key], weights[key]) for key in stages)
     assert fresh["head.2.weight"].shape[0] == 3
-    assert experiment.config["init"] == {"from": str(weights_of(trained)), "tensors": f"{len(stages)} of {len(fresh)}"}
+    assert experiment.config.init_from == InitFrom(str(weights_of(trained)), f"{len(stages)} of {len(fresh)}")
     # as those weights had them: the size of the images, their mean and spread
     assert experiment.recipe.image_size == 12 and experiment.dataset.shape == (3, 12, 12)
     first = trained.classifier.preprocess
@@ -72,22 +76,26 @@ def test_weights_of_a_bundle_start_another_net(trained: Run, tmp_path: Path) -> 
 
 def test_the_size_of_the_images_can_be_another(trained: Run, tmp_path: Path) -> None:
     photos = make_photos(tmp_path / "photos", side=20)
-    experiment = Experiment.create(photos, pretrained=str(weights_of(trained)), image_size=15, out="run", **SMALL)
+    experiment = Experiment.start(
+        TrainRequest.create(photos, pretrained=str(weights_of(trained)), image_size=15, out="run", **SMALL)
+    )
     assert experiment.recipe.image_size == 15 and experiment.dataset.shape == (3, 15, 15)
 
 
 def test_grey_photos_get_the_channels_of_the_weights(trained: Run, tmp_path: Path) -> None:
     photos = make_photos(tmp_path / "grey", mode="L")
     assert convlens.load_dataset(photos).shape[0] == 1
-    experiment = Experiment.create(photos, pretrained=str(weights_of(trained)), out="run", **SMALL)
+    experiment = Experiment.start(TrainRequest.create(photos, pretrained=str(weights_of(trained)), out="run", **SMALL))
     assert experiment.dataset.shape[0] == 3
 
 
 def test_the_class_that_has_a_head_already_gets_a_fresh_one(trained: Run, tmp_path: Path) -> None:
     photos = make_photos(tmp_path / "photos")
-    experiment = Experiment.create(photos, pretrained=str(weights_of(trained)), seed=1, out="run", **SMALL)
+    experiment = Experiment.start(
+        TrainRequest.create(photos, pretrained=str(weights_of(trained)), seed=1, out="run", **SMALL)
+    )
     assert not torch.equal(
-        experiment.net.state_dict()["head.2.weight"], load_file(weights_of(trained))["head.2.weight"]
+        experiment.model.state_dict()["head.2.weight"], load_file(weights_of(trained))["head.2.weight"]
     )
 
 
@@ -98,7 +106,7 @@ def test_neither_a_resumed_run_nor_a_bundle_needs_the_file_again(trained: Run, t
     weights.write_bytes(weights_of(trained).read_bytes())
     rules = {**SMALL, "epochs": 3, "pretrained": str(weights)}
     whole = convlens.train(photos, out=tmp_path / "whole", **rules)
-    epochs = Experiment.create(photos, out=tmp_path / "grad_accum_steps", **rules).epochs()
+    epochs = Experiment.start(TrainRequest.create(photos, out=tmp_path / "grad_accum_steps", **rules)).epochs()
     next(epochs)
     epochs.close()
     weights.unlink()
@@ -115,9 +123,9 @@ def test_neither_a_resumed_run_nor_a_bundle_needs_the_file_again(trained: Run, t
 @pytest.mark.usefixtures("no_plots")
 def test_seeds_start_from_the_same_weights(trained: Run, tmp_path: Path) -> None:
     photos = make_photos(tmp_path / "photos", side=20)
-    summary = convlens.train_series(photos, seeds=2, out="both", pretrained=str(weights_of(trained)), **SMALL)
-    runs = [Run(Path("both") / name) for name in summary["runs"]]
-    assert [run.config["init"]["from"] for run in runs] == [str(weights_of(trained))] * 2
+    summary = convlens.train_seeds(photos, 2, out="both", pretrained=str(weights_of(trained)), **SMALL)
+    runs = [Run(Path("both") / name) for name in summary.runs]
+    assert [run.config["init_from"]["source"] for run in runs] == [str(weights_of(trained))] * 2
     assert [run.config["recipe"]["image_size"] for run in runs] == [12, 12]
 
 
@@ -143,13 +151,15 @@ def test_what_cannot_be_started_from(
     Path("torn.safetensors").write_bytes(b"\x08\x00\x00")
     save_file({"something": torch.zeros(3, 3)}, "other.safetensors")
     with pytest.raises(ConvlensError, match=says):
-        Experiment.create(make_photos(tmp_path / "photos"), out="run", **{**SMALL, **rules})
+        Experiment.start(TrainRequest.create(make_photos(tmp_path / "photos"), out="run", **{**SMALL, **rules}))
     assert not Path("run").exists()
 
 
 def test_init_and_pretrained_are_two_answers(trained: Run) -> None:
     with pytest.raises(UsageError, match="^--init-from or --pretrained, not both"):
-        Experiment.create("digits", init_from=trained.path, pretrained=str(weights_of(trained)), **QUICK)
+        Experiment.start(
+            TrainRequest.create("digits", init_from=trained.path, pretrained=str(weights_of(trained)), **QUICK)
+        )
 
 
 def test_a_damaged_note_beside_the_weights_is_named(trained: Run, tmp_path: Path) -> None:
@@ -166,7 +176,7 @@ def test_a_damaged_note_beside_the_weights_is_named(trained: Run, tmp_path: Path
 
 def test_init_takes_mean_and_spread_too(trained: Run, tmp_path: Path) -> None:
     dark = make_photos(tmp_path / "dark", classes="bcd")
-    experiment = Experiment.create(dark, init_from=trained.path, out="run", **TRAINED)
+    experiment = Experiment.start(TrainRequest.create(dark, init_from=trained.path, out="run", **TRAINED))
     assert experiment.preprocess.mean == trained.classifier.preprocess.mean
 
 

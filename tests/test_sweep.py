@@ -243,7 +243,7 @@ def test_a_trial_is_what_train_does_and_its_recipe_travels_in_a_file(toy: str, n
     values = json.loads((sweep.folder / "best.json").read_text())
     assert values["recipe"] == "folder" and values["momentum"] == best.params["momentum"] and "loss" not in values
     run = convlens.train(toy, recipe, device="cpu", threads=1)
-    assert run.folder.read_metrics()[-1]["val_acc"] == best.value
+    assert run.run_dir.read_metrics()[-1]["val_acc"] == best.value
     with open(sweep.folder / "trials.csv", newline="", encoding="utf-8") as file:
         assert [row["trial"] for row in csv.DictReader(file)] == ["1", "2", "3"]
     page = (sweep.folder / "report.html").read_text()
@@ -733,7 +733,7 @@ def test_tune_takes_another_net(
     """Although the recipe's width is no option of it."""
     from convlens.cli import main
 
-    words = ["tune", "digits", "--model", "fashion-2conv", "--batch-size", "64", "--seed", "1"]
+    words = ["lr-find", "digits", "--model", "fashion-2conv", "--batch-size", "64", "--seed", "1"]
     monkeypatch.setattr(sys, "argv", ["convlens", *words])
     with pytest.raises(SystemExit) as leaving:
         main.main()
@@ -757,7 +757,7 @@ def test_tune_prints_a_command_that_runs(
     line = out.splitlines()[-1]
     words = line.removeprefix("train with: convlens ").split()
     assert words[:2] == ["train", "digits"] and "--no-nesterov" in words and "--lr" in words and "--batch-size" in words
-    monkeypatch.setattr(sys, "argv", ["convlens", "tune", "digits", "--to", "nowhere/x.png"])
+    monkeypatch.setattr(sys, "argv", ["convlens", "lr-find", "digits", "--out", "nowhere/x.png"])
     with pytest.raises(SystemExit) as leaving:
         main.main()
     said = "--to nowhere/x.png: there is no folder nowhere; make it, or choose another place"

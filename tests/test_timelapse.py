@@ -18,6 +18,7 @@ from convlens.explain.timelapse import replay
 from convlens.models import create_model
 from convlens.reports.timelapse import draw_snapshot, format_epoch
 from convlens.runs.experiment import Experiment
+from convlens.runs.request import TrainRequest
 from convlens.runs.run import Run
 from convlens.training.schedule import is_snapshot_step
 
@@ -40,10 +41,10 @@ def test_snapshots_are_what_the_net_was_and_change_nothing(remembered: Run, tmp_
     assert (plain.path / "model" / "model.safetensors").read_bytes() == (
         remembered.path / "model" / "model.safetensors"
     ).read_bytes()
-    assert not plain.folder.snapshots.exists()
+    assert not plain.run_dir.snapshots.exists()
     config = remembered.config
     steps = count_batches(config["data"]["counts"]["train"], 100)
-    snapshots = list_snapshots(remembered.folder.snapshots)
+    snapshots = list_snapshots(remembered.run_dir.snapshots)
     assert list(snapshots) == [0, 1, 2, 4, 8, steps, 2 * steps, 3 * steps]
     net = create_model(config["model"]["name"], **config["model"]["arguments"])
     load_snapshot(snapshots[3 * steps], net)
@@ -52,7 +53,7 @@ def test_snapshots_are_what_the_net_was_and_change_nothing(remembered: Run, tmp_
 
 
 def test_a_stopped_training_goes_on_with_its_snapshots(remembered: Run, tmp_path: Path) -> None:
-    experiment = Experiment.create("digits", out=tmp_path / "stopped", save_snapshots=True, **FAST)
+    experiment = Experiment.start(TrainRequest.create("digits", out=tmp_path / "stopped", save_snapshots=True, **FAST))
     with pytest.raises(convlens.ConvlensError):
         asked = iter([False] * 17 + [True] * 2)
         list(experiment.epochs(should_stop=lambda: next(asked)))
@@ -68,7 +69,7 @@ def test_moments(remembered: Run) -> None:
     held_out = dataset.with_validation(remembered.config["recipe"]["val_fraction"], 0).validation
     assert held_out is not None
     pixels = held_out.images[0].numpy()
-    moments = replay(remembered.classifier, remembered.folder, pixels, held_out)
+    moments = replay(remembered.classifier, remembered.run_dir, pixels, held_out)
     assert [round(m.epoch, 3) for m in moments][-3:] == [1, 2, 3] and moments[0].epoch == 0
     assert moments[0].accuracy < 0.5 < moments[-1].accuracy
     assert moments[-1].accuracy == pytest.approx(remembered.metrics[-1]["val_acc"], abs=1e-6)
@@ -113,13 +114,13 @@ def test_the_command(remembered: Run, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_what_is_missing_is_said(remembered: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    snapshots = list_snapshots(remembered.folder.snapshots)
+    snapshots = list_snapshots(remembered.run_dir.snapshots)
     snapshots[2].write_bytes(snapshots[2].read_bytes()[:1000])
     assert run("timelapse", remembered.path) == 1
     assert capsys.readouterr().err.startswith(
         f"convlens: {snapshots[2]} is not a snapshot of this model; delete it to skip it: "
     )
-    shutil.rmtree(remembered.folder.snapshots)
+    shutil.rmtree(remembered.run_dir.snapshots)
     capsys.readouterr()
     assert run("timelapse", remembered.path) == 2
     told = "has no snapshots; train with `save_snapshots`, for example: convlens train digits --save-snapshots"
@@ -140,9 +141,9 @@ def test_epochs_are_told_in_few_digits() -> None:
 
 def test_a_class_may_have_any_name(remembered: Run) -> None:
     picture = convlens.load_dataset("digits").test.images[0].numpy()
-    moment = replay(remembered.classifier, remembered.folder, picture, convlens.load_dataset("digits").test)[-1]
-    about = {"images": "images", "image": "one", "classes": [r"$\x$", "a_b", "\udcff", *"3456789"]}
-    assert draw_snapshot(moment, picture, about, 1.0, np.arange(10)).size == (864, 360)
+    moment = replay(remembered.classifier, remembered.run_dir, picture, convlens.load_dataset("digits").test)[-1]
+    about = {"images": "images", "picture": "one", "classes": [r"$\x$", "a_b", "\udcff", *"3456789"]}
+    assert draw_moment(moment, picture, about, 1.0, np.arange(10)).size == (864, 360)
 
 
 @in_browser

@@ -1,6 +1,6 @@
 """convlens: train, see through and ship small convolutional image classifiers.
 
-Everything below is imported when it is first used, so that ``import convlens`` costs nothing.
+Public names are imported on first use, so that ``import convlens`` is fast.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from convlens.inference.predictor import Prediction
     from convlens.models import create_model
     from convlens.runs.experiment import train
-    from convlens.runs.group import train_series
+    from convlens.runs.group import cross_validate, train_seeds
     from convlens.runs.run import Run
     from convlens.training.loop import fit
     from convlens.training.recipe import Recipe
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# OpenMP's threads spin while they wait for each other. Long spinning makes a training ten times slower beside another
-# program, none at all a third slower on an idle machine; this is about 0.3 ms. Read when PyTorch is loaded.
+# OpenMP threads spin while they wait for each other. Long spinning makes training ten times slower next to another busy
+# program; no spinning makes it a third slower on an idle machine. This is about 0.3 ms. Read when PyTorch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
-# These libraries report to their makers unless told not to, and children inherit what is said here. ONNX Runtime reads
-# its variable when it is imported; no call can take back the device ID and the event that it writes then.
+# Disable the telemetry of these libraries, also in child processes. ONNX Runtime reads its variable on import; no later
+# call can undo the device ID and the event that it writes then.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -47,12 +47,13 @@ _HOMES = {
     "Run": "convlens.runs.run",
     "Split": "convlens.data.dataset",
     "create_model": "convlens.models",
+    "cross_validate": "convlens.runs.group",
     "fit": "convlens.training.loop",
     "from_arrays": "convlens.data.arrays",
     "get_recipe": "convlens.training.recipes",
     "load_dataset": "convlens.data.loading",
     "train": "convlens.runs.experiment",
-    "train_series": "convlens.runs.group",
+    "train_seeds": "convlens.runs.group",
 }
 
 __all__ = [
@@ -66,12 +67,13 @@ __all__ = [
     "Split",
     "__version__",
     "create_model",
+    "cross_validate",
     "fit",
     "from_arrays",
     "get_recipe",
     "load_dataset",
     "train",
-    "train_series",
+    "train_seeds",
 ]
 
 

@@ -1,4 +1,4 @@
-"""ConvClassifier: a scikit-learn estimator, for ``cross_val_score``, ``Pipeline`` and friends."""
+"""ConvClassifier: an estimator for scikit-learn's ``cross_val_score``, ``GridSearchCV``, ``Pipeline`` and others."""
 
 from __future__ import annotations
 
@@ -21,15 +21,20 @@ from convlens.training.recipe import Recipe
 
 
 class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """A small convolutional net as a scikit-learn classifier: trained on the CPU, in fp32, with nothing held out.
+    """A small convolutional network as a scikit-learn classifier: trained on the CPU, in fp32, with nothing held out.
 
-    ``X`` is (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3, or (N, features): rows of pixels, square if
-    the number of features is a square, else one row high. Any real numbers are taken; the smallest and largest seen
-    in :meth:`fit` become black and white. ``y`` is (N,) labels of any kind.
+    Images ``X`` are (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3, or (N, features): rows of pixels, square if
+    the number of features is a square, else one row high. Any real numbers are accepted; the smallest and largest seen
+    in :meth:`fit` become black and white. Labels ``y`` are (N,), of any kind.
 
-    Parameters are those of :class:`convlens.Recipe` of the same name; fitting raises UsageError for a value that none
-    of them takes. ``random_state`` is the seed: a whole number from 0, a NumPy RandomState, or None for another one at
-    each fit. After fitting, ``classes_`` holds the labels (K,), sorted, and ``net_`` the trained net.
+    Args:
+        model, width, epochs, batch_size, optimizer, lr, weight_decay, translate, hflip, rotation: Fields of
+            :class:`convlens.Recipe`.
+        random_state: The seed: an integer from 0, a NumPy RandomState, or None for another one at each fit.
+
+    Attributes:
+        classes_: The labels (K,), sorted.
+        model_: The trained model, an ``nn.Module``.
 
     >>> X, y = np.zeros((20, 4, 4)), np.arange(20) % 2
     >>> X[y == 1, 1:3, 1:3] = 1  # class 1 has a bright middle
@@ -74,10 +79,16 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return tags
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> ConvClassifier:
-        """Train a fresh net on images ``X`` (N, ...) as above and labels ``y`` (N,); returns self.
+        """Train a new model on images ``X`` (N, ...) and labels ``y`` (N,).
 
-        PyTorch's random numbers are left as they were. Raises ValueError for images or labels that scikit-learn or this
-        class does not take, such as one class only, and UsageError for a parameter that no recipe takes.
+        PyTorch's random state is restored afterwards.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            ValueError: The images or labels are invalid, such as labels of one class only.
+            UsageError: A parameter has a value that the recipe does not take.
         """
         X, y = validate_data(self, X, y, allow_nd=True, dtype="numeric", ensure_min_samples=1)
         check_classification_targets(y)
@@ -110,36 +121,37 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             source=None,
             classes=tuple(map(str, self.classes_)),
             train=train,
-            test=train.select(torch.arange(0)),  # scikit-learn does the testing
+            test=train.take(torch.arange(0)),  # scikit-learn evaluates
             validation=None,
             input_style=InputStyle(),
             split_description="",
         )
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            net = make_model(model_config(recipe, dataset), dataset, self.preprocess_)
-            for _ in fit(net, dataset, recipe, preprocess=self.preprocess_):
+            model = make_model(model_config(recipe, dataset), dataset, self.preprocess_)
+            for _ in fit(model, dataset, recipe, preprocess=self.preprocess_):
                 pass
-        self.net_ = net
+        self.model_ = model
         return self
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float32]:
         """Return the probability of every class, float32 (N, K), in the order of ``classes_``; not calibrated.
 
-        ``X`` is as in :meth:`fit`, of any number of images. Raises NotFittedError before :meth:`fit`, and ValueError
-        for images of another size.
+        Raises:
+            NotFittedError: The estimator is not fitted.
+            ValueError: The images have another size than those of :meth:`fit`.
         """
-        check_is_fitted(self, "net_")
+        check_is_fitted(self, "model_")
         X = validate_data(self, X, reset=False, allow_nd=True, dtype="numeric")
         images = self._to_pixels(np.asarray(X, dtype=np.float64))
         expected = (self.preprocess_.channels, self.preprocess_.height, self.preprocess_.width)
         if tuple(images.shape[1:]) != expected:
             raise ValueError(f"images of (C, H, W) {tuple(images.shape[1:])}, but fit saw images of shape {expected}")
-        logits = compute_logits(self.net_, images, self.preprocess_.normalizer())
+        logits = compute_logits(self.model_, images, self.preprocess_.normaliser())
         return logits.softmax(dim=1).cpu().numpy()
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Return the most probable label, (N,), of the type of ``y``, of images (N, ...); raises as predict_proba."""
+        """Return the most probable label of each image, (N,), of the type of ``y``; raises as :meth:`predict_proba`."""
         best = self.predict_proba(X).argmax(axis=1)
         return self.classes_[best]  # type: ignore[no-any-return]
 
@@ -151,7 +163,7 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return int(check_random_state(self.random_state).randint(2**31 - 1))
 
     def _to_pixels(self, values: NDArray[np.float64]) -> torch.Tensor:
-        """Return images as uint8 (N, C, H, W); values beyond those seen in fit are cut off."""
+        """Return images as uint8 (N, C, H, W); values outside the range seen in fit are clipped."""
         if values.ndim == 2:
             side = int(values.shape[1] ** 0.5)
             shape = (side, side) if side * side == values.shape[1] else (1, values.shape[1])

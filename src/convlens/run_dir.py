@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import os
 import shutil
 import tempfile
@@ -13,16 +14,17 @@ from typing import Any
 
 from convlens.errors import ConvlensError, UsageError
 from convlens.system.files import read_json
-from convlens.system.text import quoted
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+GROUP = "group.json"  # makes a folder a group of runs
+
 
 class RunDir:
-    """One run's folder: ``runs/mnist-1`` and the names of what lies in it."""
+    """The folder of one run, such as ``runs/mnist-1``, and the paths of its files."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -44,74 +46,68 @@ class RunDir:
 
     @classmethod
     def create(cls, out: str | Path | None, data_name: str, parent: str | Path = "runs") -> RunDir:
-        """Make a new folder: ``out``, or the next free ``runs/<data>-<n>``; an existing one is never reused."""
+        """Create a new folder: ``out``, or the next free ``runs/<data>-<n>``.
+
+        Raises:
+            UsageError: ``out`` exists.
+            ConvlensError: The folder cannot be created.
+        """
         if out is not None:
-            cls.refuse_existing(out)
+            require_new_path(out)
             try:
                 Path(out).mkdir(parents=True)
             except OSError as error:
-                raise ConvlensError(f"cannot make the run folder {out}: {error.strerror}") from None
+                raise ConvlensError(f"cannot create the run folder {out}: {error.strerror}") from None
             return cls(out)
-        number = 1
-        while True:
+        for number in itertools.count(1):
             path = Path(parent) / f"{data_name}-{number}"
             try:
                 path.mkdir(parents=True)  # exclusive: of two runs started at once, only one gets this number
                 return cls(path)
             except FileExistsError:
-                if not os.path.lexists(path):  # not the name is taken: the parent is a link to nowhere
-                    raise ConvlensError(
-                        f"cannot make the run folder {path}: {parent} is no folder; choose a writable place with --out"
-                    ) from None
-                number += 1
+                if os.path.lexists(path):
+                    continue
+                reason = f"{parent} is not a directory"  # but a broken link
             except OSError as error:
-                raise ConvlensError(
-                    f"cannot make the run folder {path}: {error.strerror}; choose a writable place with --out"
-                ) from None
+                reason = str(error.strerror)
+            raise ConvlensError(f"cannot create the run folder {path}: {reason}; choose a writable place with `out`")
+        raise AssertionError("unreachable")
 
-    def clear_begun(self) -> None:
-        """Remove the folder if it holds nothing but what is written before ``config.json`` makes it a run."""
+    def remove_if_incomplete(self) -> None:
+        """Remove the folder if it holds only files that are written before ``config.json``."""
         known = {self.split.name, self.excluded.name}
         with contextlib.suppress(OSError):
             if all(path.name in known or path.name.startswith(".") for path in self.path.iterdir()):
                 shutil.rmtree(self.path)
 
     @staticmethod
-    def refuse_existing(out: str | Path) -> None:
-        """Raise UsageError if there is something called ``out`` already."""
-        if os.path.lexists(out):
-            is_run = (Path(out) / "config.json").is_file() or RunDir.is_series(out)
-            more = f", or continue it with --resume {quoted(out)}" if is_run else ""
-            raise UsageError(f"{out} exists already; choose another --out{more}")
+    def is_group(path: str | Path) -> bool:
+        """Return True if ``path`` is the folder of a group of runs."""
+        return (Path(path) / GROUP).is_file()
 
     @staticmethod
-    def is_series(path: str | Path) -> bool:
-        """Say whether ``path`` is the folder of a series of runs."""
-        return (Path(path) / SERIES).is_file()
-
-    @staticmethod
-    def refuse_series(path: str | Path) -> None:
-        """Raise UsageError if ``path`` is a series of runs, where one run is asked for."""
-        if RunDir.is_series(path):
-            raise UsageError(f"{path} is a series of runs: name one of them, a folder in it")
+    def refuse_group(path: str | Path) -> None:
+        """Raise UsageError if ``path`` is a group of runs where one run is needed."""
+        if RunDir.is_group(path):
+            raise UsageError(f"{path} is a group of runs: name one of the run folders in it")
 
     @classmethod
     def open(cls, path: str | Path) -> RunDir:
         """Open an existing run; UsageError if ``path`` is not one."""
         run = cls(path)
         if not run.path.is_dir():
-            raise UsageError(f"there is no run folder {path}; `convlens train` makes one")
-        cls.refuse_series(path)
+            raise UsageError(f"there is no run folder {path}; `convlens train` creates one")
+        cls.refuse_group(path)
         if not run.config.is_file():
             raise UsageError(f"{path} is not a run folder: it has no config.json")
         return run
 
     @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Keep other processes from training in this folder inside the block; UsageError if one does already.
+    def locked(self) -> Iterator[None]:
+        """Lock the folder for training inside the block; UsageError if another process holds the lock.
 
-        The system itself gives the folder free when a process dies, however it dies. Windows and some network folders
-        have no such claim.
+        The operating system releases the lock when a process dies. Windows and some network file systems have no such
+        locks; there nothing is checked.
         """
         if fcntl is None:
             yield
@@ -121,31 +117,49 @@ class RunDir:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UsageError(f"another process is training in {self.path}; wait for it, or stop it") from None
-            except OSError:  # a file system that knows no claims
+                raise UsageError(f"another process is training in {self.path}; wait for it or stop it") from None
+            except OSError:  # a file system without locks
                 pass
             yield
         finally:
             os.close(descriptor)
 
     def read_config(self) -> dict[str, Any]:
-        """Return the run's ``config.json``."""
+        """Return the content of the run's ``config.json``."""
         return read_json(self.config)
 
     def read_metrics(self) -> list[dict[str, float | None]]:
-        """Return ``metrics.csv``, one dict an epoch; an empty cell is None."""
+        """Return ``metrics.csv``, one dict per epoch; an empty cell is None."""
         with open(self.metrics, newline="", encoding="utf-8") as file:
             return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
 
 
+def require_new_path(path: str | Path, field: str = "out") -> None:
+    """Raise UsageError if ``path``, the value of the parameter ``field``, exists."""
+    if os.path.lexists(path):
+        is_run = (Path(path) / "config.json").is_file() or RunDir.is_group(path)
+        resume = ", or continue that run with `resume`" if is_run else ""
+        raise UsageError(f"{path} exists already; choose another `{field}`{resume}", field=field)
+
+
+def next_free_path(path: Path, *, numbered: bool = False) -> Path:
+    """Return the first path that does not exist of ``path``, ``path-2``, ``path-3``, ...
+
+    A file keeps its suffix. With ``numbered``, for folders, the first one is ``path-1``.
+    """
+    stem, suffix = (path.name, "") if numbered else (path.stem, path.suffix)
+    candidates = (path.with_name(f"{stem}-{n}{suffix}") for n in itertools.count(1 if numbered else 2))
+    return next(p for p in itertools.chain([] if numbered else [path], candidates) if not os.path.lexists(p))
+
+
 @contextlib.contextmanager
 def atomic_dir(folder: Path) -> Iterator[Path]:
-    """Give a folder to fill, which becomes ``folder`` when the block ends well: it appears whole or not at all."""
+    """Yield a temporary folder that becomes ``folder`` when the block succeeds; otherwise nothing remains."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         room = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-")
     except OSError as error:
-        raise ConvlensError(f"cannot make the folder {folder}: {error.strerror}") from None
+        raise ConvlensError(f"cannot create the folder {folder}: {error.strerror}") from None
     with room as temporary:
         new = Path(temporary) / "new"
         new.mkdir()
@@ -153,7 +167,4 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
         try:
             new.rename(folder)
         except OSError as error:
-            raise ConvlensError(f"cannot make the folder {folder}: {error.strerror}") from None
-
-
-SERIES = "series.json"  # makes a folder a series of runs
+            raise ConvlensError(f"cannot create the folder {folder}: {error.strerror}") from None

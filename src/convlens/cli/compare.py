@@ -7,16 +7,15 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.app import app, gc_paused
 from convlens.cli.output import Format, print_csv
+from convlens.cli.startup import gc_paused
 
 
-@app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="Run folders; each is set beside the first.")],
-    format: Annotated[Format, typer.Option(help="How to print.")] = Format.text,
+    runs: Annotated[list[str], typer.Argument(help="Run folders; each is compared with the first.")],
+    format: Annotated[Format, typer.Option(help="Output format.")] = Format.text,
 ) -> None:
-    """Say which of several runs is better, and whether that is more than chance: each beside the first.
+    """Compare runs on the same test images, and test whether the difference is more than chance.
 
     Examples:
       convlens compare runs/mnist-1 runs/mnist-2
@@ -29,7 +28,7 @@ def compare(
         for first, other, paired in results:
             print(paired.verdict(first, other))
             print(
-                f"        {paired.only_a:,} images only {first} has right, {paired.only_b:,} only {other}; "
+                f"        {paired.only_a:,} images are correct only in {first}, {paired.only_b:,} only in {other}; "
                 f"exact McNemar test p = {paired.p_value:.2g}"
             )
         return

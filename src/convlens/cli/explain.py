@@ -8,28 +8,26 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.app import app, gc_paused
+from convlens.cli.options import Adapt, RunData
 from convlens.cli.predict import expand
 from convlens.cli.signals import restore_sigint
+from convlens.cli.startup import gc_paused
 from convlens.errors import UsageError
 
 
-@app.command()
 def explain(
     model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a model by name.")],
-    images: Annotated[
-        list[str], typer.Argument(help="Files, folders, globs, 50 pictures at most; - reads a list of files.")
-    ],
-    out: Annotated[Path | None, typer.Option(help="New folder, instead of explained/MODEL-N.")] = None,
-    label: Annotated[str | None, typer.Option(help="Class to look for, instead of the predicted one.")] = None,
+    images: Annotated[list[str], typer.Argument(help="Files, folders or globs, at most 50 images; - reads a list.")],
+    out: Annotated[Path | None, typer.Option(help="New folder (default: explained/MODEL-N).")] = None,
+    label: Annotated[str | None, typer.Option(help="Class to explain, instead of the predicted one.")] = None,
     unit: Annotated[
         str | None,
-        typer.Option(help="STAGE:CHANNEL,ROW,COLUMN, counted from 0: a unit to look at, not the loudest."),
+        typer.Option(help="Unit to show, as STAGE:CHANNEL,ROW,COLUMN from 0, instead of the most active one."),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Where the training images are, if the run does not say.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Only resize; do not look for ink on paper.")] = False,
+    data: RunData = None,
+    adapt: Adapt = True,
 ) -> None:
-    """Show why a net says what it says: where it looks, what each stage makes of it, what it was reminded of.
+    """Explain predictions on a page: occlusion maps, activation maps, feature maps, similar training images.
 
     Examples:
       convlens explain runs/mnist-1 scan.png
@@ -45,11 +43,9 @@ def explain(
     place = None if unit is None else read_unit(unit)
     files = expand(images)
     if len(files) > MAX_IMAGES:
-        print(
-            f"convlens: {len(files)} pictures; the first {MAX_IMAGES} are explained, which fill a page", file=sys.stderr
-        )
+        print(f"convlens: {len(files)} images; only the first {MAX_IMAGES} are explained", file=sys.stderr)
         files = files[:MAX_IMAGES]
-    folder, explanations, missing = explain_images(model, files, out, data=data, raw=raw, label=label, unit=place)
+    folder, explanations, missing = explain_images(model, files, out, data=data, adapt=adapt, label=label, unit=place)
     for file, explanation in zip(files, explanations, strict=True):
         print(f"{file}: {explanation.prediction}")
     if missing:

@@ -9,43 +9,40 @@ from typing import Annotated, Any
 
 import typer
 
-from convlens.cli.app import app
-from convlens.cli.options import check_new_file
+from convlens.cli.options import RunData, check_new_file
 from convlens.cli.signals import exit_on_sigint, restore_sigint
 from convlens.errors import ConvlensError, UsageError
 
-MOST = 20  # sample pictures on a page
+MAX_SAMPLES = 20  # images on a page
 
 
 class Target(StrEnum):
-    """What a net can be exported to."""
+    """Export formats."""
 
     onnx = "onnx"
     html = "html"
 
 
-@app.command()
 def export(
     model: Annotated[
         str, typer.Argument(help="A run folder, a model folder, or a model by name; for html also a .onnx file.")
     ],
-    format: Annotated[Target, typer.Option(help="What to write.")] = Target.onnx,
-    out: Annotated[Path | None, typer.Option(help="New file, instead of NAME.onnx or NAME.html here.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Where the data are, for --int8 and samples, if the run does not say.")
-    ] = None,
+    format: Annotated[Target, typer.Option(help="Output format.")] = Target.onnx,
+    out: Annotated[Path | None, typer.Option(help="New file (default: NAME.onnx or NAME.html).")] = None,
+    data: RunData = None,
     int8: Annotated[
-        bool, typer.Option("--int8", help="ONNX in 8 bits: smaller, and faster if it is large; needs the run's data.")
+        bool, typer.Option("--int8", help="Quantize to 8 bits: smaller, and faster if large; needs the run's data.")
     ] = False,
     samples: Annotated[
         bool, typer.Option("--samples/--no-samples", help="Put a test image of each class on the html page.")
     ] = True,
 ) -> None:
-    """Write a trained net as one file: ONNX for other programs, or a web page that runs it and shows how it decides.
+    """Export a trained model as one file: ONNX for other programs, or a web page that runs it.
 
-    An ONNX file takes raw pixels, uint8 (N, H, W, C) of any size, and gives probabilities, label and in_distribution;
-    it is proved to answer as the net does. From then on `convlens predict` uses it for a run, and starts in half a second.
-    The page needs no network and no server, and checks itself when it is opened.
+    An ONNX file takes raw pixels, uint8 (N, H, W, C) of any size, and returns probabilities, label and whether the
+    image is in distribution. `export` checks that it gives the model's probabilities. Afterwards `convlens predict`
+    uses it for a run and starts in half a second. The page needs no network and no server, and checks itself when it
+    is opened.
 
     Examples:
       convlens export runs/mnist-1
@@ -57,9 +54,9 @@ def export(
     if int8 and format is Target.html:
         raise UsageError("--int8 is for ONNX files; the page has its own small numbers")
     if data is not None and not (int8 or (format is Target.html and samples)):
-        raise UsageError("--data is for --int8, and for the pictures on the html page; this file needs none")
+        raise UsageError("--data is for --int8 and for the images on the html page; this file needs none")
     if not samples and format is Target.onnx:
-        raise UsageError("--no-samples is for --format html; an ONNX file has no pictures")
+        raise UsageError("--no-samples is for --format html; an ONNX file has no images")
     name = Path(model).resolve().name.removesuffix(".onnx") + ("-int8" if int8 else "")
     path = out or Path(f"{name}.{format}")
     if out is None and path.exists():
@@ -75,38 +72,38 @@ def export(
 
 
 def write_page(model: str, path: Path, data: str | None, *, samples: bool) -> None:
-    """Write the page of a net."""
+    """Write the web page of a model."""
     from convlens.export.html import render_playground
     from convlens.export.load import load_onnx
     from convlens.system.files import write_text
 
     shown = find_samples(model, data) if samples else []
-    exit_on_sigint()  # the exporter would take it for a fault of the net
+    exit_on_sigint()  # the exporter would report KeyboardInterrupt as a fault of the model
     page = render_playground(load_onnx(model), shown)
     restore_sigint()
     write_text(path, page)
 
 
 def write_onnx_file(model: str, path: Path) -> None:
-    """Write the ONNX file of a net, and add the graph to its run, so that `convlens predict` finds it there."""
+    """Write the ONNX file of a model, and add the graph to its run, so that `convlens predict` finds it there."""
     from convlens.export.onnx import add_graph, build_onnx, write_onnx
     from convlens.inference.store import bundled_models, resolve_bundle
 
     folder = resolve_bundle(model)
     print_export_notice()
     built = build_onnx(folder)
-    restore_sigint()  # the exporter would have taken it for a fault of the net
+    restore_sigint()  # see above
     drift = write_onnx(built, path)
     if model not in bundled_models():
         try:
             add_graph(built, folder)
-        except ConvlensError as error:  # the run may not be ours to write to
-            print(f"convlens: `predict` stays as it is: {error}", file=sys.stderr)
-    print(f"proved  no probability is off by more than {drift:.1g} from what the net gives in PyTorch")
+        except ConvlensError as error:  # the run may be read-only
+            print(f"convlens: `predict` does not use the new graph: {error}", file=sys.stderr)
+    print(f"passed  probabilities differ by at most {drift:.1g} from those of the model in PyTorch")
 
 
 def write_int8(model: str, path: Path, data: str | None) -> None:
-    """Write the ONNX file of a net in 8 bits, and say what they cost; the run itself keeps its exact graph."""
+    """Write the ONNX file of a model in 8 bits, and print the loss of accuracy; the run keeps its exact graph."""
     from convlens.export.onnx import require_exporter, write_onnx
     from convlens.export.quantize import build_int8
     from convlens.inference.store import resolve_bundle
@@ -116,9 +113,9 @@ def write_int8(model: str, path: Path, data: str | None) -> None:
     require_exporter()
     folder = resolve_bundle(model)
     try:
-        _, dataset = load_evaluation_data(model, data, other=True)
+        _, dataset = load_evaluation_data(model, data)
     except ConvlensError as error:
-        raise UsageError(f"--int8 needs the images that the net was trained on: {error}") from None
+        raise UsageError(f"--int8 needs the images that the model was trained on: {error}") from None
     print_export_notice()
     exit_on_sigint()
     built, _, cost = build_int8(folder, dataset)
@@ -128,27 +125,27 @@ def write_int8(model: str, path: Path, data: str | None) -> None:
 
 
 def print_export_notice() -> None:
-    """Say on a terminal what takes so long: PyTorch's exporter tells nobody how far it is."""
+    """Print on a terminal what takes so long, because PyTorch's exporter reports no progress."""
     if sys.stderr.isatty():
-        print("PyTorch traces the net: 5 to 10 seconds ...", file=sys.stderr)
+        print("PyTorch traces the model: 5 to 10 seconds ...", file=sys.stderr)
 
 
 def find_samples(model: str, data: str | None) -> list[Any]:
-    """Return (class, image) of a test image of each class, if the data of a run are still there, or of ``data``."""
+    """Return (class, image) of a test image of each class, if the data of a run are available."""
     from convlens.run_dir import RunDir
     from convlens.runs.evaluate import load_evaluation_data
 
     restore_sigint()
     if data is None and not RunDir(Path(model)).test.is_file():
-        return []  # a model that came from elsewhere
+        return []  # a bundle outside a run
     try:
-        _, dataset = load_evaluation_data(model, data, other=True)
+        _, dataset = load_evaluation_data(model, data)
     except ConvlensError as error:
         if data is not None:
             raise
-        print(f"convlens: no sample pictures on the page: {error}", file=sys.stderr)
+        print(f"convlens: no sample images on the page: {error}", file=sys.stderr)
         return []
     labels = dataset.test.labels.tolist()
-    rows = [labels.index(label) for label in sorted(set(labels))[:MOST]]
-    print(f"samples {len(rows)} test images, one of a class; --no-samples leaves them out")
+    rows = [labels.index(label) for label in sorted(set(labels))[:MAX_SAMPLES]]
+    print(f"samples {len(rows)} test images, one per class; --no-samples leaves them out")
     return [(dataset.classes[labels[row]], dataset.test.images[row].numpy()) for row in rows]

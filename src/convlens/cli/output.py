@@ -1,4 +1,4 @@
-"""What the command prints: the lines of a training, tables, predictions as text, JSON or CSV."""
+"""What the commands print: the lines of a training, tables, predictions as text, JSON or CSV."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convlens.inference.table import num_probabilities, probability_cells, probability_columns
 from convlens.system.text import first_few
 
 if TYPE_CHECKING:
     from convlens.audit.audit import AuditReport
+    from convlens.data.dataset import Dataset
     from convlens.inference.predictor import Prediction
     from convlens.runs.experiment import Experiment
+    from convlens.runs.group import GroupSummary
     from convlens.sweep.study import Sweep
+    from convlens.training.recipe import Recipe
     from convlens.training.state import EpochRecord
 
 
-SKEWED = 5.0  # so many times as many images in one class as in another are worth a warning
+SKEWED = 5.0  # ratio of class sizes that is worth a warning
 
 
 class Format(StrEnum):
-    """How results are printed."""
+    """Output formats."""
 
     text = "text"
     json = "json"
@@ -36,59 +40,67 @@ class Format(StrEnum):
 
 
 def echo(line: str) -> None:
-    """Print a line at once; a reader who has gone away (``| head``) does not stop a training."""
+    """Print a line at once; a closed pipe (``| head``) does not stop a training."""
     try:
         print(line, flush=True)
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def describe_experiment(experiment: Experiment) -> None:
-    """Print what is about to be trained, on what, where."""
+    """Print what is about to be trained, on which data and device."""
+    recipe, config, run_dir = experiment.recipe, experiment.config, experiment.run_dir
+    print_data(experiment.dataset, balanced=recipe.balanced_sampling)
+    echo(f"model   {config.model['name']}: {config.model['parameters']:,} parameters")
+    if config.init_from:
+        echo(f"        initialized from {config.init_from.source}: {config.init_from.num_tensors} tensors")
+    echo(f"recipe  {recipe.name}: {describe_length(experiment.dataset, recipe)}")
+    threads = count(config.machine["threads"], "thread")
+    if (processes := config.machine.get("processes", 1)) > 1:
+        threads = f"{processes} processes of {threads}"
+    echo(f"on      {config.machine['device_name']}, {threads}, {recipe.precision}")
+    if any(run_dir.checkpoint.glob("*.json")):
+        repeats = run_dir.metrics.exists() and bool(run_dir.read_metrics())
+        echo("        resumes from its last checkpoint" + "; earlier epochs are printed again" * repeats)
+    elif run_dir.metrics.exists():
+        echo("        its checkpoints are missing: training starts over")
+    for change in config.environment_changes:
+        echo(f"        since its start, another {change}: the last digits may differ")
+    echo(f"run     {run_dir.path}")
+
+
+def print_data(dataset: Dataset, *, balanced: bool) -> None:
+    """Print the size of a data set, its unreadable files, and a hint if its classes are skewed."""
     import torch
 
-    from convlens.data.loader import count_batches
-
-    recipe, dataset, config = experiment.recipe, experiment.dataset, experiment.config
     channels, height, width = dataset.shape
     counts = ", ".join(f"{len(split):,} {name}" for name, split in dataset.splits.items())
-    steps = count_batches(len(dataset.train), recipe.batch_size)
-    tests = len(range(0, len(dataset.test), recipe.batch_size))  # the last one may be smaller
-    total = recipe.total_steps(steps)
-    length = f"{count(math.ceil(total / steps), 'epoch')} ({total:,} steps)"
-    if recipe.max_seconds is not None:
-        length = f"{recipe.max_seconds:,.1f} s of training"
-    model, machine = config["model"], config["machine"]
-    sizes = torch.bincount(dataset.train.labels, minlength=len(dataset.classes))
     echo(f"data    {dataset.name}: {counts} images {channels}x{height}x{width}, {len(dataset.classes)} classes")
     if dataset.source and Path(dataset.source).exists():
         echo(f"        {dataset.split_description}")
     if dataset.unreadable:
         some = first_few(dataset.unreadable, 3, "; ")
         echo(f"        {count(len(dataset.unreadable), 'unreadable file')} skipped: {some}")
-    if sizes.max() > SKEWED * sizes.min() and not recipe.balanced_sampling:
-        most, least = (dataset.classes[int(row)] for row in (sizes.argmax(), sizes.argmin()))
+    sizes = torch.bincount(dataset.train.labels, minlength=len(dataset.classes))
+    if sizes.max() > SKEWED * sizes.min() and not balanced:
+        largest, smallest = (dataset.classes[int(row)] for row in (sizes.argmax(), sizes.argmin()))
         echo(
-            f"        class {most!r} has {int(sizes.max()):,} images and {least!r} {int(sizes.min()):,}: "
-            "--balanced-sampling shows both as often"
+            f"        class {largest!r} has {int(sizes.max()):,} images and {smallest!r} {int(sizes.min()):,}: "
+            "--balanced-sampling shows both equally often"
         )
-    echo(f"net     {model['name']}: {model['parameters']:,} parameters")
-    if "init" in config:
-        echo(f"        started from {config['init']['from']}: {config['init']['tensors']} tensors")
-    echo(f"recipe  {recipe.name}: {length} of {steps} train batches of {recipe.batch_size}, {tests} test batches")
-    threads = count(machine["threads"], "thread")
-    if (processes := machine.get("processes", 1)) > 1:
-        threads = f"{processes} processes of {threads}"
-    echo(f"on      {machine['device_name']}, {threads}, {recipe.precision}")
-    if any(experiment.folder.checkpoint.glob("*.json")):
-        told = experiment.folder.metrics.exists() and bool(experiment.folder.read_metrics())
-        again = "; the epochs that it has behind it are told again first" if told else ""
-        echo(f"        goes on from its last checkpoint{again}")
-    elif experiment.folder.metrics.exists():
-        echo("        its checkpoints are gone: it begins anew")
-    for change in config.get("resumed", []):
-        echo(f"        since it was started, another {change}: the last digits may differ")
-    echo(f"run     {experiment.folder.path}")
+
+
+def describe_length(dataset: Dataset, recipe: Recipe) -> str:
+    """Return the length of a training: "7 epochs (826 steps) of 118 train batches of 512, 20 test batches"."""
+    from convlens.data.loader import count_batches
+
+    steps = count_batches(len(dataset.train), recipe.batch_size)
+    tests = len(range(0, len(dataset.test), recipe.batch_size))  # the last batch may be smaller
+    total = recipe.total_steps(steps)
+    length = f"{count(math.ceil(total / steps), 'epoch')} ({total:,} steps)"
+    if recipe.max_seconds is not None:
+        length = f"{recipe.max_seconds:,.1f} s of training"
+    return f"{length} of {steps} train batches of {recipe.batch_size}, {tests} test batches"
 
 
 def count(number: int, thing: str) -> str:
@@ -109,8 +121,8 @@ def describe_record(record: EpochRecord) -> str:
 
 
 def describe_test(test: dict[str, Any]) -> str:
-    """Return the line of a test."""
-    low, high = test["accuracy_ci95"]
+    """Return the lines of a test."""
+    low, high = test["accuracy_interval"]
     line = (
         f"test    accuracy {test['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}, n = {test['num_images']:,}), "
         f"loss {test['loss']:.4f}"
@@ -125,20 +137,20 @@ def describe_test(test: dict[str, Any]) -> str:
     return line
 
 
-def describe_series(summary: dict[str, Any]) -> list[str]:
-    """Return the lines that say what came of a series."""
+def describe_group(summary: GroupSummary) -> list[str]:
+    """Return the lines of a group's summary."""
     lines = []
-    for name, run in summary["runs"].items():
+    for name, run in summary.runs.items():
         low, high = run["accuracy_interval"]
         lines.append(f"{name:<8} accuracy {run['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%})")
     lines.append(
-        f"all {summary['n']}    {summary['mean']:.2%} +- {100 * summary['sd']:.2f} (mean +- sd), "
-        f"worst {summary['worst']['accuracy']:.2%}, best {summary['best']['accuracy']:.2%}"
+        f"all {summary.n}    {summary.mean:.2%} +- {100 * summary.sd:.2f} (mean +- sd), "
+        f"worst {summary.worst['accuracy']:.2%}, best {summary.best['accuracy']:.2%}"
     )
-    if together := summary.get("together"):
-        low, high = together["accuracy_interval"]
+    if pooled := summary.pooled:
+        low, high = pooled["accuracy_interval"]
         lines.append(
-            f"         {together['accuracy']:.2%} of all {together['n']:,} images, each tested on once "
+            f"         {pooled['accuracy']:.2%} of all {pooled['n']:,} images, each tested once "
             f"(95% interval {low:.2%} to {high:.2%})"
         )
     return lines
@@ -153,38 +165,38 @@ def describe_params(params: Mapping[str, Any]) -> str:
 
 
 def describe_sweep(sweep: Sweep, jobs: int) -> list[str]:
-    """Return the lines that say what is about to be searched, on what, from which recipe."""
+    """Return the lines of a sweep that is about to start: data, base recipe, search space."""
     data, plan = sweep.data, sweep.plan
     assert data.validation is not None
     images = f"{len(data.train):,} train, {len(data.validation):,} validation images"
     lines = [
-        f"data    {data.name}: {images}; no trial looks at the test images",
+        f"data    {data.name}: {images}; trials never see the test images",
         f"base    recipe {sweep.base.name}, seed {sweep.base.seed}",
         *(f"        {note}" for note in sweep.notes),
         *(f"search  {name.replace('_', '-')}: {values}" for name, values in plan["space"].items()),
         f"sweep   {sweep.folder}: {count(plan['trials'], 'trial')}, {jobs} at a time",
     ]
     if sweep.joined:
-        lines.append("        goes on with what is in its storage, together with whoever else works on it")
+        lines.append("        continues the study in its storage, together with other workers")
     return lines
 
 
 def describe_trial(row: Mapping[str, Any], fields: Iterable[str], so_far: str) -> str:
-    """Return the line of a trial that has ended, as wide as the terminal at most; trials.csv has it all."""
+    """Return the line of a finished trial, at most as wide as the terminal; trials.csv has all values."""
     what = f"val {row['val_acc']:>6.2%}" if row["state"] == "complete" else f"{row['state']:>10}"
     line = f"trial {row['trial']:>3}  {what}  {so_far}"
     if row["state"] not in ("complete", "pruned"):
         return f"{line}  {row['reason']}"
     values = [describe_params({name: row[name]}) for name in fields if row[name] is not None]
-    room, told = shutil.get_terminal_size().columns - len(line) - 2, ", ".join(values)
-    while len(told) > room and len(values) > 1:  # one is always shown
+    room, text = shutil.get_terminal_size().columns - len(line) - 2, ", ".join(values)
+    while len(text) > room and len(values) > 1:  # at least one is shown
         values.pop()
-        told = ", ".join([*values, "..."])
-    return f"{line}  {told}"
+        text = ", ".join([*values, "..."])
+    return f"{line}  {text}"
 
 
 def rank_trial(row: Mapping[str, Any]) -> tuple[float, float, int]:
-    """Return what complete trials are ordered by: accuracy; of equals the loss, then the number."""
+    """Return the sort key of complete trials: accuracy, then loss, then number."""
     return -row["val_acc"], row["val_loss"] or 0.0, row["trial"]
 
 
@@ -208,12 +220,12 @@ def print_trials(rows: Sequence[Mapping[str, Any]], fields: Sequence[str], most:
             f"{row['seconds']:.1f}",
         )
         table.add_row(*figures, *values)
-    width = None if sys.stdout.isatty() else 200  # what is read by programs is not folded
+    width = None if sys.stdout.isatty() else 200  # a pipe gets unwrapped lines
     Console(file=sys.stdout, width=width, highlight=False).print(table)
 
 
 def describe_findings(findings: AuditReport) -> list[str]:
-    """Return what the doctor found, in words: the first few of each kind."""
+    """Return the findings of the data doctor, the first few of each kind."""
 
     def some(names: Sequence[str]) -> str:
         return first_few(names, 5, "; ")
@@ -221,35 +233,35 @@ def describe_findings(findings: AuditReport) -> list[str]:
     lines = [f"{findings.data}: {findings.num_images:,} images"]
     if findings.unreadable:
         lines.append(f"{count(len(findings.unreadable), 'unreadable file')}: {some(findings.unreadable)}")
-    if constant := findings.constant_images:
-        lines.append(f"{count(len(constant), 'image')} of a single color: {some(constant)}")
+    if findings.one_colour:
+        lines.append(f"{count(len(findings.one_colour), 'image')} of one color: {some(findings.one_colour)}")
     if small := findings.small_classes:
-        told = [f"{label!r} has {number:,}" for label, number in sorted(small.items(), key=lambda one: one[1])]
+        sizes = [f"{label!r} has {number:,}" for label, number in sorted(small.items(), key=lambda one: one[1])]
         number = f"{len(small)} classes have" if len(small) > 1 else "1 class has"
-        lines.append(f"{number} too few training images to learn from: {some(told)}")
+        lines.append(f"{number} too few training images to learn from: {some(sizes)}")
     if findings.imbalance > SKEWED:
         lines.append(
             f"the largest class has {findings.imbalance:.1f} times the images of the smallest; see --balanced-sampling"
         )
-    for found, kind in ((findings.exact_duplicates, "exact duplicates"), (findings.near_duplicates, "near-duplicates")):
+    for found, kind in ((findings.copies, "exact duplicates"), (findings.near_copies, "near-duplicates")):
         if found:
             groups = [" = ".join(group[:3]) + " = ..." * (len(group) > 3) for group in found]
             lines.append(f"{count(len(found), 'group')} of {kind}: {some(groups)}")
     if findings.leaks:
-        why = "what is trained on is tested on, or chosen by"
+        why = "training images are also in the test or validation split"
         lines.append(f"{count(findings.leaks, 'group')} of duplicates in more than one split: {why}")
-    if findings.label_issues:
-        told = [f"{i.image_id} ({i.given_label}? rather {i.predicted_label})" for i in findings.label_issues]
-        lines.append(f"{count(len(told), 'label')} likely wrong: {some(told)}")
-    if findings.label_check_skipped:
-        lines.append(f"labels were not checked: {findings.label_check_skipped}")
-    if (auroc := findings.train_test_drift_auroc) > 0.6:
-        lines.append(f"test images differ from the others: a simple model tells them apart (AUROC {auroc:.2f})")
-    return lines if len(lines) > 1 else [*lines, "nothing wrong was found"]
+    if findings.suspects:
+        issues = [f"{s.image} ({s.label}? probably {s.likely})" for s in findings.suspects]
+        lines.append(f"{count(len(issues), 'label issue')}: {some(issues)}")
+    if findings.not_judged:
+        lines.append(f"labels were not checked: {findings.not_judged}")
+    if findings.shift > 0.6:
+        lines.append(f"test images differ from the others: a simple model separates them (AUROC {findings.shift:.2f})")
+    return lines if len(lines) > 1 else [*lines, "no problems found"]
 
 
 def print_corruptions(model: str, clean: float, figures: dict[str, list[float]], format: Format) -> None:
-    """Print a model's accuracy at each severity of each corruption, the mean of all, and that on clean images."""
+    """Print a model's accuracy at each severity of each corruption, the mean, and the accuracy on clean images."""
     every = [value for values in figures.values() for value in values]
     mean = sum(every) / len(every)
     if format is Format.json:
@@ -262,34 +274,47 @@ def print_corruptions(model: str, clean: float, figures: dict[str, list[float]],
         print_csv(rows)
     else:
         print_table(rows)
-    told = f"{model}: accuracy {mean:.2%} on average of these, {clean:.2%} on the test images as they are"
-    print(told, file=sys.stderr if format is Format.csv else sys.stdout)
+    line = f"{model}: accuracy {mean:.2%} on average, {clean:.2%} on the clean test images"
+    print(line, file=sys.stderr if format is Format.csv else sys.stdout)
 
 
-class Printer:
-    """Prints predictions as they come: text and CSV line by line, JSON as one list."""
+class PredictionPrinter:
+    """Prints predictions as they arrive: text and CSV line by line, JSON as one list at the end.
 
-    def __init__(self, format: Format):
-        self.format = format
+    Args:
+        format: Output format.
+        classes: Classes of the model.
+        top: Number of classes to print as text.
+    """
+
+    def __init__(self, format: Format, classes: Sequence[str], top: int):
+        self.format, self.classes = format, classes
+        self.num_classes = top if format is Format.text else num_probabilities(classes)
+        labels = ["image_id", "predicted_label", "confidence"]
+        self.columns = [*labels, *probability_columns(classes), "in_distribution", "prediction_set"]
         self._rows: list[dict[str, Any]] = []
         if format is Format.csv:
-            print_csv([("image", "rank", "label", "probability", "known", "set")])
+            print_csv([self.columns])
 
     def add(self, image: str, prediction: Prediction) -> None:
-        """Print, or keep for the end, what was predicted for one image."""
-        best, labels = prediction.top, prediction.prediction_set
+        """Print the prediction for one image, or keep it for the end."""
+        best, known, members = prediction.top, prediction.known, prediction.labels
         if self.format is Format.text:
-            told = ", ".join(f"{label} {probability:.1%}" for label, probability in best)
-            told = f"unknown (most like {told})" if prediction.in_distribution is False else told
-            print(f"{image}: {told}" + ("" if labels is None else f"  set: {', '.join(labels) or 'empty'}"))
-        elif self.format is Format.csv:
-            known = "" if prediction.in_distribution is None else str(prediction.in_distribution).lower()
-            rest = (known, "|".join(labels or ()))
-            print_csv([(image, rank, label, f"{p:.6f}", *rest) for rank, (label, p) in enumerate(best, start=1)])
+            text = ", ".join(f"{label} {probability:.1%}" for label, probability in best)
+            text = f"unknown (most like {text})" if known is False else text
+            print(f"{image}: {text}" + ("" if members is None else f"  set: {', '.join(members) or 'empty'}"))
+            return
+        cells = probability_cells(self.classes, best)
+        if self.format is Format.csv:
+            answer = "" if known is None else str(known).lower()
+            row = [image, prediction.label, f"{prediction.probability:.6f}", *cells, answer, "|".join(members or ())]
+            print_csv([row])
         else:
-            top = [{"label": label, "probability": round(p, 6)} for label, p in best]
-            row = {"image": image, **top[0], "known": prediction.in_distribution, "top": top}
-            self._rows.append(row if labels is None else {**row, "set": list(labels)})
+            numbers = [cell if column.endswith("_label") else float(cell) for column, cell in zip(
+                self.columns[3:-2], cells, strict=True)]  # fmt: skip
+            first = [image, prediction.label, round(prediction.probability, 6)]
+            values = [*first, *numbers, known, None if members is None else list(members)]
+            self._rows.append(dict(zip(self.columns, values, strict=True)))
 
     def close(self) -> None:
         """Print what was kept."""
@@ -303,7 +328,7 @@ def first_line(thing: Any) -> str:
 
 
 def print_table(rows: list[Any], *, head: bool = True) -> None:
-    """Print rows in columns: the first at the left, numbers at the right."""
+    """Print rows in columns, numbers aligned to the right."""
     if not rows:
         return
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -8,23 +8,26 @@ from typing import Annotated, Any
 
 import typer
 
-from convlens.cli.app import app, gc_paused
-from convlens.cli.output import Format, Printer
+from convlens.cli.options import Adapt
+from convlens.cli.output import Format, PredictionPrinter
+from convlens.cli.startup import gc_paused
 from convlens.errors import ConvlensError, UsageError
 
+BATCH_IMAGES = 256
 
-@app.command()
+
 def predict(
     model: Annotated[str, typer.Argument(help="A run folder, a model folder, a .onnx file, or a model by name.")],
-    images: Annotated[list[str], typer.Argument(help="Files, folders, globs; - reads a list of files.")],
-    top: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 1,
-    format: Annotated[Format, typer.Option(help="How to print.")] = Format.text,
-    raw: Annotated[bool, typer.Option("--raw", help="Only resize; do not look for ink on paper.")] = False,
+    images: Annotated[list[str], typer.Argument(help="Files, folders or globs; - reads a list of files.")],
+    top: Annotated[int, typer.Option(min=1, help="Number of classes to print as text.")] = 1,
+    format: Annotated[Format, typer.Option(help="Output format.")] = Format.text,
+    adapt: Adapt = True,
     coverage: Annotated[
-        float | None, typer.Option(help="Also name a set of classes that holds the right one so often, such as 0.95.")
+        float | None,
+        typer.Option(help="Also return a prediction set that contains the true class at this rate, such as 0.95."),
     ] = None,
 ) -> None:
-    """Say what pictures show, or that they show nothing known.
+    """Classify images; those unlike the training images are reported as unknown.
 
     Examples:
       convlens predict mnist scan.png --top 3
@@ -45,27 +48,27 @@ def predict(
         require_coverage(coverage, predictor.conformal_thresholds)
     files = expand(images)
     batch: list[tuple[str, Any]] = []
-    bad, printer = 0, Printer(format)
+    bad, printer = 0, PredictionPrinter(format, predictor.classes, top)
     for number, file in enumerate(files, start=1):
         try:
-            batch.append((file, predictor.preprocess.transform(open_image(file), adapt=not raw)))
+            batch.append((file, predictor.preprocess.adapt(open_image(file), adapt=adapt)))
         except InvalidImageError as error:
             bad += 1
             print(f"convlens: {error}", file=sys.stderr)
-        if batch and (len(batch) == 256 or number == len(files)):
-            predictions = predictor.describe([pixels for _, pixels in batch], top, coverage)
+        if batch and (len(batch) == BATCH_IMAGES or number == len(files)):
+            predictions = predictor.describe([pixels for _, pixels in batch], printer.num_classes, coverage)
             for (name, _), prediction in zip(batch, predictions, strict=True):
                 printer.add(name, prediction)
             batch = []
     printer.close()
     if bad and len(files) == 1:
-        raise typer.Exit(1)  # what is wrong has been said
+        raise typer.Exit(1)  # the error was printed
     if bad:
         raise ConvlensError(f"{bad} of {len(files)} images could not be read")
 
 
 def expand(images: list[str]) -> list[str]:
-    """Return the files that arguments name: files, what is in folders, globs, and - for a list on standard input."""
+    """Return the files of arguments: files, the content of folders, globs, and - for a list on standard input."""
     import glob
 
     files: list[str] = []
@@ -73,7 +76,7 @@ def expand(images: list[str]) -> list[str]:
         if name == "-":
             listed = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
             if not listed:
-                raise UsageError("standard input named no file")
+                raise UsageError("standard input lists no files")
             files += listed
         elif Path(name).is_dir():
             inside = sorted(p for p in Path(name).rglob("*") if p.is_file())

@@ -10,13 +10,11 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.app import app
 from convlens.cli.output import first_line, print_table
 
 
-@app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Show every setting of this recipe.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Recipe to show in full.")] = None,
 ) -> None:
     """List the recipes, or show one as JSON.
 

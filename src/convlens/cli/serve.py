@@ -6,11 +6,9 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.app import app
 from convlens.errors import UsageError
 
 
-@app.command()
 def serve(
     models: Annotated[
         list[str], typer.Argument(help="Run folders, .onnx files, or models by name; NAME=RUN gives one another name.")
@@ -23,7 +21,7 @@ def serve(
 ) -> None:
     """Serve trained nets: a page that shows them at work, and an HTTP interface for programs.
 
-    POST /predict takes a picture as its body, or several as files of a form; ?model=, ?top=, ?coverage= and ?raw=
+    POST /predict takes a picture as its body, or several as files of a form; ?model=, ?top=, ?coverage= and ?adapt=
     choose what is answered, and without them the first model answers with its best guess. /models, /live, /ready,
     /metrics and /openapi.json tell the rest. With CONVLENS_TOKEN set, or beyond this machine, a program sends the
     token as "Authorization: Bearer TOKEN", and a browser asks for it as a password.

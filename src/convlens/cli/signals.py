@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do."""
+"""Reactions to Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 
 def sigint_handler(message: str) -> Callable[..., NoReturn]:
-    """Return what to do at Ctrl-C while nothing is at stake, such as an import that must not be cut in two: leave."""
+    """Return a handler that prints ``message`` and exits at once, even within an import."""
 
     def leave(*_: object) -> NoReturn:
         print(f"convlens: {message}", file=sys.stderr, flush=True)
@@ -22,22 +22,24 @@ def sigint_handler(message: str) -> Callable[..., NoReturn]:
 
 
 def exit_on_sigint() -> None:
-    """Let Ctrl-C end all at once, as long as nothing is at stake."""
+    """Exit immediately on Ctrl-C; use only before anything has been written."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, sigint_handler("interrupted"))
 
 
 def restore_sigint() -> None:
-    """Let Ctrl-C end in KeyboardInterrupt from here on: PyTorch is imported, and what is half done is cleared away."""
+    """Raise KeyboardInterrupt on Ctrl-C again, so that half-written output is removed."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager
-def graceful_stop(*, alone: bool = True, told: bool = True) -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether Ctrl-C was pressed, or a polite kill came; a second time stops at once.
+def graceful_stop(*, alone: bool = True, announce: bool = True) -> Iterator[Callable[[], bool]]:
+    """Yield a function that returns True once Ctrl-C or SIGTERM asked to stop; a second Ctrl-C interrupts.
 
-    Not so with ``alone=False``: torchrun asks each of its processes again. ``told`` says that it was heard.
+    Args:
+        alone: False for one of several processes: torchrun repeats the signal, which must not interrupt.
+        announce: Print a message at the first signal.
     """
     asked = False
 
@@ -45,7 +47,7 @@ def graceful_stop(*, alone: bool = True, told: bool = True) -> Iterator[Callable
         nonlocal asked
         if asked and alone:
             raise KeyboardInterrupt
-        if not asked and told:
+        if not asked and announce:
             print("stopping after this step ...", file=sys.stderr)
         asked = True
 

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convlens.cli.app import app, gc_paused
-from convlens.cli.options import DATA_HELP, AllowUnreadable
+from convlens.cli.options import DATA_HELP, AllowUnreadable, with_recipe_flags
 from convlens.cli.output import describe_params, describe_sweep, describe_trial, echo, print_trials, rank_trial
 from convlens.cli.signals import graceful_stop, sigint_handler
-from convlens.cli.train import with_recipe_flags
+from convlens.cli.startup import gc_paused
 from convlens.errors import ConvlensError, TrainingInterruptedError, UsageError
 from convlens.system.text import quoted
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 TRIALS, SEEDS = 20, 3
 
 
-@app.command()
 @with_recipe_flags
 def sweep(
     data: Annotated[str | None, typer.Argument(help=DATA_HELP)] = None,

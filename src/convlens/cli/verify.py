@@ -7,14 +7,11 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.app import app
 
-
-@app.command()
 def verify(
-    file: Annotated[Path, typer.Argument(help="A file that `convlens export` wrote.")],
+    file: Annotated[Path, typer.Argument(help="An ONNX file written by `convlens export`.")],
 ) -> None:
-    """Prove once more, on this machine, that an exported file answers as the net did: exit code 1 if it does not.
+    """Check on this machine that an exported file gives the model's probabilities; exit code 1 if it does not.
 
     Examples:
       convlens verify mnist-1.onnx
@@ -22,5 +19,5 @@ def verify(
     from convlens.inference.onnx_runtime import OnnxPredictor
 
     predictor = OnnxPredictor.load(file)
-    whose = "this file gave when it was made" if predictor.is_quantized else "the net gives in PyTorch"
-    print(f"proved  no probability is off by more than {predictor.verify():.1g} from what {whose}")
+    reference = "this file when it was written" if predictor.in_8_bits else "the model in PyTorch"
+    print(f"passed  probabilities differ by at most {predictor.verify():.1g} from those of {reference}")

@@ -7,19 +7,16 @@ from typing import Annotated
 
 import typer
 
-from convlens.cli.app import app
 
-
-@app.command()
 def watch(
     runs: Annotated[
-        list[str], typer.Argument(help="Run folders, series of them, or folders of runs, finished or under way.")
+        list[str], typer.Argument(help="Run folders, groups of runs, or folders of runs, finished or in progress.")
     ],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: one that is free.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 0,
 ) -> None:
-    """Show runs on a local page that follows them: curves, pace, time left, current mistakes, side by side.
+    """Show runs on a local page that updates itself: curves, speed, remaining time, current mistakes.
 
-    `convlens train --live` shows the same page of its own run. It is for this machine only. Ctrl-C ends it.
+    `convlens train --live` shows the same page for its own run. The page is served on this machine only, until Ctrl-C.
 
     Examples:
       convlens watch runs/mnist-1

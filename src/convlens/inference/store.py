@@ -6,9 +6,8 @@ import hashlib
 from importlib import resources
 from pathlib import Path
 
-from convlens.errors import ConvlensError, UnknownNameError, UsageError
+from convlens.errors import ConvlensError, UnfinishedRunError, UnknownNameError, UsageError
 from convlens.run_dir import RunDir
-from convlens.system.text import quoted
 
 # the files of a bundle
 WEIGHTS, CONFIG, CARD, UNCERTAINTY = "model.safetensors", "config.json", "README.md", "uncertainty.safetensors"
@@ -64,7 +63,7 @@ def resolve_bundle(source: str | Path) -> Path:
             raise UsageError(f"{path} is not finished; resume it with: convlens train --resume {quoted(path)}")
         return run.model
     if path.exists():
-        RunDir.refuse_series(path)
+        RunDir.refuse_group(path)
         if path.suffix == ".onnx":
             raise UsageError(
                 f"{path} is an ONNX file, for `predict`, `serve`, `verify` and `export --format html`; name the run"

@@ -1,4 +1,4 @@
-"""For the lessons in ``docs/lessons``: answers are checked, lesson 5's pictures drawn, and a terminal is there."""
+"""Helpers of the notebooks in ``docs/lessons``: check answers, draw the images of lesson 5, run commands."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 
 from convlens.errors import UnknownNameError
 from convlens.lessons.exercises import EXERCISES, Exercise
+from convlens.lessons.scenes import draw_scene
+
+__all__ = ["check", "draw_scene", "show_solution", "terminal"]
 
 
 def find(number: str) -> Exercise:
@@ -19,33 +22,41 @@ def find(number: str) -> Exercise:
 
 
 def check(number: str, answer: Any) -> bool:
-    """Say whether ``answer`` solves exercise ``number`` ("1.2": lesson 1, exercise 2), and why, or what to look at.
+    """Print whether an answer is right, with an explanation or a hint.
 
-    ``...``, the placeholder of the lessons, is not an answer. Raises UnknownNameError for an exercise
-    that there is not.
+    Args:
+        number: Lesson and exercise, such as "1.2".
+        answer: The answer; ``...`` is the placeholder for no answer yet.
+
+    Returns:
+        True if the answer is right.
+
+    Raises:
+        UnknownNameError: There is no such exercise.
     """
     exercise = find(number)
     if answer is ...:
         print(f"{number}: no answer yet. {exercise.hint}")
         return False
     try:
-        verdict = exercise.is_right(answer)
-    except Exception:  # an answer of a kind that nobody thought of is a wrong one
-        verdict = False
-    hint = verdict if isinstance(verdict, str) else exercise.hint
-    print(f"{number}: right. {exercise.right}" if verdict is True else f"{number}: not yet. {hint}")
-    return verdict is True
+        result = exercise.is_right(answer)
+    except Exception:  # an answer of an unexpected type is wrong
+        result = False
+    hint = result if isinstance(result, str) else exercise.hint
+    print(f"{number}: right. {exercise.right}" if result is True else f"{number}: not yet. {hint}")
+    return result is True
 
 
 def show_solution(number: str) -> Any:
-    """Return an answer that solves exercise ``number``."""
+    """Return a right answer to exercise ``number``."""
     return find(number).solution
 
 
 def terminal(command: str) -> None:
-    """Do what a terminal would do with a command of convlens, and print what it says.
+    """Run a convlens command in a subprocess, and print its output.
 
-    Raises subprocess.CalledProcessError if it fails.
+    Raises:
+        subprocess.CalledProcessError: The command fails.
     """
     words = [sys.executable, "-m", *shlex.split(command)]
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -1,11 +1,11 @@
-"""Draw the pictures of lesson 5."""
+"""Draw the images of lesson 5."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-COLOURS = {
+COLORS = {
     "sky": (140, 180, 225),
     "grass": (110, 150, 80),
     "water": (60, 110, 150),
@@ -18,14 +18,16 @@ COLOURS = {
 
 
 def draw_scene(kind: str, rng: np.random.Generator, ground: str = "") -> Image.Image:
-    """Draw a "boat", a "house" or a "tree" in a landscape with bushes and stones, turned a little and grainy.
+    """Draw a slightly rotated, noisy landscape with one object, 90 to 199 pixels a side.
 
-    Its sides are 90 to 199 pixels. ``ground`` is "water" or "grass"; without it, boats are on water, and of the others
-    three in ten.
+    Args:
+        kind: "boat", "house" or "tree".
+        rng: Source of randomness.
+        ground: "water" or "grass". By default boats are on water, and so are 30% of the houses and trees.
     """
 
-    def tint(name: str) -> tuple[int, ...]:  # darker or lighter and a little off, as light and cameras make a colour
-        off = np.array(COLOURS[name]) + rng.normal(0, 45) + rng.normal(0, 30, 3)
+    def tint(name: str) -> tuple[int, ...]:  # random brightness and tint, as in photos
+        off = np.array(COLORS[name]) + rng.normal(0, 45) + rng.normal(0, 30, 3)
         return tuple(off.clip(0, 255).astype(int).tolist())
 
     image = Image.new("RGB", (200, 200), tint("sky"))

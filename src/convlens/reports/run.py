@@ -45,7 +45,7 @@ def write_report(folder: RunDir, drawn: Mapping[str, str]) -> None:
     counts = ", ".join(f"{count:,} {split}" for split, count in data["counts"].items())
     body = f"""\
 <p class=quiet>{escape(data["name"])}: {counts} images of {" x ".join(map(str, reversed(data["shape"][1:])))} pixels;
-{escape(data["note"])}. Recipe {escape(recipe["name"])}, seed {recipe["seed"]}.</p>
+{escape(data["split_description"])}. Recipe {escape(recipe["name"])}, seed {recipe["seed"]}.</p>
 <p><code>{escape(config["command"])}</code></p>
 <section class=cards>{make_cards(list_cards(config, test, metrics))}</section>
 {unreadable_note(data["unreadable"])}

@@ -1,9 +1,10 @@
-"""What a run folder says of its training: the command, the data, a row an epoch, a row an image."""
+"""Files of a run: provenance, ``metrics.csv``, ``predictions.csv``, ``split.csv``."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,19 @@ from torch import Tensor
 
 from convlens.data.builtin import DATASETS
 from convlens.data.dataset import Dataset
+from convlens.inference.table import num_probabilities, probability_cells, probability_columns
 from convlens.run_dir import RunDir
 from convlens.system.files import write_csv
 from convlens.training.state import METRIC_COLUMNS, TEST_COLUMNS, EpochRecord
 
 
+def current_version() -> str:
+    """Return the version of convlens."""
+    return version("convlens")
+
+
 def current_command() -> str:
-    """Return the command that runs, as a person would type it; ``python`` for calls from Python."""
+    """Return the running command as typed into a shell, or a placeholder for calls from Python."""
     program = Path(sys.argv[0])
     if program.stem != "convlens" and program.parts[-2:] != ("convlens", "__main__.py"):
         return "convlens.train(...) in Python"
@@ -25,29 +32,29 @@ def current_command() -> str:
 
 
 def describe_data(dataset: Dataset, fingerprint: str) -> dict[str, Any]:
-    """Return what a run records of its data."""
+    """Return the record of a data set in ``config.json``."""
     return {
         "name": dataset.name,
         "source": dataset.source,
         "classes": list(dataset.classes),
         "shape": list(dataset.shape),
         "counts": {name: len(split) for name, split in dataset.splits.items()},
-        "note": dataset.split_description,
+        "split_description": dataset.note,
         "unreadable": list(dataset.unreadable),
         "fold": list(dataset.fold) if dataset.fold else None,
-        "left_out": len(dataset.excluded),
+        "num_excluded": len(dataset.left_out),
         "fingerprint": fingerprint,
         "test_fingerprint": dataset.test.fingerprint(),
     }
 
 
 def redact_source(data: dict[str, Any]) -> dict[str, Any]:
-    """Return what a bundle, which travels, says of its data: not where they lie on this machine."""
+    """Return the record of a data set without paths of this machine, for a bundle, which is shared."""
     return {**data, "source": data["source"] if data["source"] in DATASETS else None, "unreadable": []}
 
 
 def redact_paths(command: str, data: dict[str, Any]) -> str:
-    """Return the command for a bundle, which travels: the data by name, absolute paths by their last part."""
+    """Return the command without paths of this machine: the data by name, absolute paths by their last part."""
     words = []
     for word in shlex.split(command):
         path = Path(word)
@@ -58,7 +65,7 @@ def redact_paths(command: str, data: dict[str, Any]) -> str:
 
 
 def model_card_metrics(test: dict[str, Any]) -> dict[str, Any]:
-    """Return what a bundle carries of ``test.json``: what its model card tells."""
+    """Return the metrics of ``test.json`` that a bundle and its model card contain."""
     carried: dict[str, Any] = {
         key: test[key]
         for key in ("num_images", "accuracy", "accuracy_ci95", "loss", "in_distribution_rate")
@@ -69,23 +76,28 @@ def model_card_metrics(test: dict[str, Any]) -> dict[str, Any]:
     return carried
 
 
-def write_metrics(folder: RunDir, records: list[EpochRecord], *, watched: bool) -> None:
-    """Write ``metrics.csv``; the test columns only if the recipe watches the test split."""
-    columns = [name for name in METRIC_COLUMNS if watched or name not in TEST_COLUMNS]
+def write_metrics(run_dir: RunDir, records: list[EpochRecord], *, log_test: bool) -> None:
+    """Write ``metrics.csv``; with the columns of the test split only if ``log_test``."""
+    columns = [name for name in METRIC_COLUMNS if log_test or name not in TEST_COLUMNS]
     rows = [[getattr(record, name) for name in columns] for record in records]
-    write_csv(folder.metrics, columns, rows)
+    write_csv(run_dir.metrics, columns, rows)
 
 
-def write_predictions(folder: RunDir, dataset: Dataset, probabilities: Tensor) -> None:
-    """Write ``predictions.csv``: id, label, prediction and probability of every test image."""
-    values, numbers = probabilities.max(dim=1)
+def write_predictions(run_dir: RunDir, dataset: Dataset, probabilities: Tensor) -> None:
+    """Write ``predictions.csv``, one row per test image, from probabilities (N, K)."""
     classes, test = dataset.classes, dataset.test
-    columns = zip(test.ids, test.labels.tolist(), numbers.tolist(), values.tolist(), strict=True)
-    rows = [[name, classes[label], classes[guess], f"{value:.6f}"] for name, label, guess, value in columns]
-    write_csv(folder.predictions, ["id", "label", "prediction", "probability"], rows)
+    confidences, predicted = probabilities.max(dim=1)
+    values, indices = probabilities.topk(num_probabilities(classes), dim=1)
+    rows = []
+    for row, image in enumerate(test.ids):
+        top = [(classes[i], value) for i, value in zip(indices[row].tolist(), values[row].tolist(), strict=True)]
+        labels = classes[int(test.labels[row])], classes[int(predicted[row])]
+        rows.append([image, *labels, f"{float(confidences[row]):.6f}", *probability_cells(classes, top)])
+    columns = ["image_id", "true_label", "predicted_label", "confidence", *probability_columns(classes)]
+    write_csv(run_dir.predictions, columns, rows)
 
 
-def write_split(folder: RunDir, dataset: Dataset) -> None:
-    """Record which image is in which split: ``split.csv``."""
+def write_split(run_dir: RunDir, dataset: Dataset) -> None:
+    """Write ``split.csv``: the split of every image."""
     rows = ((name, image) for name, split in dataset.splits.items() for image in split.ids)
-    write_csv(folder.split, ["split", "id"], rows)
+    write_csv(run_dir.split, ["split", "image_id"], rows)

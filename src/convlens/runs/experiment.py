@@ -1,14 +1,12 @@
-"""One experiment from data to report: what ``convlens train`` runs."""
+"""One training from data to report, as ``convlens train`` runs it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,21 @@ from convlens.data.preprocess import Preprocess
 from convlens.distributed.process_group import World, init_world, launch_id
 from convlens.errors import UsageError
 from convlens.models import count_parameters
-from convlens.run_dir import RunDir
-from convlens.runs.artifacts import current_command, describe_data, write_metrics, write_split
+from convlens.run_dir import RunDir, require_new_path
+from convlens.runs.artifacts import current_command, current_version, describe_data, write_metrics, write_split
+from convlens.runs.config import InitFrom, RunConfig
 from convlens.runs.finalize import finalize
-from convlens.runs.resume import environment_diff, find_interrupted_run, read_config, recorded_device
+from convlens.runs.request import TrainRequest
+from convlens.runs.resume import (
+    environment_diff,
+    find_interrupted_run,
+    recorded_device,
+    require_data_on_disk,
+    require_same_data,
+)
 from convlens.runs.run import Run
 from convlens.system.device import select_device, set_num_threads, system_info
-from convlens.system.files import read_name_list, write_json, write_name_list
+from convlens.system.files import read_name_list, write_name_list
 from convlens.system.hardware import available_cores
 from convlens.system.random import preserve_rng_state
 from convlens.training.build import drop_unsupported_options, freeze, make_model, model_config, require_possible
@@ -44,8 +50,14 @@ from convlens.training.callbacks import (
 from convlens.training.checkpoint import CheckpointStore
 from convlens.training.loop import fit
 from convlens.training.precision import choose_precision
-from convlens.training.pretrained import input_spec, load_matching_weights, start_from_model, start_from_weights
-from convlens.training.recipe import LENGTHS, Recipe
+from convlens.training.pretrained import (
+    PretrainedWeights,
+    input_spec,
+    load_matching_weights,
+    start_from_model,
+    start_from_weights,
+)
+from convlens.training.recipe import Recipe
 from convlens.training.recipes import default_recipe, get_recipe
 from convlens.training.state import EpochRecord
 from convlens.training.time_budget import budget_candidates, choose_for_budget, parse_budget
@@ -53,159 +65,68 @@ from convlens.training.time_budget import budget_candidates, choose_for_budget, 
 
 @dataclass(eq=False)
 class Experiment:
-    """A training that is set up: iterate :meth:`epochs`, then call :meth:`finish`."""
+    """A training that is ready to run: call :meth:`run`, or iterate :meth:`epochs` and call :meth:`finish`."""
 
-    folder: RunDir
-    config: dict[str, Any]
-    recipe: Recipe
+    run_dir: RunDir
+    config: RunConfig
     dataset: Dataset  # with its validation split
-    preprocess: Preprocess
-    net: nn.Module
-    ranks: World = field(default_factory=init_world)
+    model: nn.Module
+    world: World = field(default_factory=init_world)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return self.config.recipe
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """The preprocessing that travels with the model."""
+        return self.config.preprocess
 
     @classmethod
-    def create(
-        cls,
-        data: Any,
-        recipe: str | Recipe | None = None,
-        *,
-        out: str | Path | None = None,
-        init_from: str | Path | None = None,
-        allow_unreadable: bool = False,
-        budget: float | str | None = None,
-        exclude: str | Path | None = None,
-        started: float | None = None,
-        **overrides: Any,
-    ) -> Experiment:
-        """Load the data, settle the recipe, build the net and make the run folder.
+    def start(cls, request: TrainRequest) -> Experiment:
+        """Load the data, resolve the recipe, build the model and create the run folder.
 
-        ``recipe`` is a name, a Recipe, or None for the default of the data; ``overrides`` are recipe options.
-        ``init_from`` names a run or model whose stages the net starts from, with a new head. ``budget`` is the
-        time that everything may take (seconds, or "5m"), counted from ``started`` (time.perf_counter; by default now).
-        ``exclude`` is a file that names images to leave out, as the data doctor writes it.
+        Rank 0 does this and broadcasts the result; other ranks join it. If torchrun restarts a job, rank 0 resumes the
+        run that the job had started.
 
-        Of several processes that torchrun has started, the first does all that, and the others follow it; if it takes
-        the place of one that has died, it goes on with the run that the job has begun.
+        Raises:
+            UsageError: The request cannot be fulfilled; no folder is left behind.
+            ConvlensError: The data cannot be read.
         """
-        ranks = init_world()
-        if not ranks.is_main:
-            return cls._follow(data, ranks)
-        with ranks.planning():
-            if budget is not None and ranks.size > 1:
-                raise UsageError("--budget measures the pace of one process; give several of them --max-seconds")
-            training = launch_id()
-            if ranks.is_restart and (begun := find_interrupted_run(out, training)):
-                return cls._go_on(begun, memory_of(data), accept_changes=True, finished_too=True)._lead()
-            return cls._begin(
-                data,
-                recipe,
-                out=out,
-                init_from=init_from,
-                allow_unreadable=allow_unreadable,
-                budget=budget,
-                exclude=exclude,
-                started=started,
-                training=training,
-                **overrides,
-            )._lead()
+        world = init_world()
+        if not world.first:
+            return cls.join(request.data, world)
+        with world.leading():
+            if request.budget is not None:
+                if world.size > 1:
+                    raise UsageError("`budget` works with one process only; give several of them `max_seconds`")
+                request = dataclasses.replace(request, budget=parse_budget(str(request.budget)))
+            job = launch_id()
+            if world.again and (interrupted := find_interrupted_run(request.out, job)):
+                data = in_memory(request.data)
+                return cls._reopen(interrupted, data, accept_changes=True, finished_too=True)._broadcast()
+            if request.out is not None:
+                require_new_path(request.out)
+            refuse_inside_data(request.out, request.data)
+            recipe, pretrained = resolve_recipe(request)
+            loaded, recipe = load_training_data(request, recipe, pretrained)
+            config, dataset, model = build_model(recipe, loaded, pretrained)
+            return cls._create(request, dataclasses.replace(config, launch_id=job or None), dataset, model)._broadcast()
 
     @classmethod
-    def _begin(
-        cls,
-        data: Any,
-        recipe: str | Recipe | None,
-        *,
-        out: str | Path | None,
-        init_from: str | Path | None,
-        allow_unreadable: bool,
-        budget: float | str | None,
-        exclude: str | Path | None,
-        started: float | None,
-        training: str | None,
-        **overrides: Any,
-    ) -> Experiment:
-        """Do what :meth:`create` says; ``training`` is the name of this one among those of torchrun."""
-        started = time.perf_counter() if started is None else started
-        allowed = None if budget is None else parse_budget(str(budget))  # seconds
-        if budget is not None and any(overrides.get(name) is not None for name in LENGTHS):
-            raise UsageError("--budget decides the length; give no --epochs, --max-steps or --max-seconds beside it")
-        if out is not None:
-            RunDir.refuse_existing(out)
-        if isinstance(recipe, str):
-            recipe = get_recipe(recipe)
-        elif not isinstance(recipe, Recipe | None):
-            raise UsageError(f"a recipe is a name or a Recipe, not a {type(recipe).__name__}; arrays go as one: (x, y)")
-        start = start_from_model(init_from) if init_from is not None else None
-
-        def settle(recipe: Recipe) -> Recipe:
-            if start is not None and start.options is not None:
-                recipe = recipe.override(**start.options)
-            return drop_unsupported_options(recipe.override(**overrides), overrides)
-
-        settled = settle(recipe or default_recipe(data_name(data)))
-        if start is not None and settled.pretrained:
-            raise UsageError("--init-from or --pretrained, not both: each says what weights to start from")
-        start = start or start_from_weights(settled)
-        if settled.freeze and start is None:
-            raise UsageError("--freeze leaves trained stages as they are; name them with --pretrained or --init-from")
-        if settled.tensorboard:
-            find_tensorboard()
-        refuse_inside_data(out, data)
-        device = select_device(settled.device)
-        threads = set_num_threads(settled.threads)
-        # what was resolved is what is recorded: a resumed run computes as the first part did
-        settled = settled.override(device=device.type, threads=threads)
-
-        form = input_spec(settled, start)
-        loaded = load_dataset(data, **form, allow_unreadable=allow_unreadable)
-        if exclude is not None:
-            loaded = loaded.drop(read_name_list(exclude))
-        if settled.balanced_sampling:
-            require_balance(loaded.train)
-        require_size(settled.image_size, loaded)
-        if loaded.shape[1] == form["image_size"]:
-            settled = settled.override(image_size=form["image_size"])
-        if allowed is not None:
-            running = {"device": device.type, "threads": threads, "image_size": settled.image_size}
-            choices = [settle(choice).override(**running) for choice in budget_candidates(data_name(data), recipe)]
-            settled = choose_for_budget(allowed, started, loaded, choices)
-        dataset = loaded.with_validation(settled.val_fraction, settled.seed)
-        preprocess = Preprocess.fit(dataset.train.images, dataset.input_style)
-        if start is not None:
-            if settled.pretrained:
-                settled = settled.override(pretrained=start.origin)  # which holds in another folder too
-            preprocess = start.normalise(preprocess)
-        torch.manual_seed(settled.seed)
-        model = model_config(settled, dataset)
-        net = make_model(model, dataset, preprocess)
-        for part in ("features", "head"):  # what a test asks of a net that training does not
-            if not hasattr(net, part):
-                raise UsageError(f"model {settled.model!r} has no {part!r}; convlens.models.check_model says more")
-        require_possible(settled, net, dataset)  # fit() would say it too, but then there is a run
-        freeze(net, settled)
-        settled = settled.override(precision=choose_precision(settled, device, net, dataset.shape))
-        config = {
-            "convlens": version("convlens"),
-            "command": current_command(),
-            "recipe": dataclasses.asdict(settled),
-            "model": {**model, "parameters": count_parameters(net)},
-            "data": describe_data(dataset, loaded.fingerprint()),
-            "preprocess": preprocess.to_json(),
-            "machine": system_info(device),
-            **({"job": training} if training else {}),
-        }
-        if start is not None:
-            config["init"] = {"from": start.origin, "tensors": load_matching_weights(net, start, settled.freeze)}
-        folder = RunDir.create(out, dataset.name)
+    def _create(cls, request: TrainRequest, config: RunConfig, dataset: Dataset, model: nn.Module) -> Experiment:
+        """Create the run folder and write what is known before training."""
+        run_dir = RunDir.create(request.out, dataset.name)
         try:
-            write_split(folder, dataset)
-            if loaded.excluded:
-                write_name_list(folder.excluded, dict.fromkeys(loaded.excluded, ""))
-            write_json(folder.config, config)  # last: with it, the folder is a run that can be resumed
-        except BaseException:  # Ctrl-C too
-            shutil.rmtree(folder.path, ignore_errors=True)
+            write_split(run_dir, dataset)
+            if dataset.left_out:
+                write_name_list(run_dir.excluded, dict.fromkeys(dataset.left_out, ""))
+            config.write(run_dir.config)  # last: it makes the folder a run that can be resumed
+        except BaseException:  # including Ctrl-C
+            shutil.rmtree(run_dir.path, ignore_errors=True)
             raise
-        return cls(folder, config, settled, dataset, preprocess, net)
+        return cls(run_dir, config, dataset, model)
 
     @classmethod
     def resume(
@@ -217,26 +138,46 @@ class Experiment:
         accept_changes: bool = False,
         finished_too: bool = False,
     ) -> Experiment:
-        """Set up the unfinished training in a run folder to go on; UsageError if it is finished or data changed.
+        """Prepare an interrupted training to continue.
 
-        A finished one is taken with ``finished_too``: nothing is left to do then. ``data`` is what it was trained on,
-        where that is not on disk. Where this machine would compute other digits than the one that it was started on,
-        UsageError says so, unless ``accept_changes``; config.json records them.
+        Args:
+            path: Run folder.
+            data: The data that it was trained on, if they are not on disk.
+            allow_unreadable: Accept a folder of which more than 1% of the files cannot be read.
+            accept_changes: Accept another device, processor, or version, which may change the last digits;
+                ``config.json`` records the changes.
+            finished_too: Accept a finished run; nothing is left to do then.
+
+        Raises:
+            UsageError: The run is finished, its data have changed, or the environment differs.
         """
-        ranks = init_world()
-        if not ranks.is_main:
-            return cls._follow(data, ranks)
-        with ranks.planning():
-            return cls._go_on(
+        world = init_world()
+        if not world.first:
+            return cls.join(data, world)
+        with world.leading():
+            return cls._reopen(
                 path,
                 data,
                 allow_unreadable=allow_unreadable,
                 accept_changes=accept_changes,
                 finished_too=finished_too,
-            )._lead()
+            )._broadcast()
 
     @classmethod
-    def _go_on(
+    def join(cls, data: Any, world: World) -> Experiment:
+        """Prepare the training that rank 0 has broadcast, on another rank."""
+        path, values, excluded = world.follow()
+        config = RunConfig.from_json(values)
+        set_num_threads(min(config.recipe.threads, available_cores()))
+        return cls._rebuild(RunDir(path), config, in_memory(data), excluded, allow_unreadable=True)
+
+    def _broadcast(self) -> Experiment:
+        """Send what is trained to the other ranks."""
+        self.world.lead([str(self.run_dir.path), self.config.to_json(), list(self.dataset.left_out)])
+        return self
+
+    @classmethod
+    def _reopen(
         cls,
         path: str | Path,
         data: Any,
@@ -245,94 +186,91 @@ class Experiment:
         accept_changes: bool,
         finished_too: bool,
     ) -> Experiment:
-        """Do what :meth:`resume` says."""
-        folder = RunDir.open(path)
-        config = folder.read_config()
-        if folder.report.exists() and not finished_too:
+        """Resume on rank 0; see :meth:`resume`."""
+        run_dir = RunDir.open(path)
+        config = RunConfig.read(run_dir.config)
+        if run_dir.report.exists() and not finished_too:
             raise UsageError(f"the training of {path} is finished; nothing to resume")
-        read_config(folder, config)  # is it whole?
         changes = environment_diff(path, config, accept=accept_changes)
-        left_out = read_name_list(folder.excluded) if folder.excluded.exists() else []
-        device, settled = recorded_device(config), config["recipe"]
-        if device.type != settled["device"]:
-            settled |= {"device": device.type, "precision": "auto"}
-        again = cls._rebuild(folder, config, data, left_out, allow_unreadable=allow_unreadable)
-        settled["precision"] = choose_precision(again.recipe, device, again.net, again.dataset.shape)
-        again.recipe = again.recipe.override(precision=settled["precision"])
-        if not folder.split.exists():
-            write_split(folder, again.dataset)
-        if new := [change for change in changes if change not in config.get("resumed", [])]:
-            config["resumed"] = [*config.get("resumed", []), *new]
-            with folder.claimed():
-                write_json(folder.config, config)
-        if "init" in config and not any(folder.checkpoint.glob("*.json")):
-            load_matching_weights(
-                again.net, start_from_weights(again.recipe) or start_from_model(config["init"]["from"])
-            )
+        excluded = read_name_list(run_dir.excluded) if run_dir.excluded.exists() else []
+        device = recorded_device(config)
+        if device.type != config.recipe.device:
+            config = dataclasses.replace(config, recipe=config.recipe.override(device=device.type, precision="auto"))
+        again = cls._rebuild(run_dir, config, data, excluded, allow_unreadable=allow_unreadable)
+        precision = choose_precision(config.recipe, device, again.model, again.dataset.shape)
+        config = dataclasses.replace(config, recipe=config.recipe.override(precision=precision))
+        if not run_dir.split.exists():
+            write_split(run_dir, again.dataset)
+        if new := tuple(change for change in changes if change not in config.environment_changes):
+            config = dataclasses.replace(config, environment_changes=(*config.environment_changes, *new))
+            with run_dir.locked():
+                config.write(run_dir.config)
+        again.config = config
+        if config.init_from and not any(run_dir.checkpoint.glob("*.json")):
+            pretrained = start_from_weights(config.recipe) or start_from_model(config.init_from.source)
+            load_matching_weights(again.model, pretrained)
         return again
 
     @classmethod
     def _rebuild(
-        cls, folder: RunDir, config: dict[str, Any], data: Any, left_out: list[str], *, allow_unreadable: bool
+        cls, run_dir: RunDir, config: RunConfig, data: Any, excluded: list[str], *, allow_unreadable: bool
     ) -> Experiment:
-        """Load the data and build the net that a run's config.json tells of; UsageError if the data have changed."""
-        recipe, preprocess = read_config(folder, config)
-        recorded, model = config["data"], config["model"]
-        if data is None and recorded["source"] is None:
-            raise UsageError(f"the data of {folder.path} were objects in memory; only data on disk can be resumed")
+        """Load the data and build the model of a run; UsageError if the data have changed."""
+        recipe, recorded = config.recipe, config.data
         loaded = load_recorded(
             recorded,
-            data,
-            exclude=left_out,
+            require_data_on_disk(run_dir.path, recorded["source"], data),
+            without=excluded,
             image_size=recipe.image_size,
-            channels=preprocess.channels,
+            channels=config.preprocess.channels,
             allow_unreadable=allow_unreadable or bool(recorded["unreadable"]),
         )
-        if loaded.fingerprint() != recorded["fingerprint"]:
-            raise UsageError(
-                f"the data in {recorded['source'] or loaded.name} have changed since {folder.path} was started; "
-                "train anew"
-            )
+        require_same_data(run_dir.path, loaded, recorded["fingerprint"])
         dataset = loaded.with_validation(recipe.val_fraction, recipe.seed)
-        torch.manual_seed(recipe.seed)  # the first weights again, should no checkpoint have been written yet
-        return cls(folder, config, recipe, dataset, preprocess, make_model(model, dataset, preprocess))
-
-    def _lead(self) -> Experiment:
-        """Tell the other processes what to train."""
-        self.ranks.lead([str(self.folder.path), self.config, list(self.dataset.excluded)])
-        return self
-
-    @classmethod
-    def _follow(cls, data: Any, ranks: World) -> Experiment:
-        """Set up what the first process has decided."""
-        path, config, left_out = ranks.receive_plan()
-        set_num_threads(min(config["recipe"]["threads"], available_cores()))
-        return cls._rebuild(RunDir(path), config, memory_of(data), left_out, allow_unreadable=True)
+        torch.manual_seed(recipe.seed)  # the same initial weights, in case there is no checkpoint yet
+        return cls(run_dir, config, dataset, make_model(config.model, dataset, config.preprocess))
 
     def epochs(
         self, *, should_stop: Callable[[], bool] = lambda: False, show_progress: bool = False
     ) -> Iterator[EpochRecord]:
-        """Train; yield one record an epoch (those of an interrupted run first), keeping ``metrics.csv`` up to date."""
+        """Train, keeping ``metrics.csv`` up to date.
+
+        Args:
+            should_stop: Called before every step; if it returns True, the training is saved and interrupted.
+            show_progress: Show a progress bar on standard error.
+
+        Yields:
+            One record per epoch; after a resumption first those of the epochs before it.
+
+        Raises:
+            TrainingInterruptedError: ``should_stop`` returned True.
+            DivergenceError: The loss, a gradient or a BatchNorm statistic is NaN or infinite.
+        """
         records: list[EpochRecord] = []
+        is_main, recipe = self.world.first, self.recipe
         watcher = Callback()
-        if self.ranks.first:
-            watcher = LiveStatus(self.folder, self.dataset, self.preprocess.normalizer(), self.recipe)
-        tensorboard = self.recipe.tensorboard and self.ranks.first
+        if is_main:
+            watcher = LiveStatus(self.run_dir, self.dataset, self.preprocess.normaliser(), recipe)
         with (
-            self.folder.claimed() if self.ranks.first else contextlib.nullcontext(),
-            contextlib.closing(TensorBoardLogger(self.folder.tensorboard, wanted=tensorboard)) as board,
+            self.run_dir.locked() if is_main else contextlib.nullcontext(),
+            contextlib.closing(
+                TensorBoardLogger(self.run_dir.tensorboard, wanted=recipe.tensorboard and is_main)
+            ) as board,
         ):
             for record in fit(
-                self.net,
+                self.model,
                 self.dataset,
-                self.recipe,
+                recipe,
                 preprocess=self.preprocess,
-                checkpoints=CheckpointStore(self.folder.checkpoint),
-                callbacks=[StopWhen(should_stop), *(self._callbacks(show_progress) if self.ranks.is_main else [])],
+                store=CheckpointStore(self.run_dir.checkpoint),
+                should_stop=should_stop,
+                watcher=watcher,
+                show_progress=show_progress and is_main,
             ):
                 records.append(record)
-                if self.ranks.is_main:
-                    write_metrics(self.folder, records, watched=self.recipe.log_test_metrics)
+                if is_main:
+                    write_metrics(self.run_dir, records, log_test=recipe.log_test_metrics)
+                board.add(record)
                 yield record
 
     def _callbacks(self, show_progress: bool) -> list[Callback]:
@@ -348,13 +286,104 @@ class Experiment:
         return callbacks
 
     def finish(self) -> Run:
-        """Measure the test split, once; write bundle, ``test.json``, ``predictions.csv``, plots and report."""
-        if self.ranks.is_main:
-            with self.folder.claimed():
-                if not self.folder.report.exists():  # else another process has finished it
-                    finalize(self.folder, self.config, self.recipe, self.dataset, self.preprocess, self.net)
-        self.ranks.broadcast(None)  # the others wait for it
-        return Run(self.folder.path)
+        """Evaluate the test split, once; write the bundle, ``test.json``, ``predictions.csv``, plots and report."""
+        if self.world.first:
+            with self.run_dir.locked():
+                if not self.run_dir.report.exists():  # else another process has finished it
+                    finalize(self.run_dir, self.config, self.dataset, self.model)
+        self.world.share(None)  # the other ranks wait here
+        return Run(self.run_dir.path)
+
+    def run(self, *, show_progress: bool = False) -> Run:
+        """Train to the end and finish."""
+        for _ in self.epochs(show_progress=show_progress):
+            pass
+        return self.finish()
+
+
+def resolve_recipe(request: TrainRequest) -> tuple[Recipe, PretrainedWeights | None]:
+    """Return the recipe with the request's overrides and this machine's device and threads, and initial weights."""
+    pretrained = start_from_model(request.init_from) if request.init_from is not None else None
+    recipe = override_recipe(named_recipe(request) or default_recipe(data_name(request.data)), request, pretrained)
+    if pretrained is not None and recipe.pretrained:
+        raise UsageError("give `init_from` or `pretrained`, not both: each sets the initial weights")
+    pretrained = pretrained or start_from_weights(recipe)
+    if recipe.freeze and pretrained is None:
+        raise UsageError("`freeze` keeps trained stages fixed; name their weights with `pretrained` or `init_from`")
+    if recipe.tensorboard:
+        find_tensorboard()
+    # recorded as resolved, so that a resumed run computes like the first part
+    device, threads = select_device(recipe.device), set_num_threads(recipe.threads)
+    return recipe.override(device=device.type, threads=threads), pretrained
+
+
+def named_recipe(request: TrainRequest) -> Recipe | None:
+    """Return the recipe that was asked for, None for the default of the data."""
+    return get_recipe(request.recipe) if isinstance(request.recipe, str) else request.recipe
+
+
+def override_recipe(recipe: Recipe, request: TrainRequest, pretrained: PretrainedWeights | None) -> Recipe:
+    """Return ``recipe`` with the model of the pretrained weights, if they name one, and the request's overrides."""
+    if pretrained is not None and pretrained.options is not None:
+        recipe = recipe.override(**pretrained.options)
+    return drop_unsupported_options(recipe.override(**request.overrides), request.overrides)
+
+
+def load_training_data(
+    request: TrainRequest, recipe: Recipe, pretrained: PretrainedWeights | None
+) -> tuple[Dataset, Recipe]:
+    """Load the data without the excluded images; return them and the recipe with its image size and budget."""
+    spec = input_spec(recipe, pretrained)
+    dataset = load_dataset(request.data, **spec, allow_unreadable=request.allow_unreadable)
+    if request.exclude is not None:
+        dataset = dataset.without(read_name_list(request.exclude))
+    if recipe.balanced_sampling:
+        require_balance(dataset.train)
+    require_size(recipe.image_size, dataset)
+    if dataset.shape[1] == spec["image_size"]:
+        recipe = recipe.override(image_size=spec["image_size"])
+    if request.budget is not None:
+        resolved = {name: getattr(recipe, name) for name in ("device", "threads", "image_size")}
+        candidates = budget_candidates(data_name(request.data), named_recipe(request))
+        choices = [override_recipe(choice, request, pretrained).override(**resolved) for choice in candidates]
+        recipe = choose_for_budget(float(request.budget), request.started, dataset, choices)
+    return dataset, recipe
+
+
+def build_model(
+    recipe: Recipe, loaded: Dataset, pretrained: PretrainedWeights | None
+) -> tuple[RunConfig, Dataset, nn.Module]:
+    """Hold out the validation split and build the model; return them and the config of the run."""
+    dataset = loaded.with_validation(recipe.val_fraction, recipe.seed)
+    preprocess = Preprocess.measure(dataset.train.images, dataset.style)
+    if pretrained is not None:
+        if recipe.pretrained:
+            recipe = recipe.override(pretrained=pretrained.origin)  # valid from any working directory
+        preprocess = pretrained.normalise(preprocess)
+    torch.manual_seed(recipe.seed)
+    arguments = model_config(recipe, dataset)
+    model = make_model(arguments, dataset, preprocess)
+    for part in ("features", "head"):  # the test needs them, training does not
+        if not hasattr(model, part):
+            raise UsageError(f"model {recipe.model!r} has no {part!r}; see convlens.models.check_model")
+    require_possible(recipe, model, dataset)  # fit() checks it too, but only after the run folder exists
+    freeze(model, recipe)
+    device = torch.device(recipe.device)
+    recipe = recipe.override(precision=choose_precision(recipe, device, model, dataset.shape))
+    init_from = None
+    if pretrained is not None:
+        init_from = InitFrom(pretrained.origin, load_matching_weights(model, pretrained, recipe.freeze))
+    config = RunConfig(
+        version=current_version(),
+        command=current_command(),
+        recipe=recipe,
+        model={**arguments, "parameters": count_parameters(model)},
+        data=describe_data(dataset, loaded.fingerprint()),
+        preprocess=preprocess,
+        machine=system_info(device),
+        init_from=init_from,
+    )
+    return config, dataset, model
 
 
 def train(
@@ -369,35 +398,45 @@ def train(
     show_progress: bool = False,
     **overrides: Any,
 ) -> Run:
-    """Train a classifier on ``data`` and return the finished Run: folder, figures, net.
+    """Train a classifier and evaluate it once on the test split.
 
-    ``data`` is whatever :func:`convlens.load_dataset` takes; ``recipe`` a name, a Recipe, or None for the default of
-    the data; ``overrides`` are recipe options, such as ``epochs=3, seed=1``. The run lies in ``out``, a new folder, or
-    the next free ``runs/<data>-<n>``. ``init_from`` names a run or model whose stages the net starts from, with a
-    new head. ``budget`` is the time that all of it may take (seconds, or "5m"): the recipe, if none is given, and the
-    length are chosen to fit, and the images are tested once unless ``tta=True``.
-    ``exclude`` is a file that names images to leave out, one a line, as the data doctor writes it. ``allow_unreadable``
-    trains although more than 1% of a folder's files cannot be read. PyTorch's random numbers and threads are left as
-    they were; on a CPU, with glibc, the process keeps the memory that it frees from then on. Raises UsageError for what
-    was asked wrongly, ConvlensError for data that cannot be read or a disk that is full, Diverged when the loss is no
-    number any more: one line each, that says what to do.
+    The random state and the number of threads of PyTorch are restored afterwards. On a CPU with glibc the process
+    retains freed memory from then on.
+
+    Args:
+        data: Whatever :func:`convlens.load_dataset` takes.
+        recipe: Name of a recipe, a Recipe, or None for the default of the data.
+        out: New run folder; by default the next free ``runs/<data>-<n>``.
+        init_from: Run or model to fine-tune: its trained stages are kept, its head is replaced.
+        allow_unreadable: Train although more than 1% of a folder's files cannot be read.
+        budget: Time limit of the whole call in seconds, or text such as "5m". It sets the length and, if none is
+            given, the recipe; test-time augmentation is off unless ``tta=True``.
+        exclude: File that lists images to leave out, one per line, as ``convlens data doctor`` writes it.
+        show_progress: Show a progress bar on standard error.
+        **overrides: Recipe fields, such as ``epochs=3, seed=1``.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UsageError: An argument is wrong.
+        ConvlensError: The data cannot be read, or the disk is full.
+        DivergenceError: The loss, a gradient or a BatchNorm statistic is NaN or infinite.
     """
+    request = TrainRequest(
+        data=data,
+        recipe=recipe,
+        overrides=overrides,
+        out=out,
+        init_from=init_from,
+        budget=budget,
+        exclude=exclude,
+        allow_unreadable=allow_unreadable,
+    )
     with preserve_rng_state():
-        experiment = Experiment.create(
-            data,
-            recipe,
-            out=out,
-            init_from=init_from,
-            allow_unreadable=allow_unreadable,
-            budget=budget,
-            exclude=exclude,
-            **overrides,
-        )
-        for _ in experiment.epochs(show_progress=show_progress):
-            pass
-        return experiment.finish()
+        return Experiment.start(request).run(show_progress=show_progress)
 
 
-def memory_of(data: Any) -> Any:
-    """Return data that are objects in memory, and None for what can be found again by its name or path."""
+def in_memory(data: Any) -> Any:
+    """Return data that are objects in memory, and None for data that are found again by their name or path."""
     return None if isinstance(data, (str, Path)) else data

@@ -1,10 +1,9 @@
-"""What stands at the end of a training: one test, the bundle, the figures, the pictures, the report."""
+"""Finalize a training: evaluate once, save the bundle, draw the plots, write the report."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from convlens.data.augment import BatchRandom, hflip
 from convlens.data.dataset import Dataset
-from convlens.data.preprocess import Preprocess
 from convlens.evaluation.inference import make_tta
 from convlens.evaluation.metrics import Cell
 from convlens.evaluation.report import TestReport
@@ -25,83 +23,99 @@ from convlens.inference.metadata import Architecture
 from convlens.reports import image_grid, plots
 from convlens.reports.run import write_report
 from convlens.run_dir import RunDir
-from convlens.runs.artifacts import model_card_metrics, redact_paths, redact_source, write_predictions
+from convlens.runs.artifacts import (
+    current_version,
+    model_card_metrics,
+    redact_paths,
+    redact_source,
+    write_predictions,
+)
+from convlens.runs.config import RunConfig
 from convlens.system.files import write_csv, write_json
 from convlens.training.build import make_augment
-from convlens.training.recipe import Recipe
 
 
-def finalize(
-    folder: RunDir, config: dict[str, Any], recipe: Recipe, dataset: Dataset, preprocess: Preprocess, net: nn.Module
-) -> None:
-    """Test the trained ``net``, once; write bundle, metrics, predictions, plots and report."""
-    records = folder.read_metrics()
-    architecture = Architecture(config["model"]["name"], config["model"]["arguments"])
+def finalize(run_dir: RunDir, config: RunConfig, dataset: Dataset, model: nn.Module) -> None:
+    """Evaluate the trained model once on the test split; write bundle, metrics, predictions, plots and report."""
+    recipe, preprocess = config.recipe, config.preprocess
+    records = run_dir.read_metrics()
     trust = None
     if dataset.validation is not None:
         trust = UncertaintyModel.fit(
-            net, dataset.train, dataset.validation, len(dataset.classes), preprocess.normalizer()
+            model, dataset.train, dataset.validation, len(dataset.classes), preprocess.normaliser()
         )
-    bundle = Bundle(net, architecture, dataset.classes, preprocess, {}, trust)
+    described = {key: config.model[key] for key in ("name", "arguments")}
+    bundle = Bundle(model, described, dataset.classes, preprocess, {}, trust)
     classifier = Classifier(bundle, recipe.device)
     report, logits = classifier.test(dataset.test, make_tta(recipe.hflip) if recipe.tta else None)
     test = report.to_json()
     trained = {
-        "version": version("convlens"),
-        "command": redact_paths(config["command"], config["data"]),
-        "recipe": {**config["recipe"], "pretrained": Path(recipe.pretrained).name},
-        "data": redact_source(config["data"]),
-        "machine": config["machine"],
-        "parameters": config["model"]["parameters"],
+        "convlens": current_version(),
+        "command": redact_paths(config.command, config.data),
+        "recipe": {**dataclasses.asdict(recipe), "pretrained": Path(recipe.pretrained).name},
+        "data": redact_source(config.data),
+        "machine": config.machine,
+        "parameters": config.model["parameters"],
         "seconds": records[-1]["seconds"] if records else 0.0,
         "test": model_card_metrics(test),
     }
-    dataclasses.replace(bundle, training=trained).save(folder.model)
+    dataclasses.replace(bundle, trained=trained).save(run_dir.model)
     probabilities = classifier.probabilities(logits)
-    write_predictions(folder, dataset, probabilities)
-    # a file of its own: test.json, which is read as a whole, grows with the classes only
+    write_predictions(run_dir, dataset, probabilities)
+    # in a file of its own, because test.json is read as a whole and should not grow with the square of the classes
     cells = test.pop("confusion_matrix")
-    write_csv(folder.confusion, ["true_label", "predicted_label", "count"], cells)
-    write_json(folder.test, test)
-    drawn = draw_plots(folder, recipe, dataset, preprocess, net, report, cells, probabilities)
-    write_report(folder, drawn)  # last: its presence says that the training is finished
+    write_csv(run_dir.confusion, ["true_label", "predicted_label", "count"], cells)
+    write_json(run_dir.test, test)
+    drawn = draw_plots(run_dir, config, dataset, model)
+    drawn |= draw_test_plots(run_dir, dataset, test, cells, probabilities)
+    write_report(run_dir, drawn)  # last: its presence marks the training as finished
 
 
-def draw_plots(
-    folder: RunDir,
-    recipe: Recipe,
-    dataset: Dataset,
-    preprocess: Preprocess,
-    net: nn.Module,
-    report: TestReport,
-    cells: Sequence[Cell],
-    probabilities: Tensor,
-) -> dict[str, str]:
-    """Draw every plot of a run, from its test, the confusion matrix and the probabilities (N, K) of the test images.
-
-    Returns each as HTML, by the name of its file.
-    """
-    train, classes, place = dataset.train, dataset.classes, folder.plots
+def draw_plots(run_dir: RunDir, config: RunConfig, dataset: Dataset, model: nn.Module) -> dict[str, str]:
+    """Draw training images, augmented images, learning curves and filters; return HTML by file name."""
+    recipe, train, classes = config.recipe, dataset.train, dataset.classes
     rows = image_grid.pick_samples(train.labels, len(classes))
     images, labels = train.images[rows], train.labels[rows]
     names = [classes[label] for label in labels.tolist()]
-    augment, normalise = make_augment(recipe, len(classes)), preprocess.normalizer()
+    augment, normalise = make_augment(recipe, len(classes)), config.preprocess.normaliser()
     with torch.no_grad():
-        turned = torch.arange(len(rows)) % 2 == 1  # every second one, as in each epoch
-        seen = hflip(normalise(images), turned) if recipe.hflip else normalise(images)
-        changed, _ = augment(seen, labels, BatchRandom.seeded(recipe.seed, len(rows)))
-    drawn = {
-        "samples.png": image_grid.image_grid(images, names, "What it learns from: training images"),
-        "augmented.png": image_grid.image_grid(normalise.invert(changed), names, "The same images as the net saw them"),
-        "mistakes.png": image_grid.misclassified_grid(dataset.test.images, dataset.test.labels, probabilities, classes),
+        flipped = torch.arange(len(rows)) % 2 == 1  # every second image, as in each epoch
+        seen = mirror(normalise(images), flipped) if recipe.hflip else normalise(images)
+        augmented, _ = augment(seen, labels, BatchRandom.seeded(recipe.seed, len(rows)))
+    grids = {
+        "samples.png": image_grid.image_grid(images, names, "Training images"),
+        "augmented.png": image_grid.image_grid(normalise.invert(augmented), names, "The same images, augmented"),
     }
-    if conv := first_convolution(net):
-        drawn["filters.png"] = image_grid.kernel_grid(conv.weight.detach().cpu().numpy())
-    for file, sheet in drawn.items():
-        sheet.save(place / file)
-    shown = {file: sheet.to_html() for file, sheet in drawn.items()}
-    shown["curves.png"] = plots.draw_curves(place / "curves.png", folder.read_metrics())
-    shown["confusion.png"] = plots.draw_confusion(place / "confusion.png", cells, classes)
-    if report.calibration is not None:
-        shown["calibration.png"] = plots.draw_reliability(place / "calibration.png", report.calibration)
-    return shown
+    if conv := first_convolution(model):
+        grids["filters.png"] = image_grid.kernel_grid(conv.weight.detach().cpu().numpy())
+    drawn = save_grids(run_dir, grids)
+    drawn["curves.png"] = plots.draw_curves(run_dir.plots / "curves.png", run_dir.read_metrics())
+    return drawn
+
+
+def draw_test_plots(
+    run_dir: RunDir, dataset: Dataset, test: dict[str, Any], cells: Sequence[Cell], probabilities: Tensor
+) -> dict[str, str]:
+    """Draw misclassified images, confusion matrix and calibration; return HTML by file name.
+
+    Args:
+        run_dir: The run.
+        dataset: Its data.
+        test: Content of ``test.json``.
+        cells: Cells of the confusion matrix that are not 0.
+        probabilities: Of the test images, (N, K).
+    """
+    classes, place = dataset.classes, run_dir.plots
+    wrong = image_grid.misclassified_grid(dataset.test.images, dataset.test.labels, probabilities, classes)
+    drawn = save_grids(run_dir, {"mistakes.png": wrong})
+    drawn["confusion.png"] = plots.draw_confusion(place / "confusion.png", cells, classes)
+    if calibration := test.get("calibration"):
+        drawn["calibration.png"] = plots.draw_reliability(place / "calibration.png", calibration)
+    return drawn
+
+
+def save_grids(run_dir: RunDir, grids: dict[str, image_grid.ImageGrid]) -> dict[str, str]:
+    """Save image grids by file name; return each as HTML."""
+    for file, grid in grids.items():
+        grid.save(run_dir.plots / file)
+    return {file: grid.to_html() for file, grid in grids.items()}

@@ -1,12 +1,12 @@
-"""Several trainings of one kind, so that their spread is seen: other seeds, or the folds of a cross-validation."""
+"""Groups of runs that show the spread of the accuracy: several seeds, or the folds of a cross-validation."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
 import statistics
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,90 +14,171 @@ from convlens.data.cross_validation import assign_folds, merge, take_fold
 from convlens.data.dataset import Dataset
 from convlens.data.loading import data_name, load_dataset, refuse_inside_data
 from convlens.distributed.process_group import require_single_process
-from convlens.errors import UsageError
+from convlens.errors import ConvlensError, UsageError
 from convlens.evaluation.metrics import wilson_interval
-from convlens.run_dir import SERIES, RunDir
+from convlens.run_dir import GROUP, RunDir, require_new_path
 from convlens.runs.artifacts import current_command
-from convlens.runs.experiment import Experiment
-from convlens.runs.resume import environment_diff
+from convlens.runs.config import RunConfig
+from convlens.runs.experiment import Experiment, named_recipe
+from convlens.runs.request import TrainRequest
+from convlens.runs.resume import environment_diff, require_data_on_disk, require_same_data
 from convlens.runs.run import Run
 from convlens.system.files import read_json, read_name_list, write_json
 from convlens.system.random import preserve_rng_state
 from convlens.training.pretrained import input_spec, start_from_weights
 from convlens.training.recipe import Recipe
-from convlens.training.recipes import default_recipe, get_recipe
+from convlens.training.recipes import default_recipe
 
 SUMMARY = "summary.json"
 
 
-@dataclass(eq=False)
-class RunGroup:
-    """Runs beside each other in one folder: iterate :meth:`experiments`, train each, then call :meth:`finish`."""
+@dataclass(frozen=True, kw_only=True)
+class GroupPlan:
+    """The plan of a group, ``group.json``: its runs and how each is trained."""
 
-    folder: Path
-    plan: dict[str, Any]  # what series.json says: kind, names of the runs, how each is trained
-    data: Dataset
-    first: Experiment | None = None  # that is set up already
-    accept_changes: bool = False  # of the machine since its runs were started
+    group_by: str  # "seed" or "fold"
+    runs: tuple[str, ...]  # names of the run folders
+    seed: int  # of the first run, or of all folds
+    image_size: int
+    channels: int
+    data: str | None  # source of the data; None: objects in memory
+    excluded: tuple[str, ...]
+    fingerprint: str
+    recipe: Recipe
+    overrides: dict[str, Any]  # of the recipe, without the seed
+    allow_unreadable: bool
+    command: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of ``group.json``."""
+        return {
+            **vars(self),
+            "runs": list(self.runs),
+            "excluded": list(self.excluded),
+            "recipe": dataclasses.asdict(self.recipe),
+        }
 
     @classmethod
-    def create(
-        cls,
-        data: Any,
-        recipe: str | Recipe | None = None,
-        *,
-        seeds: int | None = None,
-        folds: int | None = None,
-        out: str | Path | None = None,
-        allow_unreadable: bool = False,
-        exclude: str | Path | None = None,
-        **overrides: Any,
-    ) -> RunGroup:
-        """Plan ``seeds`` runs with seeds from ``overrides["seed"]`` (0) on, or one run for each of ``folds`` folds.
+    def read(cls, path: Path) -> GroupPlan:
+        """Read ``group.json``; ConvlensError if it is missing or damaged."""
+        values = read_json(path)
+        try:
+            recipe = Recipe.from_json(values["recipe"])
+            runs, excluded = tuple(values["runs"]), tuple(values["excluded"])
+            return cls(**{**values, "runs": runs, "excluded": excluded, "recipe": recipe})
+        except (UsageError, KeyError, TypeError, ValueError) as error:
+            raise ConvlensError(f"{path} is of another version of convlens, or damaged: {error!r}") from None
 
-        For folds all images, those of the test split too, are dealt out anew: each is tested on once. Options are
-        those of :func:`convlens.train`. Raises UsageError for less than two of either.
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSummary:
+    """The result of a group, ``summary.json``. Accuracies are those of the test split, 0..1."""
+
+    group_by: str  # "seed" or "fold"
+    n: int
+    mean: float
+    sd: float  # with n - 1
+    worst: dict[str, Any]  # "run" and "accuracy"
+    best: dict[str, Any]
+    runs: dict[str, dict[str, Any]]  # by name: "accuracy" and "accuracy_interval" (Wilson, 95%)
+    pooled: dict[str, Any] | None = None  # of folds: "n", "accuracy" and "accuracy_interval" over all images
+    interval_method: str = "Wilson, 95%"
+
+    @classmethod
+    def of(cls, group_by: str, runs: Mapping[str, Run]) -> GroupSummary:
+        """Summarize finished runs."""
+        accuracies = {name: run.accuracy for name, run in runs.items()}
+        worst, best = (pick(accuracies, key=accuracies.__getitem__) for pick in (min, max))
+        pooled = None
+        if group_by == "fold":
+            correct, n = (sum(run.test[key] for run in runs.values()) for key in ("correct", "n"))
+            pooled = {"n": n, "accuracy": correct / n, "accuracy_interval": list(wilson_interval(correct, n))}
+        return cls(
+            group_by=group_by,
+            n=len(runs),
+            mean=statistics.mean(accuracies.values()),
+            sd=statistics.stdev(accuracies.values()),
+            worst={"run": worst, "accuracy": accuracies[worst]},
+            best={"run": best, "accuracy": accuracies[best]},
+            runs={
+                name: {"accuracy": run.accuracy, "accuracy_interval": run.test["accuracy_interval"]}
+                for name, run in runs.items()
+            },
+            pooled=pooled,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of ``summary.json``."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> GroupSummary:
+        """Rebuild a summary from the content of ``summary.json``."""
+        return cls(**values)
+
+
+@dataclass(eq=False)
+class RunGroup:
+    """Runs in one folder: call :meth:`run`, or train each of :meth:`experiments` and call :meth:`finish`."""
+
+    path: Path
+    plan: GroupPlan
+    data: Dataset
+    accept_changes: bool = False  # of the environment since the runs were started
+    _first: Experiment | None = field(default=None, repr=False)  # prepared already
+
+    @classmethod
+    def start(cls, request: TrainRequest, *, seeds: int | None = None, folds: int | None = None) -> RunGroup:
+        """Plan ``seeds`` runs with consecutive seeds, or one run for each of ``folds`` folds.
+
+        Folds divide all images, including those of the test split; each image is tested once.
+
+        Raises:
+            UsageError: Both or neither of ``seeds`` and ``folds`` are given, or less than two; ``init_from`` and
+                ``budget`` do not go with a group. Otherwise as :meth:`Experiment.start`; no folder is left behind.
         """
-        require_single_process("a series of trainings")
-        kind, count = ("fold", folds) if seeds is None else ("seed", seeds)
-        if count is None or (seeds is not None and folds is not None):
-            raise UsageError("give --seeds or --folds, one of the two: each fold is one training")
-        if count < 2:
-            raise UsageError(f"--{kind}s is {count}; a spread needs at least 2")
-        if out is not None:
-            RunDir.refuse_existing(out)
-        if not isinstance(recipe, Recipe):
-            recipe = get_recipe(recipe) if recipe is not None else default_recipe(data_name(data))
-        settled = recipe.override(**overrides)
-        form = input_spec(settled, start_from_weights(settled))
-        dataset = load_dataset(data, **form, allow_unreadable=allow_unreadable)
-        if exclude is not None:
-            dataset = dataset.drop(read_name_list(exclude))
-        refuse_inside_data(out, dataset)
+        require_single_process("a group of runs")
+        if (seeds is None) == (folds is None):
+            raise UsageError("give either `seeds` or `folds`: each fold is one training")
+        group_by, count = ("seed", seeds) if folds is None else ("fold", folds)
+        if count is None or count < 2:
+            raise UsageError(f"`{group_by}s` is {count}; a spread needs at least 2", field=f"{group_by}s")
+        if request.init_from is not None or request.budget is not None:
+            raise UsageError("`seeds` and `folds` do not go with `init_from` or `budget`")
+        if request.out is not None:
+            require_new_path(request.out)
+        recipe = named_recipe(request) or default_recipe(data_name(request.data))
+        resolved = recipe.override(**request.overrides)
+        spec = input_spec(resolved, start_from_weights(resolved))
+        dataset = load_dataset(request.data, **spec, allow_unreadable=request.allow_unreadable)
+        if request.exclude is not None:
+            dataset = dataset.without(read_name_list(request.exclude))
+        refuse_inside_data(request.out, dataset)
         if folds is not None:
             assign_folds(merge(dataset)[0].labels, dataset.classes, folds)
-        plan = {
-            "kind": kind,
-            "runs": [f"{kind}-{number + (settled.seed if kind == 'seed' else 1)}" for number in range(count)],
-            "seed": settled.seed,
-            **form,
-            "data": dataset.source,
-            "excluded": list(dataset.excluded),
-            "fingerprint": dataset.fingerprint(),
-            "recipe": dataclasses.asdict(recipe),
-            "overrides": {name: value for name, value in overrides.items() if name != "seed"},
-            "allow_unreadable": allow_unreadable,
-            "command": current_command(),
-        }
-        folder = RunDir.create(out, f"{dataset.name}-{kind}s").path
-        series = cls(folder, plan, dataset)
+        first = resolved.seed if group_by == "seed" else 1
+        plan = GroupPlan(
+            group_by=group_by,
+            runs=tuple(f"{group_by}-{first + number}" for number in range(count)),
+            seed=resolved.seed,
+            **spec,
+            data=dataset.source,
+            excluded=tuple(dataset.left_out),
+            fingerprint=dataset.fingerprint(),
+            recipe=recipe,
+            overrides={name: value for name, value in request.overrides.items() if name != "seed"},
+            allow_unreadable=request.allow_unreadable,
+            command=current_command(),
+        )
+        path = RunDir.create(request.out, f"{dataset.name}-{group_by}s").path
+        group = cls(path, plan, dataset)
         try:
-            series.first = series.make(0)
-        except BaseException:  # what does not fit together leaves no folder
-            shutil.rmtree(folder)
+            group._first = group.prepare(0)
+        except BaseException:  # including Ctrl-C
+            shutil.rmtree(path)
             raise
-        write_json(folder / SERIES, plan)
-        return series
+        write_json(path / GROUP, plan.to_json())
+        return group
 
     @classmethod
     def resume(
@@ -108,99 +189,105 @@ class RunGroup:
         allow_unreadable: bool = False,
         accept_changes: bool = False,
     ) -> RunGroup:
-        """Set up an unfinished series to go on; ``data`` names what was trained on, if it is not on disk.
-
-        Raises UsageError if it is finished, the data have changed, or as Experiment.resume does.
-        """
-        require_single_process("a series of trainings")
-        plan = read_json(Path(path) / SERIES)
-        if (Path(path) / SUMMARY).exists():
-            raise UsageError(f"the series {path} is finished; nothing to resume")
-        source = data if data is not None else plan.get("data")
-        if source is None:
-            raise UsageError(f"the data of {path} were objects in memory; only data on disk can be resumed")
-        allowed = allow_unreadable or plan["allow_unreadable"]
-        form = {key: plan[key] for key in ("image_size", "channels") if key in plan}
-        dataset = load_dataset(source, **form, allow_unreadable=allowed)
-        if not dataset.excluded:
-            dataset = dataset.drop(plan["excluded"])
-        if dataset.fingerprint() != plan["fingerprint"]:
-            raise UsageError(f"the data of {path} have changed since it was started; train anew")
-        first = RunDir(Path(path) / plan["runs"][0])
-        if first.config.is_file():  # the runs to come are to be what the first one is
-            environment_diff(path, first.read_config(), accept=accept_changes)
-        return cls(Path(path), plan, dataset, accept_changes=accept_changes)
+        """Prepare an unfinished group to continue; arguments and errors are those of :meth:`Experiment.resume`."""
+        require_single_process("a group of runs")
+        path = Path(path)
+        plan = GroupPlan.read(path / GROUP)
+        if (path / SUMMARY).exists():
+            raise UsageError(f"the group {path} is finished; nothing to resume")
+        dataset = load_dataset(
+            require_data_on_disk(path, plan.data, data),
+            image_size=plan.image_size,
+            channels=plan.channels,
+            allow_unreadable=allow_unreadable or plan.allow_unreadable,
+        )
+        if not dataset.left_out:
+            dataset = dataset.without(plan.excluded)
+        require_same_data(path, dataset, plan.fingerprint)
+        first = RunDir(path / plan.runs[0])
+        if first.config.is_file():  # the next runs must be comparable with it
+            environment_diff(path, RunConfig.read(first.config), accept=accept_changes)
+        return cls(path, plan, dataset, accept_changes)
 
     def experiments(self) -> Iterator[Experiment]:
-        """Yield what is still to be trained, one after another: new runs, and those that were interrupted."""
-        with RunDir(self.folder).claimed():
-            for number, name in enumerate(self.plan["runs"]):
-                if not RunDir(self.folder / name).report.exists():
-                    first, self.first = self.first, None
-                    yield first or self.make(number)
+        """Yield the runs that are not finished, one after the other: interrupted ones and new ones."""
+        with RunDir(self.path).locked():
+            for number, name in enumerate(self.plan.runs):
+                if not RunDir(self.path / name).report.exists():
+                    first, self._first = self._first, None
+                    yield first or self.prepare(number)
 
-    def make(self, number: int) -> Experiment:
-        """Set up run ``number`` (from 0), or set up to go on what there is of it."""
-        run = RunDir(self.folder / self.plan["runs"][number])
-        data, seed = self.data, self.plan["seed"]
-        if self.plan["kind"] == "fold":
-            data = take_fold(data, number + 1, len(self.plan["runs"]))
+    def prepare(self, number: int) -> Experiment:
+        """Start or resume run ``number`` (from 0)."""
+        plan, data, seed = self.plan, self.data, self.plan.seed
+        run_dir = RunDir(self.path / plan.runs[number])
+        if plan.group_by == "fold":
+            data = take_fold(data, number + 1, len(plan.runs))
         else:
             seed += number
-        if run.config.is_file():
-            return Experiment.resume(run.path, data, accept_changes=self.accept_changes)
-        if run.path.exists():  # interrupted before there was anything to go on with
-            shutil.rmtree(run.path)
-        recipe = Recipe.from_json(self.plan["recipe"])
-        return Experiment.create(data, recipe, out=run.path, seed=seed, **self.plan["overrides"])
+        if run_dir.config.is_file():
+            return Experiment.resume(run_dir.path, data, accept_changes=self.accept_changes)
+        if run_dir.path.exists():  # interrupted before there was anything to resume
+            shutil.rmtree(run_dir.path)
+        overrides = {**plan.overrides, "seed": seed}
+        return Experiment.start(TrainRequest(data=data, recipe=plan.recipe, overrides=overrides, out=run_dir.path))
 
-    def finish(self) -> dict[str, Any]:
-        """Return what came of the runs, and write it as ``summary.json``.
-
-        Mean and standard deviation of the accuracy, best and worst, and each run's Wilson interval; for folds also
-        that of all images together, each of which was tested on once.
-        """
-        runs = {name: Run(self.folder / name) for name in self.plan["runs"]}
-        accuracies = {name: run.accuracy for name, run in runs.items()}
-        worst, best = (pick(accuracies, key=accuracies.__getitem__) for pick in (min, max))
-        summary: dict[str, Any] = {
-            "kind": self.plan["kind"],
-            "n": len(runs),
-            "mean": statistics.mean(accuracies.values()),
-            "sd": statistics.stdev(accuracies.values()),
-            "worst": {"run": worst, "accuracy": accuracies[worst]},
-            "best": {"run": best, "accuracy": accuracies[best]},
-            "runs": {
-                name: {"accuracy": run.accuracy, "accuracy_ci95": run.test["accuracy_ci95"]}
-                for name, run in runs.items()
-            },
-            "interval_method": "Wilson, 95%",
-        }
-        if self.plan["kind"] == "fold":
-            correct, n = (sum(run.test[key] for run in runs.values()) for key in ("correct", "n"))
-            summary["together"] = {
-                "n": n, "accuracy": correct / n, "accuracy_interval": list(wilson_interval(correct, n))
-            }  # fmt: skip
-        write_json(self.folder / SUMMARY, summary)
+    def finish(self) -> GroupSummary:
+        """Summarize the finished runs, and write ``summary.json``."""
+        summary = GroupSummary.of(self.plan.group_by, {name: Run(self.path / name) for name in self.plan.runs})
+        write_json(self.path / SUMMARY, summary.to_json())
         return summary
 
+    def run(self, *, show_progress: bool = False) -> GroupSummary:
+        """Train all runs that are not finished, and finish."""
+        for experiment in self.experiments():
+            experiment.run(show_progress=show_progress)
+        return self.finish()
 
-def train_series(
-    data: Any, recipe: str | Recipe | None = None, *, show_progress: bool = False, **options: Any
-) -> dict[str, Any]:
-    """Train several seeds, or the folds of a cross-validation, and return what they came to.
 
-    ``seeds=5`` or ``folds=5``, and the options of :func:`convlens.train` but ``init_from`` and ``budget``; the runs lie
-    beside each other in ``out``, or in the next free ``runs/<data>-seeds-<n>`` (or ``folds``). The summary is that of
-    ``summary.json``: ``kind`` ("seed" or "fold"), ``n``, ``mean`` and ``sd`` (n - 1) of the test accuracies, 0..1,
-    ``best`` and ``worst``, ``runs`` by name with the Wilson interval of each, and for folds ``together``: all images,
-    each of which was tested on once. Raises what :func:`convlens.train` raises, and UsageError for both, or less than
-    two of either.
+def train_seeds(
+    data: Any, n: int, recipe: str | Recipe | None = None, *, show_progress: bool = False, **options: Any
+) -> GroupSummary:
+    """Train the same recipe with ``n`` seeds, to see the spread of the test accuracy.
+
+    Args:
+        data: Whatever :func:`convlens.load_dataset` takes.
+        n: Number of seeds, at least 2. They count up from the recipe's ``seed``.
+        recipe: Name of a recipe, a Recipe, or None for the default of the data.
+        show_progress: Show a progress bar on standard error.
+        **options: Other arguments of :func:`convlens.train`, except ``init_from`` and ``budget``. The runs are written
+            into ``out``, by default the next free ``runs/<data>-seeds-<n>``.
+
+    Returns:
+        The summary, which is also written as ``summary.json``.
+
+    Raises:
+        UsageError, ConvlensError, DivergenceError: As :func:`convlens.train`.
     """
+    request = TrainRequest.create(data, recipe, **options)
     with preserve_rng_state():
-        series = RunGroup.create(data, recipe, **options)
-        for experiment in series.experiments():
-            for _ in experiment.epochs(show_progress=show_progress):
-                pass
-            experiment.finish()
-        return series.finish()
+        return RunGroup.start(request, seeds=n).run(show_progress=show_progress)
+
+
+def cross_validate(
+    data: Any, folds: int, recipe: str | Recipe | None = None, *, show_progress: bool = False, **options: Any
+) -> GroupSummary:
+    """Train one run for each of ``folds`` folds, so that every image is tested once.
+
+    Args:
+        data: Whatever :func:`convlens.load_dataset` takes; its splits are merged.
+        folds: Number of folds, at least 2.
+        recipe: Name of a recipe, a Recipe, or None for the default of the data.
+        show_progress: Show a progress bar on standard error.
+        **options: Other arguments of :func:`convlens.train`, except ``init_from`` and ``budget``. The runs are written
+            into ``out``, by default the next free ``runs/<data>-folds-<n>``.
+
+    Returns:
+        The summary, which is also written as ``summary.json``; ``pooled`` is the accuracy over all images.
+
+    Raises:
+        UsageError, ConvlensError, DivergenceError: As :func:`convlens.train`.
+    """
+    request = TrainRequest.create(data, recipe, **options)
+    with preserve_rng_state():
+        return RunGroup.start(request, folds=folds).run(show_progress=show_progress)

@@ -1,4 +1,4 @@
-"""A finished run: its figures, its net, its test once more, and two runs beside each other."""
+"""A finished run: its metrics, its model, its explanations."""
 
 from __future__ import annotations
 
@@ -24,58 +24,65 @@ from convlens.system.files import read_json
 
 
 class Run:
-    """A finished training: its folder, its figures and its net. What is read is read when it is first asked for.
+    """A finished training. Files are read when they are first needed.
 
-    ``path`` is the folder, also as the attribute ``path``. Raises UsageError if it is no run's folder; what a run that
-    is not finished has not got yet raises ConvlensError, with the name of the file.
+    Args:
+        path: The run folder, also available as the attribute ``path``.
+
+    Raises:
+        UsageError: ``path`` is not a run folder. The attributes of a run that is not finished raise ConvlensError,
+            which names the missing file.
     """
 
     def __init__(self, path: str | Path):
-        self.folder = RunDir.open(path)
-        self.path = self.folder.path
+        self.run_dir = RunDir.open(path)
+        self.path = self.run_dir.path
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """What was trained, and on what: ``config.json``.
+        """What was trained on which data: the content of ``config.json``.
 
-        ``recipe``, ``model``, ``data``, ``preprocess``, ``machine``, ``command`` and ``convlens`` (its version).
+        Keys: ``recipe``, ``model``, ``data``, ``preprocess``, ``machine``, ``command`` and ``version`` (of convlens).
         """
-        return self.folder.read_config()
+        return self.run_dir.read_config()
 
     @cached_property
     def test(self) -> dict[str, Any]:
-        """Every figure of the final test: ``test.json``.
+        """Every metric of the final test: the content of ``test.json``.
 
-        Shares such as ``accuracy`` and ``balanced_accuracy`` are 0..1, ``accuracy_ci95`` is Wilson's, 95%, ``loss``
-        the mean cross-entropy in nats; ``classes`` has precision, recall, F1 and count of each. With validation images
-        there are ``calibration``, ``coverage`` and ``known`` as well.
+        Fractions such as ``accuracy`` and ``balanced_accuracy`` are 0..1, ``loss`` is the mean cross-entropy in nats,
+        ``classes`` has precision, recall and F1 of each class. Runs with a validation split also have calibration,
+        conformal and out-of-distribution metrics.
         """
-        return read_json(self.folder.test)
+        return read_json(self.run_dir.test)
 
     @property
     def confusion_matrix(self) -> NDArray[np.int64]:
-        """Counts of test images, int64 (K, K): rows are true classes, columns predictions.
+        """Counts of test images, int64 (K, K): rows are true classes, columns predicted classes.
 
         ``confusion_matrix.csv`` has only the cells that are not 0: ``true_label``, ``predicted_label`` and ``count``.
-        The whole takes 8 bytes x classes x classes.
         """
-        with open(self.folder.confusion, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with open(self.run_dir.confusion, newline="", encoding="utf-8", errors="surrogateescape") as file:
             return dense_confusion(list(csv.reader(file))[1:], self.config["data"]["classes"])
 
     @cached_property
     def metrics(self) -> list[dict[str, float | None]]:
-        """One dict an epoch, with the fields of an :class:`EpochRecord`: ``metrics.csv``."""
-        return self.folder.read_metrics()
+        """One dict per epoch, with the fields of an :class:`EpochRecord`: ``metrics.csv``."""
+        return self.run_dir.read_metrics()
 
     @cached_property
     def predictions(self) -> list[dict[str, str]]:
-        """One dict a test image: ``predictions.csv``, with id, label, prediction and probability, all as text."""
-        with open(self.folder.predictions, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        """One dict per test image, all values as text: ``predictions.csv``.
+
+        Keys: ``image_id``, ``true_label``, ``predicted_label``, ``confidence`` and ``p_<class>`` for every class; with
+        more than 100 classes ``top1_label``, ``top1_probability``, ... of the five most probable ones instead.
+        """
+        with open(self.run_dir.predictions, newline="", encoding="utf-8", errors="surrogateescape") as file:
             return list(csv.DictReader(file))
 
     @cached_property
     def classifier(self) -> Classifier:
-        """The trained net, ready to use, on the CPU."""
+        """The trained model, ready to use, on the CPU."""
         return Classifier.load(self.path)
 
     @property
@@ -85,48 +92,56 @@ class Run:
 
     @property
     def report(self) -> Path:
-        """Where the HTML report is."""
-        return self.folder.report
+        """Path of the HTML report."""
+        return self.run_dir.report
 
-    def picture(self, name: str) -> Image.Image:
-        """Return one of the run's plots by its file's name ("curves", "confusion", ...), for a notebook to show.
+    def plot(self, name: str) -> Image.Image:
+        """Return one of the run's plots, such as "curves" or "confusion", to show in a notebook.
 
-        Raises UnknownNameError for one that this run has not.
+        Raises:
+            UnknownNameError: The run has no such plot.
         """
-        plots = {file.stem: file for file in self.folder.plots.glob("*.png")}
+        plots = {file.stem: file for file in self.run_dir.plots.glob("*.png")}
         if name not in plots:
             raise UnknownNameError("plot", name, plots)
         with Image.open(plots[name]) as image:
             return image.copy()
 
-    def predict(self, picture: ImageLike, **options: Any) -> Prediction:
-        """Classify one picture; takes and raises what :meth:`convlens.Classifier.predict` does."""
-        return self.classifier.predict(picture, **options)
+    def predict(self, image: ImageLike, **options: Any) -> Prediction:
+        """Classify one image; arguments and errors are those of :meth:`convlens.Classifier.predict`."""
+        return self.classifier.predict(image, **options)
 
     @cached_property
     def training_images(self) -> TrainingImages | None:
-        """The images that it was trained on, as the net sees them; None if they have changed or are not there."""
+        """The images that the model was trained on; None if they have changed or are not on this machine."""
         with contextlib.suppress(ConvlensError):
             return load_training_images(self.path, self.classifier)
         return None
 
     def explain(
         self,
-        picture: ImageLike,
+        image: ImageLike,
         *,
-        raw: bool = False,
+        adapt: bool = True,
         label: str | None = None,
         unit: tuple[str, int, int, int] | None = None,
     ) -> Explanation:
-        """Return all that can be seen of what the net says of a picture, as arrays.
+        """Explain the prediction for one image, with similar training images if they are still available.
 
-        ``label`` is the class (its name) that the heat maps are about, by default the predicted one; ``unit`` (stage,
-        channel, row, column) a unit whose receptive field is shown, instead of the stage's loudest. Training images
-        that look like the picture are among it if they are still there. ``raw`` only resizes the picture. Raises
-        InvalidImageError for unreadable images, UnknownNameError for an unknown class or stage, UsageError for a unit
-        the stage has not, and ConvlensError for a net without a convolution.
+        Args:
+            image: Whatever :meth:`predict` takes.
+            adapt: Bring the image into the form of the training images; False only resizes it.
+            label: Class to explain, by default the predicted one.
+            unit: Unit (stage, channel, row, column) whose receptive field is shown, by default the most active one of
+                each stage.
+
+        Raises:
+            InvalidImageError: The image cannot be read.
+            UnknownNameError: There is no such class or stage.
+            UsageError: The stage has no such unit.
+            ConvlensError: The model has no convolution.
         """
-        pixels = self.classifier.adapt(picture, raw=raw)
+        pixels = self.classifier.adapt(image, adapt=adapt)
         return explain(self.classifier, pixels, label=label, unit=unit, training=self.training_images)
 
     def __repr__(self) -> str:
@@ -134,9 +149,11 @@ class Run:
 
 
 def load_training_images(source: str | Path, classifier: Classifier, data: Any = None) -> TrainingImages:
-    """Return the images that a run's or model's net was trained on, without those held out; nothing is downloaded.
+    """Return the training images of a run or model, without the validation split; nothing is downloaded.
 
-    Raises ConvlensError if they are not on this machine, UsageError if they have changed.
+    Raises:
+        ConvlensError: They are not on this machine.
+        UsageError: They have changed.
     """
     with contextlib.nullcontext() if data is not None else offline():
         bundle, dataset = load_evaluation_data(source, data)

@@ -39,7 +39,7 @@ FEW_NAMED = 100  # made sooner than handed to a thread
 
 MAX_JOBS = 32  # decoded, that wait for the net
 
-OPTIONS = ("model", "top", "raw", "coverage", "label")  # they belong into the address
+OPTIONS = ("model", "top", "adapt", "coverage", "label")  # they belong into the address
 
 Output = tuple[NDArray[np.float32], NDArray[np.bool_] | None]  # probabilities (N, K), and which are known (N,)
 
@@ -87,7 +87,7 @@ class BatchWorker:
         write: Callable[[list[Prediction]], bytes],
         *,
         top: int,
-        raw: bool,
+        adapt: bool,
         coverage: float | None,
     ) -> bytes:
         """Classify the pictures that ``files`` gives, before the clock is at ``until``; return what ``write`` makes.
@@ -97,7 +97,7 @@ class BatchWorker:
         """
         classes = len(self.predictor.classes)
         named = classes if coverage is not None else min(top, classes)  # a prediction set may hold every class
-        probabilities, known = await self._ask(lambda: self.read(files, until, raw, named), until)
+        probabilities, known = await self._ask(lambda: self.read(files, until, adapt, named), until)
 
         def answer() -> bytes:
             require_time(until)
@@ -117,7 +117,7 @@ class BatchWorker:
         covered: list[Occlusion] = []
 
         def cover() -> Pixels:
-            occlusion = Occlusion.of(self.read(lambda: [picture], until, raw)[0])
+            occlusion = Occlusion.of(self.read(lambda: [picture], until, adapt)[0])
             if occlusion.nbytes > MAX_INPUT_BYTES:
                 raise UsageError("this model takes images that are too large to be explained here")
             covered.append(occlusion)
@@ -143,7 +143,7 @@ class BatchWorker:
         await loop.run_in_executor(self._decoders, decode)
         return await answer
 
-    def read(self, files: Callable[[], list[bytes]], until: float, raw: bool, named: int = 1) -> Pixels:
+    def read(self, files: Callable[[], list[bytes]], until: float, adapt: bool, named: int = 1) -> Pixels:
         """Return the pictures of a request as the net's pixels, uint8 (N, C, H, W).
 
         Raises UsageError if they are too many, or the answer would be too large with ``named`` classes for each.

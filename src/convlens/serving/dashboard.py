@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from convlens.errors import ConvlensError, UsageError
-from convlens.run_dir import SERIES, RunDir
+from convlens.run_dir import GROUP, RunDir
 from convlens.system.files import read_json
 from convlens.web.render import read_static, render
 
@@ -22,8 +22,8 @@ def list_runs(paths: Sequence[str | Path]) -> list[RunDir]:
     """Return the run folders that are named, those in a series or a folder one by one; UsageError for what is none."""
     folders = []
     for path in paths:
-        if RunDir.is_series(path):
-            folders += [RunDir(Path(path) / name) for name in read_json(Path(path) / SERIES)["runs"]]
+        if RunDir.is_group(path):
+            folders += [RunDir(Path(path) / name) for name in read_json(Path(path) / GROUP)["runs"]]
         elif not RunDir(path).config.exists() and (inside := find_runs(Path(path))):
             folders += list_runs(inside)
         else:
@@ -33,7 +33,7 @@ def list_runs(paths: Sequence[str | Path]) -> list[RunDir]:
 
 def find_runs(folder: Path) -> list[Path]:
     """Return the runs and series in a folder, the oldest first."""
-    begun = [*folder.glob("*/config.json"), *folder.glob(f"*/{SERIES}")]
+    begun = [*folder.glob("*/config.json"), *folder.glob(f"*/{GROUP}")]
     return [file.parent for file in sorted(begun, key=lambda file: file.stat().st_mtime)]
 
 

@@ -148,7 +148,7 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
         request: Request,
         model: Annotated[str, Query(description="Which model to ask", json_schema_extra=among)] = names[0],
         top: Annotated[int, Query(ge=1, le=1000, description="How many classes to name")] = 1,
-        raw: Annotated[bool, Query(description="Only resize; do not look for ink on paper")] = False,
+        adapt: Annotated[bool, Query(description="Bring the image into the form of the training images")] = True,
         coverage: Annotated[
             float | None,
             Query(
@@ -159,7 +159,7 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
         ] = None,
     ) -> Response:
         """Say what pictures show."""
-        body, is_form = await read_body(request, "model", "top", "raw", "coverage")
+        body, is_form = await read_body(request, "model", "top", "adapt", "coverage")
         worker = find(workers, model)
         if coverage is not None and worker.predictor.conformal_thresholds is None:
             raise HTTPException(422, f"coverage: {model} cannot say, for it was trained without validation images")
@@ -175,28 +175,30 @@ def make_app(models: Mapping[str, OnnxPredictor], *, token: str | None = None, l
             )
 
         with told_as_http():
-            content = await worker.predict(files, request.scope["until"], write, top=top, raw=raw, coverage=coverage)
+            content = await worker.predict(
+                files, request.scope["until"], write, top=top, adapt=adapt, coverage=coverage
+            )
         return Response(content, media_type="application/json")
 
     @api.post("/explain", responses=REFUSALS | WRONG_VALUE | OVERLOAD, openapi_extra=PICTURE_BODY)
     async def explain(
         request: Request,
         model: Annotated[str, Query(description="Which model to ask", json_schema_extra=among)] = names[0],
-        raw: Annotated[bool, Query(description="Only resize; do not look for ink on paper")] = False,
+        adapt: Annotated[bool, Query(description="Bring the image into the form of the training images")] = True,
         label: Annotated[
             str | None,
             Query(description="Class to look for, instead of the most probable", json_schema_extra=labels),
         ] = None,
     ) -> ExplainResponse:
         """Say what a picture shows, and on which places of it the answer hangs."""
-        body, is_form = await read_body(request, "model", "raw", "label")
+        body, is_form = await read_body(request, "model", "adapt", "label")
         if is_form:
             raise HTTPException(415, "send one picture (image/png, image/jpeg, ...): a form is for /predict")
         worker = find(workers, model)
         if label is not None and label not in worker.predictor.classes:
             raise HTTPException(422, f"label: {model} knows no class {label!r}")
         with told_as_http():
-            found, heat = await worker.explain(body, request.scope["until"], raw=raw, label=label)
+            found, heat = await worker.explain(body, request.scope["until"], adapt=adapt, label=label)
         about = {"about": label or found.label, "occlusion": heat.round(4).tolist()}
         return ExplainResponse(
             model=model, label=found.label, probability=found.confidence, known=found.in_distribution, **about

@@ -11,8 +11,10 @@ import numpy as np
 
 from convlens.errors import TrainingInterruptedError, UsageError
 from convlens.evaluation.significance import SeedComparison
+from convlens.run_dir import RunDir
 from convlens.runs.compare import read_correctness
 from convlens.runs.group import SUMMARY, RunGroup
+from convlens.runs.request import TrainRequest
 from convlens.runs.run import Run
 from convlens.sweep.results import pick_best
 from convlens.sweep.study import Sweep
@@ -32,8 +34,8 @@ def confirm(
                 pass
             if should_stop():
                 raise TrainingInterruptedError("interrupted")
-            yield which, experiment.folder.path.name, experiment.finish()
-        if not (series.folder / SUMMARY).exists():
+            yield which, experiment.run_dir.path.name, experiment.finish()
+        if not (series.path / SUMMARY).exists():
             series.finish()
 
 
@@ -42,13 +44,14 @@ def confirmation_series(sweep: Sweep, seeds: int) -> Iterator[tuple[str, RunGrou
     for which, (folder, params) in confirmation_folders(sweep, seeds).items():
         if (folder / SUMMARY).exists():
             continue
-        if (folder / "series.json").exists():
+        if RunDir.is_group(folder):
             yield which, RunGroup.resume(folder, accept_changes=True)
             continue
         recipe = resolve(sweep, params, sweep.base.threads)
         options = {"allow_unreadable": sweep.plan["allow_unreadable"], "seed": sweep.base.seed + 1}
         folder.parent.mkdir(parents=True, exist_ok=True)
-        yield which, RunGroup.create(sweep.plan["data"], recipe, seeds=seeds, out=folder, **options)
+        request = TrainRequest.create(sweep.plan["data"], recipe, out=folder, **options)
+        yield which, RunGroup.start(request, seeds=seeds)
 
 
 def confirmation_folders(sweep: Sweep, seeds: int) -> dict[str, tuple[Path, dict[str, Any]]]:

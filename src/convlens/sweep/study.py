@@ -21,7 +21,7 @@ from convlens.data.loading import data_name, load_dataset, refuse_inside_data, r
 from convlens.data.preprocess import Preprocess
 from convlens.distributed.process_group import require_single_process
 from convlens.errors import UsageError
-from convlens.run_dir import RunDir
+from convlens.run_dir import RunDir, require_new_path
 from convlens.runs.artifacts import current_command
 from convlens.sweep.space import PRESETS, Space, parse_space, read_space, space_texts
 from convlens.sweep.storage import absolute_storage, open_storage
@@ -84,7 +84,7 @@ class Sweep:
         if trials < 1:
             raise UsageError(f"--trials is {trials}; it must be at least 1")
         if out is not None:
-            RunDir.refuse_existing(out)
+            require_new_path(out)
         space = parse_space(params)
         if not space and preset is None:
             raise UsageError("say what to search: --param lr=1e-3..1:log, as often as you like, or --preset classic")

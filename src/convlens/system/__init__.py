@@ -1,1 +1,1 @@
-"""What the operating system and the hardware offer: files, devices, memory, random numbers, progress."""
+"""Files, devices, memory, random numbers and progress bars."""

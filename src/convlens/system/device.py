@@ -1,4 +1,4 @@
-"""Devices and CPU threads: what a run computes on, and how it is described."""
+"""Select the device and the number of CPU threads."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def select_device(name: str = "auto") -> torch.device:
-    """Return the device called ``name``; ``auto`` takes CUDA, then Apple's MPS, then the CPU.
+    """Return a device by name; ``auto`` prefers CUDA, then Apple's MPS, then the CPU.
 
-    Where several processes train together, CUDA counts only if there is a device for each. Raises UsageError for an
-    unknown name and for a device that this machine does not have.
+    For several training processes, CUDA is available only if there is a GPU for each.
+
+    Raises:
+        UsageError: The name is unknown, or this machine has no such device.
     """
     if name not in DEVICES:
-        raise UsageError(f"unknown device {name!r}; choose from: {', '.join(DEVICES)}")
+        raise UsageError(f"unknown device {name!r}; choose from: {', '.join(DEVICES)}", field="device")
     available = {
         "cpu": True,
         "cuda": torch.cuda.is_available() and torch.cuda.device_count() >= processes_here(),
@@ -30,23 +32,29 @@ def select_device(name: str = "auto") -> torch.device:
         name = next(device for device in ("cuda", "mps", "cpu") if available[device])
     if not available[name]:
         each = f" for each of {processes_here()} processes" if processes_here() > 1 else ""
-        raise UsageError(f"this machine has no {name} device{each}; use --device auto or --device cpu")
+        raise UsageError(f"this machine has no {name} device{each}; use `device=auto` or `device=cpu`", field="device")
     return torch.device(name)
 
 
 def set_num_threads(count: int = 0) -> int:
-    """Let PyTorch compute with ``count`` CPU threads; return the number.
+    """Set PyTorch's number of CPU threads, and return it.
 
-    0 is all cores this process may use, or its share of them where several processes train together.
+    Args:
+        count: Number of threads; 0 uses all available cores, divided among the training processes of this machine.
+
+    Raises:
+        UsageError: There are not that many cores.
     """
     if not 0 <= count <= available_cores():
-        raise UsageError(f"--threads is {count}; this machine lets convlens use 1 to {available_cores()} (0: all)")
+        raise UsageError(
+            f"`threads` is {count}; this machine allows 1 to {available_cores()} (0: all)", field="threads"
+        )
     torch.set_num_threads(count or max(available_cores() // processes_here(), 1))
     return torch.get_num_threads()
 
 
 def system_info(device: torch.device) -> dict[str, str | int]:
-    """Say what a run ran on: processor or accelerator, cores, threads, processes, Python, PyTorch."""
+    """Return device, cores, threads, processes and versions of this machine, for the record of a run."""
     return {
         "device": device.type,
         "device_name": torch.cuda.get_device_name() if device.type == "cuda" else processor_name(),

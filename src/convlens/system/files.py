@@ -1,4 +1,4 @@
-"""The layout of a run on disk: what each file is called, how it is written (atomically) and read."""
+"""Read and write files: atomically, as JSON, CSV or lists of names."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def cache_dir() -> Path:
     return user_cache_path("convlens")
 
 
-MAX_JSON_BYTES = 64 << 20  # bytes; a checkpoint of 10,000 epochs has 3 MB
+MAX_JSON_BYTES = 64 << 20  # a checkpoint of 10,000 epochs has 3 MB
 
 ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}  # in lists of names
 
 
 def write_name_list(path: Path, reasons: Mapping[str, str]) -> None:
-    """Write a list of names, one a line, each with a reason after a tab if there is one."""
+    """Write a list of names, one per line, each followed by a tab and its reason if that is not empty."""
     lines = []
     for name, why in reasons.items():
         name, why = ("".join(ESCAPES.get(character, character) for character in text) for text in (name, why))
@@ -45,7 +45,7 @@ def write_name_list(path: Path, reasons: Mapping[str, str]) -> None:
 
 
 def read_name_list(path: str | Path) -> list[str]:
-    """Return the names in a list that :func:`write_name_list` or a person wrote; ConvlensError if unreadable."""
+    """Read a list written by :func:`write_name_list` or by hand; ConvlensError if it cannot be read."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig", errors="surrogateescape")
     except OSError as error:
@@ -57,10 +57,13 @@ def read_name_list(path: str | Path) -> list[str]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; when the block ends well it takes the place of ``path`` at once.
+    """Yield a temporary path that atomically replaces ``path`` when the block succeeds.
 
-    The content is on disk (fsync of file and folder) before the name points to it, so a crash leaves the old
-    file or the new one, never half of one. A full or read-only disk raises ConvlensError naming the file.
+    The content is flushed to disk (fsync of file and folder) before it replaces the old file, so a crash leaves either
+    the old file or the new one.
+
+    Raises:
+        ConvlensError: The file cannot be written, as on a full or read-only disk.
     """
     temporary, outcome = None, "nothing was changed"
     try:
@@ -71,26 +74,26 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner reads
+        temporary.chmod(0o666 & ~umask)  # mkstemp creates files that only their owner can read
         fsync(temporary)
         os.replace(temporary, path)
-        outcome = "it is there, but may not outlast a power failure"
+        outcome = "it was written, but may not survive a power failure"
         fsync(path.parent)
     except OSError as error:
         raise ConvlensError(f"cannot write {path}: {error.strerror or error}; {outcome}") from error
     finally:
         if temporary is not None:
-            with contextlib.suppress(OSError):  # on a disk that has become read-only it stays
+            with contextlib.suppress(OSError):  # impossible if the disk has become read-only
                 temporary.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:
-    """Flush a file or folder to disk; folders cannot be flushed on Windows, where renaming is enough."""
+    """Flush a file or folder to disk; on Windows folders cannot be flushed, and renaming is enough."""
     if path.is_dir() and os.name == "nt":
         return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes only what it may write
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes only writable files
     try:
-        if hasattr(fcntl, "F_FULLFSYNC"):  # on a Mac, fsync stops at the disk's own memory
+        if hasattr(fcntl, "F_FULLFSYNC"):  # on a Mac, fsync does not flush the disk's own cache
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
         else:
             os.fsync(descriptor)
@@ -107,13 +110,13 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` as readable JSON, atomically."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    # a file's name that is no UTF-8 becomes an escape of JSON, and is the same name again when it is read
+    # bytes of file names that are not UTF-8 become JSON escapes, which decode to the same name
     write_text(path, text.encode("utf-8", errors="backslashreplace").decode("utf-8"))
 
 
 def write_json_best_effort(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON whole or not at all, but without waiting for the disk, and without a word if it cannot be written."""
-    with contextlib.suppress(OSError, ValueError):  # or holds what is no number: the training will say so
+    """Write JSON atomically but without fsync; errors are ignored."""
+    with contextlib.suppress(OSError, ValueError):  # NaN raises ValueError; the training reports it
         path.parent.mkdir(exist_ok=True)
         new = path.with_suffix(".new")
         new.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
@@ -132,11 +135,11 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; ConvlensError names the file if it is missing, too large or not one."""
+    """Read a JSON object; ConvlensError if the file is missing, too large or not a JSON object."""
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_JSON_BYTES:
-            raise ValueError(f"it is no file of at most {MAX_JSON_BYTES >> 20} MiB")
+            raise ValueError(f"it is not a file of at most {MAX_JSON_BYTES >> 20} MiB")
         content = path.read_bytes()
     except FileNotFoundError:
         raise ConvlensError(f"{path} is missing") from None
@@ -146,15 +149,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(content: bytes, name: str) -> dict[str, Any]:
-    """Return the JSON object in the bytes of a file; ConvlensError that names it if they are none."""
+    """Parse the content of the file ``name`` as a JSON object; ConvlensError if it is not one."""
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
+        raise ValueError(f"{constant} is not valid JSON")
 
     try:
         parsed = json.loads(content.decode("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise ConvlensError(f"cannot read {name}: {error}") from None
     if not isinstance(parsed, dict):
-        raise ConvlensError(f"cannot read {name}: it holds no JSON object")
+        raise ConvlensError(f"cannot read {name}: it is not a JSON object")
     return parsed

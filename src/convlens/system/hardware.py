@@ -1,4 +1,4 @@
-"""What this machine has, and how processes of convlens know each other. Without PyTorch."""
+"""CPU and memory of this machine, and the environment of launched processes. Must not import torch."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import contextlib
 import os
 import platform
 
-OWN_LAUNCHER = "CONVLENS_LAUNCHER"  # names the process that has started this one
+OWN_LAUNCHER = "CONVLENS_LAUNCHER"  # environment variable: process id of the launcher
 
-OWN_JOB = "convlens-"  # what the names of jobs that convlens has started begin with
+OWN_JOB = "convlens-"  # prefix of the job ids of our own launcher
 
 
 def available_cores() -> int:
-    """Return the number of CPU cores this process may use (containers often get fewer than the machine has)."""
+    """Return the number of CPU cores this process may use (in containers often fewer than the machine has)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_size() -> int:
-    """Return the bytes of memory that this machine has, or that this container may use; 0 where it is not told."""
+    """Return the memory of this machine or container in bytes; 0 if unknown."""
     sizes = []
     with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
         sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -27,7 +27,7 @@ def memory_size() -> int:
 
 
 def processor_name() -> str:
-    """Return the processor's name where the system tells it, else its architecture."""
+    """Return the name of the processor, or its architecture if the name is unknown."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -36,12 +36,12 @@ def processor_name() -> str:
 
 
 def has_bf16() -> bool:
-    """Say whether the processor has instructions for bf16, as far as the system tells."""
+    """Return True if the processor is known to have bf16 instructions."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
         return any("bf16" in line for line in lines if line.startswith(("flags", "Features")))
     return False
 
 
 def processes_here() -> int:
-    """Return how many processes of this training share this machine."""
+    """Return the number of processes of this training on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,4 +1,4 @@
-"""How freed memory is kept for the next step (glibc), and given back."""
+"""Retain freed memory for the next step, and release it (glibc)."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 
 
 def retain_freed_memory() -> None:
-    """Let this process keep the memory that it frees, for what it needs next; only on Linux with glibc.
+    """Retain freed memory in this process; only on Linux with glibc.
 
-    Each step of a training needs the same hundreds of megabytes, and frees them. Where they go back to the system, and
-    come from it anew page by page, that is 5 to 20% of the step. Who has set malloc's own variables is not overruled.
+    Each training step allocates and frees the same hundreds of megabytes. Returning them to the system and getting them
+    back page by page would take 5 to 20% of the step. Environment variables of malloc take precedence.
     """
-    ask_malloc({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})  # all comes from the heap, and stays there
+    set_malloc_options({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})  # allocate on the heap, and never shrink it
 
 
 def release_memory() -> None:
-    """Take back what :func:`retain_freed_memory` asked for, and give the system what nothing uses.
+    """Undo :func:`retain_freed_memory`, and return unused memory to the system.
 
-    Where memory has run out, what is kept stands in the way of all that does not come from malloc, such as the code
-    that oneDNN writes for a convolution of a new size. Of addresses (``ulimit -v``) only those at the end come free.
+    When memory runs out, retained memory is not available to code that allocates without malloc, such as oneDNN when it
+    generates code for a new convolution size. Under an address limit (``ulimit -v``) only the end of the heap is freed.
     """
-    # as malloc begins, but for good: large blocks are the system's own, and so is what is free at the heap's end
-    ask_malloc({M_MMAP_MAX: 1 << 16, M_MMAP_THRESHOLD: 128 << 10, M_TRIM_THRESHOLD: 128 << 10})
+    # malloc's initial values, but fixed: map large blocks separately, and trim the end of the heap
+    set_malloc_options({M_MMAP_MAX: 1 << 16, M_MMAP_THRESHOLD: 128 << 10, M_TRIM_THRESHOLD: 128 << 10})
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
 
 
-def ask_malloc(settings: Mapping[int, int]) -> None:
-    """Set variables of glibc's malloc, by mallopt(3)."""
+def set_malloc_options(settings: Mapping[int, int]) -> None:
+    """Set parameters of glibc's malloc with mallopt(3)."""
     if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # musl has none
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # missing in musl
         for variable, value in settings.items():
             mallopt(variable, value)
 

@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, a plain line now and then elsewhere, nothing for what is quick."""
+"""Progress on standard error: a bar on a terminal, otherwise a line every 10 seconds; nothing for short tasks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-QUIET_SECONDS = 2.0  # seconds before anything is shown
+QUIET_SECONDS = 2.0  # before anything is shown
 
 
 def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
-    """Yield ``items``; on standard error show how far it is, with the time left, once it takes over 2 seconds."""
+    """Yield ``items``, and show progress and remaining time once they take more than 2 seconds."""
     with ProgressBar(what, total) as meter:
         for item in items:
             yield item
@@ -21,9 +21,9 @@ def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
 
 
 class ProgressBar:
-    """A progress display on standard error: ``with Meter("reading", total) as meter: meter.update(n)``.
+    """A progress display: ``with ProgressBar("reading", total) as bar: bar.update(n)``.
 
-    Of two within each other the outer one is shown, once it shows.
+    Of nested bars only the outer one is shown, once it is visible.
     """
 
     _shown_one: ProgressBar | None = None
@@ -46,7 +46,7 @@ class ProgressBar:
             ProgressBar._shown_one = None
 
     def update(self, amount: float, detail: str = "") -> None:
-        """Count ``amount`` more as done; ``detail`` stands behind the bar."""
+        """Add ``amount`` to the work that is done; ``detail`` is printed after the bar."""
         self.done += amount
         now = time.monotonic()
         if now - self._start < self._patience or ProgressBar._shown_one not in (None, self):
@@ -56,8 +56,8 @@ class ProgressBar:
             if now - self._shown >= 10:
                 self._shown = now
                 left = (now - self._start) * (self.total - self.done) / (self.done or 1)
-                share = 100 * self.done / (self.total or 1)
-                print(f"{self.what}: {share:.0f}%, {left:.0f} s left" + f"; {detail}" * bool(detail), file=sys.stderr)
+                percent = 100 * self.done / (self.total or 1)
+                print(f"{self.what}: {percent:.0f}%, {left:.0f} s left" + f"; {detail}" * bool(detail), file=sys.stderr)
             return
         if self._bar is None:
             self._bar = self._make_bar()
@@ -73,7 +73,7 @@ class ProgressBar:
         columns = [TextColumn("{task.description}"), TaskProgressColumn(), TimeRemainingColumn(compact=True)]
         if console.width >= 100:
             columns.insert(1, BarColumn(bar_width=24))
-        rest = Column(ratio=1, no_wrap=True)  # what a narrow terminal has no room for is cut from it
+        rest = Column(ratio=1, no_wrap=True)  # cut off on a narrow terminal
         columns.append(TextColumn("{task.fields[detail]}", table_column=rest))
         bar = Progress(*columns, console=console, transient=True, expand=True)
         bar.start()

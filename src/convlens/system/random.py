@@ -1,4 +1,4 @@
-"""Seeds that are functions of (seed, epoch, step), and the state of random generators."""
+"""Derive seeds from (seed, epoch, step), and manage the state of random generators."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 def derive_seed(*numbers: int) -> int:
-    """Mix whole numbers, such as (seed, epoch, step), into one 63-bit seed.
+    """Mix integers, such as (seed, epoch, step), into one 63-bit seed.
 
-    SplitMix64's finaliser (Steele, Lea, Flood 2014) after each number: neighbouring inputs give unrelated
-    seeds, and equal inputs give the same seed on every machine.
+    Applies SplitMix64's finalizer (Steele, Lea, Flood 2014) after each number. Neighboring inputs give unrelated seeds,
+    and equal inputs give the same seed on every machine.
     """
     mask, state = (1 << 64) - 1, 0
     for number in numbers:
@@ -25,10 +25,12 @@ def derive_seed(*numbers: int) -> int:
 
 @contextlib.contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Leave PyTorch's random numbers and threads as they were, whatever a training in Python does to them."""
+    """Restore PyTorch's random state and number of threads after the block."""
     threads = torch.get_num_threads()
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # named, or PyTorch warns of several
+        with torch.random.fork_rng(
+            devices=range(torch.cuda.device_count())
+        ):  # explicit, because PyTorch warns if there are several
             yield
     finally:
         torch.set_num_threads(threads)
@@ -37,8 +39,8 @@ def preserve_rng_state() -> Iterator[None]:
 def seed_everything(seed: int, device: torch.device) -> None:
     """Seed PyTorch's global generators of the CPU and of ``device``.
 
-    torch.manual_seed seeds every kind of accelerator, and where there is none of a kind it keeps a note, with a
-    stack trace, for the day one comes: a millisecond, and memory, at each call.
+    torch.manual_seed would seed every kind of accelerator, and record a stack trace for each kind that this machine
+    lacks, which takes a millisecond and memory at each call.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

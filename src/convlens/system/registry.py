@@ -1,4 +1,4 @@
-"""A registry: names, and whole families of names, and the callables (nets, data sets, losses) they stand for."""
+"""Registries of models, data sets and recipes by name."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Map names to entries, refuse a name that is taken, suggest the nearest for an unknown one (UnknownNameError).
+    """A mapping from names to entries. Unknown names raise UnknownNameError, which suggests the nearest name.
 
-    >>> nets = Registry[type]("model")
-    >>> nets.register("tiny")(int)
+    Args:
+        kind: What the entries are, for messages.
+
+    >>> models = Registry[type]("model")
+    >>> models.register("tiny")(int)
     <class 'int'>
-    >>> nets["tiny"]
+    >>> models["tiny"]
     <class 'int'>
     """
 
     def __init__(self, kind: str):
         self.kind = kind
         self._entries: dict[str, T] = {}
-        self.families: dict[str, Callable[[str], T]] = {}  # by what their names begin with
+        self.families: dict[str, Callable[[str], T]] = {}  # by prefix of their names
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that enters its argument as ``name``; UsageError if the name is taken."""
+        """Return a decorator that registers its argument as ``name``; UsageError if the name is taken."""
 
         def enter(entry: T) -> T:
             if name in self._entries:
@@ -37,7 +40,7 @@ class Registry(Generic[T]):
         return enter
 
     def family(self, prefix: str) -> Callable[[Callable[[str], T]], Callable[[str], T]]:
-        """Return a decorator for what finds the entry of any name that begins with ``prefix``; it gets what follows."""
+        """Return a decorator for a function that finds the entry of a name from the part after ``prefix``."""
 
         def enter(find: Callable[[str], T]) -> Callable[[str], T]:
             self.families[prefix] = find
@@ -57,5 +60,5 @@ class Registry(Generic[T]):
         return name in self._entries or str(name).startswith(tuple(self.families))
 
     def names(self) -> list[str]:
-        """All names, in the order in which they were registered; those of families are not listed."""
+        """Return all names in the order of registration, without those of families."""
         return list(self._entries)

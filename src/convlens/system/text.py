@@ -5,17 +5,17 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-LONGEST = 1500  # characters of a message; libraries quote whole files
+MAX_MESSAGE_CHARS = 1500  # other libraries quote whole files
 
 
 def quoted(path: object) -> str:
-    """Return a path as it must be typed into a shell, so that a command with it can be pasted."""
+    """Quote a path for a shell command."""
     text = str(path)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def first_few(names: Sequence[str], most: int, separator: str = ", ") -> str:
-    """Return the first names in a row, and how many more there are.
+    """Join the first names, and say how many more there are.
 
     >>> first_few(["a", "b", "c", "d"], 2)
     'a, b, and 2 more'
@@ -25,13 +25,13 @@ def first_few(names: Sequence[str], most: int, separator: str = ", ") -> str:
 
 
 def cut(text: str, most: int = 60) -> str:
-    """Return the end of ``text``, at most so many bytes: a file name holds 255."""
+    """Return the last bytes of ``text``, at most ``most``, because a file name has at most 255."""
     return text.encode(errors="replace")[-most:].decode(errors="ignore")
 
 
 def unique(names: list[str]) -> list[str]:
-    """Return the names, with a number in those that are there already."""
-    taken: dict[str, str] = {}  # in small letters, for file systems that do not tell them apart
+    """Number duplicate names of .png files, so that all are different."""
+    taken: dict[str, str] = {}  # lower case, because some file systems ignore case
     for name in names:
         number, free = 1, name
         while free.lower() in taken:

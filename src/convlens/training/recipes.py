@@ -1,4 +1,4 @@
-"""The named recipes. Each docstring says what came of it; `docs/results.md` has the commands and every run."""
+"""The named recipes. Each docstring gives the test accuracy; `docs/results.md` has the commands and every run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from convlens.system.files import read_json
 from convlens.system.registry import Registry
 from convlens.training.recipe import Recipe
 
-# what `convlens train DATA` takes for a data set; any other data is a folder's
+# default recipe of each data set; any other data use `folder`
 DEFAULTS = {"digits": "digits", "mnist": "mnist-995", "fashion-mnist": "fashion-94", "cifar10": "cifar10-90"}
-# what --budget picks from, the quickest first
+# recipes that a time budget chooses from, fastest first
 BUDGET_RECIPES = {
     "mnist": ("mnist-99", "mnist-995", "mnist-best"),
     "fashion-mnist": ("fashion-85", "fashion-92", "fashion-94", "fashion-best"),
@@ -23,7 +23,7 @@ RECIPES: Registry[Callable[[], Recipe]] = Registry("recipe")
 
 
 def get_recipe(name: str) -> Recipe:
-    """Return the recipe called ``name``; UnknownName with the nearest one if there is none.
+    """Return the recipe called ``name``; UnknownNameError if there is none.
 
     >>> get_recipe("digits").epochs
     30
@@ -35,7 +35,7 @@ def get_recipe(name: str) -> Recipe:
 
 
 def default_recipe(data_name: str) -> Recipe:
-    """Return the recipe that ``convlens train DATA`` uses.
+    """Return the default recipe of a data set.
 
     >>> default_recipe("mnist").name, default_recipe("photos/").name
     ('mnist-995', 'folder')
@@ -44,13 +44,17 @@ def default_recipe(data_name: str) -> Recipe:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Return the recipe in a JSON file: ``{"recipe": "digits", "lr": 0.05}``, a named one and what is other in this.
+    """Read a recipe from a JSON file.
 
-    Files without the name hold every field, as ``convlens recipes NAME`` prints them; a run's config.json holds them
-    beside other things. Raises UsageError for an unknown key (with the nearest one) or a value that a field does not
-    take, ConvlensError for a file that cannot be read.
+    Args:
+        path: A file with a named recipe and changes, such as ``{"recipe": "digits", "lr": 0.05}``, or with every field,
+            as ``convlens recipes NAME`` prints them; or the ``config.json`` of a run, or its folder.
+
+    Raises:
+        UsageError: The file has an unknown key or a value that its field does not take.
+        ConvlensError: The file cannot be read.
     """
-    values = read_json(Path(path) / "config.json" if Path(path).is_dir() else Path(path))  # of a run
+    values = read_json(Path(path) / "config.json" if Path(path).is_dir() else Path(path))
     start = values.pop("recipe", None)
     try:
         if isinstance(start, dict):
@@ -107,7 +111,7 @@ def mnist_995() -> Recipe:
 
 @RECIPES.register("mnist-best")
 def mnist_best() -> Recipe:
-    """The best single net on MNIST, however long it takes.
+    """The best single model on MNIST, however long it takes.
 
     `convlens train mnist --recipe mnist-best`: test accuracy 99.83% (1 seed), 2,599 s
     on two cores of an AMD EPYC; with test-time augmentation 99.84%.
@@ -163,7 +167,7 @@ def fashion_94() -> Recipe:
 
 @RECIPES.register("fashion-best")
 def fashion_best() -> Recipe:
-    """For accuracy on Fashion-MNIST, in eighty minutes on two cores: a single net.
+    """The best single model on Fashion-MNIST: eighty minutes on two cores.
 
     `convlens train fashion-mnist --recipe fashion-best`: test accuracy 95.68% (1 seed), 4,757 s
     on two cores of an AMD EPYC; with test-time augmentation 95.96%.
@@ -177,7 +181,7 @@ def fashion_best() -> Recipe:
 
 @RECIPES.register("cifar10-small")
 def cifar10_small() -> Recipe:
-    """A small net on CIFAR-10: the one that comes with convlens.
+    """A small model on CIFAR-10: the one that is bundled with convlens.
 
     `convlens train cifar10-jpeg --recipe cifar10-small`: test accuracy 86.25% +- 0.18 (3 seeds), 234 s
     on two cores of an AMD EPYC; with test-time augmentation 87.42% +- 0.12.
@@ -191,7 +195,7 @@ def cifar10_small() -> Recipe:
 
 @RECIPES.register("cifar10-90")
 def cifar10_90() -> Recipe:
-    """Strong default on CIFAR-10, in less than four minutes: a wide net, on small images first.
+    """Strong default on CIFAR-10, in less than four minutes: a wide model, trained on small images first.
 
     `convlens train cifar10-jpeg --recipe cifar10-90`: test accuracy 88.16% +- 0.37 (3 seeds), 233 s
     on two cores of an AMD EPYC; with test-time augmentation 89.11% +- 0.10.
@@ -222,7 +226,7 @@ def cifar10_90() -> Recipe:
 
 @RECIPES.register("cifar10-94")
 def cifar10_94() -> Recipe:
-    """In the fewest seconds what stands for 94% on CIFAR-10: 90.6% of its JPEG copy, with test-time augmentation.
+    """The equivalent of 94% on CIFAR-10 in the fewest seconds: 90.6% on its JPEG copy, with test-time augmentation.
 
     `convlens train cifar10-jpeg --recipe cifar10-94`: test accuracy 89.39% +- 0.34 (3 seeds), 450 s
     on two cores of an AMD EPYC; with test-time augmentation 90.60% +- 0.24.
@@ -236,7 +240,7 @@ def cifar10_94() -> Recipe:
 
 @RECIPES.register("cifar10-best")
 def cifar10_best() -> Recipe:
-    """For accuracy on CIFAR-10, in an hour on two cores: the net of `cifar10-94`, wider and for longer.
+    """The best single model on CIFAR-10: `cifar10-94`, wider and longer, an hour on two cores.
 
     `convlens train cifar10-jpeg --recipe cifar10-best`: test accuracy 90.82% (1 seed), 3,304 s
     on two cores of an AMD EPYC; with test-time augmentation 91.85%.
@@ -273,7 +277,7 @@ def folder() -> Recipe:
     `convlens train hymenoptera`: test accuracy 69.41% +- 1.69 (5 seeds), 2.1 s
     on two cores of an AMD EPYC.
 
-    Also for arrays and .npz files. It mirrors images: for signs and letters add ``--no-hflip``.
+    Also for arrays and .npz files. It mirrors images: for signs and letters set ``hflip=False``.
     """
     return Recipe(
         name="folder",
@@ -301,7 +305,7 @@ def fashion_2conv() -> Recipe:
     `convlens train fashion-mnist --recipe fashion-2conv`: test accuracy 86.12% +- 0.40 (5 seeds), 32 s
     on two cores of an AMD EPYC.
 
-    ``--pool avg`` pools by the average.
+    ``pool="avg"`` uses average pooling.
     """
     return Recipe(
         name="fashion-2conv",
@@ -323,7 +327,7 @@ def folder_cnn() -> Recipe:
     `convlens train hymenoptera --recipe folder-cnn`: test accuracy 61.83% +- 4.20 (5 seeds), 1.4 s
     on two cores of an AMD EPYC.
 
-    The document names no sizes: three stages of 16, 32 and 64 filters, and 128 hidden units, are our choice.
+    The document names no sizes. The three stages of 16, 32 and 64 filters and the 128 hidden units are our choice.
     """
     return Recipe(
         name="folder-cnn", model="folder-cnn", epochs=20, batch_size=32, lr=0.01, momentum=0.9, lr_schedule="constant",
@@ -332,12 +336,12 @@ def folder_cnn() -> Recipe:
 
 @RECIPES.register("cifar-lenet")
 def cifar_lenet() -> Recipe:
-    """Classic program 002 on CIFAR-10; ``--no-output-relu`` leaves out the ReLU behind the last layer.
+    """Classic program 002 on CIFAR-10; ``output_relu=False`` removes the ReLU after the last layer.
 
     `convlens train cifar10-jpeg --recipe cifar-lenet`: test accuracy 58.65% +- 1.33 (3 seeds), 148 s
     on two cores of an AMD EPYC.
 
-    The document names no learning rate, batch size or length; ours are the usual ones.
+    The document names no learning rate, batch size or length; ours are common ones.
     """
     return Recipe(
         name="cifar-lenet",
@@ -359,8 +363,8 @@ def mnist_4conv() -> Recipe:
     `convlens train mnist --recipe mnist-4conv`: test accuracy 99.11% (1 seed), 1,274 s
     on two cores of an AMD EPYC.
 
-    The document's per-image transforms are done on the batch: the centre crop (its size, 22 of 28 pixels, is our
-    choice: the document names none) with p = 0.1, resized bilinearly, and the rotation; the border continues the image.
+    The document's per-image transforms run on the batch: the center crop with p = 0.1, resized bilinearly, and the
+    rotation, which repeats the border. The document names no crop size; 22 of 28 pixels is our choice.
     """
     return Recipe(
         name="mnist-4conv", model="mnist-4conv", val_fraction=0.0, log_test_metrics=True, epochs=20, batch_size=512,
