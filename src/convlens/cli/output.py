@@ -160,12 +160,11 @@ def describe_sweep(sweep: Sweep, jobs: int) -> list[str]:
     lines = [
         f"data    {data.name}: {images}; no trial looks at the test images",
         f"base    recipe {sweep.base.name}, seed {sweep.base.seed}",
-        *(f"        {note}" for note in sweep.notes),
         *(f"search  {name.replace('_', '-')}: {values}" for name, values in plan["space"].items()),
         f"sweep   {sweep.folder}: {count(plan['trials'], 'trial')}, {jobs} at a time",
     ]
     if sweep.joined:
-        lines.append("        goes on with what is in its storage, together with whoever else works on it")
+        lines.append("        joins the trials in its storage, which other processes may be running")
     return lines
 
 

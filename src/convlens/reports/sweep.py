@@ -187,7 +187,7 @@ def write_report(folder: Path, said: Mapping[str, Any], rows: Rows, logs: Mappin
     ]
     body = f"""\
 <p class=quiet>{escape(said["data_name"])}, base recipe {escape(said["recipe"]["name"])}. Every trial was judged on
-validation images; no trial looked at a test image.</p>
+validation images; no trial used a test image.</p>
 <p><code>{escape(said["command"])}</code></p>
 <section class=figures>{make_cards(cards)}</section>
 <section class=wide><h2>What it is worth</h2><p>{escape(verdict)}</p><p class=quiet>The best of many trials looks better
