@@ -119,9 +119,9 @@ def test_an_answer_is_bounded(trained: Run, monkeypatch: pytest.MonkeyPatch) -> 
     status, told = post(4, top=1000)
     assert status == 200 and [len(one["top"]) for one in told["predictions"]] == 4 * [1000]
     threads: list[str] = []
-    write = routes.Answers.model_dump_json
+    write = routes.PredictResponses.model_dump_json
     monkeypatch.setattr(
-        routes.Answers, "model_dump_json",
+        routes.PredictResponses, "model_dump_json",
         lambda self: threads.append(__import__("threading").current_thread().name) or write(self),
     )  # fmt: skip
     assert post(4, top=1000)[0] == 200 and threads[0].startswith("decode"), "not on the event loop"

@@ -124,7 +124,7 @@ class Worker:
             warnings.simplefilter("ignore")  # experimental
             optuna.storages.fail_stale_trials(study)
         if self.sweep.plan["storage"] is None and not self.is_helper and not self.count_helpers():
-            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            for trial in study.get_trials(states=(TrialState.RUNNING,)):  # copies, which the callback changes
                 study.tell(trial.number, state=TrialState.FAIL)
                 retry_callback(MAX_RETRIES)(study, trial)
 

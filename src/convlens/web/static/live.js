@@ -80,20 +80,20 @@ function showRun(run, number) {
     state = `${(100 * test.accuracy).toFixed(2)}% of the test images right`;
     const [low, high] = test.accuracy_interval.map((share) => (100 * share).toFixed(2));
     more = `95% interval ${low}% to ${high}%, n = ${test.n.toLocaleString("en")}; trained for ${tellTime(seconds ?? 0)}.`;
-  } else if (progress?.silent > SILENT) {
+  } else if (progress?.seconds_since_update > SILENT) {
     state = `Stopped at ${Math.floor(100 * done)}%`;
-    more = `Nothing was heard of it for ${tellTime(progress.silent)}. To go on: convlens train --resume`;
+    more = `Nothing was heard of it for ${tellTime(progress.seconds_since_update)}. To go on: convlens train --resume`;
   } else if (done >= 1) state = "Testing";
   else if (progress) {
     state = `Epoch ${Math.floor(progress.epoch) + 1}, ${Math.floor(100 * done)}%`;
-    more = `${Math.round(progress.images_per_second).toLocaleString("en")} images/s, ${tellTime(progress.left)} left.`;
+    more = `${Math.round(progress.images_per_second).toLocaleString("en")} images/s, ${tellTime(progress.eta_seconds)} left.`;
   }
   element(card, "p", { class: "state" }, state);
   const track = element(card, "div", { class: "track", role: "progressbar", "aria-valuenow": Math.round(100 * done), "aria-label": `Progress of ${run.name}` });
   element(track, "div", { class: "fill", style: `width: ${100 * done}%` });
   element(card, "p", {}, more);
   if (test) element(element(card, "p"), "a", { href: `${number}/report.html` }, "Its report");
-  if (run.data) element(card, "p", { class: "quiet" }, `${run.data}, recipe ${run.recipe}, net ${run.net}, seed ${run.seed}`);
+  if (run.data) element(card, "p", { class: "quiet" }, `${run.data}, recipe ${run.recipe}, model ${run.model}, seed ${run.seed}`);
 }
 
 const seen = [];
@@ -123,7 +123,7 @@ async function showMistakes(runs) {
 function tellTitle(runs) {
   if (runs.length > 1) return `${runs.length} runs, ${runs.filter((run) => run.test).length} finished`;
   const [{ name, test, progress }] = runs;
-  return `${name}: ${test ? "finished" : progress?.silent > SILENT ? "stopped" : "learning"}`;
+  return `${name}: ${test ? "finished" : progress?.seconds_since_update > SILENT ? "stopped" : "learning"}`;
 }
 
 async function show(runs) {
