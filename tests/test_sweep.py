@@ -462,15 +462,14 @@ def test_a_database_that_is_away_for_a_moment_is_tried_again(toy: str, monkeypat
 @pytest.mark.slow
 def test_two_processes_share_the_work(toy: str) -> None:
     sweep = Sweep.create(toy, params=LR, trials=6, **{**QUICK, "epochs": 10})
-    said: list[str] = []
-    with worker.helper_processes(sweep, 1, 1, said.append) as count:
+    with worker.helper_processes(sweep, 1, 1) as count:
         while not sweep.study.get_trials(states=(TrialState.RUNNING,)):
             assert count() == 1
             time.sleep(0.01)
         Worker(sweep, threads=1, count_helpers=count).run()
     rows = trial_rows(sweep)
     workers = write_outcome(sweep)["workers"]
-    assert not said and len(workers) == 2 and 6 <= sum(workers.values()) <= 7, workers
+    assert len(workers) == 2 and 6 <= sum(workers.values()) <= 7, workers
     assert len({row["lr"] for row in rows}) == len(rows)  # none was done twice
 
 
@@ -587,15 +586,13 @@ def test_stopped_while_it_loads_it_says_that_nothing_was_begun(
     assert not Path("runs").exists()
 
 
-def test_a_helper_that_dies_is_named_once_and_its_trial_repeated(toy: str) -> None:
+def test_the_trial_of_a_helper_that_dies_is_repeated(toy: str) -> None:
     sweep = Sweep.create(toy, params=LR, trials=2, **QUICK)
-    said: list[str] = []
-    with worker.helper_processes(sweep, 1, 1, said.append) as count:
+    with worker.helper_processes(sweep, 1, 1) as count:
         ask(sweep)  # as the helper may have
         (helper,) = multiprocessing.active_children()
         os.kill(helper.pid or 0, signal.SIGKILL)
         Worker(sweep, threads=1, count_helpers=count).run()
-    assert said == ["a helper process has died (exit code -9); the sweep continues without it"]
     assert [row["state"] for row in trial_rows(sweep)].count("complete") == 2
 
 

@@ -113,7 +113,7 @@ def run_sweep(sweep: Sweep, jobs: int, threads: int, seeds: int) -> None:
             echo(line)
         try:
             reporter, show = TrialReporter(sweep), jobs == 1 and sys.stderr.isatty()
-            with helper_processes(sweep, jobs - 1, threads, warn) as count_helpers:
+            with helper_processes(sweep, jobs - 1, threads) as count_helpers:
                 Worker(
                     sweep, threads, should_stop, reporter.report, show_progress=show, count_helpers=count_helpers
                 ).run()
@@ -134,11 +134,6 @@ def run_sweep(sweep: Sweep, jobs: int, threads: int, seeds: int) -> None:
     if is_better:
         data = quoted(sweep.plan["data"] if sweep.plan["data"] is not None else "DATA")
         echo(f"train with: convlens train {data} --config {quoted(sweep.folder / 'best.json')}")
-
-
-def warn(message: str) -> None:
-    """Print a line to stderr."""
-    print(f"convlens: {message}", file=sys.stderr)
 
 
 class TrialReporter:

@@ -86,20 +86,10 @@ class BatchWorker:
         adapt: bool,
         coverage: float | None,
     ) -> bytes:
-        """Classify images and return the response body.
+        """Classify the images that ``files`` returns on a decoding thread; return the body that ``write`` makes of it.
 
-        Args:
-            files: Returns the image files; called on a decoding thread.
-            deadline: When to give up, on the monotonic clock.
-            write: Turns predictions into the body; for a large one on a thread, as it would block the event loop.
-            top: How many classes to name for each image.
-            adapt: Adapt the images to the training images, instead of only resizing them.
-            coverage: The rate at which prediction sets contain the true class, if any.
-
-        Raises:
-            UsageError: If there are too many images, or the body would be too large.
-            InvalidImageError: If there is no image, or one that cannot be read.
-            DeadlineExceeded: If the deadline has passed.
+        Raises UsageError if there are too many images or named classes, InvalidImageError if there is none or one
+        cannot be read, DeadlineExceeded if the monotonic clock is past ``deadline``.
         """
         classes = len(self.predictor.classes)
         named = classes if coverage is not None else min(top, classes)  # a prediction set may contain every class
@@ -109,20 +99,14 @@ class BatchWorker:
             require_time(deadline)
             return write(self.predictor.interpret(probabilities, known, top, coverage))
 
-        if len(probabilities) * named <= MAX_INLINE_NAMED:
+        if len(probabilities) * named <= MAX_INLINE_NAMED:  # a larger response would block the event loop
             return respond()
         return await asyncio.get_running_loop().run_in_executor(self._decoders, respond)
 
     async def explain(
         self, image: bytes, deadline: float, *, adapt: bool, label: str | None
     ) -> tuple[Prediction, Heat]:
-        """Classify one image; return the prediction and the occlusion map of ``label``, by default of the prediction.
-
-        Raises:
-            InvalidImageError: If the image cannot be read.
-            UsageError: If the model's input is too large.
-            DeadlineExceeded: If the deadline has passed.
-        """
+        """Classify one image; return the prediction and the occlusion map of ``label`` (by default, the predicted)."""
         occlusions: list[Occlusion] = []
 
         def occlude() -> Pixels:
@@ -153,13 +137,7 @@ class BatchWorker:
         return await future
 
     def decode(self, files: Callable[[], list[bytes]], deadline: float, adapt: bool, named: int = 1) -> Pixels:
-        """Return the images of a request as the model's input, uint8 (N, C, H, W).
-
-        Raises:
-            UsageError: If there are too many for the model, or for a response that names ``named`` classes for each.
-            InvalidImageError: If one cannot be read.
-            DeadlineExceeded: If the deadline has passed.
-        """
+        """Return the images of a request, which names ``named`` classes for each, as uint8 (N, C, H, W)."""
         require_time(deadline)
         adapted: list[Pixels] = []
         seen, contents = 0, files()
@@ -167,7 +145,6 @@ class BatchWorker:
             raise UsageError(
                 f"a request may have at most {most:,} images if each can be answered with {named:,} classes"
             )
-        floats = 4 * len(self.predictor.classes)
         for number, content in enumerate(contents, start=1):
             require_time(deadline)
             name = "the image" if len(contents) == 1 else f"image {number} of {len(contents)}"
@@ -176,7 +153,7 @@ class BatchWorker:
             if seen > MAX_PIXELS:
                 raise UsageError(f"the images of a request may have at most {MAX_PIXELS:,} pixels together")
             adapted.append(self.predictor.preprocess.adapt(image, raw=not adapt))
-            if len(contents) * (larger := max(adapted[0].nbytes, floats)) > MAX_INPUT_BYTES:
+            if len(contents) * (larger := max(adapted[0].nbytes, 4 * len(self.predictor.classes))) > MAX_INPUT_BYTES:
                 most = MAX_INPUT_BYTES // larger
                 raise UsageError(f"a request may have at most {most:,} images for this model")
         return np.stack(adapted)
@@ -220,12 +197,7 @@ def require_time(deadline: float) -> None:
 
 
 def list_files(body: bytes, content_type: str) -> list[bytes]:
-    """Return the files of a multipart form, whose parts are separated as ``content_type`` says.
-
-    Raises:
-        UsageError: If it is not a form, is incomplete, or contains anything but files.
-        InvalidImageError: If it contains no file.
-    """
+    """Return the files of a multipart form; UsageError if it is none, incomplete, or contains anything but files."""
     files: list[bytes] = []
 
     def add(file: File) -> None:

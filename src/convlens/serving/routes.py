@@ -70,12 +70,9 @@ UPLOAD = (REJECTED | WRONG_VALUE) | describe_errors(
 def make_app(
     models: Mapping[str, OnnxPredictor], *, token: str | None = None, limits: Limits | None = None
 ) -> AdmissionControl:
-    """Build the ASGI application.
+    """Return the ASGI application for models by name; requests that name none go to the first.
 
-    Args:
-        models: The models by name; requests that name none go to the first.
-        token: What requests must send; without one, only loopback host names are served.
-        limits: How much the server accepts.
+    Without a ``token``, it answers to loopback host names only.
     """
     api = FastAPI(title="convlens", version=version("convlens"), docs_url=None, redoc_url=None, redirect_slashes=False)
     registry = CollectorRegistry()

@@ -87,16 +87,10 @@ class Server(uvicorn.Server):
 
 
 def serve(sources: Sequence[str], host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serve models until SIGTERM or Ctrl-C.
+    """Serve runs, bundled models by name, or ONNX files until SIGTERM or Ctrl-C; ``NAME=SOURCE`` renames one.
 
-    Args:
-        sources: Runs, bundled models by name, or ONNX files; ``NAME=SOURCE`` serves one under another name.
-        host: The address to listen on. Beyond this machine, requests need the token in ``CONVLENS_TOKEN``; without
-            one, a token is generated and printed.
-        port: The port to listen on; 0: a free one.
-
-    Raises:
-        UsageError: For an address or token that cannot be used, and for two models of the same name.
+    Beyond this machine, requests need the token in ``CONVLENS_TOKEN``; without one, a token is generated and printed.
+    Raises UsageError for an address or token that cannot be used, and for two models of the same name.
     """
     named = dict(name_model(source) for source in sources)
     if len(named) < len(sources):

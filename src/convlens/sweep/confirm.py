@@ -23,13 +23,8 @@ def confirm(
 ) -> Iterator[tuple[str, str, Run]]:
     """Train the base recipe and the best one with ``seeds`` fresh seeds each.
 
-    The runs are in ``confirm/`` of the sweep's folder; finished ones are not trained again.
-
-    Yields:
-        "base" or "best", the name of the run, and the run, as each one ends.
-
-    Raises:
-        TrainingInterruptedError: If ``should_stop`` returned True.
+    The runs are in ``confirm/`` of the sweep's folder; finished ones are not trained again. Yields "base" or "best",
+    the name of the run, and the run, as each ends. Raises TrainingInterruptedError when ``should_stop`` returns True.
     """
     for which, group in unfinished_groups(sweep, seeds):
         for experiment in group.experiments():

@@ -84,13 +84,9 @@ def recipe_file(recipe: Recipe) -> dict[str, Any]:
 
 
 def write_outcome(sweep: Sweep, confirmation: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Write trials.csv, sweep.json, best.json, the plots and report.html.
+    """Write trials.csv, sweep.json, best.json, the plots and report.html; return the content of sweep.json.
 
-    Returns:
-        The content of sweep.json.
-
-    Raises:
-        ConvlensError: If no trial is complete.
+    Raises ConvlensError if no trial is complete.
     """
     rows, best = trial_rows(sweep), best_trial(sweep)
     before = read_json(sweep.folder / PLAN)

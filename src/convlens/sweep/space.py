@@ -94,8 +94,7 @@ def display_name(field: str) -> str:
 def parse_space(params: Iterable[str]) -> Space:
     """Return the search space of texts such as ``lr=1e-4..0.1``, ``lr=1e-4..0.1:log`` or ``kernel-size=3,5,7``.
 
-    Raises:
-        UsageError: For an unknown field, one that should not be searched, or values that the field does not take.
+    Raises UsageError for an unknown field, one that should not be searched, and values that the field does not take.
     """
     fields = {item.name for item in dataclasses.fields(Recipe)}
     space: Space = {}

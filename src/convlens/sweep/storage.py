@@ -67,8 +67,7 @@ class Database(RDBStorage):
 def absolute_storage(text: str) -> str:
     """Return a database URL that means the same from every folder, with its ``$NAME`` unexpanded.
 
-    Raises:
-        UsageError: If it is not a URL, a variable is not set, or it holds a password, which would be written to disk.
+    Raises UsageError if it is not a URL, a variable is not set, or it has a password, which would be written to disk.
     """
     expanded = os.path.expandvars(text)
     if missing := re.search(r"\$(\w+|\{\w+\})", expanded):

@@ -121,11 +121,9 @@ class Sweep:
 
     @classmethod
     def resume(cls, path: str | Path, *, trials: int | None = None) -> Sweep:
-        """Set up a sweep to go on, to ``trials`` in all (None: as planned).
+        """Set up a sweep to continue, to ``trials`` in all (None: as planned).
 
-        Raises:
-            UsageError: If ``path`` is not a sweep, or its data have changed or were in memory.
-            ConvlensError: If the storage cannot be opened.
+        Raises UsageError if ``path`` is not a sweep, or its data have changed or were in memory.
         """
         require_single_process("a sweep")
         folder = Path(path)

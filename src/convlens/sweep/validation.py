@@ -21,16 +21,8 @@ from convlens.training.schedule import require_any_size
 def require_trainable(base: Recipe, dataset: Dataset, space: Space, overrides: Collection[str]) -> None:
     """Try each value of the space with the base recipe, and with every value of one other searched field in turn.
 
-    Values that fail only in other combinations fail in their trials.
-
-    Args:
-        base: The recipe that the trials vary.
-        dataset: The data, with a validation split; models are built on 100 of the training images.
-        space: What is searched.
-        overrides: Fields of ``base`` that the user has set.
-
-    Raises:
-        UsageError: If the base recipe, or some value, trains in none of these recipes.
+    Values that fail only in other combinations fail in their trials. Models are built on 100 of the images.
+    Raises UsageError for a value that trains with none of them, or a model option in ``overrides`` that no model has.
     """
     few = dataclasses.replace(dataset, train=dataset.train.take(dataset.train.spread(100)))
     preprocess = Preprocess.measure(few.train.images, few.style)

@@ -52,33 +52,22 @@ def resolve(sweep: Sweep, params: dict[str, Any], threads: int = 0) -> Recipe:
 
 @dataclass
 class Worker:
-    """Runs trials one after another, together with all other workers of the study.
-
-    Attributes:
-        sweep: The sweep.
-        threads: What a trial may compute with; 0: all cores.
-        should_stop: Called in every step; True interrupts the trial.
-        on_progress: Called after every epoch, and while the worker waits.
-        show_progress: Draw a progress bar.
-        is_helper: It returns as soon as no trial is left to start, instead of waiting for those that are running.
-        count_helpers: Returns the number of its helper processes that are running.
-    """
+    """Runs trials one after another, together with all other workers of the study."""
 
     sweep: Sweep
-    threads: int = 0
-    should_stop: Callable[[], bool] = lambda: False
-    on_progress: Callable[[], None] = lambda: None
-    show_progress: bool = False
-    is_helper: bool = False
-    count_helpers: Callable[[], int] = lambda: 0
+    threads: int = 0  # of a trial; 0: all cores
+    should_stop: Callable[[], bool] = lambda: False  # called in every step; True interrupts the trial
+    on_progress: Callable[[], None] = lambda: None  # called after every epoch, and while the worker waits
+    show_progress: bool = False  # draw a progress bar
+    is_helper: bool = False  # return as soon as no trial is left to start, without waiting for those of others
+    count_helpers: Callable[[], int] = lambda: 0  # returns how many of its helper processes are running
     number: int | None = None  # of the trial under way
 
     def run(self) -> None:
         """Run trials until as many as planned have finished.
 
-        Raises:
-            TrainingInterruptedError: If ``should_stop`` returned True; the trial is queued again.
-            StorageInternalError: If a database could not be reached for a minute.
+        Raises TrainingInterruptedError when ``should_stop`` returns True, with the trial queued again, and an error of
+        Optuna or SQLAlchemy if a database cannot be reached for a minute.
         """
         reached = time.monotonic()
         while True:
@@ -184,13 +173,10 @@ class Worker:
 
 
 @contextlib.contextmanager
-def helper_processes(
-    sweep: Sweep, count: int, threads: int, warn: Callable[[str], None]
-) -> Iterator[Callable[[], int]]:
+def helper_processes(sweep: Sweep, count: int, threads: int) -> Iterator[Callable[[], int]]:
     """Let ``count`` other processes run trials inside the block; yield a function that returns how many still do.
 
-    It also calls ``warn`` once for each that has died. At the end of the block, or of this process, they stop, and
-    queue their trials again.
+    At the end of the block, or of this process, they stop, and queue their trials again.
     """
     spawn = multiprocessing.get_context("spawn")
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process
@@ -202,17 +188,8 @@ def helper_processes(
         reader.close()
         helpers.append((process, writer))
     signal.signal(signal.SIGINT, before)
-    dead: set[int | None] = set()
-
-    def count_running() -> int:
-        for process, _ in helpers:
-            if process.exitcode and process.pid not in dead:
-                dead.add(process.pid)
-                warn(f"a helper process has died (exit code {process.exitcode}); the sweep continues without it")
-        return sum(process.is_alive() for process, _ in helpers)
-
     try:
-        yield count_running
+        yield lambda: sum(process.is_alive() for process, _ in helpers)
     finally:
         for _, writer in helpers:
             writer.close()

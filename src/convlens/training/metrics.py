@@ -21,10 +21,10 @@ class Progress:
     loss: float  # of this epoch so far
     accuracy: float
     images_per_second: float
-    left: float  # seconds
+    eta_seconds: float
 
     def __str__(self) -> str:
-        figures = f"loss {self.loss:.4f}  accuracy {self.accuracy:.2%}  {self.left:,.0f} s left in all"
+        figures = f"loss {self.loss:.4f}  accuracy {self.accuracy:.2%}  {self.eta_seconds:,.0f} s left in all"
         return f"{figures}  {self.images_per_second:,.0f} images/s"
 
 
