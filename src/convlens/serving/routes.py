@@ -2,9 +2,9 @@
 
 import base64
 import contextlib
+import functools
 import hashlib
 import re
-import threading
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Annotated, Any, TypeVar
@@ -187,26 +187,22 @@ def add_playground(api: FastAPI, models: Mapping[str, OnnxPredictor]) -> None:
     """Add ``GET /``: a page that runs a model in the browser."""
     names = list(models)
     shown = [name for name, predictor in models.items() if not predictor.in_8_bits] or names
-    pages: dict[str, HTMLResponse | str] = {}
-    rendering = threading.Lock()
+
+    @functools.lru_cache
+    def render(model: str) -> HTMLResponse:
+        content = render_playground(models[model], here=model, nets=shown)
+        return HTMLResponse(content, headers={"content-security-policy": content_policy(content)})
 
     @api.get("/", response_class=HTMLResponse, responses=REJECTED | WRONG_VALUE)
     def playground(
         model: Annotated[str, Query(description="The model to show", json_schema_extra={"enum": names})] = shown[0],
     ) -> HTMLResponse:
         """Return a page that runs the model in the browser."""
-        predictor = get_model(models, model)
-        with rendering:  # once, even for simultaneous requests
-            if model not in pages:
-                try:
-                    content = render_playground(predictor, here=model, nets=shown)
-                    pages[model] = HTMLResponse(content, headers={"content-security-policy": content_policy(content)})
-                except ConvlensError as error:
-                    pages[model] = f"there is no page of this model: {error}"
-        page = pages[model]
-        if isinstance(page, str):
-            raise HTTPException(422, page)
-        return page
+        get_model(models, model)
+        try:
+            return render(model)
+        except ConvlensError as error:
+            raise HTTPException(422, f"there is no page of this model: {error}") from None
 
 
 def add_status(

@@ -64,22 +64,11 @@ class Sweep:
         allow_unreadable: bool = False,
         **overrides: Any,
     ) -> Sweep:
-        """Plan a sweep, and create its study, or join that of the same search in ``storage``.
+        """Plan ``trials`` trials in the space of ``params``, around a base recipe with ``overrides``.
 
-        Args:
-            data: A data set by name or path, or arrays in memory.
-            recipe: The base recipe or its name; by default that of the data.
-            params: The search space, as :func:`~convlens.sweep.space.parse_space` reads it.
-            trials: Trials in all.
-            storage: URL of a database that several processes or machines share, in which ``$NAME`` is taken from the
-                environment; by default a journal file in the sweep's folder.
-            out: The sweep's folder; by default the next free ``runs/<data>-sweep-<n>``.
-            allow_unreadable: Leave out images that cannot be read.
-            **overrides: Fields of the base recipe that are the same for all trials.
-
-        Raises:
-            UsageError: For anything that cannot work, before anything runs or is written.
-            ConvlensError: If the storage cannot be opened.
+        ``storage`` is the URL of a database that several processes or machines share, with ``$NAME`` taken from the
+        environment; a study of the same search is joined. By default it is a journal file in the folder, ``out``
+        or the next free ``runs/<data>-sweep-<n>``. Raises UsageError for what cannot work, before anything is written.
         """
         require_single_process("a sweep")
         if trials < 1:
