@@ -89,7 +89,7 @@ def test_progress_and_mistakes(half: RunDir) -> None:
 
 def test_it_takes_little_time(half: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("convlens.runs.artifacts.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("convlens.training.callbacks.time.monotonic", lambda: now[0])
     looked = []
 
     def slow(net: Any, images: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_it_takes_little_time(half: RunDir, monkeypatch: pytest.MonkeyPatch) -> 
         now[0] += 1.0
         return torch.zeros(len(images), 10)
 
-    monkeypatch.setattr("convlens.runs.artifacts.compute_logits", slow)
+    monkeypatch.setattr("convlens.training.callbacks.compute_logits", slow)
     experiment = Experiment.resume(half.path)
     live = LiveStatus(half, experiment.dataset, experiment.preprocess.normaliser(), experiment.recipe)
     for epoch in range(1, 401):  # of a second each

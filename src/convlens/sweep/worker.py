@@ -121,7 +121,7 @@ class Worker:
         """Run one trial; queue it again if it was interrupted, or its database was."""
         study, self.number = self.sweep.study, None
         try:
-            study.optimize(self._objective, n_trials=1)
+            self._optimize()
         except ValueError:  # from Optuna: another process took the trial for dead, and has ended it
             pass
         except (TrainingInterruptedError, KeyboardInterrupt, *DATABASE_ERRORS) as error:
@@ -130,6 +130,16 @@ class Worker:
             if isinstance(error, KeyboardInterrupt):
                 raise TrainingInterruptedError("interrupted") from None
             raise
+
+    def _optimize(self) -> None:
+        """Let Optuna run one trial; raise the storage's own error if the storage fails when the trial ends."""
+        try:
+            self.sweep.study.optimize(self._objective, n_trials=1)
+        except (AssertionError, UnboundLocalError) as error:  # Optuna 5 fails an assertion then
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, (*DATABASE_ERRORS, OSError)):
+                cause = cause.__context__
+            raise cause or error from None
 
     def _objective(self, trial: Trial) -> float:
         """Return the validation accuracy; NaN, which Optuna records as a failure, if the training failed."""
