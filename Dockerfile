@@ -11,6 +11,6 @@ ENV ORT_DISABLE_TELEMETRY=1
 USER nobody
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-HEALTHCHECK CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/ready')"]
+HEALTHCHECK CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz')"]
 ENTRYPOINT ["convlens", "serve", "--host", "0.0.0.0"]
 CMD ["mnist"]

@@ -143,7 +143,7 @@ def streams() -> tuple[list[Record], str]:
 def sweep() -> tuple[list[Record], str]:
     """Seconds of fifty trials on the digits with two jobs, and how the trials fell to them."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["convlens", "sweep", "digits", "--trials", "50", "--jobs", "2", "--confirm", "0"]
+        command = ["convlens", "sweep", "digits", "--trials", "50", "--jobs", "2", "--confirm-seeds", "0"]
         command += ["--param", "lr=1e-4..1e-1:log", "--param", "batch-size=64,128,256", "--param", "momentum=0..0.99"]
         command += ["--out", f"{folder}/sweep"]
         seconds = timed(partial(subprocess.run, command, capture_output=True, check=True))

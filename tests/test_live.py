@@ -74,8 +74,8 @@ def ask(address: str, path: str, host: str | None = None, method: str = "GET") -
 
 def test_progress_and_mistakes(half: RunDir) -> None:
     progress = json.loads(half.progress.read_text())
-    assert set(progress) == {"step", "total", "epoch", "loss", "accuracy", "images_per_second", "left"}
-    assert 0 < progress["step"] <= progress["total"] and progress["images_per_second"] > 0 and progress["left"] >= 0
+    assert set(progress) == {"step", "total", "epoch", "loss", "accuracy", "images_per_second", "eta_seconds"}
+    assert 0 < progress["step"] <= progress["total"] and progress["images_per_second"] > 0 and progress["eta_seconds"] >= 0
     told = json.loads(half.mistakes.read_text())
     experiment = Experiment.resume(half.path)
     split = experiment.dataset.validation
@@ -163,11 +163,11 @@ def test_what_cannot_be_written_is_left_away(half: RunDir) -> None:
 def test_a_run_at_any_moment(half: RunDir, tmp_path: Path) -> None:
     told = describe_run(half)
     assert (told["recipe"], len(told["metrics"]), "test" in told) == ("digits", 2, False)
-    assert 0 <= told["progress"]["silent"] < 60
+    assert 0 <= told["progress"]["seconds_since_update"] < 60
     old = time.time() - 3000
     for file in (half.progress, half.metrics):
         os.utime(file, (old, old))
-    assert 3000 <= describe_run(half)["progress"]["silent"] < 3100
+    assert 3000 <= describe_run(half)["progress"]["seconds_since_update"] < 3100
     assert describe_run(RunDir(tmp_path / "gone")) == {"name": "gone", "metrics": []}
     half.metrics.write_text("epoch,sec")
     half.progress.write_text('{"step": 3')

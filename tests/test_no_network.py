@@ -20,7 +20,7 @@ VERBS = [  # train, and all that import ONNX Runtime; later ones take what the f
     "verify run.onnx",
     f"predict run.onnx {SCAN}",
 ]
-SERVE = "serve digits --port 0 --workers 2"
+SERVE = "serve digits --port 0"
 SERVING = 12  # seconds; ONNX Runtime's telemetry connects within ten
 # train draws plots: matplotlib keeps a list of this machine's fonts, which holds nothing of the user's and goes nowhere
 KNOWN = re.compile(r"\.cache/(convlens|matplotlib)/")

@@ -39,7 +39,7 @@ def commands() -> list[str]:
 # what makes a command quick here, and changes nothing of what it does
 QUICK = {
     "convlens train digits": ["--epochs", "2"],
-    "convlens sweep digits": ["--confirm", "0"],
+    "convlens sweep digits": ["--confirm-seeds", "0"],
     "convlens data doctor": ["--no-labels"],
 }
 

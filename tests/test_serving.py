@@ -1,4 +1,4 @@
-"""The server: the same answers as `predict`, to whom it may answer, never too much, and no request lost at its end."""
+"""The routes and the admission control of the server."""
 
 import asyncio
 import base64
@@ -25,7 +25,7 @@ from convlens.export.onnx import reference_images
 from convlens.inference.onnx_runtime import OnnxPredictor
 from convlens.inference.store import bundled_models
 from convlens.serving import batching, routes
-from convlens.serving.middleware import Gate, Limits
+from convlens.serving.middleware import AdmissionControl, Limits
 from convlens.serving.routes import make_app
 
 PNG = {"content-type": "image/png"}
@@ -53,7 +53,7 @@ def picture(digits: OnnxPredictor) -> bytes:
     return golden(digits)[6]
 
 
-def client_of(gate: Gate, **options: Any) -> TestClient:
+def client_of(gate: AdmissionControl, **options: Any) -> TestClient:
     return TestClient(gate, base_url="http://localhost:8000", **options)
 
 
@@ -94,10 +94,12 @@ def test_the_answers_are_those_of_predict(name: str) -> None:
             "predictions"
         ]
         for told in (answer, alone):
-            assert (told["label"], told["known"]) == (wanted.label, wanted.in_distribution)
-            assert told["set"] == list(wanted.prediction_set or ())
-            assert told["probability"] == pytest.approx(wanted.confidence, abs=1e-6)
-            assert [guess["label"] for guess in told["top"]] == [label for label, _ in wanted.top]
+            assert set(told) == {"label", "confidence", "in_distribution", "top", "prediction_set"}
+            assert (told["label"], told["in_distribution"]) == (wanted.label, wanted.known)
+            assert told["prediction_set"] == list(wanted.labels or ())
+            assert told["confidence"] == pytest.approx(wanted.probability, abs=1e-6)
+            assert [one["label"] for one in told["top"]] == [label for label, _ in wanted.top]
+            assert [one["confidence"] for one in told["top"]] == pytest.approx([p for _, p in wanted.top], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10"])
@@ -108,24 +110,20 @@ def test_what_an_answer_hangs_on(name: str) -> None:
     wanted, pixels = predictor.predict(file), predictor.adapt(file)
     for params, about in (({}, wanted.label), ({"label": predictor.classes[3]}, predictor.classes[3])):
         told = client.post("/explain", params=params, content=file, headers=PNG).json()
-        assert (told["model"], told["label"], told["known"], told["about"]) == (
-            name,
-            wanted.label,
-            wanted.in_distribution,
-            about,
-        )
-        assert told["probability"] == pytest.approx(wanted.confidence, abs=1e-6)
+        shown = (told["model"], told["label"], told["in_distribution"], told["about"])
+        assert shown == (name, wanted.label, wanted.known, about)
+        assert told["confidence"] == pytest.approx(wanted.probability, abs=1e-6)
         heat = occlusion_map(lambda images: predictor.run(images)[0], pixels, predictor.classes.index(about))
         np.testing.assert_allclose(told["occlusion"], heat, atol=1e-4)
 
 
 def test_what_cannot_be_explained(client: TestClient, picture: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     cases: list[tuple[dict[str, Any], int, str]] = [
-        ({"params": {"label": "cow"}, "content": picture, "headers": PNG}, 422, "label: digits knows no class 'cow'"),
+        ({"params": {"label": "cow"}, "content": picture, "headers": PNG}, 422, "label: digits has no class 'cow'"),
         ({"params": {"top": "3"}, "content": picture, "headers": PNG}, 422,
          "unknown option 'top'; choose from: model, adapt, label"),
         ({"files": [("images", ("a.png", picture, "image/png"))]}, 415,
-         "send one picture (image/png, image/jpeg, ...): a form is for /predict"),
+         "send one image (image/png, image/jpeg, ...): forms are for /predict"),
         ({"content": b"no picture", "headers": PNG}, 422, "the image is not an image (JPEG, PNG, GIF"),
         ({"params": {"model": "mnist"}, "content": picture, "headers": PNG}, 422, ""),
     ]  # fmt: skip
@@ -147,13 +145,13 @@ def test_raw_and_more_than_one_model(digits: OnnxPredictor) -> None:
     for params, wanted in (
         ({}, digits.predict(page)),
         ({"model": "mnist"}, mnist.predict(page)),
-        ({"model": "mnist", "adapt": "false"}, mnist.predict(page, adapt=False)),
+        ({"model": "mnist", "adapt": "false"}, mnist.predict(page, raw=True)),
     ):
         answer = client.post("/predict", params=params, content=file.getvalue(), headers=PNG).json()
         assert answer["model"] == params.get("model", "digits")
-        assert answer["predictions"][0]["probability"] == pytest.approx(wanted.confidence, abs=1e-6)
+        assert answer["predictions"][0]["confidence"] == pytest.approx(wanted.probability, abs=1e-6)
     assert [about["name"] for about in client.get("/models").json()] == ["digits", "mnist"]
-    assert client.get("/models").json()[1]["trained"]["accuracy"] > 0.99
+    assert client.get("/models").json()[1]["training"]["accuracy"] > 0.99
 
 
 def test_requests_that_wait_together_go_through_the_net_together(
@@ -165,7 +163,7 @@ def test_requests_that_wait_together_go_through_the_net_together(
         made.append(batching.BatchWorker(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(routes, "Worker", make)
+    monkeypatch.setattr(routes, "BatchWorker", make)
     files = golden(digits)
     expected = digits.predict(list(files))
     began, sizes, go = threading.Event(), [], threading.Event()
@@ -192,7 +190,7 @@ def test_requests_that_wait_together_go_through_the_net_together(
     answers = [response.json()["predictions"][0] for response in asyncio.run(ask())]
     assert sizes == [1, 8]
     for answer, wanted in zip(answers, [expected[0], *expected], strict=True):
-        assert answer["probability"] == pytest.approx(wanted.confidence, abs=1e-6)
+        assert answer["confidence"] == pytest.approx(wanted.probability, abs=1e-6)
 
 
 # what it does not take
@@ -203,16 +201,20 @@ def test_bad_requests_get_a_line(client: TestClient, picture: bytes, digits: Onn
     cases: list[tuple[dict[str, Any], int, str]] = [
         ({"content": b"no image", "headers": PNG}, 422, "the image is not an image (JPEG, PNG,"),
         ({"files": form}, 422, "image 2 of 2 is not an image (JPEG"),
-        ({"content": b"", "headers": PNG}, 422, "the request has no body: send a picture"),
-        ({"content": picture}, 415, "send a picture (image/png, image/jpeg, ...) or a form"),
-        ({"content": picture, "headers": {"content-type": "text/plain"}}, 415, "send a picture"),
-        ({"content": b"--x", "headers": {"content-type": "multipart/form-data"}}, 422, "the body is no multipart form"),
-        ({"data": {"images": "text"}, "files": {}}, 415, "send a picture"),
+        ({"content": b"", "headers": PNG}, 422, "the request has no body: send an image"),
+        ({"content": picture}, 415, "send an image (image/png, image/jpeg, ...) or a form"),
+        ({"content": picture, "headers": {"content-type": "text/plain"}}, 415, "send an image"),
+        (
+            {"content": b"--x", "headers": {"content-type": "multipart/form-data"}},
+            422,
+            "the body is not a multipart form",
+        ),
+        ({"data": {"images": "text"}, "files": {}}, 415, "send an image"),
         ({"content": picture, "headers": PNG, "params": {"top": 0}}, 422, "top: Input should be greater than"),
         ({"content": picture, "headers": PNG, "params": {"coverage": 2}}, 422, "coverage: Input should be less"),
         ({"content": picture, "headers": PNG, "params": {"tpo": 2}}, 422, "unknown option 'tpo'; choose from: model,"),
-        ({"data": {"top": "3"}, "files": form[:1]}, 422, "top belongs into the address, as in /predict?top=..."),
-        ({"data": {"a": "3"}, "files": form[:1]}, 422, "the form has a field 'a' that is no file"),
+        ({"data": {"top": "3"}, "files": form[:1]}, 422, "`top` is a query parameter, as in /predict?top=..."),
+        ({"data": {"a": "3"}, "files": form[:1]}, 422, "the form has a field 'a' that is not a file"),
         (
             {"content": picture, "headers": PNG, "params": {"model": "digit"}},
             422,
@@ -237,11 +239,11 @@ def test_bad_requests_get_a_line(client: TestClient, picture: bytes, digits: Onn
         whole = client.post("/predict", content=begun + b"\r\n--x--", headers={"content-type": kind})
         assert (whole.status_code, len(whole.json()["predictions"])) == (200, 1)
     for cut in (begun, begun + b"\r\n--x", begun + b"\r\n" + begun):
-        assert client.post("/predict", content=cut, headers=boundary).json() == {"detail": "the form was cut short"}
-    digits.conformal_thresholds, bounds = None, digits.conformal_thresholds
+        assert client.post("/predict", content=cut, headers=boundary).json() == {"detail": "the form is incomplete"}
+    digits.bounds, bounds = None, digits.bounds
     try:
         answer = client.post("/predict?coverage=0.9", content=picture, headers=PNG)
-        assert (answer.status_code, answer.json()["detail"][:25]) == (422, "coverage: digits cannot s")
+        assert (answer.status_code, answer.json()["detail"][:25]) == (422, "coverage: digits was trai")
     finally:
         digits.conformal_thresholds = bounds
 
@@ -265,7 +267,7 @@ def test_pictures_that_are_small_files_and_large_pictures(
 
 
 def test_work_that_is_too_late_is_not_done(digits: OnnxPredictor, picture: bytes) -> None:
-    client = client_of(make_app({"digits": digits}, limits=Limits(work_seconds=0)))
+    client = client_of(make_app({"digits": digits}, limits=Limits(answer_seconds=0)))
     assert client.post("/predict", content=picture, headers=PNG).status_code == 503
     time.sleep(0.2)
     assert metric(client, 'convlens_images_total{model="digits"}') == 0
@@ -277,13 +279,16 @@ def test_a_mistake_of_ours_says_nothing_of_this_machine(digits: OnnxPredictor, p
 
     client = client_of(make_app({"digits": Instead(digits, fail)}), raise_server_exceptions=False)  # type: ignore[dict-item]
     response = client.post("/predict", content=picture, headers=PNG)
-    assert (response.status_code, response.json()) == (500, {"detail": "the server made a mistake; its log says which"})
-    assert client.get("/live").status_code == 200
+    assert (response.status_code, response.json()) == (
+        500,
+        {"detail": "internal error; the server's log has the details"},
+    )
+    assert client.get("/livez").status_code == 200
     assert metric(client, 'convlens_requests_total{method="POST",status="500"}') == 1
 
 
 def test_bodies_that_are_too_large_or_too_slow(digits: OnnxPredictor, picture: bytes) -> None:
-    limits = Limits(body=20_000, bodies=30_000, body_seconds=0.3)
+    limits = Limits(max_body_bytes=20_000, max_buffered_bytes=30_000, body_seconds=0.3)
     gate = make_app({"digits": digits}, limits=limits)
     client = client_of(gate)
 
@@ -308,8 +313,8 @@ def test_bodies_that_are_too_large_or_too_slow(digits: OnnxPredictor, picture: b
 
     scope = {"type": "http", "method": "POST", "path": "/predict", "headers": [(b"host", b"localhost")]}
     asyncio.run(gate(scope, receive, send))
-    assert told[0]["status"] == 408 and b"did not come within 0.3 seconds" in told[1]["body"]
-    assert gate.held == gate.at_work == 0
+    assert told[0]["status"] == 408 and b"did not arrive within 0.3 seconds" in told[1]["body"]
+    assert gate.buffered_bytes == gate.in_flight == 0
 
 
 def test_too_much_at_a_time_is_refused_at_once(digits: OnnxPredictor, picture: bytes) -> None:
@@ -319,7 +324,7 @@ def test_too_much_at_a_time_is_refused_at_once(digits: OnnxPredictor, picture: b
         assert go.wait(20)
         return digits.run(pixels)
 
-    gate = make_app({"digits": Instead(digits, run_slowly)}, limits=Limits(at_work=3, work_seconds=2))  # type: ignore[dict-item]
+    gate = make_app({"digits": Instead(digits, run_slowly)}, limits=Limits(max_in_flight=3, answer_seconds=2))  # type: ignore[dict-item]
 
     async def ask() -> list[httpx.Response]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://localhost") as client:
@@ -330,11 +335,11 @@ def test_too_much_at_a_time_is_refused_at_once(digits: OnnxPredictor, picture: b
             tasks = [asyncio.create_task(post()) for _ in range(20)]
             while sum(task.done() for task in tasks) < 17:  # while the others are still at work
                 await asyncio.sleep(0.01)
-            assert gate.at_work == 3
+            assert gate.in_flight == 3
             answers = await asyncio.gather(*tasks)
-            assert gate.at_work == 3 and gate.held == 3 * len(picture)  # told, but not yet done with
+            assert gate.in_flight == 3 and gate.buffered_bytes == 3 * len(picture)  # told, but not yet done with
             go.set()
-            while gate.at_work:
+            while gate.in_flight:
                 await asyncio.sleep(0.01)
             return list(answers)
 
@@ -343,7 +348,7 @@ def test_too_much_at_a_time_is_refused_at_once(digits: OnnxPredictor, picture: b
     assert sum("too many requests at a time" in answer.text for answer in answers) == 17
     assert all(answer.headers["retry-after"] == "1" for answer in answers)
     assert sum("no answer within 2 seconds" in answer.text for answer in answers) == 3
-    assert gate.at_work == gate.held == 0
+    assert gate.in_flight == gate.buffered_bytes == 0
 
 
 # to whom it answers
@@ -412,7 +417,7 @@ def test_beyond_this_machine_it_asks_for_its_token(digits: OnnxPredictor, pictur
         # a browser that has been given the password sends it for other sites too
         other = {**PNG, **headers, "origin": "http://evil.example"}
         assert client.post("/predict", content=picture, headers=other).status_code == 403
-    assert client.get("/live").status_code == client.get("/ready").status_code == 200
+    assert client.get("/livez").status_code == client.get("/readyz").status_code == 200
 
 
 def test_headers_that_keep_a_browser_safe(client: TestClient, picture: bytes) -> None:
@@ -446,7 +451,7 @@ schemathesis.openapi.media_type("application/octet-stream", PICTURES.map(to_png)
 
 
 GOOD, BAD = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
-ROUTES = [(path, GOOD) for path in ("/predict", "/explain", "/models", "/", "/live", "/ready", "/metrics")]
+ROUTES = [(path, GOOD) for path in ("/predict", "/explain", "/models", "/", "/livez", "/readyz", "/metrics")]
 
 
 @pytest.mark.parametrize(("path", "mode"), [*ROUTES, ("/predict", BAD), ("/explain", BAD), ("/", BAD)])
@@ -468,6 +473,14 @@ def test_it_answers_as_its_description_says(path: str, mode: Any, digits: OnnxPr
 
 def test_what_is_described(client: TestClient) -> None:
     told = client.get("/openapi.json").json()
-    assert set(told["paths"]) == {"/predict", "/explain", "/models", "/", "/live", "/ready", "/metrics"}
+    assert set(told["paths"]) == {"/predict", "/explain", "/models", "/", "/livez", "/readyz", "/metrics"}
     assert "multipart/form-data" in told["paths"]["/predict"]["post"]["requestBody"]["content"]
     assert client.get("/docs").status_code == 404  # it would load scripts from elsewhere
+
+
+def test_the_names_of_the_metrics(client: TestClient, picture: bytes) -> None:
+    client.post("/predict", content=picture, headers=PNG)
+    assert metric(client, "convlens_requests_in_flight") == 0
+    assert metric(client, 'convlens_batch_size_count{model="digits"}') == 1
+    assert metric(client, "convlens_request_seconds_count") == 3  # two of /metrics
+    assert metric(client, 'convlens_requests_total{method="POST",status="200"}') == 1

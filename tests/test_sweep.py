@@ -1,4 +1,4 @@
-"""Sweeps: what is searched, that no test image is, that nothing is lost; the learning rate and batch size of tune."""
+"""Sweeps: the search space, no use of test images, resuming; learning rate and batch size of lr-find."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import csv
 import dataclasses
 import html
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import torch
 from hypothesis import given
@@ -28,12 +31,14 @@ from convlens.cli.sweep import confirm_best
 from convlens.data.loading import load_dataset
 from convlens.errors import ConvlensError, TrainingInterruptedError, UsageError
 from convlens.evaluation.significance import SeedComparison
-from convlens.sweep import confirm, study, worker
-from convlens.sweep.results import pick_best, recipe_file, trial_rows, write_outcome
-from convlens.sweep.space import Choice, Range, parse_space, read_space, space_texts
+from convlens.run_dir import RunDir
+from convlens.sweep import confirm, storage, study, worker
+from convlens.sweep.results import best_trial, recipe_file, trial_rows, write_outcome
+from convlens.sweep.space import Choice, Range, parse_space
 from convlens.sweep.storage import absolute_storage
 from convlens.sweep.study import Sweep
-from convlens.training import lr_finder, throughput
+from convlens.sweep.worker import Worker
+from convlens.training import lr_finder
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import RECIPES, get_recipe, read_recipe
 from convlens.training.throughput import Throughput
@@ -67,7 +72,7 @@ def toy() -> str:
 
 
 def run_all(sweep: Sweep) -> list[dict[str, Any]]:
-    worker.run_worker(sweep, threads=1)
+    Worker(sweep, threads=1).run()
     return trial_rows(sweep)
 
 
@@ -78,19 +83,19 @@ def values_of(rows: list[dict[str, Any]]) -> list[Any]:
 @given(st.floats(1e-9, 0.5), st.floats(0.6, 100), st.booleans())
 def test_a_range_is_read_as_it_is_written(low: float, high: float, log: bool) -> None:
     space = parse_space([f"lr={low!r}..{high!r}" + ":log" * log])
-    assert space == {"lr": Range(low, high, log)} == read_space(space_texts(space))
-    assert space["lr"].inside() in space["lr"] and low in space["lr"] and high + 1 not in space["lr"]  # type: ignore[union-attr]
+    assert space == {"lr": Range(low, high, log)} == parse_space([f"lr={space['lr']}"])
+    assert space["lr"].middle() in space["lr"] and low in space["lr"] and high + 1 not in space["lr"]  # type: ignore[union-attr]
 
 
 @given(st.lists(st.integers(1, 9999), min_size=2, unique=True))
 def test_choices_are_read_as_they_are_written(values: list[int]) -> None:
     space = parse_space([f"batch-size={','.join(map(str, values))}"])
-    assert space == {"batch_size": Choice(tuple(values))} == read_space(space_texts(space))
+    assert space == {"batch_size": Choice(tuple(values))} == parse_space([f"batch-size={space['batch_size']}"])
 
 
 def test_the_type_is_that_of_the_field() -> None:
-    space = parse_space(["epochs=1..9", "momentum=0..0.9", "flip=yes,no", "optimizer=sgd,adam", "--kernel-size=3,5"])
-    assert space["epochs"] == Range(1, 9) and isinstance(space["epochs"].inside(), int)  # type: ignore[union-attr]
+    space = parse_space(["epochs=1..9", "momentum=0..0.9", "hflip=yes,no", "optimizer=sgd,adam", "--kernel-size=3,5"])
+    assert space["epochs"] == Range(1, 9) and isinstance(space["epochs"].middle(), int)  # type: ignore[union-attr]
     assert space["momentum"] == Range(0.0, 0.9) and space["hflip"] == Choice((True, False))
     assert space["optimizer"] == Choice(("sgd", "adam")) and space["kernel_size"] == Choice((3, 5))
     assert str(space["hflip"]) == "yes,no"
@@ -99,28 +104,31 @@ def test_the_type_is_that_of_the_field() -> None:
 @pytest.mark.parametrize(
     ("param", "message"),
     [
-        ("lr", "--param takes NAME=VALUES, such as lr=1e-4..1e-1:log or kernel-size=3,5, not 'lr'"),
-        ("batchsize=3,5", "unknown name of a --param 'batchsize'; did you mean 'batch-size'?"),
-        ("seed=1..9", "--param seed makes no sense to search: the luckiest of many seeds is no better recipe"),
-        ("device=cpu,cuda", "--param device makes no sense to search: it changes nothing that is learned"),
-        ("validation=0.1,0.2", "--param validation makes no sense to search"),
-        ("lr=a..b", "--param lr=a..b: --lr takes a number, not 'a'"),
-        ("epochs=1.5..9", "--param epochs=1.5..9: --epochs takes a whole number, not '1.5'"),
-        ("lr=1..0.1", "--param lr=1..0.1: a range goes from a smaller number to a larger one"),
-        ("lr=0..1:log", "--param lr=0..1:log: a range with :log begins above 0"),
-        ("lr=0..1:exp", "a range ends in :log or in nothing, not in :exp"),
-        ("momentum=0..1", "--param momentum=0..1: --momentum is 1.0; it must be below 1"),
-        ("batch-size=0,8", "--batch-size is 0; it must be at least 1"),
+        ("lr", "write NAME=VALUES, such as lr=1e-4..1e-1:log or kernel-size=3,5, not 'lr'"),
+        ("batchsize=3,5", "unknown field to search 'batchsize'; did you mean 'batch-size'?"),
+        ("seed=1..9", "cannot search `seed`: the luckiest of many seeds is not a better recipe"),
+        ("device=cpu,cuda", "cannot search `device`: it does not change what the model learns"),
+        ("val-fraction=0.1,0.2", "cannot search `val-fraction`: "),
+        ("lr=a..b", "cannot search `lr=a..b`: --lr takes a number, not 'a'"),
+        ("epochs=1.5..9", "cannot search `epochs=1.5..9`: --epochs takes a whole number, not '1.5'"),
+        ("lr=1..0.1", "cannot search `lr=1..0.1`: a range goes from a smaller number to a larger one"),
+        ("lr=0..1:log", "cannot search `lr=0..1:log`: a range with :log starts above 0"),
+        ("lr=0..1:exp", "cannot search `lr=0..1:exp`: a range ends with :log or nothing, not with :exp"),
+        ("momentum=0..1", "cannot search `momentum=0..1`: --momentum is 1.0; it must be below 1"),
+        ("batch-size=0,8", "cannot search `batch-size=0,8`: --batch-size is 0; it must be at least 1"),
         ("optimizer=sgd,adan", "unknown value of --optimizer 'adan'; did you mean 'adam'?"),
-        ("optimizer=a..z", "--optimizer takes a word: name its values with commas"),
-        ("lr=0.1", "give two different values or more; one is fixed for all trials with --lr"),
-        ("lr=0.1,0.1,0.2", "a value is named twice"),
-        ("kernel-size=3,5", "--param kernel-size=3: model 'small' has no option 'kernel_size'; it takes filters"),
-        ("momentum=0,0.9", "--param momentum=0.0: --nesterov needs --optimizer sgd or muon and a --momentum above 0"),
-        ("model=small,tiny,smal", "--param model=smal: unknown model 'smal'; did you mean 'small'?"),
+        ("optimizer=a..z", "--optimizer takes a word: list its values with commas"),
+        ("lr=0.1", "give at least two different values; a single one is fixed for all trials with its own flag"),
+        ("lr=0.1,0.1,0.2", "a value is listed twice"),
+        ("kernel-size=3,5", "cannot search `kernel-size=3`: model 'small' has no option 'kernel_size'; it takes width"),
+        (
+            "momentum=0,0.9",
+            "cannot search `momentum=0.0`: --nesterov needs --optimizer sgd or muon and a --momentum above 0",
+        ),
+        ("model=small,tiny,smal", "cannot search `model=smal`: unknown model 'smal'; did you mean 'small'?"),
     ],
 )
-def test_what_cannot_be_searched_is_refused_before_anything_runs(param: str, message: str, toy: str) -> None:
+def test_values_that_cannot_be_searched_are_refused_before_anything_runs(param: str, message: str, toy: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         Sweep.create(toy, params=[param], **{k: v for k, v in QUICK.items() if k not in ("epochs", "batch_size")})
     assert not Path("runs").exists()
@@ -128,16 +136,14 @@ def test_what_cannot_be_searched_is_refused_before_anything_runs(param: str, mes
 
 def test_other_plans_that_cannot_work(toy: str) -> None:
     for options, message in (
-        ({}, "say what to search: --param lr="),
-        ({"params": LR, "preset": "classics"}, "unknown preset 'classics'; choose from: classic"),
-        ({"params": LR, "trials": 0}, "--trials is 0"),
-        ({"params": LR, "lr": 0.1}, "--lr is searched and fixed"),
-        ({"params": [*LR, *LR]}, "--param lr is given twice"),
-        ({"params": ["epochs=1,2", "iterations=5,9"]}, "--param epochs or --param iterations, not both"),
-        ({"params": LR, "val_fraction": 0.0}, "a sweep chooses on validation images, and this recipe holds none out"),
+        ({}, "name what to search, such as lr="),
+        ({"params": LR, "trials": 0}, "`trials` is 0"),
+        ({"params": LR, "lr": 0.1}, "`lr` is both searched and fixed"),
+        ({"params": [*LR, *LR]}, "`lr` is given twice"),
+        ({"params": ["epochs=1,2", "max-steps=5,9"]}, "search `epochs` or `max-steps`, not both"),
+        ({"params": LR, "val_fraction": 0.0}, "a sweep compares trials on validation images: set `val_fraction`"),
         ({"params": LR, "loss": "nll"}, "--loss nll needs a net that ends in log-softmax"),
-        ({"preset": "classic", "loss": "nll"}, "--loss nll needs a net that ends in log-softmax"),
-        ({"params": ["loss=cross-entropy,nll"]}, "--param loss=nll: --loss nll needs a net that ends in log-softmax"),
+        ({"params": ["loss=cross-entropy,nll"]}, "cannot search `loss=nll`: --loss nll needs a net that ends in log-"),
         ({"params": ["model=tiny,whitened"], "loss": "nll"}, "--loss nll needs a net that ends in log-softmax"),
         ({"params": LR, "pool": "avg"}, "model 'small' has no option 'pool'"),
         ({"params": LR, "epoch": 1}, "unknown recipe option 'epoch'; did you mean 'epochs'"),
@@ -147,32 +153,20 @@ def test_other_plans_that_cannot_work(toy: str) -> None:
     assert not Path("runs").exists()
 
 
-def test_the_classic_preset_takes_what_fits(big: str) -> None:
-    sweep = Sweep.create("digits", preset="classic", epochs=1)
-    assert list(sweep.space) == ["batch_size", "lr", "momentum"]
-    assert sweep.notes == ("kernel-size is left out: it is no option of the net small",)
-    sweep = Sweep.create(big, "mnist-4conv", preset="classic", params=["lr=0.1,0.2"], val_fraction=0.1)
-    assert sweep.space["kernel_size"] == Choice((3, 5)) and sweep.space["lr"] == Choice((0.1, 0.2))
-    told = "kernel-size 7 is left out: the images are too small for model 'mnist-4conv', or its kernel is too large"
-    assert sweep.notes == (told,)
-    assert not sweep.base.log_test_metrics
-
-
-# nll takes a net that ends in log-softmax, as mnist-4conv does, which has no filters, and plain labels
+# nll takes a model that ends in log-softmax, as mnist-4conv does, which has no width, and plain labels
 @pytest.mark.parametrize(
     ("params", "overrides"),
     [
-        (["model=small,mnist-4conv", "loss=cross-entropy,nll", "filters=8,16", "mixup=0,0.4"], {}),
-        (["model=small,mnist-4conv", "loss=cross-entropy,nll", "label-smoothing=0.1,0,0.2"], {}),
-        (["model=small,mnist-4conv", "filters=8..16"], {"kernel_size": 5}),
+        (["model=small,mnist-4conv", "loss=cross-entropy,nll", "width=8,16", "mixup=0,0.4"], {}),
+        (["model=small,mnist-4conv", "width=8..16"], {"kernel_size": 5}),
         (["model=small,mnist-4conv", "lr=0.1,0.2"], {"width": 8, "kernel_size": 5}),
         (["model=fashion-2conv,mnist-4conv", "kernel-size=1..15"], {}),
         (["kernel-size=1,5"], {"model": "mnist-4conv"}),
         (["optimizer=sgd,adam", "nesterov=yes,no"], {}),
-        (["model=small,fashion-2conv", "small-size=0,14"], {}),
+        (["model=small,fashion-2conv", "initial-size=0,14"], {}),
     ],
 )
-def test_a_value_is_searched_if_some_trial_could_train_with_it(
+def test_a_value_is_searched_if_it_trains_with_one_other_value(
     params: list[str], overrides: dict[str, Any], big: str
 ) -> None:
     assert Sweep.create(big, "digits", params=params, val_fraction=0.1, **overrides).space == parse_space(params)
@@ -181,42 +175,32 @@ def test_a_value_is_searched_if_some_trial_could_train_with_it(
 @pytest.mark.parametrize(
     ("params", "overrides", "message"),
     [
-        (["model=small,mnist-4conv", "loss=cross-entropy,nll", "mixup=0..0.4"], {}, "--param loss=nll: --loss nll "),
-        (["model=tiny,mnist-4conv"], {"loss": "nll"}, "--param model=tiny: --loss nll needs a net that ends in "),
+        (["model=small,mnist-4conv", "loss=cross-entropy,nll", "mixup=0.1..0.4"], {"mixup": 0}, "`mixup` is both"),
+        (["model=tiny,mnist-4conv"], {"loss": "nll"}, "cannot search `model=tiny`: --loss nll needs a net that ends "),
         (
             ["model=small,tiny", "lr=0.1,0.2"],
             {"kernel_size": 5},
             "model 'small' has no option 'kernel_size'; it takes ",
         ),
-        (["kernel-size=5,99"], {"model": "mnist-4conv"}, "--param kernel-size=99: the images are too small "),
-        (["kernel-size=5..99"], {"model": "mnist-4conv"}, "--param kernel-size=99: the images are too small "),
+        (["kernel-size=5,99"], {"model": "mnist-4conv"}, "cannot search `kernel-size=99`: the images are too small "),
+        (["kernel-size=5..99"], {"model": "mnist-4conv"}, "cannot search `kernel-size=99`: the images are too small "),
         (
             ["model=small,fashion-2conv"],
             {"initial_size": 14},
-            "--param model=fashion-2conv: --initial-size 14: the net ",
+            "cannot search `model=fashion-2conv`: --initial-size 14: ",
         ),
-        (["small-size=7,14"], {"model": "fashion-2conv"}, "--initial-size 7: the net fashion-2conv does not take "),
+        (["initial-size=7,14"], {"model": "fashion-2conv"}, "cannot search `initial-size=7`: --initial-size 7: the "),
         (["lr=0.1,0.2"], {"device": "cuda"}, "this machine has no"),
         (["lr=0.1,0.2"], {"image_size": 32}, "--image-size is for folders; big has images of 28 pixels"),
-        (
-            ["filters=8..10000000000000000000"],
-            {},
-            "--param filters=10000000000000000000: the net small cannot be built: ",
-        ),
+        (["width=8..10000000000000000000"], {}, "cannot search `width=10000000000000000000`: model 'small' cannot be "),
     ],
 )
-def test_a_value_is_refused_if_no_trial_could_train_with_it(
+def test_a_value_is_refused_if_it_trains_with_no_other_value(
     params: list[str], overrides: dict[str, Any], message: str, big: str
 ) -> None:
     with pytest.raises(UsageError, match=f"^{re.escape(message)}"):
         Sweep.create(big, "digits", params=params, val_fraction=0.1, **overrides)
     assert not Path("runs").exists()
-
-
-def test_a_preset_fits_one_of_the_nets_that_are_searched(big: str) -> None:
-    sweep = Sweep.create(big, "digits", preset="classic", params=["model=small,mnist-4conv"], val_fraction=0.1)
-    assert sweep.space["kernel_size"] == Choice((3, 5))
-    assert len(sweep.notes) == 1 and sweep.notes[0].startswith("kernel-size 7 is left out: ")
 
 
 def test_no_trial_can_look_at_a_test_image(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +220,7 @@ def test_a_trial_is_what_train_does_and_its_recipe_travels_in_a_file(toy: str, n
     sweep = Sweep.create(toy, params=[*LR, "momentum=0.1..0.8"], trials=3, **QUICK)
     assert [row["state"] for row in run_all(sweep)] == ["complete"] * 3
     said = write_outcome(sweep)
-    best = pick_best(sweep)
+    best = best_trial(sweep)
     assert best is not None and said["best"]["val_acc"] == best.value == max(r["val_acc"] for r in trial_rows(sweep))
     recipe = read_recipe(sweep.folder / "best.json")
     assert recipe.override(device="cpu", threads=1) == sweep.base.override(**best.params)
@@ -282,7 +266,7 @@ def test_the_same_seed_gives_the_same_trials_however_often_it_is_interrupted(toy
     parts = Sweep.resume(parts.folder, trials=12)
     epochs = iter(range(100))
     with pytest.raises(TrainingInterruptedError):  # in the middle of a trial
-        worker.run_worker(parts, threads=1, should_stop=lambda: next(epochs) > 15)
+        Worker(parts, threads=1, should_stop=lambda: next(epochs) > 15).run()
     assert [row["state"] for row in trial_rows(parts)].count("interrupted") == 1
     assert values_of(run_all(Sweep.resume(parts.folder))) == values_of(whole)
     assert len(values_of(whole)) == 12
@@ -300,7 +284,7 @@ def test_the_base_recipe_comes_first(toy: str) -> None:
 
 
 def test_trials_that_lag_behind_are_stopped(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "WARM_UP", 2)
+    monkeypatch.setattr(study, "WARM_UP_TRIALS", 2)
     sweep = Sweep.create(toy, params=["lr=0.02,0.03,1e-12"], trials=8, **{**QUICK, "epochs": 4})
     rows = run_all(sweep)
     pruned = [row for row in rows if row["state"] == "pruned"]
@@ -308,14 +292,14 @@ def test_trials_that_lag_behind_are_stopped(toy: str, monkeypatch: pytest.Monkey
     said = write_outcome(sweep)
     assert said["states"]["pruned"] == len(pruned) and said["best"]["params"]["lr"] != 1e-12
     page = (sweep.folder / "report.html").read_text()
-    assert "<th>reason</th>" not in page and "no trial looked at a test image" in page
+    assert "<th>reason</th>" not in page and "no trial used a test image" in page
 
 
 @pytest.mark.parametrize("length", [{"epochs": 3}, {"epochs": None, "max_steps": 12}])  # 5 steps an epoch
 def test_no_trial_is_stopped_in_its_last_epoch(
     length: dict[str, int | None], toy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker.Trial, "should_prune", lambda _: asked.append(1) or len(asked) > 2)
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda _: asked.append(1) or len(asked) > 2)
     asked: list[int] = []
     sweep = Sweep.create(toy, params=LR, trials=1, **{**QUICK, **length})
     (row,) = run_all(sweep)
@@ -326,7 +310,7 @@ def test_a_trial_that_diverges_is_written_down_and_the_sweep_goes_on(toy: str) -
     sweep = Sweep.create(toy, params=["lr=0.02,1e30"], trials=6, **{**QUICK, "epochs": 3})
     rows = run_all(sweep)
     failed = [row for row in rows if row["state"] == "failed"]
-    assert failed and failed[0]["lr"] == 1e30 and failed[0]["reason"].startswith("Diverged: ")
+    assert failed and failed[0]["lr"] == 1e30 and failed[0]["reason"].startswith("DivergenceError: ")
     assert len(rows) == 6 and write_outcome(sweep)["states"]["failed"] == len(failed)
 
 
@@ -334,42 +318,37 @@ def test_where_all_fail_that_is_said(toy: str) -> None:
     sweep = Sweep.create(toy, params=["lr=1e29,1e30"], trials=2, **{**QUICK, "epochs": 3})
     run_all(sweep)
     with pytest.raises(
-        ConvlensError, match="^no trial of runs/toy-sweep-1 was trained to its end; most often: Diverged"
+        ConvlensError, match="^no trial of runs/toy-sweep-1 is complete; the most frequent reason: DivergenceError"
     ):
         write_outcome(sweep)
     assert (sweep.folder / "trials.csv").exists()
 
 
-@pytest.mark.parametrize("storage", ["shared/journal.log", "sqlite:///shared.db"])
-def test_only_the_same_search_is_joined(storage: str, toy: str) -> None:
-    first = Sweep.create(toy, params=LR, trials=2, storage=storage, **QUICK)
+def test_only_the_same_search_is_joined(toy: str) -> None:
+    url = "sqlite:///shared.db"
+    first = Sweep.create(toy, params=LR, trials=2, storage=url, **QUICK)
     assert not first.joined
     run_all(first)
-    again = Sweep.create(toy, params=LR, trials=3, storage=storage, **{**QUICK, "device": "auto"})
+    again = Sweep.create(toy, params=LR, trials=3, storage=url, **{**QUICK, "device": "auto"})
     assert again.joined and len(run_all(again)) == 3 and len(trial_rows(first)) == 3
     assert len(trial_rows(Sweep.resume(again.folder))) == 3
     np.savez("other.npz", x=255 - np.load(toy)["x"], y=np.load(toy)["y"])
-    for data, options, message in (
-        (toy, {"params": ["lr=1e-3..2:log"]}, "another space (lr is 0.001..1.0:log there and 0.001..2.0:log here)"),
-        (toy, {"params": LR, "epochs": 2}, "another base recipe (epochs is 1 there and 2 here)"),
-        ("other.npz", {"params": LR}, "other data"),
-    ):
-        with pytest.raises(
-            UsageError, match=re.escape(f"{storage} holds a sweep of {message}; name another --storage")
-        ):
-            Sweep.create(data, trials=2, storage=storage, **{**QUICK, **options})
-    assert len(list(Path("runs").iterdir())) == 2
+    for data, options in (
+        (toy, {"params": ["lr=1e-3..2:log"]}), (toy, {"params": LR, "epochs": 2}), ("other.npz", {"params": LR}),
+    ):  # fmt: skip
+        other = Sweep.create(data, trials=2, storage=url, **{**QUICK, **options})
+        assert not other.joined and trial_rows(other) == []
 
 
 def test_storages_that_cannot_be_opened(toy: str) -> None:
-    for storage, message in (
+    for url, message in (
         ("nothing://x", "cannot open the storage nothing://x: "),
         ("sqlite:////nowhere/at/all.db", "cannot open the storage sqlite:////nowhere/at/all.db: "),
-        ("postgresql://me:secret@host/db", "--storage: the command is written into the sweep's folder"),
-        ("toy.npz/journal", "cannot open the storage "),
+        ("postgresql://me:secret@host/db", "the command is written into the sweep's folder"),
+        ("journal.log", "storage journal.log: give a database URL, such as sqlite:///trials.db"),
     ):
         with pytest.raises(ConvlensError, match=f"^{re.escape(message)}") as caught:
-            Sweep.create(toy, params=LR, storage=storage, **QUICK)
+            Sweep.create(toy, params=LR, storage=url, **QUICK)
         assert "secret" not in str(caught.value)
     assert not Path("runs").exists()
 
@@ -385,74 +364,111 @@ def test_a_storage_may_come_whole_from_the_environment(
     with pytest.raises(ConvlensError) as caught:
         Sweep.create(toy, params=LR, storage="$TRIALS", **QUICK)
     assert "secret" not in str(caught.value) and "unexpected" not in str(caught.value)
-    with pytest.raises(UsageError, match=r"^--storage \$NOWHERE: there is no \$NOWHERE in the environment$"):
+    with pytest.raises(UsageError, match=r"^storage \$NOWHERE: there is no \$NOWHERE in the environment$"):
         absolute_storage("$NOWHERE")
 
 
 def test_a_password_is_taken_from_the_environment_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DB", "trials")
     monkeypatch.setenv("PASSWORD", "secret")
-    with pytest.raises(UsageError, match="^--storage: the command is written into the sweep's folder"):
+    with pytest.raises(UsageError, match="^the command is written into the sweep's folder"):
         absolute_storage("postgresql://me:secret@host/$DB")
     for kept in ("postgresql://me:$PASSWORD@host/db", "postgresql://me@host/$DB"):
         assert absolute_storage(kept) == kept
 
 
-def test_a_trial_whose_process_is_gone_is_done_again(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def ask(sweep: Sweep) -> optuna.Trial:
+    """Take a trial, as a process does that dies then."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna's: no heartbeat comes by itself
+        trial = sweep.study.ask({"lr": optuna.distributions.FloatDistribution(1e-3, 1, log=True)})
+    if sweep.plan["storage"]:
+        sweep.study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
+    return trial
+
+
+def test_a_trial_whose_process_has_died_is_repeated(toy: str) -> None:
     sweep = Sweep.create(toy, params=LR, trials=3, **QUICK)
-    asked = sweep.study.ask({"lr": sweep.space["lr"].distribution()})
-    mine = worker.process_name()
-    assert mine is not None and not worker.is_gone(mine) and not worker.is_gone("another 1 2 3 4")
-    gone = " ".join([*mine.split(" ")[:-1], "1"])  # the same number, started at another time
-    asked.set_user_attr("worker", gone if sys.platform == "linux" else mine)
-    if sys.platform != "linux":
-        monkeypatch.setattr(worker, "GRACE", 0.0)
-    rows = run_all(sweep)
+    ask(sweep)
+    rows = run_all(Sweep.resume(sweep.folder))
     assert [row["state"] for row in rows] == ["interrupted", "complete", "complete", "complete"]
-    assert rows[0]["reason"] == "its process is gone" and rows[1]["lr"] == rows[0]["lr"] == 0.02
+    assert rows[0]["reason"] == "it is repeated" and rows[1]["lr"] == rows[0]["lr"] == 0.02
 
 
-def test_another_machine_is_taken_for_dead_when_it_is_silent_for_long(
-    toy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sweep = Sweep.create(toy, params=LR, trials=3, **QUICK)
-    crew, asked = worker.TrialTracker(sweep.study), sweep.study.ask({"lr": sweep.space["lr"].distribution()})
-    asked.set_user_attr("worker", "another-machine 1 2 3 4")
-    assert len(crew.running()) == 1
-    clock = time.monotonic()
-    monkeypatch.setattr(worker.time, "monotonic", lambda: clock + worker.GRACE / 2)
-    asked.set_user_attr("alive", 1.0)
-    assert len(crew.running()) == 1
-    monkeypatch.setattr(worker.time, "monotonic", lambda: clock + 1.4 * worker.GRACE)
-    assert len(crew.running()) == 1  # it gave a sign of life in between
-    monkeypatch.setattr(worker.time, "monotonic", lambda: clock + 1.6 * worker.GRACE)
-    assert crew.running() == [] and crew.done() == []
-    worker.run_trial(sweep, asked, 1, lambda: False, lambda: None, False)  # it comes back, too late: nothing happens
-    assert crew.done() == []
+def test_a_trial_without_a_heartbeat_is_repeated(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "GRACE_SECONDS", 2)
+    sweep = Sweep.create(toy, params=LR, trials=2, storage="sqlite:///shared.db", **QUICK)
+    lost, started = ask(sweep), time.monotonic()
+    rows = run_all(sweep)
+    assert [row["state"] for row in rows] == ["interrupted", "complete", "complete"]
+    assert rows[1]["lr"] != rows[0]["lr"] == rows[2]["lr"] == 0.02 and time.monotonic() - started > 2
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):  # it comes back, too late
+        lost.report(0.5, 1)
+
+
+def test_a_worker_that_was_taken_for_dead_changes_nothing(toy: str) -> None:
+    sweep = Sweep.create(toy, params=LR, trials=1, **{**QUICK, "epochs": 2})
+    taken = iter([True])
+
+    def take_it() -> None:
+        for trial in sweep.study.get_trials(states=(TrialState.RUNNING,)):
+            if next(taken, False):
+                sweep.study.tell(trial.number, state=TrialState.FAIL)
+                storage.retry_callback(None)(sweep.study, trial)
+
+    Worker(sweep, threads=1, on_progress=take_it).run()
+    assert [row["state"] for row in trial_rows(sweep)] == ["interrupted", "complete"]
 
 
 def test_a_trial_that_kills_its_processes_is_given_up(toy: str) -> None:
     sweep = Sweep.create(toy, params=LR, trials=2, **QUICK)
-    for deaths in range(worker.MAX_RETRIES):
-        trial = sweep.study.ask({"lr": sweep.space["lr"].distribution()})
-        assert trial.user_attrs.get("deaths", 0) == deaths
-        worker.requeue(sweep.study, trial, "its process is gone", deaths + 1)
+    for _ in range(storage.MAX_RETRIES + 1):
+        ask(sweep)
+        Worker(sweep)._repeat_lost_trials()
     rows = run_all(sweep)
     assert [row["state"] for row in rows] == ["interrupted", "interrupted", "failed", "complete"]
-    assert sweep.study.get_trials()[-1].state is TrialState.COMPLETE
+    assert rows[2]["reason"] == "its process died"
+
+
+def test_an_incomplete_last_line_of_the_journal_is_cut(toy: str) -> None:
+    sweep = Sweep.create(toy, params=LR, trials=2, **QUICK)
+    run_all(sweep)
+    journal = sweep.folder / study.JOURNAL
+    for lost in (1, 30):  # bytes that a full disk or a power failure lost
+        journal.write_bytes(journal.read_bytes()[:-lost])
+        rows = run_all(Sweep.resume(sweep.folder, trials=3))
+        assert [row["state"] for row in rows].count("complete") == 3
+        assert run_all(Sweep.resume(sweep.folder, trials=3)) == rows
+
+
+def test_a_database_that_is_away_for_a_moment_is_tried_again(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = Sweep.create(toy, params=LR, trials=2, storage="sqlite:///shared.db", **QUICK)
+    away = iter([True, True])
+
+    def report(self: optuna.Trial, value: float, step: int) -> None:
+        if next(away, False):
+            raise optuna.exceptions.StorageInternalError("the server restarts")
+
+    monkeypatch.setattr(optuna.Trial, "report", report)
+    rows = run_all(sweep)
+    assert [row["state"] for row in rows] == ["interrupted", "interrupted", "complete", "complete"]
+    assert rows[2]["lr"] == rows[0]["lr"]
+    monkeypatch.setattr(worker, "GRACE_SECONDS", 0)
+    monkeypatch.setattr(sweep.study, "get_trials", lambda **_: report(None, 0, 0))  # type: ignore[arg-type]
+    away = iter([True] * 5)
+    with pytest.raises(optuna.exceptions.StorageInternalError):
+        Worker(sweep).run()
 
 
 @pytest.mark.slow
 def test_two_processes_share_the_work(toy: str) -> None:
     sweep = Sweep.create(toy, params=LR, trials=6, **{**QUICK, "epochs": 10})
-    command = [sys.executable, "-m", "convlens.sweep.worker", str(sweep.folder), "1"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as helper:
-        while not worker.TrialTracker(sweep.study).running():
-            assert helper.poll() is None, helper.stderr and helper.stderr.read()
+    with worker.helper_processes(sweep, 1, 1) as count:
+        while not sweep.study.get_trials(states=(TrialState.RUNNING,)):
+            assert count() == 1
             time.sleep(0.01)
-        rows = run_all(sweep)
-        _, err = helper.communicate(timeout=60)
-    assert (helper.returncode, err) == (0, "")
+        Worker(sweep, threads=1, count_helpers=count).run()
+    rows = trial_rows(sweep)
     workers = write_outcome(sweep)["workers"]
     assert len(workers) == 2 and 6 <= sum(workers.values()) <= 7, workers
     assert len({row["lr"] for row in rows}) == len(rows)  # none was done twice
@@ -473,12 +489,9 @@ def test_the_best_is_confirmed_on_fresh_seeds_and_no_claim_without(toy: str, no_
     assert list(confirm.confirm(sweep, 2, lambda: False)) == []  # it is there already
     line, worth_it = confirm_best(sweep, 2, lambda: False)
     assert worth_it == (said["interval"][0] > 0) != ("there is no reason to change" in line)
-    assert line.startswith(f"verdict {said['verdict']}") and sweep.study.user_attrs["confirming"] is None
-    assert write_outcome(Sweep.resume(sweep.folder))["confirmation"] == said  # as with --resume and --confirm 0
+    assert line.startswith(f"verdict {said['verdict']}")
+    assert write_outcome(Sweep.resume(sweep.folder))["confirmation"] == said  # as with --resume and --confirm-seeds 0
     assert said["verdict"] in html.unescape((sweep.folder / "report.html").read_text())
-    for seeds in (1, -1):
-        with pytest.raises(UsageError, match=f"^--confirm is {seeds}; it takes 2 seeds or more, or 0 for none$"):
-            confirm.require_seeds(seeds)
 
 
 def test_a_verdict_takes_seeds_and_images_into_account() -> None:
@@ -504,15 +517,15 @@ def test_ctrl_c_writes_what_there_is(
     from convlens.cli import main
     from convlens.cli.sweep import TrialReporter
 
-    def tell(self: TrialReporter) -> None:
+    def report(self: TrialReporter) -> None:
         if len(self._rows(self._sweep)) == 2:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(TrialReporter, "tell", tell)
+    monkeypatch.setattr(TrialReporter, "report", report)
     monkeypatch.setattr(sys, "argv", ["convlens", "sweep", toy, *FLAGS, "--param", LR[0], "--trials", "4"])
     with pytest.raises(SystemExit) as leaving:
         main.main()
-    last = "convlens: interrupted; nothing is lost. Go on with: convlens sweep --resume runs/toy-sweep-1"
+    last = "convlens: interrupted; nothing is lost. Continue with: convlens sweep --resume runs/toy-sweep-1"
     assert leaving.value.code == 130
     assert capsys.readouterr().err.splitlines() == ["stopping after this step ...", last]
     folder = Path("runs/toy-sweep-1")
@@ -523,8 +536,7 @@ def test_ctrl_c_writes_what_there_is(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_however_it_ends_nothing_is_lost(kind: signal.Signals, toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "REGISTRATION_GRACE_SECONDS", 1.0)  # it may be killed before its trial has its name
+def test_however_it_ends_nothing_is_lost(kind: signal.Signals, toy: str) -> None:
     command = [
         sys.executable,
         "-m",
@@ -536,7 +548,7 @@ def test_however_it_ends_nothing_is_lost(kind: signal.Signals, toy: str, monkeyp
         LR[0],
         "--trials",
         "4",
-        "--confirm",
+        "--confirm-seeds",
         "0",
     ]
     command += ["--epochs", "30", "--out", "mine", "--jobs", "2"]
@@ -550,7 +562,7 @@ def test_however_it_ends_nothing_is_lost(kind: signal.Signals, toy: str, monkeyp
         assert process.returncode == -9
     else:
         assert process.returncode == 130
-        last = "convlens: interrupted; nothing is lost. Go on with: convlens sweep --resume mine"
+        last = "convlens: interrupted; nothing is lost. Continue with: convlens sweep --resume mine"
         assert err.strip().splitlines() == ["stopping after this step ...", last]
     sweep = Sweep.resume("mine")
     rows = run_all(sweep)
@@ -571,32 +583,34 @@ def test_stopped_while_it_loads_it_says_that_nothing_was_begun(
     monkeypatch.setattr(sys, "argv", ["convlens", "sweep", toy, "--param", LR[0]])
     with pytest.raises(SystemExit) as leaving:
         main.main()
-    assert leaving.value.code == 130 and capsys.readouterr().err == "convlens: interrupted; nothing was begun\n"
+    assert leaving.value.code == 130 and capsys.readouterr().err == "convlens: interrupted; nothing was started\n"
     assert not Path("runs").exists()
 
 
-def test_a_helper_that_dies_is_named_once(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trial_of_a_helper_that_dies_is_repeated(toy: str) -> None:
     sweep = Sweep.create(toy, params=LR, trials=2, **QUICK)
-    monkeypatch.setattr(worker.sys, "executable", "false")
-    said: list[str] = []
-    with worker.helpers(sweep, 1, 1, said.append) as look:
-        worker.run_worker(sweep, threads=1, between=look)
-    assert said == ["a helper process has died (exit code 1); the sweep goes on without it"]
-    assert len(trial_rows(sweep)) == 2
+    with worker.helper_processes(sweep, 1, 1) as count:
+        ask(sweep)  # as the helper may have
+        (helper,) = multiprocessing.active_children()
+        os.kill(helper.pid or 0, signal.SIGKILL)
+        Worker(sweep, threads=1, count_helpers=count).run()
+    assert [row["state"] for row in trial_rows(sweep)].count("complete") == 2
 
 
-def test_one_process_confirms_until_it_is_silent_for_long(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_that_created_a_shared_study_confirms(toy: str) -> None:
+    options: dict[str, Any] = {"params": ["lr=0.5,0.6"], "trials": 1, "storage": "sqlite:///shared.db", **QUICK}
+    run_all(Sweep.create(toy, **options))
+    joined = Sweep.create(toy, **options)
+    line, is_better = confirm_best(joined, 2, lambda: False)
+    assert line == f"the process that created the study confirms it; to do so here as well: {joined.command}"
+    assert not is_better and not Sweep.resume(joined.folder).joined
+
+
+def test_one_command_at_a_time_works_in_a_folder(toy: str) -> None:
     sweep = Sweep.create(toy, params=LR, trials=1, **QUICK)
-    claim = confirm.Lease(sweep)
-    assert claim.take() is None and claim.take() is None  # its own
-    claim.release()
-    now = time.time()
-    sweep.study.set_user_attr("confirming", {"process": "another-machine 1 2 3 4", "alive": now})
-    other = confirm.Lease(sweep)
-    assert other.take() == "another-machine 1 2 3 4"
-    monkeypatch.setattr(confirm.time, "time", lambda: now + 1.1 * worker.GRACE)
-    assert other.take() is None
-    assert sweep.study.user_attrs["confirming"]["process"] == worker.process_name()
+    with RunDir(sweep.folder).claimed():
+        done = subprocess.run([sys.executable, "-m", "convlens", *sweep.command.split()[1:]], capture_output=True)
+    assert done.returncode == 2 and b"another process is training in runs/toy-sweep-1" in done.stderr
 
 
 def test_torchrun_is_refused(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -619,7 +633,7 @@ def test_on_the_command_line(
             main.main()
         return int(leaving.value.code or 0), *capsys.readouterr()
 
-    code, out, err = call("sweep", toy, *FLAGS, "--param", "lr=0.01..0.5", "--trials", 3, "--confirm", 0)
+    code, out, err = call("sweep", toy, *FLAGS, "--param", "lr=0.01..0.5", "--trials", 3, "--confirm-seeds", 0)
     assert (code, err) == (0, "")
     assert "best    trial " in out and "no trial looks at the test images" in out
     if "nothing better than the base recipe was found: there is no reason to change it" in out:
@@ -629,23 +643,23 @@ def test_on_the_command_line(
     assert max(map(len, (line for line in out.splitlines() if line.startswith("trial  ")))) <= 60
     code, out, _ = call("train", toy, "--config", "runs/toy-sweep-1/best.json", "--epochs", 2, "--device", "cpu")
     assert code == 0 and "epoch   2" in out  # a flag wins
-    code, out, _ = call("sweep", "--resume", "runs/toy-sweep-1", "--trials", 4, "--confirm", 0)
+    code, out, _ = call("sweep", "--resume", "runs/toy-sweep-1", "--trials", 4, "--confirm-seeds", 0)
     assert code == 0 and re.search("^trial   4  .*, 0 s left  lr ", out, re.MULTILINE) and "trial   3  " not in out
     Path("empty").mkdir()
     for words, message in (
         ((), "name the data to search on, or a sweep to --resume, one of the two"),
-        (("--resume", "runs/toy-sweep-1", "--lr", 1), "--resume goes on with the sweep's own plan"),
+        (("--resume", "runs/toy-sweep-1", "--lr", 1), "--resume continues the sweep as planned"),
         (("--resume", "runs"), "runs is not the folder of a sweep: it has no sweep.json"),
-        ((toy, "--param", "lrr=1,2"), "unknown name of a --param 'lrr'; did you mean 'lr'?"),
+        ((toy, "--param", "lrr=1,2"), "unknown field to search 'lrr'; did you mean 'lr'?"),
         ((toy, "--param", LR[0], "--jobs", 9999), "--jobs is 9999; this machine lets convlens use"),
-        ((toy, "--param", LR[0], "--confirm", 1), "--confirm is 1; it takes 2 seeds or more"),
-        ((toy, "--param", LR[0], "--pretrained", "x.safetensors"), "a sweep starts every model from random weights"),
+        ((toy, "--param", LR[0], "--confirm-seeds", 1), "--confirm-seeds is 1; it takes 2 seeds or more"),
+        ((toy, "--param", LR[0], "--pretrained", "x.safetensors"), "a sweep starts every net from random weights"),
         (
             (toy, "--param", "model=small,tiny", "--param", "pool=avg,max"),
-            "--param pool=avg: model 'small' has no option 'pool'; it takes filters; model 'tiny' has no",
+            "cannot search `pool=avg`: model 'small' has no option 'pool'; it takes width; model 'tiny' has no",
         ),
-        ((toy, "--param", LR[0], "--freeze", 1), "a sweep starts every model from random weights, so it takes no --fr"),
-        ((toy, "--param", "frozen=0,1"), "--param frozen makes no sense to search: all nets start from random weights"),
+        ((toy, "--param", LR[0], "--freeze", 1), "a sweep starts every net from random weights, so it takes no --fr"),
+        ((toy, "--param", "freeze=0,1"), "cannot search `freeze`: every trial starts from random weights"),
         ((toy, "--param", LR[0], "--out", "runs"), "runs exists already; choose another --out"),
         (
             (toy, "--param", LR[0], "--out", "empty"),
@@ -656,7 +670,7 @@ def test_on_the_command_line(
         assert code == 2 and err.startswith(f"convlens: {message}") and err.count("\n") == 1, err
     monkeypatch.setitem(sys.modules, "optuna", None)
     code, _, err = call("sweep", toy, "--param", LR[0])
-    assert (code, err) == (2, "convlens: a sweep needs a package more: pip install 'convlens[sweep]'\n")
+    assert (code, err) == (2, "convlens: a sweep needs Optuna: pip install 'convlens[sweep]'\n")
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
@@ -721,10 +735,10 @@ def test_what_a_batch_costs_is_measured_without_a_test_image(monkeypatch: pytest
     assert throughput.free_memory(recipe) > 0
 
 
-def test_a_net_without_an_option_is_searched_beside_one_with_it(toy: str) -> None:
-    sweep = Sweep.create(toy, "digits", params=["model=small,fashion-2conv", "filters=4,8"], trials=1)
-    assert worker.resolve(sweep, {"model": "small", "width": 4}).filters == 4
-    assert worker.resolve(sweep, {"model": "fashion-2conv", "width": 4}).filters is None
+def test_a_model_without_an_option_is_searched_with_one_that_has_it(toy: str) -> None:
+    sweep = Sweep.create(toy, "digits", params=["model=small,fashion-2conv", "width=4,8"], trials=1)
+    assert worker.resolve(sweep, {"model": "small", "width": 4}).width == 4
+    assert worker.resolve(sweep, {"model": "fashion-2conv", "width": 4}).width is None
 
 
 def test_tune_takes_another_net(

@@ -172,7 +172,6 @@ def describe_sweep(sweep: Sweep, jobs: int) -> list[str]:
     lines = [
         f"data    {data.name}: {images}; trials never see the test images",
         f"base    recipe {sweep.base.name}, seed {sweep.base.seed}",
-        *(f"        {note}" for note in sweep.notes),
         *(f"search  {name.replace('_', '-')}: {values}" for name, values in plan["space"].items()),
         f"sweep   {sweep.folder}: {count(plan['trials'], 'trial')}, {jobs} at a time",
     ]

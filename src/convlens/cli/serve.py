@@ -1,4 +1,4 @@
-"""``convlens serve``: a trained net behind HTTP."""
+"""``convlens serve``: serve models over HTTP."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from convlens.errors import UsageError
 
 def serve(
     models: Annotated[
-        list[str], typer.Argument(help="Run folders, .onnx files, or models by name; NAME=RUN gives one another name.")
+        list[str],
+        typer.Argument(help="Run folders, .onnx files, or models by name; NAME=RUN serves one under another name."),
     ],
-    host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own asks for a token.")] = (
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine, requests need a token.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: one that is free.")] = 8000,
-    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes that answer.")] = 1,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8000,
 ) -> None:
-    """Serve trained nets: a page that shows them at work, and an HTTP interface for programs.
+    """Serve models over HTTP: a page that runs them in the browser, and an API.
 
-    POST /predict takes a picture as its body, or several as files of a form; ?model=, ?top=, ?coverage= and ?adapt=
-    choose what is answered, and without them the first model answers with its best guess. /models, /live, /ready,
-    /metrics and /openapi.json tell the rest. With CONVLENS_TOKEN set, or beyond this machine, a program sends the
-    token as "Authorization: Bearer TOKEN", and a browser asks for it as a password.
+    POST /predict takes an image as its body, or several as the files of a form. The options ?model=, ?top=, ?coverage=
+    and ?adapt= choose the model and the content of the response. See also /models, /livez, /readyz, /metrics and
+    /openapi.json. With CONVLENS_TOKEN set, or beyond this machine, programs send the token as "Authorization: Bearer
+    TOKEN", and browsers ask for it as a password.
 
     Examples:
       convlens serve mnist
@@ -36,5 +36,5 @@ def serve(
     try:
         from convlens.serving import server
     except ImportError:
-        raise UsageError("serving needs a few packages more: pip install 'convlens[serve]'") from None
-    server.serve(models, host, port, workers)
+        raise UsageError("serving needs more packages: pip install 'convlens[serve]'") from None
+    server.serve(models, host, port)

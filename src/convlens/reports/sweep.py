@@ -186,7 +186,7 @@ def write_report(folder: Path, said: Mapping[str, Any], rows: Rows, logs: Mappin
         for row in ordered
     ]
     body = f"""\
-<p class=quiet>{escape(said["data_name"])}, base recipe {escape(said["recipe"]["name"])}. Every trial was evaluated on
+<p class=quiet>{escape(said["data_name"])}, base recipe {escape(said["recipe"]["name"])}. Every trial was judged on
 validation images; no trial used a test image.</p>
 <p><code>{escape(said["command"])}</code></p>
 <section class=cards>{make_cards(cards)}</section>

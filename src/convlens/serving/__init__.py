@@ -1,1 +1,1 @@
-"""The server: a trained net behind HTTP, and a page of its own."""
+"""Serve trained models over HTTP, and show runs on a local dashboard."""

@@ -1,4 +1,4 @@
-"""The work behind a request, off the event loop: pictures are decoded on threads, and nets run on what is there."""
+"""Dynamic batching: threads decode images, and each model runs on whatever has arrived while it was busy."""
 
 from __future__ import annotations
 
@@ -25,151 +25,140 @@ from convlens.inference.onnx_runtime import BATCH_SIZE, OnnxPredictor
 from convlens.inference.predictor import Prediction
 from convlens.system.hardware import available_cores
 
-MAX_IMAGES = 1000  # in a request
+MAX_IMAGES = 1000  # of a request
+MAX_IMAGE_PIXELS = 25_000_000  # of one image: 24 megapixel cameras; each decoding thread may hold one
+MAX_PIXELS = 100_000_000  # of all images of a request, as sent
+MAX_INPUT_BYTES = 8 << 20  # of all images of a request as the model's input; the same limit for their probabilities
+MAX_NAMED = 100_000  # classes named in a response: a few megabytes
+MAX_INLINE_NAMED = 100  # in a response that is built on the event loop
+MAX_JOBS = 32  # that are decoded and wait for the model
+OPTIONS = ("model", "top", "adapt", "coverage", "label")  # query parameters
 
-MAX_IMAGE_PIXELS = 25_000_000  # of one picture: a camera's 24 megapixels; every decoder may have one at a time
-
-MAX_PIXELS = 100_000_000  # of all pictures in a request, as they come
-
-MAX_INPUT_BYTES = 8 << 20  # of all pictures in a request, as the net sees them; of their probabilities as many
-
-MAX_NAMED = 100_000  # classes named in the answer to a request: a few megabytes
-
-FEW_NAMED = 100  # made sooner than handed to a thread
-
-MAX_JOBS = 32  # decoded, that wait for the net
-
-OPTIONS = ("model", "top", "adapt", "coverage", "label")  # they belong into the address
-
-Output = tuple[NDArray[np.float32], NDArray[np.bool_] | None]  # probabilities (N, K), and which are known (N,)
+Output = tuple[NDArray[np.float32], NDArray[np.bool_] | None]  # probabilities (N, K), in distribution (N,)
 
 
 class DeadlineExceeded(Exception):
-    """There is no time left for a request: whoever asked has been told so."""
+    """The request's deadline has passed; the client has already received a 503."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
-    """Pixels, uint8 (N, C, H, W), and who waits, until when, for what the net says of them."""
+    """Pixels, uint8 (N, C, H, W), that wait for the model, with their deadline (monotonic clock) and their future."""
 
     pixels: Pixels
-    until: float
+    deadline: float
     loop: asyncio.AbstractEventLoop
-    answer: asyncio.Future[Output]
+    future: asyncio.Future[Output]
 
-    def give(self, output: Output | Exception) -> None:
-        """Hand over the net's output, or what went wrong, from another thread."""
+    def set_result(self, output: Output | Exception) -> None:
+        """Resolve the future from another thread."""
 
-        def give() -> None:
+        def resolve() -> None:
             if isinstance(output, Exception):
-                self.answer.set_exception(output)
+                self.future.set_exception(output)
             else:
-                self.answer.set_result(output)
+                self.future.set_result(output)
 
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            self.loop.call_soon_threadsafe(give)
+            self.loop.call_soon_threadsafe(resolve)
 
 
 class BatchWorker:
-    """A net and its threads: whatever has come while it was busy goes through it together."""
+    """A model, the threads that decode its images, and the thread that runs it.
 
-    def __init__(self, predictor: OnnxPredictor, images: Counter, together: Histogram):
+    There is no timer: an idle model starts at once, and a busy one takes everything that arrived as its next batch.
+    """
+
+    def __init__(self, predictor: OnnxPredictor, images: Counter, batch_size: Histogram):
         self.predictor = predictor
-        self._images, self._together = images, together
+        self._images, self._batch_size = images, batch_size
         self._decoders = ThreadPoolExecutor(available_cores(), "decode")
         self.jobs: queue.Queue[Job] = queue.Queue(MAX_JOBS)
-        threading.Thread(target=self._work, daemon=True).start()
+        threading.Thread(target=self._run_batches, daemon=True).start()
 
     async def predict(
         self,
         files: Callable[[], list[bytes]],
-        until: float,
+        deadline: float,
         write: Callable[[list[Prediction]], bytes],
         *,
         top: int,
         adapt: bool,
         coverage: float | None,
     ) -> bytes:
-        """Classify the pictures that ``files`` gives, before the clock is at ``until``; return what ``write`` makes.
+        """Classify the images that ``files`` returns on a decoding thread; return the body that ``write`` makes of it.
 
-        A large answer is built on a thread: it would block the event loop. Raises UsageError or InvalidImageError
-        if there are no pictures that can be read, or the answer would be too large, and Late.
+        Raises UsageError if there are too many images or named classes, InvalidImageError if there is none or one
+        cannot be read, DeadlineExceeded if the monotonic clock is past ``deadline``.
         """
         classes = len(self.predictor.classes)
-        named = classes if coverage is not None else min(top, classes)  # a prediction set may hold every class
-        probabilities, known = await self._ask(lambda: self.read(files, until, adapt, named), until)
+        named = classes if coverage is not None else min(top, classes)  # a prediction set may contain every class
+        probabilities, known = await self._infer(lambda: self.decode(files, deadline, adapt, named), deadline)
 
-        def answer() -> bytes:
-            require_time(until)
+        def respond() -> bytes:
+            require_time(deadline)
             return write(self.predictor.interpret(probabilities, known, top, coverage))
 
-        if len(probabilities) * named <= FEW_NAMED:
-            return answer()
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, answer)
+        if len(probabilities) * named <= MAX_INLINE_NAMED:  # a larger response would block the event loop
+            return respond()
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, respond)
 
     async def explain(
-        self, picture: bytes, until: float, *, raw: bool, label: str | None
-    ) -> tuple[Prediction, Heatmap]:
-        """Classify one picture, and return with it what the probability of ``label`` (by default its own) hangs on.
+        self, image: bytes, deadline: float, *, adapt: bool, label: str | None
+    ) -> tuple[Prediction, Heat]:
+        """Classify one image; return the prediction and the occlusion map of ``label`` (by default, the predicted)."""
+        occlusions: list[Occlusion] = []
 
-        Raises InvalidImageError if it cannot be read, UsageError if the input is too large, DeadlineExceeded.
-        """
-        covered: list[Occlusion] = []
-
-        def cover() -> Pixels:
-            occlusion = Occlusion.of(self.read(lambda: [picture], until, adapt)[0])
+        def occlude() -> Pixels:
+            occlusion = Occlusion.of(self.decode(lambda: [image], deadline, adapt)[0])
             if occlusion.nbytes > MAX_INPUT_BYTES:
                 raise UsageError("this model takes images that are too large to be explained here")
-            covered.append(occlusion)
-            return occlusion.occlude()
+            occlusions.append(occlusion)
+            return occlusion.cover()
 
-        probabilities, known = await self._ask(cover, until)
-        own = slice(len(probabilities) - 1, None)
-        (prediction,) = self.predictor.interpret(probabilities[own], None if known is None else known[own])
-        return prediction, covered[0].heatmap(probabilities, self.predictor.classes.index(label or prediction.label))
+        probabilities, known = await self._infer(occlude, deadline)
+        last = slice(len(probabilities) - 1, None)  # the image itself
+        (prediction,) = self.predictor.interpret(probabilities[last], None if known is None else known[last])
+        return prediction, occlusions[0].heat(probabilities, self.predictor.classes.index(label or prediction.label))
 
-    async def _ask(self, make: Callable[[], Pixels], until: float) -> Output:
-        """Return what the net says of the pixels that ``make`` gives on another thread."""
+    async def _infer(self, make: Callable[[], Pixels], deadline: float) -> Output:
+        """Return the model's output for the pixels that ``make`` returns on a decoding thread."""
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Output] = loop.create_future()
+        future: asyncio.Future[Output] = loop.create_future()
 
         def decode() -> None:
-            job = Job(make(), until, loop, answer)
+            job = Job(make(), deadline, loop, future)
             try:
-                self.jobs.put(job, timeout=max(until - time.monotonic(), 0))
+                self.jobs.put(job, timeout=max(deadline - time.monotonic(), 0))
             except queue.Full:
                 raise DeadlineExceeded from None
 
         await loop.run_in_executor(self._decoders, decode)
-        return await answer
+        return await future
 
-    def read(self, files: Callable[[], list[bytes]], until: float, adapt: bool, named: int = 1) -> Pixels:
-        """Return the pictures of a request as the net's pixels, uint8 (N, C, H, W).
-
-        Raises UsageError if they are too many, or the answer would be too large with ``named`` classes for each.
-        """
-        require_time(until)
+    def decode(self, files: Callable[[], list[bytes]], deadline: float, adapt: bool, named: int = 1) -> Pixels:
+        """Return the images of a request, which names ``named`` classes for each, as uint8 (N, C, H, W)."""
+        require_time(deadline)
         adapted: list[Pixels] = []
         seen, contents = 0, files()
         if len(contents) > (most := max(MAX_NAMED // named, 1)):
             raise UsageError(
                 f"a request may have at most {most:,} images if each can be answered with {named:,} classes"
             )
-        floats = 4 * len(self.predictor.classes)
         for number, content in enumerate(contents, start=1):
-            require_time(until)
+            require_time(deadline)
             name = "the image" if len(contents) == 1 else f"image {number} of {len(contents)}"
             image = open_image(content, name, MAX_IMAGE_PIXELS)
             seen += image.width * image.height
             if seen > MAX_PIXELS:
                 raise UsageError(f"the images of a request may have at most {MAX_PIXELS:,} pixels together")
-            adapted.append(self.predictor.preprocess.transform(image, adapt=not raw))
-            if len(contents) * (larger := max(adapted[0].nbytes, floats)) > MAX_INPUT_BYTES:
+            adapted.append(self.predictor.preprocess.adapt(image, raw=not adapt))
+            if len(contents) * (larger := max(adapted[0].nbytes, 4 * len(self.predictor.classes))) > MAX_INPUT_BYTES:
                 most = MAX_INPUT_BYTES // larger
                 raise UsageError(f"a request may have at most {most:,} images for this model")
         return np.stack(adapted)
 
-    def _work(self) -> None:
+    def _run_batches(self) -> None:
         while True:
             jobs = [self.jobs.get()]
             while sum(len(job.pixels) for job in jobs) < BATCH_SIZE:
@@ -177,43 +166,38 @@ class BatchWorker:
                     jobs.append(self.jobs.get_nowait())
                 except queue.Empty:
                     break
-            in_time = []
+            in_time = [job for job in jobs if time.monotonic() <= job.deadline]
             for job in jobs:
-                if time.monotonic() > job.until:
-                    job.give(DeadlineExceeded())
-                else:
-                    in_time.append(job)
+                if job not in in_time:
+                    job.set_result(DeadlineExceeded())
             try:
                 self._run(in_time)
             except Exception as error:
                 for job in in_time:
-                    job.give(error)
+                    job.set_result(error)
 
     def _run(self, jobs: list[Job]) -> None:
         if not jobs:
             return
         pixels = np.concatenate([job.pixels for job in jobs])
         self._images.inc(len(pixels))
-        self._together.observe(len(pixels))
+        self._batch_size.observe(len(pixels))
         probabilities, known = self.predictor.run(pixels)
         start = 0
         for job in jobs:
             end = start + len(job.pixels)
-            job.give((probabilities[start:end], None if known is None else known[start:end]))
+            job.set_result((probabilities[start:end], None if known is None else known[start:end]))
             start = end
 
 
-def require_time(until: float) -> None:
-    """Raise Late if the clock is past ``until``."""
-    if time.monotonic() > until:
+def require_time(deadline: float) -> None:
+    """Raise DeadlineExceeded if the deadline has passed."""
+    if time.monotonic() > deadline:
         raise DeadlineExceeded
 
 
 def list_files(body: bytes, content_type: str) -> list[bytes]:
-    """Return the files of a multipart form; ``content_type`` names the boundary between them.
-
-    Raises UsageError if it is none, not the whole of one, or holds anything else.
-    """
+    """Return the files of a multipart form; UsageError if it is none, incomplete, or contains anything but files."""
     files: list[bytes] = []
 
     def add(file: File) -> None:
@@ -225,10 +209,9 @@ def list_files(body: bytes, content_type: str) -> list[bytes]:
 
     def refuse(field: Field) -> None:
         name = (field.field_name or b"").decode("utf-8", "replace")
-        raise UsageError(
-            f"{name} belongs into the address, as in /predict?{name}=..." if name in OPTIONS
-            else f"the form has a field {name!r} that is no file"
-        )  # fmt: skip
+        if name in OPTIONS:
+            raise UsageError(f"`{name}` is a query parameter, as in /predict?{name}=...")
+        raise UsageError(f"the form has a field {name!r} that is not a file")
 
     try:
         parser = create_form_parser(
@@ -238,9 +221,9 @@ def list_files(body: bytes, content_type: str) -> list[bytes]:
         parser.write(body)
         parser.finalize()
     except FormParserError:
-        raise UsageError("the body is no multipart form") from None
+        raise UsageError("the body is not a multipart form") from None
     if not isinstance(parser.parser, MultipartParser) or parser.parser.state != MultipartState.END:
-        raise UsageError("the form was cut short")
+        raise UsageError("the form is incomplete")
     if not files:
-        raise InvalidImageError("the form holds no file")
+        raise InvalidImageError("the form has no file")
     return files

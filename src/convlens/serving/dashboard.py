@@ -1,4 +1,4 @@
-"""The live page: what runs have come to, finished or under way, beside each other."""
+"""The dashboard: a local page that compares runs, finished or in progress."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from convlens.web.render import read_static, render
 
 
 def list_runs(paths: Sequence[str | Path]) -> list[RunDir]:
-    """Return the run folders that are named, those in a series or a folder one by one; UsageError for what is none."""
+    """Return the run folders at ``paths``, and those in a group of runs or a folder; UsageError if one is no run."""
     folders = []
     for path in paths:
         if RunDir.is_group(path):
@@ -32,60 +32,62 @@ def list_runs(paths: Sequence[str | Path]) -> list[RunDir]:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Return the runs and series in a folder, the oldest first."""
-    begun = [*folder.glob("*/config.json"), *folder.glob(f"*/{GROUP}")]
-    return [file.parent for file in sorted(begun, key=lambda file: file.stat().st_mtime)]
+    """Return the runs and groups of runs in a folder, the oldest first."""
+    configs = [*folder.glob("*/config.json"), *folder.glob(f"*/{SERIES}")]
+    return [file.parent for file in sorted(configs, key=lambda file: file.stat().st_mtime)]
 
 
 def describe_run(folder: RunDir) -> dict[str, Any]:
-    """Return what the page shows of a run, whatever there is of it yet."""
-    told: dict[str, Any] = {"name": folder.path.resolve().name, "metrics": []}
+    """Return what the page shows of a run, as far as it exists."""
+    shown: dict[str, Any] = {"name": folder.path.resolve().name, "metrics": []}
     try:
         config = folder.read_config()
         recipe = config["recipe"]
-        told |= {
+        shown |= {
             "data": config["data"]["name"],
             "recipe": recipe["name"],
             "seed": recipe["seed"],
             "model": config["model"]["name"],
         }
         if folder.metrics.is_file():
-            told["metrics"] = folder.read_metrics()
+            shown["metrics"] = folder.read_metrics()
         if folder.mistakes.is_file():
-            told["mistakes"] = folder.mistakes.stat().st_mtime_ns
+            shown["mistakes"] = folder.mistakes.stat().st_mtime_ns
         if folder.report.is_file():
             test = read_json(folder.test)
-            told["test"] = {key: test[key] for key in ("accuracy", "accuracy_ci95", "num_images")}
+            shown["test"] = {key: test[key] for key in ("accuracy", "accuracy_interval", "n")}
         elif folder.progress.is_file():
-            # seconds since it was last heard of: in a long time it may have been stopped
-            heard = max(file.stat().st_mtime for file in (folder.progress, folder.metrics) if file.is_file())
-            told["progress"] = {**read_json(folder.progress), "silent": max(round(time.time() - heard), 0)}
-        json.dumps(told, allow_nan=False)
+            # a run that has not written for long may have been stopped
+            written = max(file.stat().st_mtime for file in (folder.progress, folder.metrics) if file.is_file())
+            idle = max(round(time.time() - written), 0)
+            shown["progress"] = {**read_json(folder.progress), "seconds_since_update": idle}
+        json.dumps(shown, allow_nan=False)
     except (ConvlensError, AttributeError, KeyError, OSError, TypeError, ValueError):
-        return {"name": told["name"], "metrics": []}  # it is being written, or has gone: the next look will tell
-    return told
+        return {"name": shown["name"], "metrics": []}  # it is being written, or was removed: the page asks again
+    return shown
 
 
 def make_dashboard_page() -> str:
-    """Return the page as HTML; it asks for ``runs.json`` and ``N/mistakes.json`` beside it."""
-    style, script = (
-        read_static("playground.css") + read_static("dashboard.css"),
-        read_static("canvas.js") + read_static("dashboard.js"),
-    )
-    return render("dashboard.html", {"STYLE": style, "SCRIPT": script})
+    """Return the page as HTML; it fetches ``runs.json`` and ``N/mistakes.json``."""
+    style, script = read_static("page.css") + read_static("live.css"), read_static("paint.js") + read_static("live.js")
+    return render("live.html", {"STYLE": style, "SCRIPT": script})
 
 
 HOST = "127.0.0.1"
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'; frame-ancestors 'none'; "
 
-OWN, REPORT = "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'", "sandbox"  # a report runs nothing
+PAGE_POLICY, REPORT_POLICY = (
+    "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'",
+    "sandbox",
+)  # a report runs no script
 
 
 def start_dashboard(paths: Sequence[str | Path], port: int = 0) -> tuple[ThreadingHTTPServer, str]:
-    """Serve the live page of some runs in a thread; return the server, and where it is.
+    """Serve the dashboard of the runs at ``paths`` in a thread; return the server and its URL.
 
-    Raises UsageError for what is no run, and for a port that is taken.
+    Raises:
+        UsageError: If a path is no run, or the port is taken.
     """
     runs = list_runs(paths)
     page = make_dashboard_page().encode()
@@ -95,9 +97,9 @@ def start_dashboard(paths: Sequence[str | Path], port: int = 0) -> tuple[Threadi
 
         def do_GET(self) -> None:
             if self.headers.get("Host") not in hosts:
-                return self.answer(421, "text/plain", b"the host is not one that is served")  # no rebinding
+                return self.answer(421, "text/plain", b"the host name is not served")  # DNS rebinding
             if self.path == "/":
-                return self.answer(200, "text/html; charset=utf-8", page, OWN)
+                return self.answer(200, "text/html; charset=utf-8", page, PAGE_POLICY)
             if self.path == "/runs.json":
                 return self.answer(200, "application/json", json.dumps([describe_run(run) for run in runs]).encode())
             found = re.fullmatch(r"/(\d{1,4})/(mistakes\.json|report\.html)", self.path)
@@ -105,10 +107,10 @@ def start_dashboard(paths: Sequence[str | Path], port: int = 0) -> tuple[Threadi
                 run = runs[int(found[1])]
                 file, kind = (run.mistakes, "application/json") if "json" in found[2] else (run.report, "text/html")
                 if file.is_file():
-                    return self.answer(200, kind, file.read_bytes(), REPORT)
-            return self.answer(404, "text/plain", b"there is nothing here")
+                    return self.answer(200, kind, file.read_bytes(), REPORT_POLICY)
+            return self.answer(404, "text/plain", b"not found")
 
-        def answer(self, status: int, kind: str, content: bytes, policy: str = REPORT) -> None:
+        def answer(self, status: int, kind: str, content: bytes, policy: str = REPORT_POLICY) -> None:
             self.send_response(status)
             headers = {
                 "Content-Type": kind,
@@ -125,17 +127,17 @@ def start_dashboard(paths: Sequence[str | Path], port: int = 0) -> tuple[Threadi
             self.wfile.write(content)
 
         def log_message(self, *_: object) -> None:
-            """Say nothing: the terminal is the training's."""
+            """Print nothing: the terminal belongs to the training."""
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
 
         def server_bind(self) -> None:
-            """Bind without asking the network for this machine's name, which can take seconds."""
+            """Bind without looking up this machine's name in the network, which can take seconds."""
             socketserver.TCPServer.server_bind(self)
 
         def handle_error(self, *_: object) -> None:
-            """Say nothing: a browser that went away is no news."""
+            """Print nothing: a browser may disconnect."""
 
     try:
         server = Server((HOST, port), Handler)

@@ -1,4 +1,4 @@
-"""What stands before the server's routes: who may ask, how much at once, how long, and how many at a time."""
+"""Admission control: who may send requests, how much at once, for how long, and how many at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 LOOPBACK_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?", re.IGNORECASE)  # in a Host header
 
-OPEN_ROUTES = ("/live", "/ready")  # what a supervisor asks, without a token
+OPEN_ROUTES = ("/livez", "/readyz")  # for supervisors, without a token
 
 HEADERS = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
@@ -33,105 +33,105 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """How much the server takes on; beyond it says so, with 413, 408 or 503."""
+    """How much the server accepts; it rejects the rest with 413, 408 or 503."""
 
-    body: int = 16 << 20  # bytes of one request
-    bodies: int = 128 << 20  # bytes of all requests that are being read or worked on
+    max_body_bytes: int = 16 << 20  # of one request
+    max_buffered_bytes: int = 128 << 20  # of all requests that are being read or processed
     body_seconds: float = 10.0  # for a body to arrive
-    at_work: int = 256  # requests that have arrived and are not answered yet
-    work_seconds: float = 5.0  # for an answer to be found
+    max_in_flight: int = 256  # requests that have arrived and are being processed
+    answer_seconds: float = 5.0  # for an answer to be ready
 
 
 class Rejected(Exception):
-    """A request that does not come through the gate."""
+    """A request that is not passed on to the routes."""
 
     def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None):
         super().__init__(detail)
         self.status, self.detail, self.headers = status, detail, dict(headers or {})
 
     @classmethod
-    def busy(cls, detail: str) -> Rejected:
-        """Return the refusal of what may come through a moment later."""
+    def overloaded(cls, detail: str) -> Rejected:
+        """Return the rejection of a request that may succeed a moment later."""
         return cls(503, detail, {"retry-after": "1"})
 
 
 class Metrics:
-    """What ``/metrics`` tells of the requests."""
+    """The metrics of requests at ``/metrics``."""
 
     def __init__(self, registry: CollectorRegistry):
-        self.requests = Counter("convlens_requests", "Requests by answer", ["method", "status"], registry=registry)
-        self.seconds = Histogram("convlens_request_seconds", "Seconds from request to answer", registry=registry)
-        self.at_work = Gauge(
-            "convlens_requests_at_work", "Requests not answered yet", registry=registry, multiprocess_mode="livesum"
-        )
+        self.requests = Counter("convlens_requests", "Requests by response", ["method", "status"], registry=registry)
+        self.seconds = Histogram("convlens_request_seconds", "Seconds from request to response", registry=registry)
+        self.in_flight = Gauge("convlens_requests_in_flight", "Requests being processed", registry=registry)
 
 
 @dataclass
-class Gate:
-    """The routes, behind checks of host, origin, token, size, time and number; an ASGI application.
+class AdmissionControl:
+    """An ASGI application in front of the routes that checks host, origin, token, size, time and number.
 
-    A page of another site can make a browser send requests here, also under a name of its own that leads to this
-    machine (DNS rebinding): hence the checks of Host and Origin. Bodies are read whole before a request counts as at
-    work, so that slow senders keep nobody waiting.
+    Another site can make a browser send requests to this server, even under a host name of its own (DNS rebinding):
+    hence the checks of Host and Origin. A body is read completely before its request counts as in flight, so that slow
+    senders do not occupy the places of others.
     """
 
     app: ASGIApp
     metrics: Metrics
-    token: str | None = None  # asked for on all routes but OPEN_ROUTES; without one, only loopback names are served
+    token: str | None = None  # required for all routes but OPEN_ROUTES; without one, only loopback names are served
     limits: Limits = field(default_factory=Limits)
-    draining: bool = False  # the server is about to stop: connections are closed after their answer
-    at_work: int = 0
-    held: int = 0  # bytes of bodies
-    reading: set[asyncio.Timeout] = field(default_factory=set)  # of bodies that have not come to their end
+    draining: bool = False  # the server is about to stop: connections are closed after their response
+    in_flight: int = 0
+    buffered_bytes: int = 0
+    uploads: set[asyncio.Timeout] = field(default_factory=set)  # the timeouts of bodies that are still arriving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Respond to one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begun, headers, status = time.perf_counter(), Headers(scope=scope), 0
+        started, headers, status = time.perf_counter(), Headers(scope=scope), 0
 
-        async def send_safely(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                given = {name for name, _ in message["headers"]}
+                present = {name for name, _ in message["headers"]}
                 more = HEADERS | ({"connection": "close"} if self.draining else {})
-                added = [(k.encode(), v.encode()) for k, v in more.items() if k.encode() not in given]
+                added = [(k.encode(), v.encode()) for k, v in more.items() if k.encode() not in present]
                 message = {**message, "headers": [*message["headers"], *added]}
             await send(message)
 
         try:
             self.check(scope, headers)
             if scope["method"] == "POST":
-                await self.take(scope, headers, receive, send_safely)
+                await self.handle_upload(scope, headers, receive, send_with_headers)
             else:
-                await self.app(scope, receive, send_safely)
+                await self.app(scope, receive, send_with_headers)
         except Rejected as error:
             if not status:
-                answer = JSONResponse({"detail": error.detail}, error.status, error.headers)
-                await answer(scope, receive, send_safely)
+                response = JSONResponse({"detail": error.detail}, error.status, error.headers)
+                await response(scope, receive, send_with_headers)
         finally:
             method = scope["method"] if scope["method"] in ("GET", "POST") else "other"
             self.metrics.requests.labels(method, status or "none").inc()
-            self.metrics.seconds.observe(time.perf_counter() - begun)
+            self.metrics.seconds.observe(time.perf_counter() - started)
 
     def check(self, scope: Scope, headers: Headers) -> None:
-        """Raise Refused unless the request may come from where it comes."""
+        """Raise Rejected unless host, origin and token are right."""
         hosts, origin = headers.getlist("host"), headers.get("origin")
         if len(hosts) != 1 or (self.token is None and not LOOPBACK_HOST.fullmatch(hosts[0])):
-            raise Rejected(421, "this server answers on localhost only; start it with --host to serve others")
-        own = (f"http://{hosts[0]}", f"https://{hosts[0]}")  # a proxy before the server may speak TLS
-        elsewhere = scope["method"] != "GET" and headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
-        if elsewhere or (origin is not None and origin not in own):
-            raise Rejected(403, "a page of another site may not use this server")
+            raise Rejected(
+                421, "without a token this server answers to localhost only; set CONVLENS_TOKEN to serve other names"
+            )
+        own = (f"http://{hosts[0]}", f"https://{hosts[0]}")  # a reverse proxy may speak TLS
+        cross_site = scope["method"] != "GET" and headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+        if cross_site or (origin is not None and origin not in own):
+            raise Rejected(403, "pages of other sites may not use this server")
         if self.token is not None and scope["path"] not in OPEN_ROUTES and not self.has_token(headers):
-            told = "this server asks for its token: Authorization: Bearer TOKEN, or any name with it as password"
-            # browsers do not ask for a password where Bearer is offered beside it
-            raise Rejected(401, told, {"www-authenticate": 'Basic realm="convlens", charset="UTF-8"'})
+            detail = "the token is required: Authorization: Bearer TOKEN, or any user name with the token as password"
+            # browsers do not ask for a password if Bearer is offered as well
+            raise Rejected(401, detail, {"www-authenticate": 'Basic realm="convlens", charset="UTF-8"'})
 
     def has_token(self, headers: Headers) -> bool:
-        """Say whether the token was sent: as a bearer's, or as the password that a browser asks for."""
+        """Return True if the token was sent, as a bearer token or as the password of a browser."""
         kind, _, sent = headers.get("authorization", "").partition(" ")
         if kind.lower() == "basic":
             try:
@@ -142,19 +142,20 @@ class Gate:
             return False
         return hmac.compare_digest(sent.encode(), (self.token or "").encode())
 
-    async def take(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
-        """Read the request's body, and let the routes work on it if there is room.
+    async def handle_upload(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+        """Read the body, then let the routes respond, if there is room.
 
-        Its place and its bytes are free when the work has ended, which may be after the answer that it took too long.
+        The request's place and bytes are freed when its work has ended, which may be after a response that it took too
+        long.
         """
         body, late = bytearray(), False
         try:
-            if not await self.read(body, headers, receive):
-                return  # who asked has gone
-            if self.at_work >= self.limits.at_work:
-                raise Rejected.busy("too many requests at a time")
+            if not await self.read_body(body, headers, receive):
+                return  # the client has disconnected
+            if self.in_flight >= self.limits.max_in_flight:
+                raise Rejected.overloaded("too many requests at a time")
         except Rejected:
-            self.held -= len(body)
+            self.buffered_bytes -= len(body)
             raise
         unread, size = [bytes(body)], len(body)
         body.clear()
@@ -166,55 +167,57 @@ class Gate:
             if not late:
                 await send(message)
 
-        def release(_task: asyncio.Task[None]) -> None:
-            self.at_work -= 1
-            self.held -= size
-            self.metrics.at_work.set(self.at_work)
+        def count(change: int) -> None:
+            self.in_flight += change
+            self.metrics.in_flight.set(self.in_flight)
 
-        self.at_work += 1
-        self.metrics.at_work.set(self.at_work)
-        until = time.monotonic() + self.limits.work_seconds
-        task = asyncio.ensure_future(self.app({**scope, "until": until}, replay, send_in_time))
+        def release(_task: asyncio.Task[None]) -> None:
+            count(-1)
+            self.buffered_bytes -= size
+
+        count(1)
+        deadline = time.monotonic() + self.limits.answer_seconds
+        task = asyncio.ensure_future(self.app({**scope, "deadline": deadline}, replay, send_in_time))
         task.add_done_callback(release)
-        await asyncio.wait({task}, timeout=self.limits.work_seconds)
+        await asyncio.wait({task}, timeout=self.limits.answer_seconds)
         if task.done():
-            await task  # and raise what it raised
+            await task  # raises what it raised
         else:
             late = True
-            raise Rejected.busy(f"no answer within {self.limits.work_seconds:g} seconds")
+            raise Rejected.overloaded(f"no answer within {self.limits.answer_seconds:g} seconds")
 
-    async def read(self, body: bytearray, headers: Headers, receive: Receive) -> bool:
-        """Fill ``body``; say whether it has come to its end. Raises Refused if it is too large or too slow."""
-        too_large = Rejected(413, f"a request may have at most {self.limits.body:,} bytes")
+    async def read_body(self, body: bytearray, headers: Headers, receive: Receive) -> bool:
+        """Fill ``body``; return False if the client disconnects. Raises Rejected if it is too large or too slow."""
+        too_large = Rejected(413, f"a request may have at most {self.limits.max_body_bytes:,} bytes")
         declared = headers.get("content-length", "0")
-        if not declared.isdecimal() or int(declared) > self.limits.body:
+        if not declared.isdecimal() or int(declared) > self.limits.max_body_bytes:
             raise too_large
         try:
-            async with asyncio.timeout(self.limits.body_seconds) as patience:
-                self.reading.add(patience)
+            async with asyncio.timeout(self.limits.body_seconds) as timeout:
+                self.uploads.add(timeout)
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        self.held -= len(body)
+                        self.buffered_bytes -= len(body)
                         return False
                     part = message.get("body", b"")
-                    if len(body) + len(part) > self.limits.body:
+                    if len(body) + len(part) > self.limits.max_body_bytes:
                         raise too_large
-                    if self.held + len(part) > self.limits.bodies:
-                        raise Rejected.busy("too many bytes at a time")
+                    if self.buffered_bytes + len(part) > self.limits.max_buffered_bytes:
+                        raise Rejected.overloaded("too many bytes at a time")
                     body += part
-                    self.held += len(part)
+                    self.buffered_bytes += len(part)
                     if not message.get("more_body"):
                         return True
         except TimeoutError:
             if self.draining:
-                raise Rejected.busy("the server is about to stop") from None
-            raise Rejected(408, f"the body did not come within {self.limits.body_seconds:g} seconds") from None
+                raise Rejected.overloaded("the server is about to stop") from None
+            raise Rejected(408, f"the body did not arrive within {self.limits.body_seconds:g} seconds") from None
         finally:
-            self.reading.discard(patience)
+            self.uploads.discard(timeout)
 
-    def hurry(self) -> None:
-        """Wait no longer for bodies that have not come to their end."""
-        for patience in self.reading:
-            if not patience.expired():
-                patience.reschedule(0)
+    def cancel_slow_uploads(self) -> None:
+        """Stop waiting for bodies that are still arriving."""
+        for timeout in self.uploads:
+            if not timeout.expired():
+                timeout.reschedule(0)

@@ -8,51 +8,49 @@ from convlens.inference.predictor import Prediction
 
 
 class ErrorResponse(BaseModel):
-    """Why there is no answer."""
+    """Why a request failed."""
 
     detail: str
 
 
 class ClassProbability(BaseModel):
-    """A class, and how probable it is."""
+    """A class and its probability."""
 
     label: str
-    probability: float = Field(ge=0, le=1)
+    confidence: float = Field(ge=0, le=1)
 
 
 class PredictResponse(ClassProbability):
-    """What the net says of one picture."""
+    """The prediction for one image."""
 
-    known: bool | None = Field(description="Does it look like what the net learned from? null: the net cannot say.")
+    in_distribution: bool | None = Field(description="Is the image like the training data? null: the model cannot say.")
     top: list[ClassProbability] = Field(description="The most probable classes, best first.")
-    set: list[str] | None = Field(description="The classes that hold the right one as often as `coverage` asks.")
+    prediction_set: list[str] | None = Field(description="Classes that contain the true one at the rate of `coverage`.")
 
     @classmethod
     def of(cls, prediction: Prediction) -> "PredictResponse":
-        """Return a prediction as the server sends it."""
-        top = [ClassProbability(label=label, probability=share) for label, share in prediction.top]
-        labels = None if prediction.prediction_set is None else list(prediction.prediction_set)
-        return cls(**top[0].model_dump(), known=prediction.in_distribution, top=top, set=labels)
+        """Return the response for a prediction."""
+        top = [ClassProbability(label=label, confidence=probability) for label, probability in prediction.top]
+        labels = None if prediction.labels is None else list(prediction.labels)
+        return cls(**top[0].model_dump(), in_distribution=prediction.known, top=top, prediction_set=labels)
 
 
 class PredictResponses(BaseModel):
-    """What the net says of the pictures, in their order."""
+    """The predictions for all images of a request, in their order."""
 
     model: str
     predictions: list[PredictResponse]
 
 
-class ExplainResponse(BaseModel):
-    """What an answer hangs on."""
+class ExplainResponse(ClassProbability):
+    """The prediction for one image, and an occlusion map (Zeiler & Fergus 2014)."""
 
     model: str
-    label: str = Field(description="The most probable class.")
-    probability: float = Field(ge=0, le=1)
-    known: bool | None
+    in_distribution: bool | None
     about: str = Field(description="The class that the map is about.")
     occlusion: list[list[float]] = Field(
-        description="For each pixel that the net sees, row by row, by how much the probability of `about` falls when a "
-        "square covers it: -1 to 1."
+        description="For each pixel of the model's input, row by row: how much the probability of `about` falls when "
+        "a square covers it, -1 to 1."
     )
 
 
@@ -64,5 +62,5 @@ class ModelInfo(BaseModel):
     channels: int
     height: int
     width: int
-    coverage: bool = Field(description="Can it name a set of classes that holds the right one as often as asked?")
-    trained: dict[str, Any] = Field(description="What it was trained on, and how well it did on test images.")
+    coverage: bool = Field(description="Can it return prediction sets?")
+    training: dict[str, Any] = Field(description="What it was trained on, and its test results.")

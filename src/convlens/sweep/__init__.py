@@ -1,1 +1,1 @@
-"""Searching for a better recipe: many short trainings, judged on validation images."""
+"""Hyperparameter search with Optuna: many short trainings, compared on validation images."""

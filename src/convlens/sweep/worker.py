@@ -1,29 +1,31 @@
-"""How the trials of a sweep are done: one after another, by any number of processes that share the study.
-
-Run as a module it is one of those processes: ``python -m convlens.sweep.worker FOLDER THREADS``.
-"""
+"""Run the trials of a sweep, in this process and in helper processes."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import multiprocessing
 import os
+import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import optuna
 import torch
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import Trial, TrialState
 
 from convlens.data.loader import count_batches
-from convlens.errors import TrainingInterruptedError
+from convlens.data.preprocess import Preprocess
+from convlens.errors import ConvlensError, TrainingInterruptedError
+from convlens.sweep.storage import DATABASE_ERRORS, GRACE_SECONDS, MAX_RETRIES, retry_callback
 from convlens.sweep.study import Sweep
 from convlens.system.device import set_num_threads
 from convlens.system.hardware import available_cores
@@ -32,255 +34,188 @@ from convlens.training.build import drop_unsupported_options, make_model, model_
 from convlens.training.callbacks import Callback, ProgressBarCallback, StopWhen
 from convlens.training.loop import fit
 from convlens.training.recipe import Recipe
-from convlens.training.state import EpochRecord
 
-HEARTBEAT_SECONDS = 20.0  # seconds between the signs of life of a process that is at a trial
-
-GRACE = 180.0  # seconds without one, and it is taken for dead
-
-REGISTRATION_GRACE_SECONDS = 10.0  # seconds that a process may take from taking a trial to putting its name to it
-
-MAX_RETRIES = 3  # a trial whose process died so often is given up: it may be the cause
-
-POLL = 0.5  # seconds
+POLL_SECONDS = 0.5
+EXIT_SECONDS = 30.0  # for a helper to stop
 
 
-def process_name(pid: int | str = "self") -> str | None:
-    """Return what names a process for good: machine and its start, process and its start; None if there is none.
-
-    Where the system does not tell (not Linux), processes look alike to others until they give no sign of life.
-    """
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            place = f"{file.read()[:8]} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return f"{socket.gethostname()} {os.getpid()}"
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            number, _, rest = file.read().partition(" ")
-    except OSError:
-        return None
-    state, started = (rest.rpartition(")")[2].split()[i] for i in (0, 19))
-    return None if state == "Z" else f"{socket.gethostname()} {place} {number} {started}"
-
-
-def is_gone(name: str) -> bool:
-    """Say whether the process of this name was on this machine and is there no more."""
-    mine = process_name() or ""
-    here = name.rsplit(" ", 2)[0] == mine.rsplit(" ", 2)[0] and mine.count(" ") >= 4
-    return here and process_name(name.split(" ")[-2]) != name
-
-
-class TrialTracker:
-    """Those who work on a study: which trials count, and which have lost their process."""
-
-    def __init__(self, study: optuna.Study):
-        self.study = study
-        self._signs: dict[int, tuple[Any, float]] = {}  # trial -> its last sign of life, and when it was first seen
-
-    def trials(self) -> list[FrozenTrial]:
-        """Return all trials, as they are now."""
-        return self.study.get_trials(deepcopy=False)
-
-    def done(self) -> list[FrozenTrial]:
-        """Return the trials that have come to an end; those that were put back do not count."""
-        cut, ended = self.study.user_attrs, [trial for trial in self.trials() if trial.state.is_finished()]
-        again = {t.number for t in ended if t.state is TrialState.FAIL and cut.get(cut_short(t), {}).get("again")}
-        return [trial for trial in ended if trial.number not in again]
-
-    def running(self) -> list[FrozenTrial]:
-        """Return the trials under way, once those whose process is gone have been put back."""
-        alive = []
-        for trial in self.trials():
-            if trial.state is TrialState.RUNNING:
-                if self.is_lost(trial):
-                    deaths = trial.user_attrs.get("deaths", 0) + 1
-                    requeue(self.study, trial, "its process is gone", deaths)
-                else:
-                    alive.append(trial)
-        return alive
-
-    def is_lost(self, trial: FrozenTrial) -> bool:
-        """Say whether the process at a trial is gone, or has given no sign of life while this one looked on."""
-        sign, now = trial.user_attrs.get("alive"), time.monotonic()
-        if self._signs.get(trial.number, (None, now))[0] != sign or trial.number not in self._signs:
-            self._signs[trial.number] = (sign, now)
-        worker = trial.user_attrs.get("worker")
-        silent = now - self._signs[trial.number][1]
-        return silent > REGISTRATION_GRACE_SECONDS if worker is None else is_gone(worker) or silent > GRACE
-
-
-def requeue(study: optuna.Study, trial: FrozenTrial | Trial, reason: str, deaths: int = 0) -> None:
-    """End a trial that was cut short, and put its values back in line; give it up if it has killed its processes."""
-    given_up = deaths >= MAX_RETRIES
-    # kept with the study, for another process's trial takes no notes
-    study.set_user_attr(cut_short(trial), {"reason": reason, "again": not given_up})
-    with contextlib.suppress(UpdateFinishedTrialError, ValueError):  # another process was quicker
-        study.tell(trial.number, state=TrialState.FAIL)
-        if not given_up:
-            study.enqueue_trial(trial.params, user_attrs={"deaths": deaths})
-
-
-def cut_short(trial: FrozenTrial | Trial) -> str:
-    """Return the name under which a study keeps why a trial was cut short."""
-    return f"cut short {trial.number}"
+def repeated_trials(study: optuna.Study) -> set[int]:
+    """Return the numbers of the trials that were cut short and queued again."""
+    return {number for t in study.get_trials(deepcopy=False) for number in t.system_attrs.get("retry_history", ())}
 
 
 def resolve(sweep: Sweep, params: dict[str, Any], threads: int = 0) -> Recipe:
-    """Return the recipe of a trial; ``threads`` (0: as many as it says) is all that it may compute with."""
+    """Return the recipe of a trial, with at most ``threads`` threads (0: as many as the machine has cores)."""
     recipe = drop_unsupported_options(sweep.base.override(**params), asked=())
     most = threads or available_cores()
     return recipe.override(threads=min(recipe.threads or most, most))
 
 
-def share_of_cores(jobs: int) -> int:
-    """Return the threads for each of ``jobs`` processes on this machine."""
-    return max(available_cores() // jobs, 1)
+@dataclass
+class Worker:
+    """Runs trials one after another, together with all other workers of the study."""
 
+    sweep: Sweep
+    threads: int = 0  # of a trial; 0: all cores
+    should_stop: Callable[[], bool] = lambda: False  # called in every step; True interrupts the trial
+    on_progress: Callable[[], None] = lambda: None  # called after every epoch, and while the worker waits
+    show_progress: bool = False  # draw a progress bar
+    is_helper: bool = False  # return as soon as no trial is left to start, without waiting for those of others
+    count_helpers: Callable[[], int] = lambda: 0  # returns how many of its helper processes are running
+    number: int | None = None  # of the trial under way
 
-def train_trial(
-    sweep: Sweep, recipe: Recipe, should_stop: Callable[[], bool] = lambda: False, show_progress: bool = False
-) -> Iterator[EpochRecord]:
-    """Train once, as ``convlens train`` does, but leave nothing on disk; the test split is not even there."""
-    set_num_threads(recipe.threads)
-    torch.manual_seed(recipe.seed)
-    net = make_model(model_config(recipe, sweep.data), sweep.data, sweep.preprocess)
-    callbacks: list[Callback] = [StopWhen(should_stop), *([ProgressBarCallback()] if show_progress else [])]
-    return fit(net, sweep.data, recipe, preprocess=sweep.preprocess, callbacks=callbacks)
+    def run(self) -> None:
+        """Run trials until as many as planned have finished.
 
+        Raises TrainingInterruptedError when ``should_stop`` returns True, with the trial queued again, and an error of
+        Optuna or SQLAlchemy if a database cannot be reached for a minute.
+        """
+        reached = time.monotonic()
+        while True:
+            if self.should_stop():
+                raise TrainingInterruptedError("interrupted")
+            try:
+                if not self._step():
+                    return
+                reached = time.monotonic()
+            except DATABASE_ERRORS:  # the server may be restarting
+                if time.monotonic() - reached > GRACE_SECONDS:
+                    raise
+                time.sleep(POLL_SECONDS)
 
-def run_trial(
-    sweep: Sweep, trial: Trial, threads: int, should_stop: Callable[[], bool], between: Callable[[], None], show: bool
-) -> None:
-    """Do one trial: report every epoch, stop early if it lags behind, write down how it ended."""
-    study, started, beat, epochs = sweep.study, time.perf_counter(), 0.0, 0
+    def _step(self) -> bool:
+        """Run a trial, or wait for those of others; return False when nothing is left to do."""
+        study, planned = self.sweep.study, self.sweep.plan["trials"]
+        self._repeat_lost_trials()
+        repeated, trials = repeated_trials(study), study.get_trials(deepcopy=False)
+        done = sum(trial.state.is_finished() and trial.number not in repeated for trial in trials)
+        running = sum(trial.state is TrialState.RUNNING for trial in trials)
+        self.on_progress()
+        if done + running < planned:
+            # seeded by the number of finished trials: a resumed sweep draws what an uninterrupted one would; processes
+            # that draw at the same time must not draw the same
+            company = (os.getpid(),) if self.is_helper or running else ()
+            study.sampler = optuna.samplers.TPESampler(seed=derive_seed(self.sweep.base.seed, done, *company) % 2**32)
+            self._run_trial()
+        elif self.is_helper or done >= planned:
+            return False
+        else:
+            time.sleep(POLL_SECONDS)
+        return True
 
-    def stop_or_beat() -> bool:
-        nonlocal beat
-        if time.monotonic() - beat > HEARTBEAT_SECONDS:
-            beat = time.monotonic()
-            trial.set_user_attr("alive", beat)
-        return should_stop()
+    def _repeat_lost_trials(self) -> None:
+        """Queue trials again whose process has died.
 
-    def end(state: TrialState, value: float | None = None, **told: Any) -> None:
-        with contextlib.suppress(UpdateFinishedTrialError):  # it was taken for dead, and another process has done it
-            told |= {"epochs": epochs, "seconds": round(time.perf_counter() - started, 3)}
-            for key, found in told.items():
-                trial.set_user_attr(key, found)
-            study.tell(trial, value, state, skip_if_finished=True)
+        A database knows them by their heartbeat. A journal file belongs to one command: between its own trials, and
+        without helpers, every trial that is running is lost.
+        """
+        study = self.sweep.study
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # experimental
+            optuna.storages.fail_stale_trials(study)
+        if self.sweep.plan["storage"] is None and not self.is_helper and not self.count_helpers():
+            for trial in study.get_trials(states=(TrialState.RUNNING,)):  # copies, which the callback changes
+                study.tell(trial.number, state=TrialState.FAIL)
+                retry_callback(MAX_RETRIES)(study, trial)
 
-    accuracy, loss = -1.0, 0.0
-    try:
-        trial.set_user_attr("worker", process_name())
-        recipe = resolve(sweep, trial.params, threads)
-        steps = count_batches(len(sweep.data.train), recipe.batch_size)
+    def _run_trial(self) -> None:
+        """Run one trial; queue it again if it was interrupted, or its database was."""
+        study, self.number = self.sweep.study, None
+        try:
+            self._optimize()
+        except ValueError:  # from Optuna: another process took the trial for dead, and has ended it
+            pass
+        except (TrainingInterruptedError, KeyboardInterrupt, *DATABASE_ERRORS) as error:
+            if self.number is not None and (trial := study.trials[self.number]).state is TrialState.FAIL:
+                retry_callback(None)(study, trial)
+            if isinstance(error, KeyboardInterrupt):
+                raise TrainingInterruptedError("interrupted") from None
+            raise
+
+    def _optimize(self) -> None:
+        """Let Optuna run one trial; raise the storage's own error if the storage fails when the trial ends."""
+        try:
+            self.sweep.study.optimize(self._objective, n_trials=1)
+        except (AssertionError, UnboundLocalError) as error:  # Optuna 5 fails an assertion then
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, (*DATABASE_ERRORS, OSError)):
+                cause = cause.__context__
+            raise cause or error from None
+
+    def _objective(self, trial: Trial) -> float:
+        """Return the validation accuracy; NaN, which Optuna records as a failure, if the training failed."""
+        self.number, started = trial.number, time.perf_counter()
+        attributes: dict[str, Any] = {"worker": f"{socket.gethostname()} {os.getpid()}", "epochs": 0}
+        try:
+            params = {name: values.suggest(trial, name) for name, values in self.sweep.space.items()}
+            return self._train(trial, resolve(self.sweep, params, self.threads), attributes)
+        except (optuna.TrialPruned, TrainingInterruptedError, UpdateFinishedTrialError, *DATABASE_ERRORS):
+            raise
+        except Exception as error:  # one trial has failed; the sweep goes on
+            attributes["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            return math.nan
+        finally:
+            with contextlib.suppress(UpdateFinishedTrialError):
+                for key, value in {**attributes, "seconds": round(time.perf_counter() - started, 3)}.items():
+                    trial.set_user_attr(key, value)
+
+    def _train(self, trial: Trial, recipe: Recipe, attributes: dict[str, Any]) -> float:
+        """Train as ``convlens train`` does, but write nothing to disk; raise TrialPruned if the trial falls behind."""
+        data = self.sweep.data
+        set_num_threads(recipe.threads)
+        torch.manual_seed(recipe.seed)
+        preprocess = Preprocess.measure(data.train.images, data.style)
+        model = make_model(model_config(recipe, data), data, preprocess)
+        steps = count_batches(len(data.train), recipe.batch_size)
         last = math.ceil(recipe.total_steps(steps) / steps) if recipe.max_seconds is None else 0
-        for record in train_trial(sweep, recipe, stop_or_beat, show):
-            assert record.val_acc is not None and record.val_loss is not None  # the data have a validation split
-            epochs = record.epoch
+        accuracy, loss = -1.0, 0.0
+        options: dict[str, Any] = {"should_stop": self.should_stop, "show_progress": self.show_progress}
+        for record in fit(model, data, recipe, preprocess=preprocess, **options):
+            assert record.val_acc is not None and record.val_loss is not None  # there is a validation split
             better = (record.val_acc, -record.val_loss) > (accuracy, -loss)
-            if not recipe.restore_best or better:  # its weights are kept
+            if not recipe.restore_best or better:
                 accuracy, loss = record.val_acc, record.val_loss
-            trial.report(record.val_acc, epochs)
-            between()
-            if epochs != last and trial.should_prune():
-                end(TrialState.PRUNED)
-                return
-        end(TrialState.COMPLETE, accuracy, val_loss=loss)
-    except (TrainingInterruptedError, KeyboardInterrupt) as error:
-        requeue(study, trial, "interrupted", trial.user_attrs.get("deaths", 0))
-        raise TrainingInterruptedError("interrupted") from error
-    except UpdateFinishedTrialError:  # it was taken for dead
-        return
-    except Exception as error:  # whatever it is: one trial has failed, and the sweep goes on
-        end(TrialState.FAIL, reason=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-
-
-def run_worker(
-    sweep: Sweep,
-    *,
-    threads: int = 0,
-    should_stop: Callable[[], bool] = lambda: False,
-    between: Callable[[], None] = lambda: None,
-    helper: bool = False,
-    show_progress: bool = False,
-) -> None:
-    """Take trials until as many as planned are done, by whomever; wait for the last ones of others.
-
-    ``between`` is called after each epoch, and while it waits. Raises Interrupted when ``should_stop`` says so; the
-    trial under way is put back in line.
-    """
-    study, crew = sweep.study, TrialTracker(sweep.study)
-    distributions = {name: values.distribution() for name, values in sweep.space.items()}
-    while True:
-        if should_stop():
-            raise TrainingInterruptedError("interrupted")
-        done, running = len(crew.done()), len(crew.running())
-        between()
-        if done >= sweep.plan["trials"]:
-            return
-        if done + running >= sweep.plan["trials"]:
-            time.sleep(POLL)  # if one of them is lost, it is to be done again
-            continue
-        # drawn anew for each trial, so that a sweep by one process gives the same trials however often it is stopped;
-        # those who work at the same time must not draw the same
-        company = (os.getpid(),) if helper or running else ()
-        seed = derive_seed(sweep.base.seed, done, *company) % 2**32
-        study.sampler = optuna.samplers.TPESampler(seed=seed)
-        trial = study.ask(distributions)
-        run_trial(sweep, trial, threads, should_stop, between, show_progress)
+            attributes |= {"epochs": record.epoch, "val_loss": loss}
+            trial.report(record.val_acc, record.epoch)
+            self.on_progress()
+            if record.epoch != last and trial.should_prune():
+                raise optuna.TrialPruned
+        return accuracy
 
 
 @contextlib.contextmanager
-def helpers(sweep: Sweep, count: int, threads: int, warn: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Let ``count`` other processes work on the sweep inside the block; at its end they stop, and their trials wait.
+def helper_processes(sweep: Sweep, count: int, threads: int) -> Iterator[Callable[[], int]]:
+    """Let ``count`` other processes run trials inside the block; yield a function that returns how many still do.
 
-    The block gets a function to call now and then: it warns, once, of each that has died by itself.
+    At the end of the block, or of this process, they stop, and queue their trials again.
     """
-    # -P: no module of the folder that we are in
-    command = [sys.executable, "-P", "-m", "convlens.sweep.worker", str(sweep.folder), str(threads)]
-    processes = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(count)]
-    dead: set[int] = set()
-
-    def look() -> None:
-        for process in processes:
-            if process.poll() and process.pid not in dead:  # 0: it found nothing more to do
-                dead.add(process.pid)
-                warn(f"a helper process has died (exit code {process.returncode}); the sweep goes on without it")
-
+    spawn = multiprocessing.get_context("spawn")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process
+    helpers = []
+    for _ in range(count):
+        reader, writer = spawn.Pipe(duplex=False)
+        process = spawn.Process(target=helper_main, args=(sweep.folder, threads, reader), daemon=True)
+        process.start()
+        reader.close()
+        helpers.append((process, writer))
+    signal.signal(signal.SIGINT, before)
     try:
-        yield look
-        look()
+        yield lambda: sum(process.is_alive() for process, _ in helpers)
     finally:
-        for process in processes:
-            assert process.stdin is not None
-            with contextlib.suppress(OSError):
-                process.stdin.close()  # which they take for the end, however this process came to its own
-        for process in processes:
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        for _, writer in helpers:
+            writer.close()
+        for process, _ in helpers:
+            process.join(EXIT_SECONDS)
+            process.kill()
 
 
-def worker_main(folder: str, threads: str) -> None:
-    """Be a helper: work on the sweep until it is done, or until the process that started this one is gone."""
-    import signal
-
-    stopping = threading.Event()
+def helper_main(folder: Path, threads: int, parent: Connection) -> None:
+    """Run trials until none is left to start, or the other end of ``parent`` is closed, however that happened."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopping.set())
-
-    def wait_for_the_end() -> None:
-        while os.read(0, 1024):  # not through sys.stdin, whose lock would be held when this process ends
-            pass
-        stopping.set()
-
-    threading.Thread(target=wait_for_the_end, daemon=True).start()
-    with contextlib.suppress(TrainingInterruptedError):
-        run_worker(Sweep.resume(Path(folder)), threads=int(threads), should_stop=stopping.is_set, helper=True)
-
-
-if __name__ == "__main__":
-    worker_main(*sys.argv[1:])
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        Worker(Sweep.resume(folder), threads, should_stop=parent.poll, is_helper=True).run()
+    except TrainingInterruptedError:
+        pass
+    except (ConvlensError, OSError, *DATABASE_ERRORS) as error:
+        sys.exit(f"convlens: {error}")
