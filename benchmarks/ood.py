@@ -1,4 +1,4 @@
-"""Prove what convlens says of trust, and write the tables of docs/results.md.
+"""Prove what convlens says of trust, and write the tables of docs/results/accuracy.md.
 
     python -m benchmarks.ood                  # all sections: unknown, doctor, balance
     python -m benchmarks.ood unknown doctor   # some

@@ -1,4 +1,4 @@
-"""What a training would cost on more machines than we have: the tables of docs/scale.md.
+"""What a training would cost on more machines than we have: the tables of docs/explanation/scaling.md.
 
     python -m benchmarks.scaling_model
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.harness import put
 from convlens.models import create_model, summarize
 
-PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
+PAGE = Path(__file__).parent.parent / "docs" / "explanation" / "scaling.md"
 
 
 @dataclass(frozen=True)

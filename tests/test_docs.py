@@ -197,7 +197,7 @@ def test_the_reference_has_every_public_name(site):
 @in_browser
 def test_the_site_is_read_and_searched_without_a_server(site, tmp_path):
     with browse(tmp_path) as tab:
-        tab.open((site / "how-to" / "doctor.html").as_uri())
+        tab.open((site / "how-to" / "data-audit.html").as_uri())
         tab.run("document.querySelector('.md-search__input').focus()")
         for letter in "calibration":
             tab.key(letter)

@@ -20,7 +20,8 @@ from convlens.evaluation.metrics import wilson_interval
 from convlens.runs.experiment import Experiment
 
 ROOT = Path(__file__).parent.parent
-PAGE, BENCHMARKS, README = ROOT / "docs" / "results.md", ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
+RESULTS = ROOT / "docs" / "results"
+PAGE, BENCHMARKS, README = RESULTS / "accuracy.md", RESULTS / "benchmarks.md", ROOT / "README.md"
 
 
 def between(path: Path, mark: str) -> str:

@@ -1,7 +1,7 @@
 """What validation images say of a net: how to read its probabilities, and which pictures it does not know.
 
 A picture is strange by two signs: its features lie far from those of training images (Lee et al. 2018), and its logits
-are small (energy, Liu et al. 2020). Neither is good for every net (docs/results.md), their sum is.
+are small (energy, Liu et al. 2020). Neither is good for every net (docs/results/accuracy.md), their sum is.
 """
 
 from __future__ import annotations

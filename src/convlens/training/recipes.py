@@ -1,4 +1,4 @@
-"""The named recipes. Each docstring says what came of it; `docs/results.md` has the commands and every run."""
+"""The named recipes. Each docstring says what came of it; `docs/results/accuracy.md` has the commands and every run."""
 
 from __future__ import annotations
 
