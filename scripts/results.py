@@ -164,8 +164,8 @@ def keep_line(row: Row, before: str) -> list[str]:
 def table(rows: list[Row], before: str) -> str:
     """Return the Markdown table of some rows; one without records keeps its line of the table ``before``."""
     lines = [
-        "| command: `convlens train` | data | seeds | test accuracy, mean +- sd | worst, best | 95% interval of seed 0 "
-        "| parameters | epochs | training seconds, fastest and median | arithmetic | with test-time augmentation |",
+        "| command: `convlens train` | data | seeds | test accuracy, mean +- sd | worst, best | 95% CI of seed 0 "
+        "| parameters | epochs | training seconds, fastest and median | precision | with test-time augmentation |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     records = read_records()
@@ -189,8 +189,8 @@ def table(rows: list[Row], before: str) -> str:
 def calibration(before: str) -> str:
     """Return the table of calibration and coverage: the mean over the seeds of each row."""
     lines = [
-        "| command: `convlens train` | seeds | temperature | calibration error before, after "
-        "| Brier score before, after | coverage asked, measured | classes in a set | test images called unknown |",
+        "| command: `convlens train` | seeds | temperature | ECE before, after "
+        "| Brier score before, after | coverage: target, empirical | mean set size | test images reported unknown |",
         "|---|---|---|---|---|---|---|---|",
     ]
     records = read_records()

@@ -135,8 +135,7 @@ def test_a_lesson_becomes_a_page(monkeypatch):
     assert "not \\$5:" in page
     assert "[on](2-two.md), away" in page
     assert (
-        "```python\nprint(1)\n```\n\n```text\n1\n```\n\n![Output of the cell above](data:image/png;base64,QQ==)"
-        in page
+        "```python\nprint(1)\n```\n\n```text\n1\n```\n\n![Output of the cell above](data:image/png;base64,QQ==)" in page
     )
 
 
