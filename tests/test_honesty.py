@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import results
 import torch
 from benchmarks import harness, time_to_accuracy
+from scripts import results
 
 from convlens.data.dataset import Split
 from convlens.data.loading import load_dataset
