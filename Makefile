@@ -47,13 +47,13 @@ lessons: setup ## run every lesson from beginning to end (about ten minutes; nee
 docs: setup ## build the site from docs/ and the code into site/, without a network (CONVLENS_RUN_LESSONS=1: with the lessons' outputs, many minutes)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: setup ## measure speed and write the tables of docs/benchmarks.md (about three hours; an idle machine; needs the data)
+bench: setup ## measure speed and write the tables of docs/results/benchmarks.md (about three hours; an idle machine; needs the data)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.run
 
 bench-gpu: setup ## the same recipes on a CUDA device, beside the published speedrun (needs the data)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.run gpu
 
-results: setup ## train every run of docs/results.md, write its tables, ship the models (hours; needs the data)
+results: setup ## train every run of docs/results/accuracy.md, write its tables, ship the models (hours; needs the data)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m scripts.results runs
 	$(BIN)/python -m scripts.results table
 	$(BIN)/python -m scripts.results ship

@@ -38,7 +38,7 @@ def budget() -> tuple[list[Record], str]:
         told = {"arguments": arguments, "asked": asked, "taken": taken, "recipe": recipe, "accuracy": accuracy}
         records.append(told)
         rows.append([f"`train {arguments}`", f"`{recipe}`", f"{taken:.1f}", f"{taken / asked:.2f}", f"{accuracy:.2%}"])
-    return records, table(["command", "recipe", "taken, s", "share of what was asked", "test accuracy"], rows)
+    return records, table(["command", "recipe", "seconds", "fraction of the budget", "test accuracy"], rows)
 
 
 COMMANDS = [
@@ -85,9 +85,8 @@ with gc_paused():
     import convlens.runs.experiment, convlens.runs.group
 mark("import PyTorch, NumPy, matplotlib and convlens")
 from convlens.runs.experiment import Experiment
-from convlens.runs.request import TrainRequest
-experiment = Experiment.start(TrainRequest.create("mnist", "mnist-99", out="run"))
-mark("find, check and read MNIST; build the net; look up what bf16 is worth")
+experiment = Experiment.create("mnist", "mnist-99", out="run")
+mark("find, check and read MNIST; build the model; look up the speed of bf16")
 for record in experiment.epochs(): pass
 mark(f"train, with checkpoints")
 marks[-1] = (f"train", record.seconds), ("checkpoints and the rest of the loop", marks[-1][1] - record.seconds)

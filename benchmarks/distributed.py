@@ -78,7 +78,7 @@ def processes() -> tuple[list[Record], str]:
         records.append({"net": label, "batch": batch, "images_per_second": paces})
         medians = [f"{statistics.median(paces[count]):,.0f}" for count in paces]
         rows.append([f"`{label}`", f"{batch}", *medians, ratio(paces["1"], paces["2"])])
-    return records, table(["net", "batch", "one process, images/s", "two, images/s", "ratio"], rows)
+    return records, table(["model", "batch", "one process, images/s", "two, images/s", "ratio"], rows)
 
 
 def shards() -> tuple[list[Record], str]:
@@ -99,7 +99,7 @@ def shards() -> tuple[list[Record], str]:
         records.append({"net": label, "shape": shape, "batch": batch, "images_per_second": paces})
         medians = [f"{statistics.median(paces[kind]):,.0f}" for kind in paces]
         rows.append([f"`{label}`", f"{shape[1]} px", *medians, ratio(paces["memory"], paces["shards"])])
-    return records, table(["net", "images", "from memory, images/s", "from shards, images/s", "ratio"], rows)
+    return records, table(["model", "images", "from memory, images/s", "from shards, images/s", "ratio"], rows)
 
 
 def make_noise_shards(images: int, folder: Path) -> None:
@@ -137,7 +137,7 @@ def streams() -> tuple[list[Record], str]:
             [f"{images:,}", f"{size / 2**20:,.0f}", f"{record['seconds']:.1f}", f"{images / record['seconds']:,.0f}",
              f"{record['mib']:,.0f}"]
         )  # fmt: skip
-    return records, table(["images", "shards, MiB", "seconds an epoch", "images/s", "peak memory, MiB"], rows)
+    return records, table(["images", "shards, MiB", "seconds per epoch", "images/s", "peak memory, MiB"], rows)
 
 
 def sweep() -> tuple[list[Record], str]:
@@ -153,7 +153,7 @@ def sweep() -> tuple[list[Record], str]:
     told = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     share = " and ".join(map(str, workers.values()))
     record = {"seconds": seconds, "states": states, "workers": list(workers.values())}
-    head = ["trials", "seconds", "what became of them", "in each job"]
+    head = ["trials", "seconds", "outcome", "trials per job"]
     return [record], table(head, [["50", f"{seconds:.0f}", told, share]])
 
 

@@ -56,7 +56,7 @@ def predict() -> tuple[list[Record], str]:
         record["same_label"] = float((one.argmax(axis=1) == other.argmax(axis=1)).mean())
         rows[-1][-2:] = [f"{record['drift']:.1e}", f"{record['same_label']:.2%} of {len(images):,}"]
     head = ["model", "engine", "one image: median, ms", "least, most", "images/s in batches of 500"]
-    return records, table([*head, "largest difference of a probability", "same label"], rows)
+    return records, table([*head, "largest probability difference", "same label"], rows)
 
 
 IN_BROWSER = """<pre id="out"></pre><script>%(engine)s
@@ -99,8 +99,8 @@ def twin() -> tuple[list[Record], str]:
         records.append({**about, "drift": float(drift), "same_label": float(same), "same_known": float(alike)})
         figures = [f"{about['bytes']:,}", f"{float(ms):.1f}", f"{drift:.1e}", f"{same:.2%}", f"{alike:.2%}"]
         rows.append([f"`{name}`", *figures])
-    head = ["model", "bytes of the page", "ms an image", "largest difference of a probability"]
-    return records, table([*head, "same label", "same known or unknown"], rows)
+    head = ["model", "bytes of the page", "ms per image", "largest probability difference"]
+    return records, table([*head, "same label", "same OOD decision"], rows)
 
 
 def int8() -> tuple[list[Record], str]:

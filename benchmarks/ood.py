@@ -1,4 +1,4 @@
-"""Prove what convlens says of trust, and write the tables of docs/results.md.
+"""Prove what convlens says of trust, and write the tables of docs/results/accuracy.md.
 
     python -m benchmarks.ood                  # all sections: unknown, doctor, balance
     python -m benchmarks.ood unknown doctor   # some
@@ -92,7 +92,7 @@ def unknown() -> tuple[list[Record], str]:
             rows.append([f"`{name}`", what, *cells, f"{refused:.1%}"])
         passed = float((known[-1] <= trust.ood_threshold).float().mean())
         rows.append([f"`{name}`", "its own test images", "", "", "", "", f"{1 - passed:.1%}"])
-    head = ["net", "pictures", "largest probability", "energy", "distance of features", "both", "called unknown"]
+    head = ["model", "images", "largest probability", "energy", "feature distance", "sum", "reported unknown"]
     return written(head, rows)
 
 
@@ -192,8 +192,9 @@ def doctor() -> tuple[list[Record], str]:
                 figures = [f"{findings.train_test_drift_auroc:.2f}", f"{seconds:.0f}", f"{peak_mib():,.0f}"]
                 rows.append([f"{title}, {what}", *cells, found, *figures])
     head = [
-        "data", "exact copies found", "moved by a pixel", "saved as JPEG", "brighter", "wrong labels: recall",
-        "precision", "groups of copies, of near copies, leaks; suspects", "shift, AUROC", "s", "peak MiB so far",
+        "data", "exact duplicates found", "moved by a pixel", "saved as JPEG", "brighter", "label issues: recall",
+        "precision", "groups of duplicates, of near-duplicates, leaks; label issues", "drift, AUROC", "s",
+        "peak MiB so far",
     ]  # fmt: skip
     return written(head, rows)
 

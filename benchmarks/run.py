@@ -1,4 +1,4 @@
-"""Measure speed, one section after another, and write JSON records and the tables of docs/benchmarks.md.
+"""Measure speed, one section after another, and write JSON records and the tables of docs/results/benchmarks.md.
 
     python -m benchmarks.run                    # all sections but gpu
     python -m benchmarks.run commands overhead  # some
@@ -19,7 +19,7 @@ from benchmarks.harness import Section, run_sections  # before PyTorch is loaded
 # isort: split
 from benchmarks import cli_latency, distributed, image_decoding, inference, serving, throughput, time_to_accuracy
 
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "benchmarks.md"
 
 SECTIONS: dict[str, Section] = {
     **{f"race-{name}": partial(time_to_accuracy.race, name) for name in time_to_accuracy.RACES},

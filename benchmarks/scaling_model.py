@@ -1,4 +1,4 @@
-"""What a training would cost on more machines than we have: the tables of docs/scale.md.
+"""What a training would cost on more machines than we have: the tables of docs/explanation/scaling.md.
 
     python -m benchmarks.scaling_model
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.harness import put
 from convlens.models import create_model, summarize
 
-PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
+PAGE = Path(__file__).parent.parent / "docs" / "explanation" / "scaling.md"
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ NETS = [
     ours("whitened", (3, 32, 32), width=64),
     Net("ResNet-50, 224 px", 3 * 8.2e9, 25.6e6, 3 * 224 * 224),  # He et al. 2016: 4.1 G multiply-adds forward
 ]
-CPU = Place("a CPU core as here, 10 Gbit/s Ethernet", 150e9, 1.0e9, 50e-6)
-GPU = Place("a GPU of 989 TFLOP/s at 10%, 50 GB/s a process", 0.1 * 989e12, 50e9, 15e-6)
+CPU = Place("one CPU core, 10 Gbit/s Ethernet", 150e9, 1.0e9, 50e-6)
+GPU = Place("a GPU of 989 TFLOP/s at 10%, 50 GB/s per process", 0.1 * 989e12, 50e9, 15e-6)
 RANKS = (1, 8, 64, 256, 1000)
 A_BATCH = {"mnist-4conv": 512, "whitened width 64": 1000, "ResNet-50, 224 px": 256}  # images a step of one process
 
@@ -78,19 +78,19 @@ def efficiency(net: Net, place: Place, ranks: int, images: int) -> float:
 
 def tables() -> dict[str, str]:
     """Return the tables of the page by name."""
-    nets = ["| net | GFLOP an image | parameters | gradients, MB | image, kB |", "| --- | --- | --- | --- | --- |"]
+    nets = ["| model | GFLOP per image | parameters | gradients, MB | image, kB |", "| --- | --- | --- | --- | --- |"]
     for net in NETS:
         nets.append(
             f"| {net.name} | {net.flops / 1e9:.2f} | {net.parameters / 1e6:.2f} M | {net.gradient_bytes / 1e6:.1f} | "
             f"{net.pixels / 1e3:.1f} |"
         )
     heads = " | ".join(f"R = {ranks:,}" for ranks in RANKS)
-    weak = [f"| net | place | {heads} |", "| --- | --- |" + " --- |" * len(RANKS)]
+    weak = [f"| model | hardware | {heads} |", "| --- | --- |" + " --- |" * len(RANKS)]
     for net in NETS:
         for place in (CPU, GPU):
             cells = [f"{efficiency(net, place, ranks, A_BATCH[net.name]):.0%}" for ranks in RANKS]
             weak.append(f"| {net.name}, {A_BATCH[net.name]} images each | {place.name} | {' | '.join(cells)} |")
-    head = "| R | images/s | hours an epoch of a billion | read, GB/s in all | exchange, share of a step |"
+    head = "| R | images/s | hours per epoch of a billion | total reads, GB/s | communication, fraction of a step |"
     big = [head, "| --- " * 5 + "|"]
     net = NETS[-1]
     for ranks in (8, 64, 256, 1000):

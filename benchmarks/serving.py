@@ -164,7 +164,12 @@ def serve() -> tuple[list[Record], str]:
                 }
             )
             print(records[-1], flush=True)
-    head = ["server", f"images/s, {TOGETHER} a request", f"ms an image at {RATE} requests/s: median", "99th percentile"]
+    head = [
+        "server",
+        f"images/s, {TOGETHER} per request",
+        f"ms per image at {RATE} requests/s: median",
+        "99th percentile",
+    ]
     return records, table(head, rows_of(records))
 
 

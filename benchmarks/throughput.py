@@ -79,8 +79,8 @@ def arithmetic() -> tuple[list[Record], str]:
                 [f"`{label}`", precision, f"{flops / 1e6:,.0f}", f"{pace:,.0f}", f"{flops * pace / 1e9:,.0f}",
                  f"{top:,.0f}", f"{share:.0%}"]
             )  # fmt: skip
-    head = ["net", "arithmetic", "MFLOPs an image (forward and backward)", "images/s", "GFLOP/s",
-            "GFLOP/s of a matrix product", "share"]  # fmt: skip
+    head = ["model", "precision", "MFLOPs per image (forward and backward)", "images/s", "GFLOP/s",
+            "GFLOP/s of a matrix product", "fraction"]  # fmt: skip
     return records, table(head, rows)
 
 
@@ -174,8 +174,8 @@ def live() -> tuple[list[Record], str]:
                     page.wait()
                 seconds[kind].append(float(Run(out).metrics[-1]["seconds"] or 0))
     ratios = [a / b for a, b in zip(seconds["live"], seconds["plain"], strict=True)]
-    rows = [["without the page, s", *spread(seconds["plain"])],
-            ["with `--live`, and a page that looks once a second, s", *spread(seconds["live"])],
+    rows = [["without the dashboard, s", *spread(seconds["plain"])],
+            ["with `--live` and a browser that polls once a second, s", *spread(seconds["live"])],
             ["ratio, pair by pair", *spread(ratios, 3)]]  # fmt: skip
     return [seconds], table(["training of `mnist-995`, 3 epochs", "median", "fastest, slowest"], rows)
 
@@ -218,7 +218,7 @@ def growth() -> tuple[list[Record], str]:
         record = {"images": images, "side": side, "classes": classes, **cost}
         records.append(record)
         rows.append([f"{images:,}", str(side), f"{classes:,}", f"{record['seconds']:.1f}", f"{record['mib']:,.0f}"])
-    return records, table(["images", "side", "classes", "seconds an epoch", "peak memory, MiB"], rows)
+    return records, table(["images", "side", "classes", "seconds per epoch", "peak memory, MiB"], rows)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def entrants(name: str) -> dict[str, Callable[[Dataset], baselines.Course]]:
     asked = RACES[name]
     (model, filters), (longest, others) = asked.plain, asked.patience
     rivals = {
-        f"plain loop with our net `{model} --width {filters}`, Adam, fp32": (
+        f"plain loop with our model `{model} --width {filters}`, Adam, fp32": (
             partial(baselines.plain_loop, model=model, filters=filters), others,
         ),
         "scikit-learn's MLPClassifier": (baselines.scikit_learn, others),

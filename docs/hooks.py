@@ -1,4 +1,4 @@
-"""What the site takes from the code instead of having it typed in: the references, the lessons, README's figures."""
+"""Generate pages of the site from the code: the references, the lessons, the decisions, README's results."""
 
 import dataclasses
 import inspect
@@ -18,11 +18,11 @@ from convlens.training.recipe import FIELD_TYPES, Recipe
 from convlens.training.recipes import RECIPES, get_recipe
 
 ROOT = Path(__file__).parent.parent
-RUN_LESSONS = "CONVLENS_RUN_LESSONS"  # set to 1: the lessons are run, which takes many minutes, and shown with outputs
+RUN_LESSONS = "CONVLENS_RUN_LESSONS"  # set to 1 to run the lessons (many minutes) and show their outputs
 
 
 def on_config(config):
-    """Add the lessons that there are to the navigation."""
+    """Add the lessons to the navigation."""
     lessons = sorted(Path(config.docs_dir, "lessons").glob("*.ipynb"))
     if lessons:
         config.nav.insert(2, {"Lessons": ["lessons/index.md", *(f"lessons/{path.stem}.md" for path in lessons)]})
@@ -30,16 +30,23 @@ def on_config(config):
 
 
 def on_files(files, config):
-    """Add a page for each notebook; the notebook itself stays beside it."""
+    """Add a page for each notebook, next to the notebook itself."""
     for path in sorted(Path(config.docs_dir, "lessons").glob("*.ipynb")):
         files.append(File.generated(config, f"lessons/{path.stem}.md", content=lesson(path)))
     return files
 
 
 def on_page_markdown(markdown, **_):
-    """Put what is generated in the place of its mark, such as ``<!-- generated: cli -->``; link lessons' pages."""
+    """Replace marks such as ``<!-- generated: cli -->`` by generated Markdown, and link to the pages of lessons."""
     markdown = re.sub(r"(]\([\w/.-]+)\.ipynb\)(?!\{ download)", r"\1.md)", markdown)
-    makers = {"cli": command_line, "fields": fields, "recipes": recipes, "nets": nets, "headline": headline}
+    makers = {
+        "cli": command_line,
+        "decisions": decisions,
+        "fields": fields,
+        "headline": headline,
+        "models": models,
+        "recipes": recipes,
+    }
     return re.sub(r"<!-- generated: (\w+) -->", lambda mark: makers[mark[1]](), markdown)
 
 
@@ -47,8 +54,17 @@ def headline():
     """Return README's table of results."""
     found = re.search(r"<!-- headline -->\n(.*?)<!-- end", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     if not found:
-        raise PluginError("README.md has no <!-- headline --> any more")
+        raise PluginError("README.md has no <!-- headline --> mark")
     return found[1]
+
+
+def decisions():
+    """Return a list of the decision records: each file's number, and its title as a link."""
+    lines = []
+    for path in sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md")):
+        title = path.read_text("utf-8").partition("\n")[0].removeprefix("# ")
+        lines.append(f"- {path.stem[:4]}: [{title}]({path.name})\n")
+    return "".join(lines)
 
 
 def table(head, rows):
@@ -57,13 +73,13 @@ def table(head, rows):
 
 
 def command_line():
-    """Return every verb of the command with its help, arguments, options and examples."""
+    """Return every command with its help, arguments, options and examples."""
     top = typer.main.get_command(app)
     return describe_options(top, "convlens") + "".join(verbs(top, "convlens"))
 
 
 def verbs(group, name):
-    """Yield the Markdown of each verb of a command."""
+    """Yield the Markdown of each subcommand."""
     for verb, command in group.commands.items():
         full = f"{name} {verb}"
         if hasattr(command, "commands"):
@@ -77,7 +93,7 @@ def verbs(group, name):
 
 
 def describe_options(command, name):
-    """Return a table for each panel of a verb's arguments and options."""
+    """Return a table for each help panel of a command's arguments and options."""
     context = command.make_context(name, [], resilient_parsing=True)
     panels = {}
     for parameter in command.get_params(context):
@@ -85,7 +101,7 @@ def describe_options(command, name):
             words, text = parameter.get_help_record(context)
             panels.setdefault(parameter.rich_help_panel or "", []).append((f"`{words}`", text))
     return "".join(
-        (f"\n**{panel}**\n" if panel else "") + table(("argument or option", "what it is"), rows)
+        (f"\n**{panel}**\n" if panel else "") + table(("argument or option", "meaning"), rows)
         for panel, rows in panels.items()
     )
 
@@ -98,11 +114,11 @@ def fields():
         takes = "".join(f", `{choice}`" for choice in item.metadata["choices"])
         takes += "" if item.metadata["low"] is None else f", at least {item.metadata['low']}"
         rows.append((f"`{item.name}`", f"`{kind}`{takes}", f"`{item.default!r}`", item.metadata["help"]))
-    return table(("field", "takes", "default", "what it is"), rows)
+    return table(("field", "values", "default", "meaning"), rows)
 
 
 def recipes():
-    """Return every named recipe: its docstring, and where it differs from the defaults."""
+    """Return every named recipe: its docstring, and the fields that differ from the defaults."""
     defaults = {item.name: item.default for item in dataclasses.fields(Recipe)}
     parts = []
     for name in RECIPES.names():
@@ -114,8 +130,8 @@ def recipes():
     return "\n".join(parts)
 
 
-def nets():
-    """Return every net by name: its docstring and its options."""
+def models():
+    """Return every model by name: its docstring and its options."""
     parts = []
     for name in MODELS.names():
         options = ", ".join(f"`{option}={default!r}`" for option, default in model_options(name).items())
@@ -131,7 +147,7 @@ def to_markdown(docstring):
 
 
 def lesson(path):
-    """Return a notebook as Markdown; run first, with its outputs, if the environment asks for it."""
+    """Return a notebook as Markdown; with outputs if CONVLENS_RUN_LESSONS is 1."""
     notebook = json.loads(path.read_text("utf-8"))
     if os.environ.get(RUN_LESSONS) == "1":
         notebook = run(path)
@@ -145,8 +161,8 @@ def lesson(path):
 
 
 def prose(text):
-    """Return a notebook's Markdown as a page's: no links to what is no page; formulas as MathML, without a script."""
-    text = re.sub(r"\[([^]]+)]\(\.\./\.\./[^)]*\)", r"\1", text)  # to what is no page
+    """Return a notebook's Markdown without links to files outside the site, and with formulas as MathML."""
+    text = re.sub(r"\[([^]]+)]\(\.\./\.\./[^)]*\)", r"\1", text)  # not a page of the site
     text = re.sub(r"\$\$(.+?)\$\$", lambda found: formula(found[1], "block"), text, flags=re.DOTALL)
     return re.sub(r"(?<![\\\w$])\$([^$`\n]+)\$(?!\w)", lambda found: formula(found[1], "inline"), text)
 
@@ -159,7 +175,7 @@ def formula(latex, display):
 
 
 def run(path):
-    """Return a notebook that has been run from start to end, in a temporary folder."""
+    """Run a notebook in a temporary folder and return it with its outputs."""
     import tempfile
 
     import nbformat
@@ -172,19 +188,19 @@ def run(path):
 
 
 def show(output):
-    """Return one output of a cell: a picture, else its text."""
+    """Return one output of a cell: its image, or else its text."""
     data = output.get("data", {})
     if "image/png" in data:
-        return f"![What the cell above draws](data:image/png;base64,{''.join(data['image/png']).replace(chr(10), '')})"
+        return f"![Output of the cell above](data:image/png;base64,{''.join(data['image/png']).replace(chr(10), '')})"
     text = "".join(output.get("text") or data.get("text/plain") or output.get("traceback") or "")
     return f"```text\n{text.rstrip()}\n```"
 
 
 class OurDocstrings(griffe.Extension):
-    """Make Markdown of docstrings: examples become code, and roles such as :func: links."""
+    """Convert docstrings to Markdown: examples become code, and roles such as :func: become links."""
 
     def on_instance(self, *, obj, **_):
-        """Change the docstring of one object; that of a dataclass gets what the comments beside its fields say."""
+        """Convert the docstring of one object; append the comments of a dataclass's fields."""
         if obj.docstring is None:
             return
         text = to_markdown(inspect.cleandoc(obj.docstring.value))

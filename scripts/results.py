@@ -1,4 +1,4 @@
-"""Run the experiments of docs/results.md that are not there yet, write its tables, and ship the models.
+"""Run the experiments of docs/results/accuracy.md that are not there yet, write its tables, and ship the models.
 
     python -m scripts.results runs        # train what is missing, one run after another (hours on two cores)
     python -m scripts.results table       # record what came of them in records/results.json, and write it into the
@@ -26,7 +26,7 @@ from benchmarks.harness import Record, put
 from convlens.runs.run import Run
 
 RUNS = Path("runs/results")
-RESULTS = Path(__file__).parent.parent / "docs" / "results.md"
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "accuracy.md"
 RECIPES = Path(__file__).parent.parent / "src" / "convlens" / "training" / "recipes.py"
 RECORDS = Path(__file__).parent.parent / "benchmarks" / "records" / "results.json"
 README = Path(__file__).parent.parent / "README.md"
@@ -163,8 +163,8 @@ def keep_line(row: Row, before: str) -> list[str]:
 def table(rows: list[Row], before: str) -> str:
     """Return the Markdown table of some rows; one without records keeps its line of the table ``before``."""
     lines = [
-        "| command: `convlens train` | data | seeds | test accuracy, mean +- sd | worst, best | 95% interval of seed 0 "
-        "| parameters | epochs | training seconds, fastest and median | arithmetic | with test-time augmentation |",
+        "| command: `convlens train` | data | seeds | test accuracy, mean +- sd | worst, best | 95% CI of seed 0 "
+        "| parameters | epochs | training seconds, fastest and median | precision | with test-time augmentation |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     records = read_records()
@@ -188,8 +188,8 @@ def table(rows: list[Row], before: str) -> str:
 def calibration(before: str) -> str:
     """Return the table of calibration and coverage: the mean over the seeds of each row."""
     lines = [
-        "| command: `convlens train` | seeds | temperature | calibration error before, after "
-        "| Brier score before, after | coverage asked, measured | classes in a set | test images called unknown |",
+        "| command: `convlens train` | seeds | temperature | ECE before, after "
+        "| Brier score before, after | coverage: target, empirical | mean set size | test images reported unknown |",
         "|---|---|---|---|---|---|---|---|",
     ]
     records = read_records()
@@ -220,7 +220,7 @@ def calibration(before: str) -> str:
 def headline(results: str) -> str:
     """Return README's short table: each strong default beside the classic program on the same data."""
     lines = [
-        "| data | what convlens trains by default | a classic tutorial's net and settings, trained by convlens |",
+        "| data | what convlens trains by default | a classic tutorial's model and settings, trained by convlens |",
         "|---|---|---|",
     ]
     classic = {row.data: row for row in reversed(CLASSICS)}
@@ -231,14 +231,14 @@ def headline(results: str) -> str:
 
 
 def short(row: Row, results: str) -> str:
-    """Return accuracy and seconds of a row of docs/results.md in a few words."""
+    """Return accuracy and seconds of a row of docs/results/accuracy.md in a few words."""
     line = next(line for line in results.splitlines() if line.startswith(f"| `{row.arguments}` |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     return f"{cells[3]} (n = {cells[2]}), {cells[8].split(', ')[1]} s"
 
 
 def write_tables() -> None:
-    """Put the tables between their marks in docs/results.md and README.md."""
+    """Put the tables between their marks in docs/results/accuracy.md and README.md."""
     for mark, rows in (("strong", STRONG), ("fast", FAST), ("best", BEST), ("classics", CLASSICS)):
         put(RESULTS, mark, lambda before, rows=rows: table(rows, before))
     put(RESULTS, "calibration", calibration)

@@ -1,6 +1,6 @@
 """Nets of timm: the contract, their stages, weights with timm's names, and all that follows a training.
 
-They need timm, which the environment of the other tests has not: docs/how-to/photos.md says how to install it.
+They need timm, which the environment of the other tests has not: docs/how-to/fine-tuning.md says how to install it.
 """
 
 import json

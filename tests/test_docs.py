@@ -26,6 +26,7 @@ from convlens.explain.explanation import Explanation
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 ELSEWHERE = re.compile(r"https?:|//")
+FOREIGN = ("pip ", "python ", "docker ", "torchrun ", "tensorboard ", "--rdzv", "curl ")  # flags of other programs
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -95,7 +96,8 @@ def test_the_python_on_the_pages_runs():
 
 
 def test_the_commands_on_the_pages_exist():
-    listed = [line for page in PAGES for block in blocks(page, "sh") for line in block.replace("\\\n", "").splitlines()]
+    pages = [*PAGES, ROOT / "README.md"]
+    listed = [line for page in pages for block in blocks(page, "sh") for line in block.replace("\\\n", "").splitlines()]
     listed = [line for line in listed if line.startswith("convlens ") and line != "convlens --version"]
     assert len(listed) > 30
     for line in listed:
@@ -103,6 +105,20 @@ def test_the_commands_on_the_pages_exist():
         verb = next((verb for verb in VERBS if words[: len(verb.split())] == verb.split()), None)
         assert verb, line
         assert {word for word in words if word.startswith("--")} <= VERBS[verb], line
+
+
+def test_the_flags_in_the_text_of_the_pages_exist():
+    """A flag in inline code belongs to the command it is written with, or else to any command."""
+    known = set().union(*VERBS.values()) | {"--debug", "--version", "--help"}
+    unknown = set()
+    for page in [*PAGES, ROOT / "README.md"]:
+        text = re.sub(r"(?s)```.*?```", "", page.read_text(encoding="utf-8"))
+        for code in map(" ".join, map(str.split, re.findall(r"`([^`]+)`", text))):
+            if not code.startswith(FOREIGN):
+                verb = next((verb for verb in VERBS if code.startswith(f"{verb} ")), None)
+                flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", code))
+                unknown |= {(page.name, code, flag) for flag in flags - (VERBS[verb] | {"--debug"} if verb else known)}
+    assert unknown == set()
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +151,7 @@ def test_a_lesson_becomes_a_page(monkeypatch):
     assert "not \\$5:" in page
     assert "[on](2-two.md), away" in page
     assert (
-        "```python\nprint(1)\n```\n\n```text\n1\n```\n\n![What the cell above draws](data:image/png;base64,QQ==)"
-        in page
+        "```python\nprint(1)\n```\n\n```text\n1\n```\n\n![Output of the cell above](data:image/png;base64,QQ==)" in page
     )
 
 
@@ -197,7 +212,7 @@ def test_the_reference_has_every_public_name(site):
 @in_browser
 def test_the_site_is_read_and_searched_without_a_server(site, tmp_path):
     with browse(tmp_path) as tab:
-        tab.open((site / "how-to" / "doctor.html").as_uri())
+        tab.open((site / "how-to" / "data-audit.html").as_uri())
         tab.run("document.querySelector('.md-search__input').focus()")
         for letter in "calibration":
             tab.key(letter)

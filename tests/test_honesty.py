@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import results
 import torch
 from benchmarks import harness, time_to_accuracy
+from scripts import results
 
 from convlens.data.dataset import Split
 from convlens.data.loading import load_dataset
@@ -21,7 +21,8 @@ from convlens.runs.experiment import Experiment
 from convlens.runs.request import TrainRequest
 
 ROOT = Path(__file__).parent.parent
-PAGE, BENCHMARKS, README = ROOT / "docs" / "results.md", ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
+RESULTS = ROOT / "docs" / "results"
+PAGE, BENCHMARKS, README = RESULTS / "accuracy.md", RESULTS / "benchmarks.md", ROOT / "README.md"
 
 
 def between(path: Path, mark: str) -> str:

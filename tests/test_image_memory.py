@@ -25,7 +25,7 @@ from convlens.explain.occlusion import Occlusion, occlusion_map
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems count memory otherwise")
 
-MAX_PEAK_MIB, MAX_WEBP_PEAK_MIB = 650, 900  # promised in docs/reliability.md
+MAX_PEAK_MIB, MAX_WEBP_PEAK_MIB = 650, 900  # promised in docs/explanation/reliability.md
 LIMIT_BYTES = 4 << 30  # of address space, so that a fault ends the child and not this machine
 # a small process between this one and the command: a child's ru_maxrss begins with what its parent has
 MEASURE = f"""

@@ -21,8 +21,8 @@ from convlens.lessons.scenes import draw_scene
 
 FOLDER = Path(__file__).parents[1] / "docs" / "lessons"
 LESSONS = sorted(FOLDER.glob("*.ipynb"))
-ASKED = re.compile(r'lesson\.check\(\\"([\d.]+)\\"')  # as JSON writes it
-SLOW = re.compile(r"convlens\.train|\btrial\(\)|lesson\.terminal\(")  # a training, or a process of its own
+ASKED = re.compile(r'lessons\.check\(\\"([\d.]+)\\"')  # as JSON writes it
+SLOW = re.compile(r"convlens\.train|\btrial\(\)|lessons\.terminal\(")  # a training, or a process of its own
 SHAPES = {"mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 load_real = convlens.load_dataset
 

@@ -1,4 +1,4 @@
-"""README is true: its Python runs, and so does every command of it that needs no data but the embedded."""
+"""Every Python block of README runs, and every command that needs only the embedded data."""
 
 import re
 import shlex
@@ -10,8 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-# what needs real data (tests marked "data" and docs/results.md cover it) or another folder
-# what takes long, and what runs until it is stopped (tests/test_server.py)
+# commands that need real data (tests marked "data" cover them) or another folder, take long, or run until stopped
 ELSEWHERE = (
     "convlens train mnist",
     "convlens serve",
@@ -25,18 +24,17 @@ ELSEWHERE = (
 
 
 def blocks(language: str) -> list[str]:
-    """Return README's code blocks in a language ("" for shell)."""
+    """Return the code blocks of README in a language."""
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
 def commands() -> list[str]:
     """Return every convlens command of README, without its comment."""
-    lines = [line.split("#")[0].strip() for block in blocks("") for line in block.splitlines()]
-    lines += re.findall(r"`(convlens train digits [^`]+)`", README)
+    lines = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
     return [line for line in lines if line.startswith("convlens ") and not line.startswith(ELSEWHERE)]
 
 
-# what makes a command quick here, and changes nothing of what it does
+# flags that make a command quick here without changing what it does
 QUICK = {
     "convlens train digits": ["--epochs", "2"],
     "convlens sweep digits": ["--confirm-seeds", "0"],
@@ -50,7 +48,7 @@ def test_the_commands_run_in_their_order() -> None:
     page.save("scan.png")
     listed = commands()
     assert listed[0] == "convlens train digits"
-    assert len(listed) >= 9
+    assert len(listed) >= 20
     for command in listed:
         quick = next((flags for start, flags in QUICK.items() if command.startswith(start)), [])
         words = [*shlex.split(command), *(quick if quick and quick[0] not in command else [])]

@@ -342,14 +342,14 @@ def test_clipping() -> None:
 
 @pytest.mark.parametrize("name", RECIPES.names())
 def test_a_recipe_says_what_came_of_it_as_the_results_page_does(name: str) -> None:
-    """The docstring's accuracies, number of seeds and seconds are those of the row of docs/results.md."""
+    """The docstring's accuracies, number of seeds and seconds are those of the row of docs/results/accuracy.md."""
     told = inspect.getdoc(RECIPES[name]) or ""
     found = re.search(
         r"`convlens train (.+?)`: test accuracy ([\d.]+% \+- [\d.]+|[\d.]+%)\s+\((\d+) seeds?\),\s+([\d.,]+) s", told
     )
     assert found is not None, told
     command, accuracy, seeds, seconds = found.groups()
-    page = (Path(__file__).parent.parent / "docs" / "results.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parent.parent / "docs" / "results" / "accuracy.md").read_text(encoding="utf-8")
     row = next(line for line in page.splitlines() if line.startswith(f"| `{command}` |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert (cells[2], cells[3], cells[8].split(", ")[1]) == (seeds, accuracy, seconds)
