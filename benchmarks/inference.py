@@ -131,7 +131,7 @@ def see() -> tuple[list[Record], str]:
     """Seconds of a whole `convlens explain` of one MNIST image, and of one class activation map once all is loaded."""
     image = load_dataset("mnist").test.images[0, 0].numpy()
     classifier = Classifier.load("mnist")
-    x = classifier.preprocess.normaliser()(torch.from_numpy(image)[None, None])
+    x = classifier.preprocess.normalizer()(torch.from_numpy(image)[None, None])
     maps = [1000 * timed(partial(class_activation_map, classifier.model, x, 7)) for _ in range(60)][10:]
     with tempfile.TemporaryDirectory() as folder:
         Image.fromarray(image).save(Path(folder) / "seven.png")

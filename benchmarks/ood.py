@@ -77,7 +77,7 @@ def unknown() -> tuple[list[Record], str]:
         strange["its own test images, inverted"] = 255 - own
 
         def scores(images: Tensor, classifier: Classifier = classifier) -> tuple[Tensor, ...]:
-            logits, features = compute_outputs(classifier.model, images, classifier.preprocess.normaliser())
+            logits, features = compute_outputs(classifier.model, images, classifier.preprocess.normalizer())
             trust = classifier.uncertainty
             assert trust is not None
             largest = -logits.softmax(dim=1).max(dim=1).values

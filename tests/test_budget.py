@@ -14,6 +14,7 @@ import convlens
 from convlens.data.dataset import Dataset
 from convlens.errors import UsageError
 from convlens.runs.experiment import Experiment
+from convlens.runs.request import TrainRequest
 from convlens.training import throughput, time_budget
 from convlens.training.loop import fit
 from convlens.training.recipe import Recipe
@@ -153,7 +154,7 @@ def test_the_pace_is_that_of_the_recipes_own_batches(
         return net
 
     monkeypatch.setattr(throughput, "make_model", make_model)
-    few = replace(digits, train=digits.train.take(torch.arange(images)))
+    few = replace(digits, train=digits.train.select(torch.arange(images)))
     measure_throughput(
         few, Recipe(model="small", width=4, epochs=1, batch_size=batch_size, grad_accum_steps=grad_accum_steps)
     )
@@ -172,6 +173,7 @@ def test_a_training_in_seconds_ends_then(digits: Dataset) -> None:
 def test_a_run_in_seconds_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     from convlens.errors import TrainingInterruptedError
     from convlens.runs.experiment import Experiment
+from convlens.runs.request import TrainRequest
 
     options = {"max_seconds": 3.0, "threads": 1, "device": "cpu", "precision": "fp32"}
     experiment = Experiment.start(TrainRequest.create("digits", out="cut", **options))

@@ -19,7 +19,6 @@ from convlens.data.dataset import Dataset, Split
 from convlens.data.loading import load_dataset
 from convlens.errors import UsageError
 from convlens.runs.experiment import Experiment
-from convlens.runs.request import TrainRequest
 from convlens.system.files import read_name_list
 from convlens.training.recipe import Recipe
 

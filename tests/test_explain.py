@@ -90,7 +90,7 @@ def test_heatmaps_find_the_mark(trained: Run) -> None:
     images, labels, places = marked(60, 1)
     images, places = images[labels == 1][:, None], places[labels == 1]
     name, net = trained.config["model"]["name"], trained.classifier.model
-    x = trained.classifier.preprocess.normaliser()(torch.from_numpy(images))
+    x = trained.classifier.preprocess.normalizer()(torch.from_numpy(images))
     shares = {}
     for stage, maps in feature_maps(net, x).items():
         cell = SIDE / maps.shape[2]  # pixels of a place on the map: nothing on it can be told more exactly
@@ -109,7 +109,7 @@ def test_heatmaps_find_the_mark(trained: Run) -> None:
 def test_heatmaps_depend_on_the_weights(trained: Run) -> None:
     """The sanity check of Adebayo et al. (2018): other weights give another map."""
     images, labels, _ = marked(40, 2)
-    x = trained.classifier.preprocess.normaliser()(torch.from_numpy(images[labels == 1])[:, None])
+    x = trained.classifier.preprocess.normalizer()(torch.from_numpy(images[labels == 1])[:, None])
     net = load_bundle(trained.path / "model").model
     stage = next(iter(net.stages()))  # type: ignore[operator]
     before = class_activation_map(net, x, 1, stage)

@@ -46,9 +46,9 @@ def with_uncertainty(bundle: Bundle) -> Bundle:
     shape = bundle.preprocess
     images = torch.from_numpy(some_images(shape.channels, shape.height, 60, seed=1))
     split = Split(images, torch.arange(60) % 3, [str(i) for i in range(60)])
-    uncertainty = UncertaintyModel.fit(bundle.model, split, split, 3, shape.normaliser())
+    uncertainty = UncertaintyModel.fit(bundle.model, split, split, 3, shape.normalizer())
     # a deep net of random weights is as good as certain of everything, and then any answers are alike
-    temperature = max(compute_outputs(bundle.model, images, shape.normaliser())[0].std().item(), 1.7)
+    temperature = max(compute_outputs(bundle.model, images, shape.normalizer())[0].std().item(), 1.7)
     test = {**bundle.training["test"], "in_distribution_rate": 0.95, "ece": [0.1, 0.01]}
     training = {**bundle.training, "test": test}
     return replace(bundle, uncertainty=replace(uncertainty, temperature=temperature), training=training)
@@ -82,7 +82,7 @@ def test_every_model_matches_pytorch(name: str, tmp_path: Path) -> None:
     images = some_images(channels, side)
     bundle = with_uncertainty(make_bundle(channels, side, name))
     assert bundle.uncertainty is not None
-    normalise = bundle.preprocess.normaliser()
+    normalise = bundle.preprocess.normalizer()
     strange = bundle.uncertainty.ood_score(*compute_outputs(bundle.model, torch.from_numpy(images), normalise))
     # between two images, so that no rounding decides
     threshold = float(strange.sort().values[19:21].mean())

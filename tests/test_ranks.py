@@ -44,8 +44,9 @@ for kind, options in json.loads(sys.argv[1]):
     torch.set_num_threads(1)
     records = [[r.train_loss, r.train_acc, r.val_loss, r.val_acc] for r in convlens.fit(net, dataset, recipe)]
     # three images are too few for some processes: all of them still test all three, once
-    normalise, three = Preprocess.measure(dataset.train.images, dataset.style).normaliser(), torch.arange(3)
-    shared, alone = (evaluate(net, dataset.test.take(three), normalise, ranks=ranks) for ranks in (init_world(), None))
+    normalize = Preprocess.fit(dataset.train.images, dataset.input_style).normalizer()
+    three = dataset.test.select(torch.arange(3))
+    shared, alone = (evaluate(net, three, normalize, world=world) for world in (init_world(), None))
     assert abs(shared.loss - alone.loss) < 1e-6 and shared.accuracy == alone.accuracy
     print(json.dumps([records, torch.cat([p.detach().flatten() for p in net.parameters()])[::7].tolist()]))
 """

@@ -38,7 +38,7 @@ from convlens.sweep.space import Choice, Range, parse_space
 from convlens.sweep.storage import absolute_storage
 from convlens.sweep.study import Sweep
 from convlens.sweep.worker import Worker
-from convlens.training import lr_finder
+from convlens.training import lr_finder, throughput
 from convlens.training.recipe import Recipe
 from convlens.training.recipes import RECIPES, get_recipe, read_recipe
 from convlens.training.throughput import Throughput

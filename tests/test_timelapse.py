@@ -16,7 +16,7 @@ from convlens.data.loader import count_batches
 from convlens.explain.snapshots import list_snapshots, load_snapshot
 from convlens.explain.timelapse import replay
 from convlens.models import create_model
-from convlens.reports.timelapse import draw_snapshot, format_epoch
+from convlens.reports.timelapse import format_epoch
 from convlens.runs.experiment import Experiment
 from convlens.runs.request import TrainRequest
 from convlens.runs.run import Run
@@ -143,7 +143,7 @@ def test_a_class_may_have_any_name(remembered: Run) -> None:
     picture = convlens.load_dataset("digits").test.images[0].numpy()
     moment = replay(remembered.classifier, remembered.run_dir, picture, convlens.load_dataset("digits").test)[-1]
     about = {"images": "images", "picture": "one", "classes": [r"$\x$", "a_b", "\udcff", *"3456789"]}
-    assert draw_moment(moment, picture, about, 1.0, np.arange(10)).size == (864, 360)
+    assert draw_snapshot(moment, picture, about, 1.0, np.arange(10)).size == (864, 360)
 
 
 @in_browser

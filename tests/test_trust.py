@@ -184,7 +184,7 @@ def test_bundled_mnist_model_detects_fashion_mnist() -> None:
     strange = []
     for name in ("mnist", "fashion-mnist"):
         images = load_dataset(name).test.images[:3000]
-        outputs = compute_outputs(classifier.model, images, classifier.preprocess.normaliser())
+        outputs = compute_outputs(classifier.model, images, classifier.preprocess.normalizer())
         strange.append(classifier.uncertainty.ood_score(*outputs))
     assert auroc(*strange) >= 0.99
     assert 0.93 <= (strange[0] <= classifier.uncertainty.ood_threshold).float().mean() <= 0.97

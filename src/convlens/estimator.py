@@ -121,7 +121,7 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             source=None,
             classes=tuple(map(str, self.classes_)),
             train=train,
-            test=train.take(torch.arange(0)),  # scikit-learn evaluates
+            test=train.select(torch.arange(0)),  # scikit-learn evaluates
             validation=None,
             input_style=InputStyle(),
             split_description="",
@@ -147,7 +147,7 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         expected = (self.preprocess_.channels, self.preprocess_.height, self.preprocess_.width)
         if tuple(images.shape[1:]) != expected:
             raise ValueError(f"images of (C, H, W) {tuple(images.shape[1:])}, but fit saw images of shape {expected}")
-        logits = compute_logits(self.model_, images, self.preprocess_.normaliser())
+        logits = compute_logits(self.model_, images, self.preprocess_.normalizer())
         return logits.softmax(dim=1).cpu().numpy()
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:

@@ -240,7 +240,7 @@ def out_of_fold_probabilities(dataset: Dataset, merged: Split, recipe: Recipe) -
             preprocess = Preprocess.fit(train.images, dataset.input_style)
             seed_everything(derive_seed(recipe.seed, number), device)
             model = make_model(model_config(recipe, part), part, preprocess)
-            for _ in fit(model, part, recipe, preprocess=preprocess, show_progress=True):
+            for _ in fit(model, part, recipe, preprocess=preprocess, callbacks=[ProgressBarCallback()]):
                 pass
             logits = compute_logits(model, merged.images[held_out], preprocess.normalizer())
             probabilities = logits.softmax(dim=1).cpu()  # (n, K)

@@ -44,7 +44,7 @@ def data_info(
     dataset = load_dataset(data, image_size=image_size, allow_unreadable=allow_unreadable)
     channels, height, width = dataset.shape
     print(f"{dataset.name}: images {channels}x{height}x{width} (C x H x W), {len(dataset.classes)} classes")
-    print(dataset.note)
+    print(dataset.split_description)
     print_class_counts(dataset)
     for file in dataset.unreadable:
         print(f"unreadable: {file}")

@@ -47,7 +47,7 @@ def data_pack(
     refuse_inside_data(out, data)
     dataset = load_dataset(data, image_size=image_size, allow_unreadable=allow_unreadable)
     if exclude is not None:
-        dataset = dataset.without(read_name_list(exclude))
+        dataset = dataset.drop(read_name_list(exclude))
     index = write_shards(dataset.with_validation(val_fraction, 0), out, shard_images)
     rows = [("split", "images", "shards")]
     for name, split in index["splits"].items():

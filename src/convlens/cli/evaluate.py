@@ -63,11 +63,11 @@ def evaluate(
 
 def print_test(test: dict[str, Any], format: Format) -> None:
     """Print the metrics of a test and a table of its classes."""
-    from convlens.evaluation.metrics import worst_classes
-
     if format is Format.json:
         print(json.dumps(test, indent=2))
         return
+    from convlens.evaluation.report import TestReport
+
     report = TestReport.from_json(test)
     classes = report.classes
     if format is Format.text and len(classes) > MAX_LINES:

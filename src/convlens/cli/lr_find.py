@@ -66,7 +66,7 @@ def lr_find(
     refuse_inside_data(target, dataset)
     echo(f"data    {dataset.name}: {len(dataset.train):,} training images; recipe {base.name}")
     if "batch_size" not in overrides:
-        paces, limit = probe_batches(dataset, base, lambda pace: echo(describe_pace(pace)))
+        paces, limit = probe_batches(dataset, base, lambda pace: echo(describe_throughput(pace)))
         size = pick_batch(paces)
         if size < paces[-1].batch_size:
             limit = f"larger ones, up to {paces[-1].batch_size}, are at most about 5% faster here"
@@ -96,6 +96,6 @@ def format_flag(name: str, value: Any) -> list[str]:
     return [flag(name), f"{value:g}" if isinstance(value, float) else quoted(str(value))]
 
 
-def describe_pace(pace: Pace) -> str:
+def describe_throughput(pace: Throughput) -> str:
     """Return the line of a batch size, with its speed to two digits, which is the precision of the timing."""
     return f"batches of {pace.batch_size:>5}: about {float(f'{pace.images_per_second:.2g}'):>9,.0f} images/s"

@@ -59,7 +59,7 @@ def print_layers(name: str, channels: int, side: int, classes: int) -> None:
     """Print an architecture layer by layer, for square images; 0 channels or pixels: its default."""
     from convlens.models import MODELS, create_model, summarize
 
-    default = getattr(MODELS[name], "usual_shape", (1, 28, 28))
+    default = getattr(MODELS[name], "default_input_shape", (1, 28, 28))
     channels, side = channels or default[0], side or default[1]
     model = create_model(name, channels=channels, image_height=side, image_width=side, classes=classes)
     layers = summarize(model, channels, side, side)

@@ -232,8 +232,8 @@ def describe_findings(findings: AuditReport) -> list[str]:
     lines = [f"{findings.data}: {findings.num_images:,} images"]
     if findings.unreadable:
         lines.append(f"{count(len(findings.unreadable), 'unreadable file')}: {some(findings.unreadable)}")
-    if findings.one_colour:
-        lines.append(f"{count(len(findings.one_colour), 'image')} of one color: {some(findings.one_colour)}")
+    if findings.constant_images:
+        lines.append(f"{count(len(findings.constant_images), 'image')} of one color: {some(findings.constant_images)}")
     if small := findings.small_classes:
         sizes = [f"{label!r} has {number:,}" for label, number in sorted(small.items(), key=lambda one: one[1])]
         number = f"{len(small)} classes have" if len(small) > 1 else "1 class has"
@@ -242,20 +242,21 @@ def describe_findings(findings: AuditReport) -> list[str]:
         lines.append(
             f"the largest class has {findings.imbalance:.1f} times the images of the smallest; see --balanced-sampling"
         )
-    for found, kind in ((findings.copies, "exact duplicates"), (findings.near_copies, "near-duplicates")):
+    for found, kind in ((findings.exact_duplicates, "exact duplicates"), (findings.near_duplicates, "near-duplicates")):
         if found:
             groups = [" = ".join(group[:3]) + " = ..." * (len(group) > 3) for group in found]
             lines.append(f"{count(len(found), 'group')} of {kind}: {some(groups)}")
     if findings.leaks:
         why = "training images are also in the test or validation split"
         lines.append(f"{count(findings.leaks, 'group')} of duplicates in more than one split: {why}")
-    if findings.suspects:
-        issues = [f"{s.image} ({s.label}? probably {s.likely})" for s in findings.suspects]
+    if findings.label_issues:
+        issues = [f"{s.image_id} ({s.given_label}? probably {s.predicted_label})" for s in findings.label_issues]
         lines.append(f"{count(len(issues), 'label issue')}: {some(issues)}")
-    if findings.not_judged:
-        lines.append(f"labels were not checked: {findings.not_judged}")
-    if findings.shift > 0.6:
-        lines.append(f"test images differ from the others: a simple model separates them (AUROC {findings.shift:.2f})")
+    if findings.label_check_skipped:
+        lines.append(f"labels were not checked: {findings.label_check_skipped}")
+    if findings.train_test_drift_auroc > 0.6:
+        auroc = f"AUROC {findings.train_test_drift_auroc:.2f}"
+        lines.append(f"test images differ from the others: a simple model separates them ({auroc})")
     return lines if len(lines) > 1 else [*lines, "no problems found"]
 
 
@@ -297,7 +298,7 @@ class PredictionPrinter:
 
     def add(self, image: str, prediction: Prediction) -> None:
         """Print the prediction for one image, or keep it for the end."""
-        best, known, members = prediction.top, prediction.known, prediction.labels
+        best, known, members = prediction.top, prediction.in_distribution, prediction.prediction_set
         if self.format is Format.text:
             text = ", ".join(f"{label} {probability:.1%}" for label, probability in best)
             text = f"unknown (most like {text})" if known is False else text
@@ -306,12 +307,12 @@ class PredictionPrinter:
         cells = probability_cells(self.classes, best)
         if self.format is Format.csv:
             answer = "" if known is None else str(known).lower()
-            row = [image, prediction.label, f"{prediction.probability:.6f}", *cells, answer, "|".join(members or ())]
+            row = [image, prediction.label, f"{prediction.confidence:.6f}", *cells, answer, "|".join(members or ())]
             print_csv([row])
         else:
             numbers = [cell if column.endswith("_label") else float(cell) for column, cell in zip(
                 self.columns[3:-2], cells, strict=True)]  # fmt: skip
-            first = [image, prediction.label, round(prediction.probability, 6)]
+            first = [image, prediction.label, round(prediction.confidence, 6)]
             values = [*first, *numbers, known, None if members is None else list(members)]
             self._rows.append(dict(zip(self.columns, values, strict=True)))
 

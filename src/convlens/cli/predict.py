@@ -51,7 +51,7 @@ def predict(
     bad, printer = 0, PredictionPrinter(format, predictor.classes, top)
     for number, file in enumerate(files, start=1):
         try:
-            batch.append((file, predictor.preprocess.adapt(open_image(file), adapt=adapt)))
+            batch.append((file, predictor.preprocess.transform(open_image(file), adapt=adapt)))
         except InvalidImageError as error:
             bad += 1
             print(f"convlens: {error}", file=sys.stderr)

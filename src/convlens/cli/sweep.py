@@ -94,7 +94,7 @@ def sweep(
         chosen: Any = read_recipe(config) if config is not None else recipe
         given: dict[str, Any] = {"storage": storage, "out": out, "allow_unreadable": allow_unreadable, **overrides}
         planned = Sweep.create(data, chosen, params=param or (), trials=TRIALS if trials is None else trials, **given)
-    with RunDir(planned.folder).claimed():
+    with RunDir(planned.folder).locked():
         run_sweep(planned, jobs, max(available_cores() // jobs, 1), confirm_seeds)
 
 

@@ -96,7 +96,7 @@ def train(
         run_group(RunGroup.resume(resume, **allowed), live=live)
         return
     if resume is not None:
-        run_experiment(Experiment.resume(resume, finished_too=init_world().again, **allowed), live=live)
+        run_experiment(Experiment.resume(resume, finished_too=init_world().is_restart, **allowed), live=live)
         return
     request = TrainRequest(
         data=data,
@@ -174,7 +174,7 @@ def run_experiment(experiment: Experiment, part_of: Path | None = None, *, live:
     from convlens.distributed.process_group import launcher_died
 
     whole = part_of or experiment.run_dir.path
-    alone, first = experiment.world.size == 1, experiment.world.first
+    alone, first = experiment.world.size == 1, experiment.world.is_main
     if not first:  # only rank 0 prints
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     describe_experiment(experiment)
@@ -189,7 +189,7 @@ def run_experiment(experiment: Experiment, part_of: Path | None = None, *, live:
                 f"{error}; saved. Resume with: convlens train --resume {quoted(whole)}"
             ) from None
     untested = f"trained, but not tested; resume with: convlens train --resume {quoted(whole)}"
-    if experiment.world.agree(asked(), 0.0)[0]:  # asked to stop during or after the last step
+    if experiment.world.any(asked()):  # asked to stop during or after the last step
         raise TrainingInterruptedError(untested)
     try:
         restore_sigint()

@@ -19,5 +19,5 @@ def verify(
     from convlens.inference.onnx_runtime import OnnxPredictor
 
     predictor = OnnxPredictor.load(file)
-    reference = "this file when it was written" if predictor.in_8_bits else "the model in PyTorch"
+    reference = "this file when it was written" if predictor.is_quantized else "the model in PyTorch"
     print(f"passed  probabilities differ by at most {predictor.verify():.1g} from those of {reference}")

@@ -107,7 +107,7 @@ class BatchLoader:
         batch_seed = derive_seed(self._seed, epoch, index)
         seed_everything(batch_seed + self._world.rank, self._labels.device)
         count, first = self.size(index), index * self._batch_size
-        part = self._world.part(count)
+        part = self._world.local_slice(count)
         rows = self._order[first : first + count][part]
         images = self._normalize(self._images[rows])
         rows = rows.to(self._labels.device)

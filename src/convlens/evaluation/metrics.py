@@ -80,9 +80,9 @@ def evaluate(
         Loss and accuracy.
     """
     ranks = ranks or World()
-    local_images = split.images[ranks.part(len(split))]
+    local_images = split.images[ranks.local_slice(len(split))]
     logits = compute_logits(model, local_images, normalize, batch_size=batch_size, autocast=autocast)
-    return Scores.of(ranks.gather(logits, len(split)), split.labels)
+    return Scores.of(ranks.all_gather(logits, len(split)), split.labels)
 
 
 def wilson_interval(correct: int, n: int, z: float = Z95) -> tuple[float, float]:

@@ -81,7 +81,7 @@ class UncertaintyModel:
             classes: Number of classes.
             normalize: Turns images into the classifier's input.
         """
-        rows = train.spread(MAX_FEATURE_IMAGES)
+        rows = train.evenly_spaced(MAX_FEATURE_IMAGES)
         _, train_features = compute_outputs(model, train.images[rows], normalize)
         mahalanobis = MahalanobisModel.fit(train_features.cpu(), train.labels[rows], classes)
         logits, features = (x.cpu() for x in compute_outputs(model, validation.images, normalize))

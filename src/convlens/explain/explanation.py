@@ -89,8 +89,8 @@ class TrainingImages:
         """
         split = dataset.train
         self.dataset = dataset
-        self.rows = split.spread(MAX_NEIGHBOR_CANDIDATES)
-        _, features = compute_outputs(classifier.model, split.images[self.rows], classifier.preprocess.normaliser())
+        self.rows = split.evenly_spaced(MAX_NEIGHBOR_CANDIDATES)
+        _, features = compute_outputs(classifier.model, split.images[self.rows], classifier.preprocess.normalizer())
         self.features = F.normalize(features, dim=1)  # (N, D)
 
     def nearest(self, features: Tensor) -> tuple[Neighbor, ...]:
@@ -134,7 +134,7 @@ def explain(
     explained = label or prediction.label
     index = classifier.classes.index(explained)
     device = next(model.parameters()).device
-    x = classifier.preprocess.normaliser().to(device)(torch.from_numpy(pixels)[None].to(device))  # (1, C, H, W)
+    x = classifier.preprocess.normalizer().to(device)(torch.from_numpy(pixels)[None].to(device))  # (1, C, H, W)
     convolution = require_convolution(model)
     with torch.no_grad(), eval_mode(model), record_outputs({"first": convolution}) as outputs:
         maps = {name: output[0] for name, output in feature_maps(model, x).items()}

@@ -60,9 +60,9 @@ def replay(classifier: Classifier, folder: RunDir, pixels: Pixels, split: Split)
         )
     steps_per_epoch = count_batches(config["data"]["counts"]["train"], config["recipe"]["batch_size"])
     model, classes = classifier.model, len(classifier.classes)
-    normalize = classifier.preprocess.normaliser()
+    normalize = classifier.preprocess.normalizer()
     convolution = require_convolution(model)
-    subset = split.take(split.spread(MAX_IMAGES))
+    subset = split.select(split.evenly_spaced(MAX_IMAGES))
     device = next(model.parameters()).device
     image = torch.from_numpy(pixels)[None]
     x = normalize.to(device)(image.to(device))

@@ -85,7 +85,7 @@ def assemble_model(module: Any, bundle: Bundle, folder: Path) -> Any:
     shape, uncertainty = bundle.preprocess, bundle.uncertainty
     constants, color = COLOR_GRAPHS[shape.channels]
     front = PREPROCESS_GRAPH.format(height=shape.height, width=shape.width, constants=constants, color=color)
-    normalize = shape.normaliser()
+    normalize = shape.normalizer()
     tensors: dict[str, Tensor] = {"scale": normalize.scale, "offset": normalize.offset}
     temperature = uncertainty.temperature if uncertainty else 1.0
     parts = [graph(front), module.graph, graph(OUTPUT_GRAPH.format(temperature=temperature))]

@@ -69,7 +69,7 @@ def build_int8(folder: Path, dataset: Dataset) -> tuple[Any, Any, QuantizationCo
     g = torch.Generator().manual_seed(0)
     calibration = dataset.train.images[torch.randperm(len(dataset.train), generator=g)[:CALIBRATION_IMAGES]]
     float32 = assemble_model(module, bundle, folder)
-    quantized = quantize(module, bundle.preprocess.normaliser()(calibration).numpy())
+    quantized = quantize(module, bundle.preprocess.normalizer()(calibration).numpy())
     int8 = assemble_model(quantized, bundle, folder)
     reference, predictor = (OnnxPredictor(embed_digest(m.SerializeToString()), str(folder)) for m in (float32, int8))
     images, labels = dataset.test.images.numpy(), dataset.test.labels.numpy()

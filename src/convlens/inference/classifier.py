@@ -73,7 +73,7 @@ class Classifier(Predictor):
             images: uint8 (N, C, H, W), of the model's input size.
             tta: Test-time augmentation.
         """
-        return compute_logits(self.model, images, self.preprocess.normaliser(), tta=tta)
+        return compute_logits(self.model, images, self.preprocess.normalizer(), tta=tta)
 
     def test(self, split: Split, tta: TTA | None = None) -> tuple[TestReport, Tensor]:
         """Evaluate the model on a split.
@@ -85,7 +85,7 @@ class Classifier(Predictor):
         Returns:
             All metrics, and the logits of the plain images, float32 (N, K).
         """
-        logits, features = (x.cpu() for x in compute_outputs(self.model, split.images, self.preprocess.normaliser()))
+        logits, features = (x.cpu() for x in compute_outputs(self.model, split.images, self.preprocess.normalizer()))
         report = classification_report(logits, split.labels, self.classes)
         if self.uncertainty is not None:
             report = self.uncertainty.evaluate(report, logits, features, split.labels)
@@ -97,7 +97,7 @@ class Classifier(Predictor):
 
     def run(self, pixels: Pixels) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
         """Return probabilities (N, K) and whether images are in-distribution (N,); see :meth:`Predictor.run`."""
-        outputs = compute_outputs(self.model, torch.from_numpy(pixels), self.preprocess.normaliser())
+        outputs = compute_outputs(self.model, torch.from_numpy(pixels), self.preprocess.normalizer())
         logits, features = (x.cpu() for x in outputs)
         known = self.uncertainty.is_in_distribution(logits, features).numpy() if self.uncertainty else None
         return self.probabilities(logits).numpy(), known

@@ -67,15 +67,15 @@ class Predictor(ABC):
 
     @overload
     def predict(
-        self, images: ImageLike, *, top: int = ..., raw: bool = ..., coverage: float | None = ...
+        self, images: ImageLike, *, top: int = ..., adapt: bool = ..., coverage: float | None = ...
     ) -> Prediction: ...
     @overload
     def predict(
-        self, images: list[ImageLike], *, top: int = ..., raw: bool = ..., coverage: float | None = ...
+        self, images: list[ImageLike], *, top: int = ..., adapt: bool = ..., coverage: float | None = ...
     ) -> list[Prediction]: ...
 
     def predict(
-        self, images: ImageLike | list[ImageLike], *, top: int = 1, raw: bool = False, coverage: float | None = None
+        self, images: ImageLike | list[ImageLike], *, top: int = 1, adapt: bool = True, coverage: float | None = None
     ) -> Prediction | list[Prediction]:
         """Classify one image or a list of images.
 
@@ -83,7 +83,7 @@ class Predictor(ABC):
             images: An image or a list of images of any size: a path, the content of a file, a PIL image, or an array
                 (H, W), (H, W, C) or (C, H, W), of integers 0..255 or floats 0..1.
             top: Number of classes in ``Prediction.top``.
-            raw: Only convert and resize; do not extract strokes from scans and photos of handwriting.
+            adapt: Extract strokes from scans and photos of handwriting, for models of such images; else only resize.
             coverage: Target coverage, 0.5 to 0.995: also return a prediction set that contains the true class with this
                 probability, for images like the training images (split conformal prediction; Vovk et al. 2005).
 
@@ -95,10 +95,10 @@ class Predictor(ABC):
             UsageError: If ``coverage`` is out of range or the model has no prediction sets.
         """
         several = images if isinstance(images, list) else [images]
-        predictions = self.describe([self.adapt(image, raw=raw) for image in several], top, coverage)
+        predictions = self.describe([self.adapt(image, adapt=adapt) for image in several], top, coverage)
         return predictions if isinstance(images, list) else predictions[0]
 
-    def adapt(self, image: ImageLike, *, raw: bool = False) -> Pixels:
+    def adapt(self, image: ImageLike, *, adapt: bool = True) -> Pixels:
         """Return an image as the model's input pixels, uint8 (C, H, W).
 
         Raises:
@@ -112,7 +112,7 @@ class Predictor(ABC):
             opened = array_to_image(image)
         else:
             raise InvalidImageError(f"a {type(image).__name__} is not an image: pass a path, a PIL image or an array")
-        return self.preprocess.adapt(opened, raw=raw)
+        return self.preprocess.transform(opened, adapt=adapt)
 
     def describe(self, pixels: Sequence[Pixels], top: int = 1, coverage: float | None = None) -> list[Prediction]:
         """Return predictions for input pixels, uint8 (C, H, W) each; see :meth:`predict`."""

@@ -6,8 +6,9 @@ import hashlib
 from importlib import resources
 from pathlib import Path
 
-from convlens.errors import ConvlensError, UnfinishedRunError, UnknownNameError, UsageError
+from convlens.errors import ConvlensError, UnknownNameError, UsageError
 from convlens.run_dir import RunDir
+from convlens.system.text import quoted
 
 # the files of a bundle
 WEIGHTS, CONFIG, CARD, UNCERTAINTY = "model.safetensors", "config.json", "README.md", "uncertainty.safetensors"

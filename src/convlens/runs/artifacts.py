@@ -39,10 +39,10 @@ def describe_data(dataset: Dataset, fingerprint: str) -> dict[str, Any]:
         "classes": list(dataset.classes),
         "shape": list(dataset.shape),
         "counts": {name: len(split) for name, split in dataset.splits.items()},
-        "split_description": dataset.note,
+        "split_description": dataset.split_description,
         "unreadable": list(dataset.unreadable),
         "fold": list(dataset.fold) if dataset.fold else None,
-        "num_excluded": len(dataset.left_out),
+        "num_excluded": len(dataset.excluded),
         "fingerprint": fingerprint,
         "test_fingerprint": dataset.test.fingerprint(),
     }

@@ -35,7 +35,7 @@ def load_evaluation_data(source: str | Path, data: Any = None, *, test_on: Any =
     """
     folder = resolve_bundle(source)
     bundle, run_dir = load_bundle(folder), RunDir(folder.parent)
-    recorded = read_json(run_dir.config)["data"] if run_dir.test.is_file() else bundle.trained["data"]
+    recorded = read_json(run_dir.config)["data"] if run_dir.test.is_file() else bundle.training["data"]
     if test_on is not None:
         dataset, name = load_for_bundle(bundle, test_on)
         if recorded.get("fold") and dataset.source == recorded["source"]:
@@ -125,7 +125,7 @@ def evaluate_run(source: str | Path, data: Any = None, *, test_on: Any = None, t
     """
     set_num_threads()
     bundle, dataset = load_evaluation_data(source, data, test_on=test_on)
-    views = make_tta(bundle.trained["recipe"].get("hflip", False)) if tta else None
+    views = make_tta(bundle.training["recipe"].get("hflip", False)) if tta else None
     test, _ = Classifier(bundle).test(dataset.test, views)
     return test.to_json()
 

@@ -95,15 +95,15 @@ class Experiment:
             ConvlensError: The data cannot be read.
         """
         world = init_world()
-        if not world.first:
+        if not world.is_main:
             return cls.join(request.data, world)
-        with world.leading():
+        with world.planning():
             if request.budget is not None:
                 if world.size > 1:
                     raise UsageError("`budget` works with one process only; give several of them `max_seconds`")
                 request = dataclasses.replace(request, budget=parse_budget(str(request.budget)))
             job = launch_id()
-            if world.again and (interrupted := find_interrupted_run(request.out, job)):
+            if world.is_restart and (interrupted := find_interrupted_run(request.out, job)):
                 data = in_memory(request.data)
                 return cls._reopen(interrupted, data, accept_changes=True, finished_too=True)._broadcast()
             if request.out is not None:
@@ -120,8 +120,8 @@ class Experiment:
         run_dir = RunDir.create(request.out, dataset.name)
         try:
             write_split(run_dir, dataset)
-            if dataset.left_out:
-                write_name_list(run_dir.excluded, dict.fromkeys(dataset.left_out, ""))
+            if dataset.excluded:
+                write_name_list(run_dir.excluded, dict.fromkeys(dataset.excluded, ""))
             config.write(run_dir.config)  # last: it makes the folder a run that can be resumed
         except BaseException:  # including Ctrl-C
             shutil.rmtree(run_dir.path, ignore_errors=True)
@@ -152,9 +152,9 @@ class Experiment:
             UsageError: The run is finished, its data have changed, or the environment differs.
         """
         world = init_world()
-        if not world.first:
+        if not world.is_main:
             return cls.join(data, world)
-        with world.leading():
+        with world.planning():
             return cls._reopen(
                 path,
                 data,
@@ -166,14 +166,14 @@ class Experiment:
     @classmethod
     def join(cls, data: Any, world: World) -> Experiment:
         """Prepare the training that rank 0 has broadcast, on another rank."""
-        path, values, excluded = world.follow()
+        path, values, excluded = world.receive_plan()
         config = RunConfig.from_json(values)
         set_num_threads(min(config.recipe.threads, available_cores()))
         return cls._rebuild(RunDir(path), config, in_memory(data), excluded, allow_unreadable=True)
 
     def _broadcast(self) -> Experiment:
         """Send what is trained to the other ranks."""
-        self.world.lead([str(self.run_dir.path), self.config.to_json(), list(self.dataset.left_out)])
+        self.world.broadcast_plan([str(self.run_dir.path), self.config.to_json(), list(self.dataset.excluded)])
         return self
 
     @classmethod
@@ -220,7 +220,7 @@ class Experiment:
         loaded = load_recorded(
             recorded,
             require_data_on_disk(run_dir.path, recorded["source"], data),
-            without=excluded,
+            exclude=excluded,
             image_size=recipe.image_size,
             channels=config.preprocess.channels,
             allow_unreadable=allow_unreadable or bool(recorded["unreadable"]),
@@ -247,51 +247,42 @@ class Experiment:
             DivergenceError: The loss, a gradient or a BatchNorm statistic is NaN or infinite.
         """
         records: list[EpochRecord] = []
-        is_main, recipe = self.world.first, self.recipe
-        watcher = Callback()
-        if is_main:
-            watcher = LiveStatus(self.run_dir, self.dataset, self.preprocess.normaliser(), recipe)
-        with (
-            self.run_dir.locked() if is_main else contextlib.nullcontext(),
-            contextlib.closing(
-                TensorBoardLogger(self.run_dir.tensorboard, wanted=recipe.tensorboard and is_main)
-            ) as board,
-        ):
+        is_main = self.world.is_main
+        callbacks = [StopWhen(should_stop), *(self._callbacks(show_progress) if is_main else [])]
+        checkpoints = CheckpointStore(self.run_dir.checkpoint)
+        with self.run_dir.locked() if is_main else contextlib.nullcontext():
             for record in fit(
                 self.model,
                 self.dataset,
-                recipe,
+                self.recipe,
                 preprocess=self.preprocess,
-                store=CheckpointStore(self.run_dir.checkpoint),
-                should_stop=should_stop,
-                watcher=watcher,
-                show_progress=show_progress and is_main,
+                checkpoints=checkpoints,
+                callbacks=callbacks,
             ):
                 records.append(record)
                 if is_main:
-                    write_metrics(self.run_dir, records, log_test=recipe.log_test_metrics)
-                board.add(record)
+                    write_metrics(self.run_dir, records, log_test=self.recipe.log_test_metrics)
                 yield record
 
     def _callbacks(self, show_progress: bool) -> list[Callback]:
         """Return the callbacks of rank 0."""
-        normalize = self.preprocess.normaliser()
-        callbacks: list[Callback] = [LiveStatus(self.folder, self.dataset, normalize, self.recipe.batch_size)]
+        normalize = self.preprocess.normalizer()
+        callbacks: list[Callback] = [LiveStatus(self.run_dir, self.dataset, normalize, self.recipe.batch_size)]
         if self.recipe.save_snapshots:
-            callbacks.append(SnapshotCallback(self.folder.snapshots))
+            callbacks.append(SnapshotCallback(self.run_dir.snapshots))
         if self.recipe.tensorboard:
-            callbacks.append(TensorBoardLogger(self.folder.tensorboard))
+            callbacks.append(TensorBoardLogger(self.run_dir.tensorboard))
         if show_progress:
             callbacks.append(ProgressBarCallback())
         return callbacks
 
     def finish(self) -> Run:
         """Evaluate the test split, once; write the bundle, ``test.json``, ``predictions.csv``, plots and report."""
-        if self.world.first:
+        if self.world.is_main:
             with self.run_dir.locked():
                 if not self.run_dir.report.exists():  # else another process has finished it
                     finalize(self.run_dir, self.config, self.dataset, self.model)
-        self.world.share(None)  # the other ranks wait here
+        self.world.broadcast(None)  # the other ranks wait here
         return Run(self.run_dir.path)
 
     def run(self, *, show_progress: bool = False) -> Run:
@@ -336,7 +327,7 @@ def load_training_data(
     spec = input_spec(recipe, pretrained)
     dataset = load_dataset(request.data, **spec, allow_unreadable=request.allow_unreadable)
     if request.exclude is not None:
-        dataset = dataset.without(read_name_list(request.exclude))
+        dataset = dataset.drop(read_name_list(request.exclude))
     if recipe.balanced_sampling:
         require_balance(dataset.train)
     require_size(recipe.image_size, dataset)
@@ -355,7 +346,7 @@ def build_model(
 ) -> tuple[RunConfig, Dataset, nn.Module]:
     """Hold out the validation split and build the model; return them and the config of the run."""
     dataset = loaded.with_validation(recipe.val_fraction, recipe.seed)
-    preprocess = Preprocess.measure(dataset.train.images, dataset.style)
+    preprocess = Preprocess.fit(dataset.train.images, dataset.input_style)
     if pretrained is not None:
         if recipe.pretrained:
             recipe = recipe.override(pretrained=pretrained.origin)  # valid from any working directory

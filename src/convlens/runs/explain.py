@@ -13,7 +13,7 @@ from convlens.data.loading import refuse_inside_data
 from convlens.errors import ConvlensError, UsageError
 from convlens.explain.explanation import Explanation, explain, require_class
 from convlens.inference.classifier import Classifier
-from convlens.reports.explanation import picture_explanation, picture_kernels, write_explanations
+from convlens.reports.explanation import kernels_panel, make_panels, write_explanations
 from convlens.run_dir import RunDir, atomic_dir, next_free_path, require_new_path
 from convlens.runs.run import load_training_images
 from convlens.system.device import set_num_threads
@@ -61,7 +61,7 @@ def explain_images(
     classifier = Classifier.load(source)
     if label is not None:
         require_class(label, classifier.classes)
-    pixels = [classifier.preprocess.adapt(open_image(file), adapt=adapt) for file in images]
+    pixels = [classifier.preprocess.transform(open_image(file), adapt=adapt) for file in images]
     training, missing = None, ""
     try:
         training = load_training_images(source, classifier, data)
@@ -87,12 +87,12 @@ def write_page(folder: Path, name: str, images: Sequence[str], explanations: Seq
         for number, (file, explanation) in track(numbered, "drawing", len(images)):
             own = new if len(images) == 1 else new / f"{number}-{cut(Path(file).stem)}"
             own.mkdir(exist_ok=True)
-            shown = picture_explanation(explanation)
+            shown = make_panels(explanation)
             for part in shown:
-                part.sheet.save(own / part.file)
+                part.grid.save(own / part.file)
             parts.append((Path(file).name, summarize(explanation), shown))
-        kernels = picture_kernels(explanations[0].kernels)
-        kernels.sheet.save(new / kernels.file)
+        kernels = kernels_panel(explanations[0].kernels)
+        kernels.grid.save(new / kernels.file)
         parts.append(("The model itself", "", [kernels]))
         write_explanations(new / "index.html", f"What {name} sees", parts)
 

@@ -14,7 +14,6 @@ from convlens.data.augment import BatchRandom, hflip
 from convlens.data.dataset import Dataset
 from convlens.evaluation.inference import make_tta
 from convlens.evaluation.metrics import Cell
-from convlens.evaluation.report import TestReport
 from convlens.evaluation.uncertainty import UncertaintyModel
 from convlens.explain.activations import first_convolution
 from convlens.inference.bundle import Bundle
@@ -42,15 +41,15 @@ def finalize(run_dir: RunDir, config: RunConfig, dataset: Dataset, model: nn.Mod
     trust = None
     if dataset.validation is not None:
         trust = UncertaintyModel.fit(
-            model, dataset.train, dataset.validation, len(dataset.classes), preprocess.normaliser()
+            model, dataset.train, dataset.validation, len(dataset.classes), preprocess.normalizer()
         )
-    described = {key: config.model[key] for key in ("name", "arguments")}
-    bundle = Bundle(model, described, dataset.classes, preprocess, {}, trust)
+    architecture = Architecture(config.model["name"], config.model["arguments"])
+    bundle = Bundle(model, architecture, dataset.classes, preprocess, {}, trust)
     classifier = Classifier(bundle, recipe.device)
     report, logits = classifier.test(dataset.test, make_tta(recipe.hflip) if recipe.tta else None)
     test = report.to_json()
-    trained = {
-        "convlens": current_version(),
+    training = {
+        "version": current_version(),
         "command": redact_paths(config.command, config.data),
         "recipe": {**dataclasses.asdict(recipe), "pretrained": Path(recipe.pretrained).name},
         "data": redact_source(config.data),
@@ -59,7 +58,7 @@ def finalize(run_dir: RunDir, config: RunConfig, dataset: Dataset, model: nn.Mod
         "seconds": records[-1]["seconds"] if records else 0.0,
         "test": model_card_metrics(test),
     }
-    dataclasses.replace(bundle, trained=trained).save(run_dir.model)
+    dataclasses.replace(bundle, training=training).save(run_dir.model)
     probabilities = classifier.probabilities(logits)
     write_predictions(run_dir, dataset, probabilities)
     # in a file of its own, because test.json is read as a whole and should not grow with the square of the classes
@@ -77,10 +76,10 @@ def draw_plots(run_dir: RunDir, config: RunConfig, dataset: Dataset, model: nn.M
     rows = image_grid.pick_samples(train.labels, len(classes))
     images, labels = train.images[rows], train.labels[rows]
     names = [classes[label] for label in labels.tolist()]
-    augment, normalise = make_augment(recipe, len(classes)), config.preprocess.normaliser()
+    augment, normalise = make_augment(recipe, len(classes)), config.preprocess.normalizer()
     with torch.no_grad():
         flipped = torch.arange(len(rows)) % 2 == 1  # every second image, as in each epoch
-        seen = mirror(normalise(images), flipped) if recipe.hflip else normalise(images)
+        seen = hflip(normalise(images), flipped) if recipe.hflip else normalise(images)
         augmented, _ = augment(seen, labels, BatchRandom.seeded(recipe.seed, len(rows)))
     grids = {
         "samples.png": image_grid.image_grid(images, names, "Training images"),

@@ -152,7 +152,7 @@ class RunGroup:
         spec = input_spec(resolved, start_from_weights(resolved))
         dataset = load_dataset(request.data, **spec, allow_unreadable=request.allow_unreadable)
         if request.exclude is not None:
-            dataset = dataset.without(read_name_list(request.exclude))
+            dataset = dataset.drop(read_name_list(request.exclude))
         refuse_inside_data(request.out, dataset)
         if folds is not None:
             assign_folds(merge(dataset)[0].labels, dataset.classes, folds)
@@ -163,7 +163,7 @@ class RunGroup:
             seed=resolved.seed,
             **spec,
             data=dataset.source,
-            excluded=tuple(dataset.left_out),
+            excluded=tuple(dataset.excluded),
             fingerprint=dataset.fingerprint(),
             recipe=recipe,
             overrides={name: value for name, value in request.overrides.items() if name != "seed"},
@@ -201,8 +201,8 @@ class RunGroup:
             channels=plan.channels,
             allow_unreadable=allow_unreadable or plan.allow_unreadable,
         )
-        if not dataset.left_out:
-            dataset = dataset.without(plan.excluded)
+        if not dataset.excluded:
+            dataset = dataset.drop(plan.excluded)
         require_same_data(path, dataset, plan.fingerprint)
         first = RunDir(path / plan.runs[0])
         if first.config.is_file():  # the next runs must be comparable with it

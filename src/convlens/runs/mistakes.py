@@ -10,7 +10,7 @@ from PIL import Image
 from convlens.data.dataset import Split
 from convlens.data.loading import refuse_inside_data
 from convlens.errors import UnknownNameError
-from convlens.reports.image_grid import prediction_grid, to_picture
+from convlens.reports.image_grid import prediction_grid, to_hwc
 from convlens.run_dir import atomic_dir, require_new_path
 from convlens.runs.evaluate import load_evaluation_data
 from convlens.runs.run import Run
@@ -79,7 +79,7 @@ def write_images(folder: Path, test: Split, rows: list[dict[str, str]], num_wron
     kinds = ["misclassified"] * num_wrong + ["uncertain"] * (len(rows) - num_wrong)
     (folder / "images").mkdir()
     for file, row in track(zip(files, rows, strict=True), "writing images", len(rows)):
-        Image.fromarray(to_picture(test.images[position[row["image_id"]]])).save(folder / "images" / file)
+        Image.fromarray(to_hwc(test.images[position[row["image_id"]]])).save(folder / "images" / file)
     if rows:
         shown = rows[:MAX_GRID_IMAGES]
         images = test.images[[position[row["image_id"]] for row in shown]]

@@ -57,7 +57,7 @@ def write_timelapse_page(
     if image is None:
         pixels, name = asked.images[0].numpy(), f"an image of “{dataset.classes[int(asked.labels[0])]}”"
     else:
-        pixels, name = classifier.preprocess.adapt(open_image(image), adapt=adapt), Path(image).name
+        pixels, name = classifier.preprocess.transform(open_image(image), adapt=adapt), Path(image).name
     moments = replay(classifier, run.run_dir, pixels, asked)
     about = {
         "name": run.path.resolve().name,

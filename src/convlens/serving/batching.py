@@ -105,7 +105,7 @@ class BatchWorker:
 
     async def explain(
         self, image: bytes, deadline: float, *, adapt: bool, label: str | None
-    ) -> tuple[Prediction, Heat]:
+    ) -> tuple[Prediction, Heatmap]:
         """Classify one image; return the prediction and the occlusion map of ``label`` (by default, the predicted)."""
         occlusions: list[Occlusion] = []
 
@@ -114,12 +114,12 @@ class BatchWorker:
             if occlusion.nbytes > MAX_INPUT_BYTES:
                 raise UsageError("this model takes images that are too large to be explained here")
             occlusions.append(occlusion)
-            return occlusion.cover()
+            return occlusion.occlude()
 
         probabilities, known = await self._infer(occlude, deadline)
         last = slice(len(probabilities) - 1, None)  # the image itself
         (prediction,) = self.predictor.interpret(probabilities[last], None if known is None else known[last])
-        return prediction, occlusions[0].heat(probabilities, self.predictor.classes.index(label or prediction.label))
+        return prediction, occlusions[0].heatmap(probabilities, self.predictor.classes.index(label or prediction.label))
 
     async def _infer(self, make: Callable[[], Pixels], deadline: float) -> Output:
         """Return the model's output for the pixels that ``make`` returns on a decoding thread."""
@@ -152,7 +152,7 @@ class BatchWorker:
             seen += image.width * image.height
             if seen > MAX_PIXELS:
                 raise UsageError(f"the images of a request may have at most {MAX_PIXELS:,} pixels together")
-            adapted.append(self.predictor.preprocess.adapt(image, raw=not adapt))
+            adapted.append(self.predictor.preprocess.transform(image, adapt=adapt))
             if len(contents) * (larger := max(adapted[0].nbytes, 4 * len(self.predictor.classes))) > MAX_INPUT_BYTES:
                 most = MAX_INPUT_BYTES // larger
                 raise UsageError(f"a request may have at most {most:,} images for this model")

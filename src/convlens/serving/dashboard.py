@@ -33,7 +33,7 @@ def list_runs(paths: Sequence[str | Path]) -> list[RunDir]:
 
 def find_runs(folder: Path) -> list[Path]:
     """Return the runs and groups of runs in a folder, the oldest first."""
-    configs = [*folder.glob("*/config.json"), *folder.glob(f"*/{SERIES}")]
+    configs = [*folder.glob("*/config.json"), *folder.glob(f"*/{GROUP}")]
     return [file.parent for file in sorted(configs, key=lambda file: file.stat().st_mtime)]
 
 

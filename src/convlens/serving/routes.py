@@ -132,7 +132,7 @@ def add_prediction(api: FastAPI, workers: Mapping[str, BatchWorker]) -> None:
         """Classify images."""
         body, is_form = await read_body(request, "model", "top", "adapt", "coverage")
         worker = get_model(workers, model)
-        if coverage is not None and worker.predictor.bounds is None:
+        if coverage is not None and worker.predictor.conformal_thresholds is None:
             raise HTTPException(422, f"coverage: {model} was trained without validation images")
 
         def files() -> list[bytes]:
@@ -176,8 +176,8 @@ def add_explanation(api: FastAPI, workers: Mapping[str, BatchWorker]) -> None:
         return ExplainResponse(
             model=model,
             label=found.label,
-            confidence=found.probability,
-            in_distribution=found.known,
+            confidence=found.confidence,
+            in_distribution=found.in_distribution,
             about=label or found.label,
             occlusion=heat.round(4).tolist(),
         )
@@ -186,11 +186,11 @@ def add_explanation(api: FastAPI, workers: Mapping[str, BatchWorker]) -> None:
 def add_playground(api: FastAPI, models: Mapping[str, OnnxPredictor]) -> None:
     """Add ``GET /``: a page that runs a model in the browser."""
     names = list(models)
-    shown = [name for name, predictor in models.items() if not predictor.in_8_bits] or names
+    shown = [name for name, predictor in models.items() if not predictor.is_quantized] or names
 
     @functools.lru_cache
     def render(model: str) -> HTMLResponse:
-        content = render_playground(models[model], here=model, nets=shown)
+        content = render_playground(models[model], current=model, models=shown)
         return HTMLResponse(content, headers={"content-security-policy": content_policy(content)})
 
     @api.get("/", response_class=HTMLResponse, responses=REJECTED | WRONG_VALUE)
@@ -220,8 +220,8 @@ def add_status(
                 channels=p.preprocess.channels,
                 height=p.preprocess.height,
                 width=p.preprocess.width,
-                coverage=p.bounds is not None,
-                training=p.about["trained"],
+                coverage=p.conformal_thresholds is not None,
+                training=p.metadata["training"],
             )
             for name, p in models.items()
         ]

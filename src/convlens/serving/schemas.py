@@ -31,8 +31,8 @@ class PredictResponse(ClassProbability):
     def of(cls, prediction: Prediction) -> "PredictResponse":
         """Return the response for a prediction."""
         top = [ClassProbability(label=label, confidence=probability) for label, probability in prediction.top]
-        labels = None if prediction.labels is None else list(prediction.labels)
-        return cls(**top[0].model_dump(), in_distribution=prediction.known, top=top, prediction_set=labels)
+        labels = None if prediction.prediction_set is None else list(prediction.prediction_set)
+        return cls(**top[0].model_dump(), in_distribution=prediction.in_distribution, top=top, prediction_set=labels)
 
 
 class PredictResponses(BaseModel):

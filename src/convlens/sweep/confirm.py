@@ -34,8 +34,8 @@ def confirm(
                 pass
             if should_stop():
                 raise TrainingInterruptedError("interrupted")
-            yield which, experiment.folder.path.name, experiment.finish()
-        if not (group.folder / SUMMARY).exists():
+            yield which, experiment.run_dir.path.name, experiment.finish()
+        if not (group.path / SUMMARY).exists():
             group.finish()
 
 

@@ -12,8 +12,7 @@ from convlens.errors import UsageError
 from convlens.sweep.space import Choice, Range, Space, display_name
 from convlens.system.random import preserve_rng_state
 from convlens.system.text import first_few
-from convlens.training.build import drop_unsupported_options, make_model, model_config
-from convlens.training.loop import require_possible
+from convlens.training.build import drop_unsupported_options, make_model, model_config, require_possible
 from convlens.training.recipe import MODEL_OPTIONS, Recipe
 from convlens.training.schedule import require_any_size
 
@@ -24,8 +23,8 @@ def require_trainable(base: Recipe, dataset: Dataset, space: Space, overrides: C
     Values that fail only in other combinations fail in their trials. Models are built on 100 of the images.
     Raises UsageError for a value that trains with none of them, or a model option in ``overrides`` that no model has.
     """
-    few = dataclasses.replace(dataset, train=dataset.train.take(dataset.train.spread(100)))
-    preprocess = Preprocess.measure(few.train.images, few.style)
+    few = dataclasses.replace(dataset, train=dataset.train.select(dataset.train.evenly_spaced(100)))
+    preprocess = Preprocess.fit(few.train.images, few.input_style)
     found = {name: probe_values(name, values) for name, values in space.items()}
 
     def require(values: dict[str, Any], kept_options: Collection[str]) -> None:

@@ -31,7 +31,6 @@ from convlens.system.device import set_num_threads
 from convlens.system.hardware import available_cores
 from convlens.system.random import derive_seed
 from convlens.training.build import drop_unsupported_options, make_model, model_config
-from convlens.training.callbacks import Callback, ProgressBarCallback, StopWhen
 from convlens.training.loop import fit
 from convlens.training.recipe import Recipe
 
@@ -164,7 +163,7 @@ class Worker:
         data = self.sweep.data
         set_num_threads(recipe.threads)
         torch.manual_seed(recipe.seed)
-        preprocess = Preprocess.measure(data.train.images, data.style)
+        preprocess = Preprocess.fit(data.train.images, data.input_style)
         model = make_model(model_config(recipe, data), data, preprocess)
         steps = count_batches(len(data.train), recipe.batch_size)
         last = math.ceil(recipe.total_steps(steps) / steps) if recipe.max_seconds is None else 0

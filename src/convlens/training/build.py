@@ -103,17 +103,16 @@ class TrainSetup:
         precision = world.broadcast(choose_precision(recipe, device, model, dataset.shape))
         dataset = dataset.with_validation(recipe.val_fraction, recipe.seed)
         require_possible(recipe, model, dataset)
-        normalize = (preprocess or Preprocess.measure(dataset.train.images, dataset.style)).normaliser()
+        normalize = (preprocess or Preprocess.fit(dataset.train.images, dataset.input_style)).normalizer()
         loader = BatchLoader(
             dataset.train,
             recipe.batch_size,
-            normalize,
+            normalize.to(device),
             seed=recipe.seed,
-            device=device,
             augment=make_augment(recipe, len(dataset.classes)),
-            flip=recipe.hflip,
-            balance=recipe.balanced_sampling,
-            ranks=world,
+            hflip=recipe.hflip,
+            balanced_sampling=recipe.balanced_sampling,
+            world=world,
         )
         model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         world.sync_parameters(model)
@@ -217,8 +216,8 @@ def make_model(config: dict[str, Any], dataset: Dataset, preprocess: Preprocess)
         raise UsageError(f"there is not enough memory for this model {config['name']}; try less `width`") from None
     if isinstance(model, ConvNet):
         _, height, width = dataset.shape
-        some = dataset.train.spread(max(MAX_INIT_PIXELS // (height * width), 50))
-        model.initialise(preprocess.normaliser()(dataset.train.images[some]))
+        some = dataset.train.evenly_spaced(max(MAX_INIT_PIXELS // (height * width), 50))
+        model.initialize(preprocess.normalizer()(dataset.train.images[some]))
     return model
 
 

@@ -251,7 +251,7 @@ class LiveStatus(Callback):
         split, started = self._dataset.validation, time.monotonic()
         if split is None or (not self._ended and self._cost > self.TIME_FRACTION * (started - self._evaluated)):
             return
-        part = split.take(split.spread(self.MAX_IMAGES))
+        part = split.select(split.evenly_spaced(self.MAX_IMAGES))
         logits = compute_logits(model, part.images, self._normalize, batch_size=self._batch_size)
         confidence, predicted = logits.softmax(dim=1).cpu().max(dim=1)
         wrong = (predicted != part.labels).nonzero().squeeze(1)

@@ -10,7 +10,7 @@ from torch import nn
 
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
-from convlens.data.resize import shrink
+from convlens.data.resize import downscale
 from convlens.errors import TrainingInterruptedError
 from convlens.training.best_weights import BestWeights
 from convlens.training.build import TrainSetup
@@ -94,7 +94,7 @@ def fit(
                     checkpointer.save(state, metrics)
                     raise TrainingInterruptedError(f"stopped at {schedule.position}")
 
-                images = shrink(images, schedule.image_size)
+                images = downscale(images, schedule.image_size)
                 loss, logits = accumulate_gradients(images, labels)  # forward, loss, backward
                 setup.average_gradients(loss, len(images))
                 setup.finite.check(loss, state.step)

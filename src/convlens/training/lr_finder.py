@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convlens.data.dataset import Dataset
 from convlens.data.preprocess import Preprocess
-from convlens.data.resize import shrink
+from convlens.data.resize import downscale
 from convlens.distributed.process_group import World
 from convlens.system.progress import track
 from convlens.training.build import TrainSetup, make_model, model_config
@@ -55,7 +55,7 @@ class RangeTestTrainer:
     def __init__(self, dataset: Dataset, recipe: Recipe):
         recipe = recipe.override(ema_decay=0.0, restore_best=False, patience=0)
         dataset = dataset.with_validation(recipe.val_fraction, recipe.seed)
-        preprocess = Preprocess.measure(dataset.train.images, dataset.style)
+        preprocess = Preprocess.fit(dataset.train.images, dataset.input_style)
         torch.manual_seed(recipe.seed)
         model = make_model(model_config(recipe, dataset), dataset, preprocess)
         self.setup = TrainSetup.build(model, dataset, recipe, preprocess, World())
@@ -66,7 +66,7 @@ class RangeTestTrainer:
         setup = self.setup
         images, labels, _ = next(setup.batches(number))  # (N, C, H, W), (N,) or (N, K)
         setup.optimizer.zero_grad()
-        loss, _ = forward_backward(setup, shrink(images, setup.recipe.initial_size or max(setup.shape)), labels)
+        loss, _ = forward_backward(setup, downscale(images, setup.recipe.initial_size or max(setup.shape)), labels)
         setup.clip()
         setup.optimizer.step(lr)
         return loss

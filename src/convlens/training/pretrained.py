@@ -61,12 +61,12 @@ def start_from_model(source: str | Path) -> PretrainedWeights:
     """Return the weights of a run, a bundle, or a model that comes with convlens."""
     bundle = load_bundle(resolve_bundle(source))
     origin = str(source) if str(source) in bundled_models() else str(Path(source).resolve())
-    name, arguments = bundle.model["name"], bundle.model["arguments"]
+    name, arguments = bundle.architecture.name, bundle.architecture.arguments
     unset = dict.fromkeys(MODEL_OPTIONS)  # an option that the bundle lacks has its model's default, not the recipe's
     options = {"model": name, **unset, **{key: arguments[key] for key in model_options(name) if key in arguments}}
     shape = bundle.preprocess
     return PretrainedWeights(
-        "init_from", origin, bundle.net.state_dict(), shape.mean, shape.std, shape.channels, options=options
+        "init_from", origin, bundle.model.state_dict(), shape.mean, shape.std, shape.channels, options=options
     )
 
 

@@ -150,7 +150,7 @@ def require_any_size(model: nn.Module, shape: tuple[int, int, int], recipe: Reci
     image = torch.zeros(1, *shape, device=next(model.parameters()).device)
     training = model.training
     try:
-        model.eval()(shrink(image, recipe.initial_size))
+        model.eval()(downscale(image, recipe.initial_size))
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise

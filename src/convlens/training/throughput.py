@@ -59,7 +59,7 @@ def measure_throughput(dataset: Dataset, recipe: Recipe) -> Throughput:
     size = recipe.batch_size // max(min(recipe.grad_accum_steps, recipe.batch_size // 2), 1)
     size = max(min(size, len(dataset.train)), 1)
     rows = torch.arange(min(len(dataset.train) // size, PROBE_BATCHES) * size)
-    few = dataclasses.replace(dataset, train=dataset.train.take(rows), validation=None)
+    few = dataclasses.replace(dataset, train=dataset.train.select(rows), validation=None)
     # a learning rate of 0: the model is only timed
     idle = recipe.override(
         batch_size=size,
@@ -73,8 +73,8 @@ def measure_throughput(dataset: Dataset, recipe: Recipe) -> Throughput:
         patience=0,
         log_test_metrics=False,
     )
-    preprocess = Preprocess.measure(few.train.images, dataset.style)
-    images, normalize = few.train.images[:size], preprocess.normaliser()
+    preprocess = Preprocess.fit(few.train.images, dataset.input_style)
+    images, normalize = few.train.images[:size], preprocess.normalizer()
 
     def train(steps: int) -> float:
         return list(fit(model, few, idle.override(max_steps=steps), preprocess=preprocess))[-1].seconds
