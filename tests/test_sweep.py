@@ -196,7 +196,7 @@ def test_a_value_is_searched_if_some_trial_could_train_with_it(
         ),
         (["small-size=7,14"], {"model": "fashion-2conv"}, "--initial-size 7: the net fashion-2conv does not take "),
         (["lr=0.1,0.2"], {"device": "cuda"}, "this machine has no"),
-        (["lr=0.1,0.2"], {"image_size": 32}, "--image-size is for folders; big has images of 28 pixels"),
+        (["lr=0.1,0.2"], {"image_size": 32}, "`image_size` is for folders; big has images of 28 pixels"),
         (
             ["filters=8..10000000000000000000"],
             {},
@@ -759,7 +759,7 @@ def test_tune_prints_a_command_that_runs(
     monkeypatch.setattr(sys, "argv", ["convlens", "lr-find", "digits", "--out", "nowhere/x.png"])
     with pytest.raises(SystemExit) as leaving:
         main.main()
-    said = "--to nowhere/x.png: there is no folder nowhere; make it, or choose another place"
+    said = "--out nowhere/x.png: there is no folder nowhere; create it or choose another place"
     assert leaving.value.code == 2 and capsys.readouterr().err == f"convlens: {said}\n"
     assert not Path("nowhere").exists()
     monkeypatch.setattr(sys, "argv", ["convlens", *words, "--epochs", "1"])
