@@ -229,9 +229,7 @@ def test_memory_goes_as_mallocs_own_variables_say_where_they_are_set(name: str, 
 @pytest.mark.parametrize("count", [-1, 100_000])
 def test_use_threads_refuses_more_than_there_are(count: int) -> None:
     before = torch.get_num_threads()
-    with pytest.raises(
-        UsageError, match=rf"^`threads` is {count}; this machine allows 1 to \d+ \(0: all\)$"
-    ):
+    with pytest.raises(UsageError, match=rf"^`threads` is {count}; this machine allows 1 to \d+ \(0: all\)$"):
         set_num_threads(count)
     assert torch.get_num_threads() == before
 
