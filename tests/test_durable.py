@@ -647,7 +647,7 @@ def test_asked_to_stop_in_the_last_step_it_goes_too(
     with monkeypatch.context() as patch:
         patch.setattr(LiveStatus, "on_epoch_end", asked)
         assert command("train", "digits", *SHORT, "--epochs", "1", "--seeds", "2", "--out", tmp_path / "s") == 130
-    assert "trained, but not tested; go on with: convlens train --resume" in said.read_text()
+    assert "trained, but not tested; resume with: convlens train --resume" in said.read_text()
     assert not (tmp_path / "s" / "seed-0" / "report.html").exists() and not (tmp_path / "s" / "seed-1").exists()
     assert command("train", "--resume", tmp_path / "s") == 0
     assert (tmp_path / "s" / "seed-1" / "report.html").exists()

@@ -146,14 +146,14 @@ def test_processes_compute_on_cuda_where_there_is_a_device_for_each(monkeypatch:
     assert select_device().type == "cuda"
     pretend(monkeypatch, 1, 0)
     assert select_device().type == "cpu"
-    with pytest.raises(UsageError, match="^this machine has no cuda device for each of 2 processes; use --device auto"):
+    with pytest.raises(UsageError, match="^this machine has no cuda device for each of 2 processes; use `device=auto`"):
         select_device("cuda")
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps"])
 def test_a_device_that_is_not_there_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, 0, 0)
-    with pytest.raises(UsageError, match=f"^this machine has no {name} device; use --device auto or --device cpu$"):
+    with pytest.raises(UsageError, match=f"^this machine has no {name} device; use `device=auto` or `device=cpu`$"):
         select_device(name)
 
 
@@ -170,8 +170,8 @@ def test_use_threads_0_takes_the_cores_this_process_may_use(monkeypatch: pytest.
 
 KEPT = """
 import resource, torch
-from convlens.runtime import keep_memory
-keep_memory()
+from convlens.system.memory import retain_freed_memory
+retain_freed_memory()
 torch.ones(1 << 16)  # loads what the first of them loads, and starts the threads
 for _ in range(4):  # as the steps of a training do
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -197,15 +197,15 @@ def test_memory_that_was_freed_is_kept_for_what_comes_next() -> None:
 RETURNED = """
 from pathlib import Path
 import torch
-from convlens.runtime import keep_memory, return_memory
+from convlens.system.memory import release_memory, retain_freed_memory
 pages = lambda: int(Path("/proc/self/statm").read_text().split()[1])  # that are in memory
-keep_memory()
+retain_freed_memory()
 torch.ones(1 << 16)  # loads what the first of them loads, and starts the threads
 before = pages()
 held = [torch.ones(1 << 22) for _ in range(8)]
 del held
 kept = pages() - before
-return_memory()
+release_memory()
 print(kept, pages() - before)
 """
 
@@ -229,9 +229,7 @@ def test_memory_goes_as_mallocs_own_variables_say_where_they_are_set(name: str, 
 @pytest.mark.parametrize("count", [-1, 100_000])
 def test_use_threads_refuses_more_than_there_are(count: int) -> None:
     before = torch.get_num_threads()
-    with pytest.raises(
-        UsageError, match=rf"^--threads is {count}; this machine lets convlens use 1 to \d+ \(0: all\)$"
-    ):
+    with pytest.raises(UsageError, match=rf"^`threads` is {count}; this machine allows 1 to \d+ \(0: all\)$"):
         set_num_threads(count)
     assert torch.get_num_threads() == before
 
@@ -375,8 +373,8 @@ def test_read_json_says_that_a_file_is_missing(folder: Path) -> None:
     [
         (b"", "Expecting value"),
         (b'{"a": 1', "Expecting ',' delimiter"),
-        (b"[1, 2]", "it holds no JSON object"),
-        (b"null", "it holds no JSON object"),
+        (b"[1, 2]", "it is not a JSON object"),
+        (b"null", "it is not a JSON object"),
         (b'{"a": "\xff"}', "can't decode byte 0xff"),
         (b"[" * 200_000, ""),
     ],
@@ -435,7 +433,7 @@ def test_an_existing_out_is_refused(what: str, folder: Path) -> None:
         out.write_text("mine")
     with pytest.raises(UsageError) as caught:
         RunDir.create(out, "mnist")
-    assert str(caught.value) == f"{out} exists already; choose another --out"
+    assert str(caught.value) == f"{out} exists already; choose another `out`"
     assert leftovers(folder) == ["out"]
 
 
@@ -446,16 +444,16 @@ def test_a_read_only_parent_is_named(out: bool, folder: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     path = folder / ("x" if out else "a-1")
-    hint = "" if out else "; choose a writable place with --out"
+    hint = "" if out else "; choose a writable place with `out`"
     with pytest.raises(ConvlensError) as caught:
         RunDir.create(path if out else None, "a", folder)
-    assert str(caught.value) == f"cannot make the run folder {path}: Permission denied{hint}"
+    assert str(caught.value) == f"cannot create the run folder {path}: Permission denied{hint}"
 
 
 @pytest.mark.parametrize("out", [True, False], ids=["out", "numbered"])
 def test_a_parent_that_is_a_file_is_named(out: bool, folder: Path) -> None:
     (folder / "file").write_text("")
-    with pytest.raises(ConvlensError, match="^cannot make the run folder "):
+    with pytest.raises(ConvlensError, match="^cannot create the run folder "):
         RunDir.create(folder / "file" / "x" if out else None, "a", folder / "file")
 
 
@@ -471,14 +469,14 @@ def test_a_parent_that_is_a_link_to_nowhere_ends(folder: Path, monkeypatch: pyte
         mkdir(self, *arguments, **named)
 
     monkeypatch.setattr(Path, "mkdir", counting)
-    with pytest.raises(ConvlensError, match="^cannot make the run folder "):
+    with pytest.raises(ConvlensError, match="^cannot create the run folder "):
         RunDir.create(None, "mnist", folder / "runs")
 
 
 def test_open_says_what_is_not_a_run(folder: Path) -> None:
     with pytest.raises(UsageError) as caught:
         RunDir.open(folder / "no")
-    assert str(caught.value) == f"there is no run folder {folder / 'no'}; `convlens train` makes one"
+    assert str(caught.value) == f"there is no run folder {folder / 'no'}; `convlens train` creates one"
     with pytest.raises(UsageError) as caught:
         RunDir.open(folder)
     assert str(caught.value) == f"{folder} is not a run folder: it has no config.json"

@@ -182,7 +182,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[by
             try:
                 read(content)
             except ConvlensError as error:
-                assert "is not the published file" in str(error) or "holds no JSON object" in str(error)
+                assert "is not the published file" in str(error) or "is not a JSON object" in str(error)
     return made
 
 

@@ -318,7 +318,7 @@ def test_a_json_file_that_is_huge_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     with open(path, "wb") as file:
         file.truncate(10 << 30)  # takes no room on disk
-    with pytest.raises(ConvlensError, match="it is no file of at most 64 MiB$"):
+    with pytest.raises(ConvlensError, match="it is not a file of at most 64 MiB$"):
         read_json(path)
 
 

@@ -211,7 +211,7 @@ def test_predict_and_verify_without_torch(kind: str, model: Any, folder: Path, f
         told.append(done.stdout)
     expected = Classifier.load(folder if kind == "a file" else source).predict(tmp_path / "x.png")
     assert expected.label in told[0]
-    assert told[1].startswith("proved  no probability is off by more than ")
+    assert told[1].startswith("passed  probabilities differ by at most ")
 
 
 # the commands

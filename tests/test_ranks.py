@@ -257,5 +257,5 @@ def test_ctrl_c_saves_in_all_processes(tmp_path: Path) -> None:
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 130
-    assert "saved. Go on with: convlens train --resume runs/digits-1" in errors
+    assert "saved. Resume with: convlens train --resume runs/digits-1" in errors
     assert list((tmp_path / "runs/digits-1/checkpoint").glob("step-*.json"))

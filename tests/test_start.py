@@ -140,7 +140,7 @@ def test_seeds_start_from_the_same_weights(trained: Run, tmp_path: Path) -> None
             {"pretrained": "other.safetensors"},
             "^`pretrained`: no weight in .*other.safetensors fits a model SmallNet here$",
         ),
-        ({"freeze": 1}, "^--freeze leaves trained stages as they are; name them with --pretrained or --init-from$"),
+        ({"freeze": 1}, "^`freeze` keeps trained stages fixed; name their weights with `pretrained` or `init_from`$"),
         ({"model": "timm:resnet18", "width": None}, MISSING),
     ],
 )
@@ -156,7 +156,7 @@ def test_what_cannot_be_started_from(
 
 
 def test_init_and_pretrained_are_two_answers(trained: Run) -> None:
-    with pytest.raises(UsageError, match="^--init-from or --pretrained, not both"):
+    with pytest.raises(UsageError, match="^give `init_from` or `pretrained`, not both"):
         Experiment.start(
             TrainRequest.create("digits", init_from=trained.path, pretrained=str(weights_of(trained)), **QUICK)
         )

@@ -774,7 +774,7 @@ def test_tune_prints_a_command_that_runs(
     monkeypatch.setattr(sys, "argv", ["convlens", "lr-find", "digits", "--out", "nowhere/x.png"])
     with pytest.raises(SystemExit) as leaving:
         main.main()
-    said = "--to nowhere/x.png: there is no folder nowhere; make it, or choose another place"
+    said = "--out nowhere/x.png: there is no folder nowhere; create it or choose another place"
     assert leaving.value.code == 2 and capsys.readouterr().err == f"convlens: {said}\n"
     assert not Path("nowhere").exists()
     monkeypatch.setattr(sys, "argv", ["convlens", *words, "--epochs", "1"])

@@ -95,7 +95,7 @@ def test_the_command(remembered: Run, tmp_path: Path, capsys: pytest.CaptureFixt
     page = remembered.path / "timelapse.html"
     size = page.stat().st_size
     assert "convlens: " not in err and out.startswith(
-        f"looked back at 8 snapshots\nwrote   {page} ({size:,} bytes)\nwrote   "
+        f"replayed 8 snapshots\nwrote   {page} ({size:,} bytes)\nwrote   "
     )
     assert size < 500_000 and model_of(page)["image"] == "scan.png"
     with Image.open(tmp_path / "a.gif") as picture:
