@@ -173,8 +173,8 @@ def test_split_tells_every_image_once(run: Run) -> None:
 
 def test_bundle_of_a_run(run: Run) -> None:
     config = json.loads((run.path / "model" / "config.json").read_text())
-    assert config["trained"]["test"]["accuracy"] == run.accuracy
-    assert config["trained"]["recipe"] == run.config["recipe"]
+    assert config["training"]["test"]["accuracy"] == run.accuracy
+    assert config["training"]["recipe"] == run.config["recipe"]
     card = (run.path / "model" / "README.md").read_text()
     assert f"{run.accuracy:.2%} of {run.test['num_images']} images" in card
     assert run.config["command"] in card
@@ -261,7 +261,7 @@ def test_report_needs_no_network_and_holds_every_plot(run: Run) -> None:
     text = re.sub(r"base64,[^\"]*|xmlns(:xlink)?=\"[^\"]*\"", "", page)
     assert not re.search(r"https?://|//[a-z]+\.|@import|url\((?!#)", text)
     assert page.count("<svg") == 3 and page.count('<div class=cells style="--columns:') == 4 == len(PLOTS) - 3
-    for heading in ("What it takes for what", "How much its certainty is worth", "How it learned"):
+    for heading in ("Confusion matrix", "Reliability diagram", "Learning curves"):
         assert page.count(heading) == 1  # text, to be read aloud and found
     for name in PLOTS:
         assert (run.path / "plots" / name).read_bytes().startswith(b"\x89PNG")

@@ -116,7 +116,7 @@ def test_neither_a_resumed_run_nor_a_bundle_needs_the_file_again(trained: Run, t
     assert experiment.finish().test == whole.test
     # a bundle travels: it names the file, and not where it lay
     bundle = json.loads((tmp_path / "grad_accum_steps" / "model" / "config.json").read_text())
-    assert bundle["trained"]["recipe"]["pretrained"] == "weights.safetensors"
+    assert bundle["training"]["recipe"]["pretrained"] == "weights.safetensors"
     assert str(tmp_path) not in json.dumps(bundle)
 
 
