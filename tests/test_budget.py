@@ -173,7 +173,6 @@ def test_a_training_in_seconds_ends_then(digits: Dataset) -> None:
 def test_a_run_in_seconds_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     from convlens.errors import TrainingInterruptedError
     from convlens.runs.experiment import Experiment
-from convlens.runs.request import TrainRequest
 
     options = {"max_seconds": 3.0, "threads": 1, "device": "cpu", "precision": "fp32"}
     experiment = Experiment.start(TrainRequest.create("digits", out="cut", **options))

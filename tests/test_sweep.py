@@ -441,6 +441,24 @@ def test_an_incomplete_last_line_of_the_journal_is_cut(toy: str) -> None:
         assert run_all(Sweep.resume(sweep.folder, trials=3)) == rows
 
 
+def test_a_storage_that_fails_at_the_end_of_a_trial_raises_its_own_error(
+    toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = Sweep.create(toy, params=LR, trials=2, **QUICK)
+    change = sweep.study._storage.set_trial_state_values
+
+    def fail(trial: int, state: TrialState, *values: Any, **more: Any) -> bool:
+        if state is TrialState.RUNNING:
+            return change(trial, state, *values, **more)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sweep.study._storage, "set_trial_state_values", fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        run_all(sweep)
+    rows = run_all(Sweep.resume(sweep.folder))
+    assert [row["state"] for row in rows] == ["interrupted", "complete", "complete"]
+
+
 def test_a_database_that_is_away_for_a_moment_is_tried_again(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = Sweep.create(toy, params=LR, trials=2, storage="sqlite:///shared.db", **QUICK)
     away = iter([True, True])

@@ -16,7 +16,7 @@ from convlens.data.loader import count_batches
 from convlens.explain.snapshots import list_snapshots, load_snapshot
 from convlens.explain.timelapse import replay
 from convlens.models import create_model
-from convlens.reports.timelapse import format_epoch
+from convlens.reports.timelapse import draw_snapshot, format_epoch
 from convlens.runs.experiment import Experiment
 from convlens.runs.request import TrainRequest
 from convlens.runs.run import Run

@@ -98,4 +98,4 @@ def format_flag(name: str, value: Any) -> list[str]:
 
 def describe_throughput(pace: Throughput) -> str:
     """Return the line of a batch size, with its speed to two digits, which is the precision of the timing."""
-    return f"batches of {pace.batch_size:>5}: about {float(f'{pace.images_per_second:.2g}'):>9,.0f} images/s"
+    return f"batches of {pace.batch_size:>5}: about {float(f'{pace.training:.2g}'):>9,.0f} images/s"

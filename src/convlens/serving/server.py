@@ -30,7 +30,7 @@ MIN_TOKEN_LENGTH = 8
 BACKLOG = 2048  # connections that wait to be accepted
 KEEP_ALIVE_SECONDS = 75  # longer than the 60 s of common proxies: they must be the ones to close idle connections
 HEADER_SECONDS = 10.0  # a request head that takes longer is cut off, at the latest after twice this time
-DRAIN_SECONDS = 1.0  # for which a server that was told to stop is not ready, but accepts requests
+DRAIN_SECONDS = 3.0  # for which a server that received SIGTERM is not ready, but accepts requests
 SHUTDOWN_SECONDS = 6  # for accepted requests to be answered
 
 
@@ -55,14 +55,14 @@ class Server(uvicorn.Server):
         print(self.greeting, end="", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Report not ready for a moment, then stop; a second Ctrl-C does not wait for responses.
+        """Stop, on SIGTERM after a while in which it reports not ready; a second Ctrl-C does not wait for responses.
 
         Unlike uvicorn's own handler, it does not raise the signal again after the shutdown: the exit code is 0.
         """
         if self.admission.draining and sig == signal.SIGINT:
             self.should_exit = self.force_exit = True
         self.admission.draining = True
-        asyncio.get_running_loop().call_later(DRAIN_SECONDS, self._stop)
+        asyncio.get_running_loop().call_later(DRAIN_SECONDS if sig == signal.SIGTERM else 0, self._stop)
 
     def _stop(self) -> None:
         self.admission.cancel_slow_uploads()
