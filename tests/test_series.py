@@ -80,7 +80,7 @@ def test_a_cross_validation_uses_the_recipe_of_its_data_and_adds_up() -> None:
     summary = train_all(RunGroup.create("digits", folds=2, out="folds", **QUICK))
     runs = [Run("folds/fold-1"), Run("folds/fold-2")]
     assert {run.config["recipe"]["name"] for run in runs} == {"digits"}
-    assert summary["together"]["n"] == 1797
+    assert summary["together"]["num_images"] == 1797
     correct = sum(run.test["correct"] for run in runs)
     assert summary["together"]["accuracy"] == correct / 1797
     assert summary["mean"] == statistics.mean(run.accuracy for run in runs)

@@ -129,16 +129,16 @@ def describe_series(summary: dict[str, Any]) -> list[str]:
     """Return the lines that say what came of a series."""
     lines = []
     for name, run in summary["runs"].items():
-        low, high = run["accuracy_interval"]
+        low, high = run["accuracy_ci95"]
         lines.append(f"{name:<8} accuracy {run['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%})")
     lines.append(
         f"all {summary['n']}    {summary['mean']:.2%} +- {100 * summary['sd']:.2f} (mean +- sd), "
         f"worst {summary['worst']['accuracy']:.2%}, best {summary['best']['accuracy']:.2%}"
     )
     if together := summary.get("together"):
-        low, high = together["accuracy_interval"]
+        low, high = together["accuracy_ci95"]
         lines.append(
-            f"         {together['accuracy']:.2%} of all {together['n']:,} images, each tested on once "
+            f"         {together['accuracy']:.2%} of all {together['num_images']:,} images, each tested on once "
             f"(95% interval {low:.2%} to {high:.2%})"
         )
     return lines

@@ -177,9 +177,9 @@ class RunGroup:
             "interval_method": "Wilson, 95%",
         }
         if self.plan["kind"] == "fold":
-            correct, n = (sum(run.test[key] for run in runs.values()) for key in ("correct", "n"))
+            correct, n = (sum(run.test[key] for run in runs.values()) for key in ("correct", "num_images"))
             summary["together"] = {
-                "n": n, "accuracy": correct / n, "accuracy_interval": list(wilson_interval(correct, n))
+                "num_images": n, "accuracy": correct / n, "accuracy_ci95": list(wilson_interval(correct, n))
             }  # fmt: skip
         write_json(self.folder / SUMMARY, summary)
         return summary
