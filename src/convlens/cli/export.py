@@ -44,8 +44,8 @@ def export(
     """Write a trained net as one file: ONNX for other programs, or a web page that runs it and shows how it decides.
 
     An ONNX file takes raw pixels, uint8 (N, H, W, C) of any size, and gives probabilities, label and in_distribution;
-    it is proved to answer as the net does. From then on `convlens predict` uses it for a run, and starts in half a second.
-    The page needs no network and no server, and checks itself when it is opened.
+    it is proved to answer as the net does. From then on `convlens predict` uses it for a run, and starts in half a
+    second. The page needs no network and no server, and checks itself when it is opened.
 
     Examples:
       convlens export runs/mnist-1
