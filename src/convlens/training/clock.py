@@ -40,16 +40,12 @@ class TrainClock:
         now = self._now()
         self._state.seconds += now - self._last_tick
         self._last_tick = now
-        return self._synchronize(stop)
+        stop, self._state.elapsed = self._world.any_with_clock(stop, now - self._origin)
+        return stop
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Count the time inside the block as ``elapsed`` only: evaluation and snapshots are not training."""
+        """Count the time inside the block as ``elapsed`` only, from the next tick on: it is not training."""
         self._state.seconds += self._now() - self._last_tick
         yield
         self._last_tick = self._now()
-        self._synchronize()
-
-    def _synchronize(self, stop: bool = False) -> bool:
-        stop, self._state.elapsed = self._world.any_with_clock(stop, self._now() - self._origin)
-        return stop

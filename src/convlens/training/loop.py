@@ -88,7 +88,7 @@ def fit(
             model.train()
             hooks.on_epoch_start(schedule.epoch, schedule.epochs)
             timer.start_epoch()
-            stop = timer.tick(hooks.should_stop(state.step))
+            stop = setup.world.any(hooks.should_stop(state.step))
             for images, labels, count in setup.batches(state.step):
                 if stop:
                     checkpointer.save(state, metrics)
@@ -113,12 +113,12 @@ def fit(
                     break
                 if schedule.save_due:
                     checkpointer.save(state, metrics)
-
             timer.tick()
             with timer.paused(), setup.ema.swapped_in():
                 record = make_record(setup, state, metrics, lr)
                 best.update(record, state, model)
                 hooks.on_epoch_end(record, model)
+            timer.tick()
             metrics.reset()
             checkpointer.save(state, metrics)
             yield record
