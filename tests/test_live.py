@@ -73,7 +73,9 @@ def ask(address: str, path: str, host: str | None = None, method: str = "GET") -
 def test_progress_and_mistakes(half: RunDir) -> None:
     progress = json.loads(half.progress.read_text())
     assert set(progress) == {"step", "total", "epoch", "loss", "accuracy", "images_per_second", "eta_seconds"}
-    assert 0 < progress["step"] <= progress["total"] and progress["images_per_second"] > 0 and progress["eta_seconds"] >= 0
+    assert (
+        0 < progress["step"] <= progress["total"] and progress["images_per_second"] > 0 and progress["eta_seconds"] >= 0
+    )
     told = json.loads(half.mistakes.read_text())
     experiment = Experiment.resume(half.path)
     split = experiment.dataset.validation
