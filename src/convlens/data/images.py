@@ -78,12 +78,12 @@ class InputStyle:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for :meth:`from_json`."""
-        return {"ink_box": self.content_size, "centre_by_mass": self.center_of_mass}
+        return {"content_size": self.content_size, "center_of_mass": self.center_of_mass}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> InputStyle:
         """Return the style that :meth:`to_json` described; KeyError, TypeError or ValueError if it is invalid."""
-        return cls(int(values["ink_box"]), bool(values["centre_by_mass"]))
+        return cls(int(values["content_size"]), bool(values["center_of_mass"]))
 
 
 def read_file(path: str | Path, name: str = "") -> bytes:

@@ -45,7 +45,7 @@ A small convolutional image classifier, trained with convlens {training["version
 | classes | {first_few(classes, 100)} |
 | input | {preprocess.width} x {preprocess.height} pixels, {color}; convlens adapts other images |
 | parameters | {training["parameters"]:,} |
-| data | {data["name"]}: {counts} images; {data["note"]} |
+| data | {data["name"]}: {counts} images; {data["split_description"]} |
 | test accuracy | {test["accuracy"]:.2%} of {test["num_images"]:,} images (95% interval {low:.2%} to {high:.2%}) |
 | recipe | `{recipe["name"]}`, seed {recipe["seed"]} |
 | command | `{training["command"]}` |

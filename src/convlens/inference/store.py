@@ -6,9 +6,8 @@ import hashlib
 from importlib import resources
 from pathlib import Path
 
-from convlens.errors import ConvlensError, UnknownNameError, UsageError
+from convlens.errors import ConvlensError, UnfinishedRunError, UnknownNameError, UsageError
 from convlens.run_dir import RunDir
-from convlens.system.text import quoted
 
 # the files of a bundle
 WEIGHTS, CONFIG, CARD, UNCERTAINTY = "model.safetensors", "config.json", "README.md", "uncertainty.safetensors"
@@ -61,7 +60,7 @@ def resolve_bundle(source: str | Path) -> Path:
         return path  # a bundle without its weights: loading it reports them as missing
     if run.config.is_file():
         if not (run.model / CONFIG).is_file():
-            raise UsageError(f"{path} is not finished; resume it with: convlens train --resume {quoted(path)}")
+            raise UnfinishedRunError(path)
         return run.model
     if path.exists():
         RunDir.refuse_group(path)
