@@ -526,7 +526,7 @@ def test_a_request_tells_its_own_options_from_those_of_the_recipe() -> None:
 
 def test_the_config_of_a_run_is_read_as_it_was_written(run: Run) -> None:
     config = RunConfig.read(run.run_dir.config)
-    assert config.to_json() == run.config
+    assert json.loads(json.dumps(config.to_json())) == run.config
     assert config.recipe == get_recipe("digits").override(epochs=1, seed=3, **QUICK)
     assert config.init_from is None and "init_from" not in run.config
     started = replace(config, init_from=InitFrom("digits", "12 of 14"), environment_changes=("device (cpu, now cuda)",))

@@ -257,7 +257,7 @@ def test_train_live(tmp_path: Path) -> None:
     assert process.returncode == 130
     short = [*command, str(tmp_path / "short"), "--epochs", "1"]
     said = subprocess.run(short, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert said[-1] == f"look again with: convlens watch {tmp_path / 'short'}"
+    assert said[-1] == f"show this page again with: convlens watch {tmp_path / 'short'}"
 
 
 # the page
