@@ -32,7 +32,7 @@ TRAINED: dict[str, Any] = {
         "name": "pets",
         "source": None,
         "counts": {"train": 1200, "test": 300},
-        "note": "20% of every class is the test split (seed 0)",
+        "split_description": "20% of every class is the test split (seed 0)",
     },
     "machine": {"device_name": "A Processor", "threads": 2},
     "parameters": 12_345,

@@ -686,7 +686,7 @@ def test_a_run_without_its_checkpoints_begins_anew_and_says_so(shell: Shell) -> 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--loss", "nll"], "--loss nll needs a net that ends in log-softmax"),
+        (["--loss", "nll"], "--loss nll needs a model that ends in log-softmax"),
         (["--patience", "3", "--val-fraction", "0"], "--patience and --restore-best choose by validation images"),
         (["--init-from", "digits", "--freeze", "99"], "--freeze 99: the net has 4 stages"),
         (

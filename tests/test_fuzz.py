@@ -88,7 +88,7 @@ def file_targets(folder: Path) -> dict[str, tuple[list[bytes], Target]]:
     counts = {"train": 8, "test": 2}
     trained = {
         "version": "0", "command": "c", "recipe": {"name": "r", "seed": 0}, "seconds": 1.0, "parameters": 1,
-        "data": {"name": "d", "source": None, "counts": counts, "note": ""},
+        "data": {"name": "d", "source": None, "counts": counts, "split_description": ""},
         "machine": {"device_name": "m", "threads": 1},
         "test": {"num_images": 2, "accuracy": 0.5, "accuracy_ci95": [0.1, 0.9], "loss": 1.0},
     }  # fmt: skip

@@ -324,7 +324,7 @@ def test_nll_is_for_nets_that_end_in_log_softmax() -> None:
     net = create_model("mnist-4conv", channels=1, image_height=16, image_width=16, classes=2)
     loss = make_loss(Recipe(epochs=1, loss="nll"), net)
     assert loss(torch.tensor([[-0.5, -1.0]]), torch.tensor([1])).item() == 1.0
-    with pytest.raises(UsageError, match="^`loss` nll needs a net that ends in log-softmax, and small does not$"):
+    with pytest.raises(UsageError, match="^`loss` nll needs a model that ends in log-softmax, and small does not$"):
         make_loss(Recipe(epochs=1, loss="nll"), nn.Linear(1, 1))
     for options in ({"label_smoothing": 0.1}, {"mixup": 0.2}, {"cutmix": 1.0}):
         with pytest.raises(UsageError, match="^`loss` nll takes plain labels"):
