@@ -735,7 +735,7 @@ def test_tune_takes_another_net(
     """Although the recipe's width is no option of it."""
     from convlens.cli import main
 
-    words = ["tune", "digits", "--model", "fashion-2conv", "--batch-size", "64", "--seed", "1"]
+    words = ["lr-find", "digits", "--model", "fashion-2conv", "--batch-size", "64", "--seed", "1"]
     monkeypatch.setattr(sys, "argv", ["convlens", *words])
     with pytest.raises(SystemExit) as leaving:
         main.main()
@@ -749,7 +749,7 @@ def test_tune_prints_a_command_that_runs(
     from convlens.cli import main
 
     monkeypatch.setattr(throughput, "BATCH_PROBE_SECONDS", 0.01)
-    monkeypatch.setattr(sys, "argv", ["convlens", "tune", "digits", "--width", "4", "--no-nesterov", "--seed", "2"])
+    monkeypatch.setattr(sys, "argv", ["convlens", "lr-find", "digits", "--width", "4", "--no-nesterov", "--seed", "2"])
     with pytest.raises(SystemExit) as leaving:
         main.main()
     out = capsys.readouterr().out
@@ -759,7 +759,7 @@ def test_tune_prints_a_command_that_runs(
     line = out.splitlines()[-1]
     words = line.removeprefix("train with: convlens ").split()
     assert words[:2] == ["train", "digits"] and "--no-nesterov" in words and "--lr" in words and "--batch-size" in words
-    monkeypatch.setattr(sys, "argv", ["convlens", "tune", "digits", "--to", "nowhere/x.png"])
+    monkeypatch.setattr(sys, "argv", ["convlens", "lr-find", "digits", "--to", "nowhere/x.png"])
     with pytest.raises(SystemExit) as leaving:
         main.main()
     said = "--to nowhere/x.png: there is no folder nowhere; make it, or choose another place"
