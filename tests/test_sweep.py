@@ -779,7 +779,7 @@ def test_tune_prints_a_command_that_runs(
     from convlens.cli import main
 
     monkeypatch.setattr(throughput, "BATCH_PROBE_SECONDS", 0.01)
-    monkeypatch.setattr(sys, "argv", ["convlens", "tune", "digits", "--width", "4", "--no-nesterov", "--seed", "2"])
+    monkeypatch.setattr(sys, "argv", ["convlens", "lr-find", "digits", "--width", "4", "--no-nesterov", "--seed", "2"])
     with pytest.raises(SystemExit) as leaving:
         main.main()
     out = capsys.readouterr().out
@@ -789,7 +789,7 @@ def test_tune_prints_a_command_that_runs(
     line = out.splitlines()[-1]
     words = line.removeprefix("train with: convlens ").split()
     assert words[:2] == ["train", "digits"] and "--no-nesterov" in words and "--lr" in words and "--batch-size" in words
-    monkeypatch.setattr(sys, "argv", ["convlens", "lr-find", "digits", "--out", "nowhere/x.png"])
+    monkeypatch.setattr(sys, "argv", ["convlens", "lr-find", "digits", "--to", "nowhere/x.png"])
     with pytest.raises(SystemExit) as leaving:
         main.main()
     said = "--out nowhere/x.png: there is no folder nowhere; create it or choose another place"
