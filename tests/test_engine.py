@@ -201,7 +201,9 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own() -> None:
 def test_a_last_batch_of_one_image(model: str) -> None:
     # 33 = 4 * 8 + 1, and of 8x8 pixels the net "whitened" has one pixel left where its BatchNorm counts
     torch.manual_seed(0)
-    net = create_model(model, channels=1, image_height=SIDE, image_width=SIDE, classes=4, width=4)
+    # oneDNN corrupts the heap on CPUs with AVX2 only, in 1x1 convolutions of stride 2 with fewer than 8 channels
+    width = 8 if model == "residual" else 4
+    net = create_model(model, channels=1, image_height=SIDE, image_width=SIDE, classes=4, width=width)
     records = train(net, make_dataset(train=33), make_recipe(epochs=1))
     assert math.isfinite(records[0].train_loss)
 

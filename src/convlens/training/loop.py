@@ -103,7 +103,6 @@ def fit(
                 setup.optimizer.step(lr)
                 setup.ema.update(state.step)
                 state.step += 1
-
                 stop = timer.tick(hooks.should_stop(state.step))
                 metrics.update(loss, logits, labels, count)
                 snapshot()
@@ -122,7 +121,6 @@ def fit(
             metrics.reset()
             checkpointer.save(state, metrics)
             yield record
-
     best.restore(model, setup.ema)
 
 

@@ -32,10 +32,13 @@ class Schedule:
     def __init__(self, recipe: Recipe, state: TrainState, steps_per_epoch: int, shape: tuple[int, int, int]):
         self.steps_per_epoch = steps_per_epoch
         self._recipe, self._state, self._shape = recipe, state, shape
+        self._fixed = recipe.total_steps(steps_per_epoch) if recipe.max_seconds is None else None
 
     @property
     def total(self) -> int:
         """Number of steps of the whole training; with ``max_seconds`` an estimate that changes with the clock."""
+        if self._fixed is not None:
+            return self._fixed
         step = self._state.step  # before the first step there is no throughput, whatever time has passed
         seconds = equivalent_seconds(self._recipe, self._shape, self._state.elapsed) if step else 0.0
         return self._recipe.total_steps(self.steps_per_epoch, step, seconds)
