@@ -37,7 +37,7 @@ def commands() -> list[str]:
 # flags that make a command quick here without changing what it does
 QUICK = {
     "convlens train digits": ["--epochs", "2"],
-    "convlens sweep digits": ["--confirm", "0"],
+    "convlens sweep digits": ["--confirm-seeds", "0"],
     "convlens data doctor": ["--no-labels"],
 }
 
