@@ -232,7 +232,7 @@ def test_resolve_bundle(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match="is not finished; resume it with: convlens train --resume"):
+    with pytest.raises(UsageError, match="is not finished; resume it first$"):
         resolve_bundle(run)
     saved.rename(run / "model")
     assert resolve_bundle(run) == run / "model"
@@ -329,17 +329,17 @@ def test_probabilities_match_the_model(classifier: Classifier, picture: Image.Im
     assert [told[name] for name in classifier.classes] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
-def test_raw_does_not_extract_strokes() -> None:
+def test_no_adapt_does_not_extract_strokes() -> None:
     bundle = make_bundle(channels=1, width=4)
-    ink = replace(bundle, preprocess=replace(bundle.preprocess, style=InputStyle(content_size=6)))
+    ink = replace(bundle, preprocess=replace(bundle.preprocess, input_style=InputStyle(content_size=6)))
     classifier = Classifier(ink)
     paper = Image.new("L", (40, 40), 255)
     paper.paste(0, (20, 20, 24, 34))
     adapted, raw = classifier.adapt(paper), classifier.adapt(paper, adapt=False)
     assert adapted[0, 0, 0] == 0 and adapted.max() == 255  # black paper, white ink
     assert raw[0, 0, 0] == 255
-    assert classifier.predict(paper).confidence != classifier.predict(paper, raw=True).confidence
-    assert classifier.predict(paper, raw=True) == Classifier(bundle).predict(paper)
+    assert classifier.predict(paper).confidence != classifier.predict(paper, adapt=False).confidence
+    assert classifier.predict(paper, adapt=False) == Classifier(bundle).predict(paper)
 
 
 def test_empty_list(classifier: Classifier) -> None:

@@ -151,7 +151,12 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return logits.softmax(dim=1).cpu().numpy()
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Return the most probable label of each image, (N,), of the type of ``y``; raises as :meth:`predict_proba`."""
+        """Return the most probable label, of the type of ``y``, of each of the images (N, ...).
+
+        Raises:
+            NotFittedError: The estimator is not fitted.
+            ValueError: The images have another size than those of :meth:`fit`.
+        """
         best = self.predict_proba(X).argmax(axis=1)
         return self.classes_[best]  # type: ignore[no-any-return]
 
