@@ -69,7 +69,7 @@ class Pictures(TorchDataset[tuple[Tensor, int]]):
         images = dataset.train.images.permute(0, 2, 3, 1).squeeze(3).numpy()
         self.images = [Image.fromarray(image) for image in images]
         self.labels = dataset.train.labels.tolist()
-        self.crop_probability, self.rotation = recipe.center_crop_prob, recipe.rotation
+        self.center_crop_prob, self.rotation = recipe.center_crop_prob, recipe.rotation
         side = dataset.shape[1]
         self.margin = (side - round(recipe.center_crop_ratio * side)) // 2
         measured = Preprocess.fit(dataset.train.images, dataset.input_style)
@@ -80,7 +80,7 @@ class Pictures(TorchDataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, cut = self.images[index], self.margin
-        if random.random() < self.crop_probability:
+        if random.random() < self.center_crop_prob:
             width, height = image.size
             image = image.crop((cut, cut, width - cut, height - cut)).resize((width, height))
         if self.rotation:

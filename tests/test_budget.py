@@ -86,9 +86,9 @@ def test_what_has_been_spent_and_tta_go_off(digits: Dataset, monkeypatch: pytest
 
 def test_steps_on_smaller_images_are_counted_by_their_pixels(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of them at a quarter of the pixels make ten epochs as long as 6.25; whole ones would not fit."""
-    for small_size, name in ((4, "long"), (0, "short")):
+    for initial_size, name in ((4, "long"), (0, "short")):
         paces(monkeypatch, 1408, 1408)
-        longer = LONG.override(initial_size=small_size, initial_size_fraction=0.5)
+        longer = LONG.override(initial_size=initial_size, initial_size_fraction=0.5)
         assert choose_for_budget(7, NOW, digits, [SHORT, longer]).name == name
 
 
