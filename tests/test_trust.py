@@ -99,7 +99,7 @@ def test_probabilities_are_temperature_scaled(run: Run) -> None:
     assert classifier.uncertainty is not None
     logits = classifier.logits(dataset.test.images)
     expected = (logits / classifier.uncertainty.temperature).softmax(dim=1).max(dim=1).values
-    said = [float(row["probability"]) for row in run.predictions]
+    said = [float(row["confidence"]) for row in run.predictions]
     np.testing.assert_allclose(said, expected.numpy(), atol=2e-6)
 
 
