@@ -52,7 +52,7 @@ def test_confusion_matrix_is_complete(trained: Run) -> None:
     assert np.trace(matrix) == trained.test["correct"]
     number = {name: i for i, name in enumerate(trained.config["data"]["classes"])}
     for row in trained.predictions[:50]:
-        assert matrix[number[row["label"]], number[row["prediction"]]] > 0
+        assert matrix[number[row["true_label"]], number[row["predicted_label"]]] > 0
     assert [c["support"] for c in trained.test["classes"].values()] == matrix.sum(axis=1).tolist()
 
 

@@ -45,7 +45,7 @@ def with_uncertainty(bundle: Bundle) -> Bundle:
     """Return the bundle with an uncertainty model, fitted on noise, so that some images are out-of-distribution."""
     shape = bundle.preprocess
     images = torch.from_numpy(some_images(shape.channels, shape.height, 60, seed=1))
-    split = Split(images, torch.arange(60) % 3, [str(i) for i in range(60)])
+    split = Split(images=images, labels=torch.arange(60) % 3, ids=[str(i) for i in range(60)])
     uncertainty = UncertaintyModel.fit(bundle.model, split, split, 3, shape.normalizer())
     # a deep net of random weights is as good as certain of everything, and then any answers are alike
     temperature = max(compute_outputs(bundle.model, images, shape.normalizer())[0].std().item(), 1.7)
@@ -165,10 +165,10 @@ for name in ("torch", "convlens"):
     sys.modules[name] = None  # as if they were not installed
 # the lines of README
 import os
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # or ONNX Runtime reports to its maker; set it before the import
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import, or ONNX Runtime sends telemetry
 import json, numpy, onnxruntime, PIL.Image
 session = onnxruntime.InferenceSession("pets.onnx")
-image = numpy.asarray(PIL.Image.open("photo.png").convert("RGB"))[None]  # (N, H, W, C)
+image = numpy.asarray(PIL.Image.open("photo.png").convert("RGB"))[None]  # uint8 (N, H, W, C), any size
 probabilities, label, in_distribution = session.run(None, {"images": image})
 print(json.loads(session.get_modelmeta().custom_metadata_map["convlens"])["classes"][label[0]])
 """
@@ -186,7 +186,7 @@ def test_readme_example_runs_without_convlens_and_torch(file: Path, folder: Path
 def test_readme_contains_the_example() -> None:
     lines = README_LINES.split("README\n")[1].strip().splitlines()
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    assert "\n".join(lines).replace("pets.onnx", "mnist-1.onnx").replace("photo.png", "scan.png") in readme
+    assert "\n".join(lines).replace("pets.onnx", "digits-1.onnx").replace("photo.png", "scan.png") in readme
 
 
 WITHOUT_TORCH = """

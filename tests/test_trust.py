@@ -99,7 +99,7 @@ def test_probabilities_are_temperature_scaled(run: Run) -> None:
     assert classifier.uncertainty is not None
     logits = classifier.logits(dataset.test.images)
     expected = (logits / classifier.uncertainty.temperature).softmax(dim=1).max(dim=1).values
-    said = [float(row["probability"]) for row in run.predictions]
+    said = [float(row["confidence"]) for row in run.predictions]
     np.testing.assert_allclose(said, expected.numpy(), atol=2e-6)
 
 
@@ -109,8 +109,8 @@ def test_digits_are_in_distribution_and_noise_is_not(run: Run) -> None:
     assert sum(bool(p.in_distribution) for p in digits) >= 50
     g = np.random.default_rng(0)
     strange = [g.integers(0, 256, (8, 8), dtype=np.uint8) for _ in range(40)]
-    assert sum(not run.predict(x, raw=True).in_distribution for x in strange) >= 20  # most; 64 pixels are few
-    blank = run.predict(np.zeros((8, 8), dtype=np.uint8), raw=True)
+    assert sum(not run.predict(x, adapt=False).in_distribution for x in strange) >= 20  # most; 64 pixels are few
+    blank = run.predict(np.zeros((8, 8), dtype=np.uint8), adapt=False)
     assert blank.in_distribution is False and str(blank).startswith("unknown; most like ")
 
 

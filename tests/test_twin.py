@@ -300,7 +300,7 @@ def test_export_takes_samples_from_the_data_of_the_run(tmp_path: Path, capsys: p
     trained = train_on_photos(tmp_path, 9, 9)
     assert run("export", trained.path, "--format", "html", "--out", tmp_path / "a.html") == 0
     assert capsys.readouterr().out.startswith(
-        "samples 2 test images, one of a class; --no-samples leaves them out\nwrote"
+        "samples 2 test images, one per class; --no-samples leaves them out\nwrote"
     )
     samples = json.loads(model_of((tmp_path / "a.html").read_text(encoding="utf-8")))["samples"]
     assert [sample["label"] for sample in samples] == ["dark", "light"]
