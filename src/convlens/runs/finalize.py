@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from convlens.data.augment import BatchRandom, hflip
 from convlens.data.dataset import Dataset
 from convlens.evaluation.inference import make_tta
 from convlens.evaluation.metrics import Cell
+from convlens.evaluation.report import TestReport
 from convlens.evaluation.uncertainty import UncertaintyModel
 from convlens.explain.activations import first_convolution
 from convlens.inference.bundle import Bundle
@@ -66,7 +66,7 @@ def finalize(run_dir: RunDir, config: RunConfig, dataset: Dataset, model: nn.Mod
     write_csv(run_dir.confusion, ["true_label", "predicted_label", "count"], cells)
     write_json(run_dir.test, test)
     drawn = draw_plots(run_dir, config, dataset, model)
-    drawn |= draw_test_plots(run_dir, dataset, test, cells, probabilities)
+    drawn |= draw_test_plots(run_dir, dataset, report, cells, probabilities)
     write_report(run_dir, drawn)  # last: its presence marks the training as finished
 
 
@@ -93,14 +93,14 @@ def draw_plots(run_dir: RunDir, config: RunConfig, dataset: Dataset, model: nn.M
 
 
 def draw_test_plots(
-    run_dir: RunDir, dataset: Dataset, test: dict[str, Any], cells: Sequence[Cell], probabilities: Tensor
+    run_dir: RunDir, dataset: Dataset, report: TestReport, cells: Sequence[Cell], probabilities: Tensor
 ) -> dict[str, str]:
     """Draw misclassified images, confusion matrix and calibration; return HTML by file name.
 
     Args:
         run_dir: The run.
         dataset: Its data.
-        test: Content of ``test.json``.
+        report: Evaluation on its test split.
         cells: Cells of the confusion matrix that are not 0.
         probabilities: Of the test images, (N, K).
     """
@@ -108,8 +108,8 @@ def draw_test_plots(
     wrong = image_grid.misclassified_grid(dataset.test.images, dataset.test.labels, probabilities, classes)
     drawn = save_grids(run_dir, {"mistakes.png": wrong})
     drawn["confusion.png"] = plots.draw_confusion(place / "confusion.png", cells, classes)
-    if calibration := test.get("calibration"):
-        drawn["calibration.png"] = plots.draw_reliability(place / "calibration.png", calibration)
+    if report.calibration:
+        drawn["calibration.png"] = plots.draw_reliability(place / "calibration.png", report.calibration)
     return drawn
 
 
