@@ -144,7 +144,7 @@ def test_predictions_agree_with_the_test(run: Run) -> None:
         *(f"p_{label}" for label in range(10)),
     ]
     test = run.test
-    assert len(rows) == test["n"] == len(load_dataset("digits").test)
+    assert len(rows) == test["num_images"] == len(load_dataset("digits").test)
     right = sum(row["true_label"] == row["predicted_label"] for row in rows)
     assert right == test["correct"]
     assert test["accuracy"] == run.accuracy == right / len(rows)

@@ -42,7 +42,7 @@ def read(folder: Path) -> list[dict[str, str]]:
 
 def test_every_wrong_image_is_a_file_that_says_so(run: Run, tmp_path: Path) -> None:
     folder, wrong, doubtful = write_mistakes(run.path, tmp_path / "wrong", uncertain=7)
-    assert wrong == run.test["n"] - run.test["correct"] and doubtful == 7
+    assert wrong == run.test["num_images"] - run.test["correct"] and doubtful == 7
     rows = read(folder)
     assert [row["kind"] for row in rows] == ["misclassified"] * wrong + ["uncertain"] * 7
     assert {path.name for path in (folder / "images").iterdir()} == {row["file"] for row in rows}
@@ -80,7 +80,7 @@ def test_other_images_are_not_taken_for_those_it_was_tested_on(run: Run, tmp_pat
     with pytest.raises(UsageError, match="are not those that"):
         load_training_images(run.path, run.classifier, str(other))
     assert not (tmp_path / "mistakes").exists()
-    assert evaluate_run(run.path, test_on=str(other))["n"] == run.test["n"]  # which is for other data
+    assert evaluate_run(run.path, test_on=str(other))["num_images"] == run.test["num_images"]  # which is for other data
 
 
 def test_data_that_were_moved_are_those_it_was_tested_on(tmp_path: Path) -> None:

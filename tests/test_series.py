@@ -57,7 +57,7 @@ def test_seeds_differ_and_each_is_the_run_that_its_seed_makes_alone() -> None:
     assert summary.mean == pytest.approx(np.mean(accuracies))
     assert summary.sd == pytest.approx(np.std(accuracies, ddof=1))
     assert summary.best["accuracy"] == max(accuracies) and summary.worst["accuracy"] == min(accuracies)
-    assert summary.runs["seed-5"]["accuracy_interval"] == runs[0].test["accuracy_interval"]
+    assert summary.runs["seed-5"]["accuracy_ci95"] == runs[0].test["accuracy_ci95"]
     assert GroupSummary.from_json(json.loads(Path("series/summary.json").read_text())) == summary
 
 
@@ -77,7 +77,7 @@ def test_a_cross_validation_uses_the_recipe_of_its_data_and_adds_up() -> None:
     summary = start_group("digits", folds=2, out="folds", **QUICK).run()
     runs = [Run("folds/fold-1"), Run("folds/fold-2")]
     assert {run.config["recipe"]["name"] for run in runs} == {"digits"}
-    assert summary.pooled["n"] == 1797
+    assert summary.pooled["num_images"] == 1797
     correct = sum(run.test["correct"] for run in runs)
     assert summary.pooled["accuracy"] == correct / 1797
     assert summary.mean == statistics.mean(run.accuracy for run in runs)

@@ -122,7 +122,7 @@ def describe_record(record: EpochRecord) -> str:
 
 def describe_test(test: dict[str, Any]) -> str:
     """Return the lines of a test."""
-    low, high = test["accuracy_interval"]
+    low, high = test["accuracy_ci95"]
     line = (
         f"test    accuracy {test['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}, n = {test['num_images']:,}), "
         f"loss {test['loss']:.4f}"
@@ -141,16 +141,16 @@ def describe_group(summary: GroupSummary) -> list[str]:
     """Return the lines of a group's summary."""
     lines = []
     for name, run in summary.runs.items():
-        low, high = run["accuracy_interval"]
+        low, high = run["accuracy_ci95"]
         lines.append(f"{name:<8} accuracy {run['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%})")
     lines.append(
         f"all {summary.n}    {summary.mean:.2%} +- {100 * summary.sd:.2f} (mean +- sd), "
         f"worst {summary.worst['accuracy']:.2%}, best {summary.best['accuracy']:.2%}"
     )
     if pooled := summary.pooled:
-        low, high = pooled["accuracy_interval"]
+        low, high = pooled["accuracy_ci95"]
         lines.append(
-            f"         {pooled['accuracy']:.2%} of all {pooled['n']:,} images, each tested once "
+            f"         {pooled['accuracy']:.2%} of all {pooled['num_images']:,} images, each tested once "
             f"(95% interval {low:.2%} to {high:.2%})"
         )
     return lines

@@ -80,8 +80,8 @@ class GroupSummary:
     sd: float  # with n - 1
     worst: dict[str, Any]  # "run" and "accuracy"
     best: dict[str, Any]
-    runs: dict[str, dict[str, Any]]  # by name: "accuracy" and "accuracy_interval" (Wilson, 95%)
-    pooled: dict[str, Any] | None = None  # of folds: "n", "accuracy" and "accuracy_interval" over all images
+    runs: dict[str, dict[str, Any]]  # by name: "accuracy" and "accuracy_ci95" (Wilson, 95%)
+    pooled: dict[str, Any] | None = None  # of folds: "num_images", "accuracy" and "accuracy_ci95" over all images
     interval_method: str = "Wilson, 95%"
 
     @classmethod
@@ -91,8 +91,8 @@ class GroupSummary:
         worst, best = (pick(accuracies, key=accuracies.__getitem__) for pick in (min, max))
         pooled = None
         if group_by == "fold":
-            correct, n = (sum(run.test[key] for run in runs.values()) for key in ("correct", "n"))
-            pooled = {"n": n, "accuracy": correct / n, "accuracy_interval": list(wilson_interval(correct, n))}
+            correct, n = (sum(run.test[key] for run in runs.values()) for key in ("correct", "num_images"))
+            pooled = {"num_images": n, "accuracy": correct / n, "accuracy_ci95": list(wilson_interval(correct, n))}
         return cls(
             group_by=group_by,
             n=len(runs),
@@ -101,7 +101,7 @@ class GroupSummary:
             worst={"run": worst, "accuracy": accuracies[worst]},
             best={"run": best, "accuracy": accuracies[best]},
             runs={
-                name: {"accuracy": run.accuracy, "accuracy_interval": run.test["accuracy_interval"]}
+                name: {"accuracy": run.accuracy, "accuracy_ci95": run.test["accuracy_ci95"]}
                 for name, run in runs.items()
             },
             pooled=pooled,

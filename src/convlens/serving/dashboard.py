@@ -55,7 +55,7 @@ def describe_run(folder: RunDir) -> dict[str, Any]:
             shown["mistakes"] = folder.mistakes.stat().st_mtime_ns
         if folder.report.is_file():
             test = read_json(folder.test)
-            shown["test"] = {key: test[key] for key in ("accuracy", "accuracy_interval", "n")}
+            shown["test"] = {key: test[key] for key in ("accuracy", "accuracy_ci95", "num_images")}
         elif folder.progress.is_file():
             # a run that has not written for long may have been stopped
             written = max(file.stat().st_mtime for file in (folder.progress, folder.metrics) if file.is_file())
