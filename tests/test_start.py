@@ -205,7 +205,7 @@ def test_the_loop_of_ones_own_freezes_too() -> None:
 
 def test_more_frozen_stages_than_there_are() -> None:
     net = create_model("small", channels=1, image_height=8, image_width=8, classes=10, width=4)
-    with pytest.raises(UsageError, match="^--freeze 5: the net has 4 stages, stem, conv1, conv2, conv3$"):
+    with pytest.raises(UsageError, match="^`freeze` 5: the model has 4 stages, stem, conv1, conv2, conv3$"):
         list(fit(net, convlens.load_dataset("digits"), Recipe(freeze=5, max_steps=1, **QUICK)))
 
 
