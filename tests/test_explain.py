@@ -291,7 +291,7 @@ def test_the_page(photos: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str
             picture.load()
             assert picture.width == 1296 and len(set(picture.convert("L").tobytes())) > 2, file
     page = (folder / "index.html").read_text(encoding="utf-8")
-    assert page.count("<section><h3>") == 17 and "The net says: " in page
+    assert page.count("<section><h3>") == 17 and "Prediction: " in page
     assert page.count("<figure>") == page.count('src="data:image/png;base64,') > 17
     assert not re.search(r"https?:|src=\"[^d]", page)
     # the next one gets a name of its own
@@ -341,16 +341,16 @@ def test_bad_input_gets_a_line(photos: Run, tmp_path: Path, capsys: pytest.Captu
 def test_what_fills_a_page_is_explained(
     photos: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UsageError, match="^51 pictures are too many for a page; explain 50 at a time$"):
+    with pytest.raises(UsageError, match="^51 images are too many for one page; explain 50 at a time$"):
         explain_images(str(photos.path), ["one.png"] * 51)
     monkeypatch.setattr("convlens.runs.explain.MAX_IMAGES", 2)
     dark = tmp_path / "photos" / "dark"
     assert run("explain", photos.path, *(dark / f"{number}.png" for number in range(3))) == 0
     out, err = capsys.readouterr()
-    assert err.startswith("convlens: 3 pictures; the first 2 are explained, which fill a page\n")
+    assert err.startswith("convlens: 3 images; only the first 2 are explained\n")
     assert out.startswith(f"{dark / '0.png'}: dark") and out.count("\n") == 3
     page = Path("explained/run-1/index.html").read_text(encoding="utf-8")
-    assert re.findall(r'<a href="#(\d)">([^<]*)</a>', page) == [("0", "0.png"), ("1", "1.png"), ("2", "The net itself")]
+    assert re.findall(r'<a href="#(\d)">([^<]*)</a>', page) == [("0", "0.png"), ("1", "1.png"), ("2", "The model itself")]
     assert all(f"<h2 id={number}>" in page for number in range(3))
 
 
