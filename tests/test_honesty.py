@@ -94,7 +94,7 @@ def test_shuffled_test_labels_change_no_training_artifact_by_one_bit(restore_bes
         runs.append(experiment.finish())
     first, second = runs
     assert first.accuracy > 0.9 and second.accuracy < 0.3
-    files = [Path("model/model.safetensors"), Path("model/trust.safetensors"), Path("split.csv")]
+    files = [Path("model/model.safetensors"), Path("model/uncertainty.safetensors"), Path("split.csv")]
     files += [path.relative_to(first.path) for path in first.run_dir.checkpoint.glob("*.safetensors")]
     assert len(files) >= 4
     for file in files:

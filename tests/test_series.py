@@ -140,7 +140,7 @@ def test_an_interrupted_series_goes_on(kind: str) -> None:
         ({}, "^give either `seeds` or `folds`"),
         ({"folds": 1}, "^`folds` is 1; a spread needs at least 2$"),
         ({"seeds": 2, "folds": 2}, "^give either `seeds` or `folds`"),
-        ({"folds": 500}, "^class '0' has 178 images, less than one for each of 500 folds$"),
+        ({"folds": 500}, "^class '0' has 178 images, fewer than the 500 folds$"),
         ({"seeds": 2, "epoch": 3}, "^unknown recipe option 'epoch'; did you mean 'epochs'"),
         ({"seeds": 2, "model": "smal"}, "^unknown model 'smal'; did you mean 'small'"),
         ({"seeds": 2, "image_size": 96}, "^`image_size` is for folders"),

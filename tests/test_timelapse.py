@@ -123,7 +123,7 @@ def test_what_is_missing_is_said(remembered: Run, tmp_path: Path, capsys: pytest
     shutil.rmtree(remembered.run_dir.snapshots)
     capsys.readouterr()
     assert run("timelapse", remembered.path) == 2
-    told = "has no snapshots; train with `save_snapshots`, for example: convlens train digits --save-snapshots"
+    told = "has no snapshots; train with --save-snapshots, for example: convlens train digits --save-snapshots"
     assert capsys.readouterr().err == f"convlens: {remembered.path} {told}\n"
     assert not (remembered.path / "timelapse.html").exists()
     assert run("timelapse", tmp_path / "nothing") == 2
@@ -142,7 +142,7 @@ def test_epochs_are_told_in_few_digits() -> None:
 def test_a_class_may_have_any_name(remembered: Run) -> None:
     picture = convlens.load_dataset("digits").test.images[0].numpy()
     moment = replay(remembered.classifier, remembered.run_dir, picture, convlens.load_dataset("digits").test)[-1]
-    about = {"images": "images", "picture": "one", "classes": [r"$\x$", "a_b", "\udcff", *"3456789"]}
+    about = {"images": "images", "image": "one", "classes": [r"$\x$", "a_b", "\udcff", *"3456789"]}
     assert draw_snapshot(moment, picture, about, 1.0, np.arange(10)).size == (864, 360)
 
 

@@ -64,7 +64,7 @@ def write_timelapse_page(
         "data": dataset.name,
         "model": bundle.architecture.name,
         "classes": list(dataset.classes),
-        "picture": name,
+        "image": name,
         "images": f"{min(MAX_IMAGES, len(asked)):,} {'training' if held_out is None else 'validation'} images",
     }
     write_timelapse(page, moments, pixels, about)
