@@ -46,7 +46,7 @@ for kind, options in json.loads(sys.argv[1]):
     # three images are too few for some processes: all of them still test all three, once
     normalize = Preprocess.fit(dataset.train.images, dataset.input_style).normalizer()
     three = dataset.test.select(torch.arange(3))
-    shared, alone = (evaluate(net, three, normalize, world=world) for world in (init_world(), None))
+    shared, alone = (evaluate(net, three, normalize, ranks=world) for world in (init_world(), None))
     assert abs(shared.loss - alone.loss) < 1e-6 and shared.accuracy == alone.accuracy
     print(json.dumps([records, torch.cat([p.detach().flatten() for p in net.parameters()])[::7].tolist()]))
 """
@@ -102,7 +102,7 @@ def test_train_in_two_processes_writes_one_run_and_goes_on_in_one(tmp_path: Path
     assert again.returncode == 0, again.stderr
     assert "another number of processes (2, now 1)" in again.stdout
     wrong = convlens("digits", "--budget", "9s", "--processes", "2")
-    assert wrong.stderr == "convlens: --budget measures the pace of one process; give several of them --max-seconds\n"
+    assert wrong.stderr == "convlens: --budget works with one process only; give several of them --max-seconds\n"
     wrong = convlens("nothing", "--processes", "2")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1), wrong.stderr
     assert wrong.stderr.startswith("convlens: unknown data set or folder 'nothing'")
@@ -133,13 +133,13 @@ refused(lambda: convlens.train_seeds("digits", 2))
 refused(lambda: convlens.train("digits", budget="9s"))
 refused(lambda: convlens.train("digits", model="nothing"))
 run = convlens.train((digits.train.images.numpy()[:200, 0], digits.train.labels.numpy()[:200]), epochs=1)
-print(run.run_dir.path, run.accuracy >= 0)
+print(run.path, run.accuracy >= 0)
 """
     first, other = (text.splitlines() for text in in_processes(2, code=code))
     assert first[:3] == [
         "UsageError `sync_batchnorm` normalizes a batch as a whole; leave out `grad_accum_steps`",
         "UsageError a series of trainings cannot be shared by several processes: start it without torchrun",
-        "UsageError --budget measures the pace of one process; give several of them --max-seconds",
+        "UsageError `budget` works with one process only; give several of them `max_seconds`",
     ]
     assert first[3].startswith("UnknownNameError unknown model 'nothing'")
     assert first[4].endswith("1 True")

@@ -166,8 +166,10 @@ def test_a_damaged_note_beside_the_weights_is_named(trained: Run, tmp_path: Path
     save_file(load_file(weights_of(trained)), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"pretrained_cfg": {"mean": [0.5]}}')
     with pytest.raises(ConvlensError, match="config.json, next to the weights, is damaged: KeyError"):
-        Experiment.create(
-            make_photos(tmp_path / "photos"), pretrained=str(tmp_path / "model.safetensors"), out="run", **SMALL
+        Experiment.start(
+            TrainRequest.create(
+                make_photos(tmp_path / "photos"), pretrained=str(tmp_path / "model.safetensors"), out="run", **SMALL
+            )
         )
 
 

@@ -110,7 +110,7 @@ def test_the_type_is_that_of_the_field() -> None:
         ("device=cpu,cuda", "cannot search `device`: it does not change what the model learns"),
         ("val-fraction=0.1,0.2", "cannot search `val-fraction`: "),
         ("lr=a..b", "cannot search `lr=a..b`: --lr takes a number, not 'a'"),
-        ("epochs=1.5..9", "cannot search `epochs=1.5..9`: --epochs takes a whole number, not '1.5'"),
+        ("epochs=1.5..9", "cannot search `epochs=1.5..9`: --epochs takes an integer, not '1.5'"),
         ("lr=1..0.1", "cannot search `lr=1..0.1`: a range goes from a smaller number to a larger one"),
         ("lr=0..1:log", "cannot search `lr=0..1:log`: a range with :log starts above 0"),
         ("lr=0..1:exp", "cannot search `lr=0..1:exp`: a range ends with :log or nothing, not with :exp"),
