@@ -114,16 +114,16 @@ def test_the_type_is_that_of_the_field() -> None:
         ("lr=1..0.1", "cannot search `lr=1..0.1`: a range goes from a smaller number to a larger one"),
         ("lr=0..1:log", "cannot search `lr=0..1:log`: a range with :log starts above 0"),
         ("lr=0..1:exp", "cannot search `lr=0..1:exp`: a range ends with :log or nothing, not with :exp"),
-        ("momentum=0..1", "cannot search `momentum=0..1`: --momentum is 1.0; it must be below 1"),
-        ("batch-size=0,8", "cannot search `batch-size=0,8`: --batch-size is 0; it must be at least 1"),
-        ("optimizer=sgd,adan", "unknown value of --optimizer 'adan'; did you mean 'adam'?"),
-        ("optimizer=a..z", "--optimizer takes a word: list its values with commas"),
+        ("momentum=0..1", "cannot search `momentum=0..1`: `momentum` is 1.0; it must be below 1"),
+        ("batch-size=0,8", "cannot search `batch-size=0,8`: `batch_size` is 0; it must be at least 1"),
+        ("optimizer=sgd,adan", "unknown value of `optimizer` 'adan'; did you mean 'adam'?"),
+        ("optimizer=a..z", "--optimizer takes a string: list its values with commas"),
         ("lr=0.1", "give at least two different values; a single one is fixed for all trials with its own flag"),
         ("lr=0.1,0.1,0.2", "a value is listed twice"),
         ("kernel-size=3,5", "cannot search `kernel-size=3`: model 'small' has no option 'kernel_size'; it takes width"),
         (
             "momentum=0,0.9",
-            "cannot search `momentum=0.0`: --nesterov needs --optimizer sgd or muon and a --momentum above 0",
+            "cannot search `momentum=0.0`: `nesterov` needs `optimizer=sgd` or muon, and a `momentum` above 0",
         ),
         ("model=small,tiny,smal", "cannot search `model=smal`: unknown model 'smal'; did you mean 'small'?"),
     ],
@@ -142,9 +142,9 @@ def test_other_plans_that_cannot_work(toy: str) -> None:
         ({"params": [*LR, *LR]}, "`lr` is given twice"),
         ({"params": ["epochs=1,2", "max-steps=5,9"]}, "search `epochs` or `max-steps`, not both"),
         ({"params": LR, "val_fraction": 0.0}, "a sweep compares trials on validation images: set `val_fraction`"),
-        ({"params": LR, "loss": "nll"}, "--loss nll needs a model that ends in log-softmax"),
-        ({"params": ["loss=cross-entropy,nll"]}, "cannot search `loss=nll`: --loss nll needs a net that ends in log-"),
-        ({"params": ["model=tiny,whitened"], "loss": "nll"}, "--loss nll needs a model that ends in log-softmax"),
+        ({"params": LR, "loss": "nll"}, "`loss` nll needs a model that ends in log-softmax"),
+        ({"params": ["loss=cross-entropy,nll"]}, "cannot search `loss=nll`: `loss` nll needs a model that ends in log-"),
+        ({"params": ["model=tiny,whitened"], "loss": "nll"}, "`loss` nll needs a model that ends in log-softmax"),
         ({"params": LR, "pool": "avg"}, "model 'small' has no option 'pool'"),
         ({"params": LR, "epoch": 1}, "unknown recipe option 'epoch'; did you mean 'epochs'"),
     ):
@@ -176,7 +176,7 @@ def test_a_value_is_searched_if_it_trains_with_one_other_value(
     ("params", "overrides", "message"),
     [
         (["model=small,mnist-4conv", "loss=cross-entropy,nll", "mixup=0.1..0.4"], {"mixup": 0}, "`mixup` is both"),
-        (["model=tiny,mnist-4conv"], {"loss": "nll"}, "cannot search `model=tiny`: --loss nll needs a net that ends "),
+        (["model=tiny,mnist-4conv"], {"loss": "nll"}, "cannot search `model=tiny`: `loss` nll needs a model that ends "),
         (
             ["model=small,tiny", "lr=0.1,0.2"],
             {"kernel_size": 5},
@@ -187,11 +187,11 @@ def test_a_value_is_searched_if_it_trains_with_one_other_value(
         (
             ["model=small,fashion-2conv"],
             {"initial_size": 14},
-            "cannot search `model=fashion-2conv`: --initial-size 14: ",
+            "cannot search `model=fashion-2conv`: `initial_size` is 14: ",
         ),
-        (["initial-size=7,14"], {"model": "fashion-2conv"}, "cannot search `initial-size=7`: --initial-size 7: the "),
+        (["initial-size=7,14"], {"model": "fashion-2conv"}, "cannot search `initial-size=7`: `initial_size` is 7: the "),
         (["lr=0.1,0.2"], {"device": "cuda"}, "this machine has no"),
-        (["lr=0.1,0.2"], {"image_size": 32}, "--image-size is for folders; big has images of 28 pixels"),
+        (["lr=0.1,0.2"], {"image_size": 32}, "`image_size` is for folders; big has images of 28 pixels"),
         (["width=8..10000000000000000000"], {}, "cannot search `width=10000000000000000000`: model 'small' cannot be "),
     ],
 )
@@ -250,7 +250,7 @@ def test_a_wrong_recipe_file_says_what_is_wrong() -> None:
         ('{"recipe": "digits", "learning": 1}', "unknown recipe option 'learning'"),
         ('{"recipe": "digits", "momentun": 0.1}', "unknown recipe option 'momentun'; did you mean 'momentum'?"),
         ('{"recipe": "digit"}', "unknown recipe 'digit'; did you mean 'digits'?"),
-        ('{"recipe": "digits", "lr": "fast"}', "--lr takes a number, not 'fast'"),
+        ('{"recipe": "digits", "lr": "fast"}', "`lr` takes a number, not 'fast'"),
         ('{"recipe": 3}', '"recipe" is neither the name of a recipe nor the recipe of a run'),
     ):
         Path("r.json").write_text(content)
