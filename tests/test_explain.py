@@ -101,9 +101,13 @@ def test_heatmaps_find_the_mark(trained: Run) -> None:
     found = [share_on_the_mark(heat.clip(0), place, SIDE // 8) for heat, place in zip(hangs, places, strict=True)]
     shares["occlusion"] = round(float(np.mean(found)), 3)
     print(name, shares)
-    # units of the deeper stages of `whitened` see most of the image, and may stand beside what they have found
-    certain = ["stem", "group1"] if name == "whitened" else [*list(shares)[-2:]]
+    # units of the deeper stages of `whitened` see most of the image, and may stand beside what they have found; so may
+    # those of the last stage of `tiny`, which see 35 pixels on a map with cells of 9: trainings with other seeds or
+    # lengths end between 0.48 and 0.82, where an even map has 0.25
+    certain = {"whitened": ["stem", "group1"], "tiny": ["conv1", "conv2", "occlusion"]}.get(name, [*shares][-2:])
     assert all(shares[stage] > 0.8 for stage in certain), shares
+    if name == "tiny":
+        assert shares["conv3"] > 0.5, shares
 
 
 def test_heatmaps_depend_on_the_weights(trained: Run) -> None:
@@ -350,7 +354,11 @@ def test_what_fills_a_page_is_explained(
     assert err.startswith("convlens: 3 images; only the first 2 are explained\n")
     assert out.startswith(f"{dark / '0.png'}: dark") and out.count("\n") == 3
     page = Path("explained/run-1/index.html").read_text(encoding="utf-8")
-    assert re.findall(r'<a href="#(\d)">([^<]*)</a>', page) == [("0", "0.png"), ("1", "1.png"), ("2", "The model itself")]
+    assert re.findall(r'<a href="#(\d)">([^<]*)</a>', page) == [
+        ("0", "0.png"),
+        ("1", "1.png"),
+        ("2", "The model itself"),
+    ]
     assert all(f"<h2 id={number}>" in page for number in range(3))
 
 

@@ -308,5 +308,5 @@ def test_export_takes_samples_from_the_data_of_the_run(tmp_path: Path, capsys: p
     assert json.loads(model_of((tmp_path / "b.html").read_text(encoding="utf-8")))["samples"] == []
     shutil.rmtree(tmp_path / "photos")
     assert run("export", trained.path, "--format", "html", "--out", tmp_path / "c.html") == 0
-    assert "convlens: no sample pictures on the page: " in capsys.readouterr().err
+    assert "convlens: no sample images on the page: " in capsys.readouterr().err
     assert isinstance(Classifier.load(trained.path), Classifier)

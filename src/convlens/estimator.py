@@ -28,8 +28,16 @@ class ConvClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     in :meth:`fit` become black and white. Labels ``y`` are (N,), of any kind.
 
     Args:
-        model, width, epochs, batch_size, optimizer, lr, weight_decay, translate, hflip, rotation: Fields of
-            :class:`convlens.Recipe`.
+        model: See :class:`convlens.Recipe`, as for all but ``random_state``.
+        width: See ``model``.
+        epochs: See ``model``.
+        batch_size: See ``model``.
+        optimizer: See ``model``.
+        lr: See ``model``.
+        weight_decay: See ``model``.
+        translate: See ``model``.
+        hflip: See ``model``.
+        rotation: See ``model``.
         random_state: The seed: an integer from 0, a NumPy RandomState, or None for another one at each fit.
 
     Attributes:
