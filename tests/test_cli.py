@@ -456,7 +456,7 @@ def test_the_flags_of_sweep_and_lr_find_are_the_recipe_and_these() -> None:
     import inspect
 
     fields = {item.name for item in dataclasses.fields(Recipe)} - {"name"}
-    searching = "data param preset trials jobs recipe config storage confirm out resume allow_unreadable"
+    searching = "data param trials jobs recipe config storage confirm_seeds out resume allow_unreadable"
     for verb, own in ((sweep, searching), (lr_find, "data recipe out allow_unreadable")):
         assert set(inspect.signature(verb).parameters) == set(own.split()) | fields
 

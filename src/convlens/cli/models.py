@@ -50,7 +50,7 @@ def list_models(trained: dict[str, Path]) -> None:
     print("trained models (convlens predict NAME IMAGE)")
     trained_rows: list[Any] = []
     for model, path in trained.items():
-        about = read_json(path / "config.json")["trained"]
+        about = read_json(path / "config.json")["training"]
         trained_rows.append((model, f"{about['test']['accuracy']:.2%} on {about['data']['name']}'s test split"))
     print_table(trained_rows, head=False)
 
