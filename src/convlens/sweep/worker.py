@@ -31,6 +31,7 @@ from convlens.system.device import set_num_threads
 from convlens.system.hardware import available_cores
 from convlens.system.random import derive_seed
 from convlens.training.build import drop_unsupported_options, make_model, model_config
+from convlens.training.callbacks import Callback, ProgressBarCallback, StopWhen
 from convlens.training.loop import fit
 from convlens.training.recipe import Recipe
 
@@ -168,8 +169,10 @@ class Worker:
         steps = count_batches(len(data.train), recipe.batch_size)
         last = math.ceil(recipe.total_steps(steps) / steps) if recipe.max_seconds is None else 0
         accuracy, loss = -1.0, 0.0
-        options: dict[str, Any] = {"should_stop": self.should_stop, "show_progress": self.show_progress}
-        for record in fit(model, data, recipe, preprocess=preprocess, **options):
+        callbacks: list[Callback] = [StopWhen(self.should_stop)]
+        if self.show_progress:
+            callbacks.append(ProgressBarCallback())
+        for record in fit(model, data, recipe, preprocess=preprocess, callbacks=callbacks):
             assert record.val_acc is not None and record.val_loss is not None  # there is a validation split
             better = (record.val_acc, -record.val_loss) > (accuracy, -loss)
             if not recipe.restore_best or better:
