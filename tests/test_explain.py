@@ -350,7 +350,11 @@ def test_what_fills_a_page_is_explained(
     assert err.startswith("convlens: 3 images; only the first 2 are explained\n")
     assert out.startswith(f"{dark / '0.png'}: dark") and out.count("\n") == 3
     page = Path("explained/run-1/index.html").read_text(encoding="utf-8")
-    assert re.findall(r'<a href="#(\d)">([^<]*)</a>', page) == [("0", "0.png"), ("1", "1.png"), ("2", "The model itself")]
+    assert re.findall(r'<a href="#(\d)">([^<]*)</a>', page) == [
+        ("0", "0.png"),
+        ("1", "1.png"),
+        ("2", "The model itself"),
+    ]
     assert all(f"<h2 id={number}>" in page for number in range(3))
 
 
