@@ -96,7 +96,7 @@ def test_the_answers_are_those_of_predict(name: str) -> None:
         for told in (answer, alone):
             assert set(told) == {"label", "confidence", "in_distribution", "top", "prediction_set"}
             assert (told["label"], told["in_distribution"]) == (wanted.label, wanted.in_distribution)
-            assert told["prediction_set"] == list(wanted.labels or ())
+            assert told["prediction_set"] == list(wanted.prediction_set or ())
             assert told["confidence"] == pytest.approx(wanted.confidence, abs=1e-6)
             assert [one["label"] for one in told["top"]] == [label for label, _ in wanted.top]
             assert [one["confidence"] for one in told["top"]] == pytest.approx([p for _, p in wanted.top], abs=1e-6)
