@@ -195,11 +195,15 @@ def test_a_budget_in_python_may_be_text() -> None:
 
 
 def test_seconds_know_no_epochs_to_step_at() -> None:
-    with pytest.raises(UsageError, match="^`lr_schedule=step` counts epochs and does not go with `max_seconds`; try linear$"):
+    with pytest.raises(
+        UsageError, match="^`lr_schedule=step` counts epochs and does not go with `max_seconds`; try linear$"
+    ):
         Recipe(max_seconds=5, lr_schedule="step")
 
 
 def test_budget_and_a_length_are_refused() -> None:
     for name in ("epochs", "max_steps", "max_seconds"):
-        with pytest.raises(UsageError, match="^`budget` sets the length; leave out `epochs`, `max_steps` and `max_seconds`$"):
+        with pytest.raises(
+            UsageError, match="^`budget` sets the length; leave out `epochs`, `max_steps` and `max_seconds`$"
+        ):
             convlens.train("digits", budget=60, **{name: 3})

@@ -95,9 +95,9 @@ def test_the_answers_are_those_of_predict(name: str) -> None:
         ]
         for told in (answer, alone):
             assert set(told) == {"label", "confidence", "in_distribution", "top", "prediction_set"}
-            assert (told["label"], told["in_distribution"]) == (wanted.label, wanted.known)
-            assert told["prediction_set"] == list(wanted.labels or ())
-            assert told["confidence"] == pytest.approx(wanted.probability, abs=1e-6)
+            assert (told["label"], told["in_distribution"]) == (wanted.label, wanted.in_distribution)
+            assert told["prediction_set"] == list(wanted.prediction_set or ())
+            assert told["confidence"] == pytest.approx(wanted.confidence, abs=1e-6)
             assert [one["label"] for one in told["top"]] == [label for label, _ in wanted.top]
             assert [one["confidence"] for one in told["top"]] == pytest.approx([p for _, p in wanted.top], abs=1e-6)
 
@@ -111,8 +111,8 @@ def test_what_an_answer_hangs_on(name: str) -> None:
     for params, about in (({}, wanted.label), ({"label": predictor.classes[3]}, predictor.classes[3])):
         told = client.post("/explain", params=params, content=file, headers=PNG).json()
         shown = (told["model"], told["label"], told["in_distribution"], told["about"])
-        assert shown == (name, wanted.label, wanted.known, about)
-        assert told["confidence"] == pytest.approx(wanted.probability, abs=1e-6)
+        assert shown == (name, wanted.label, wanted.in_distribution, about)
+        assert told["confidence"] == pytest.approx(wanted.confidence, abs=1e-6)
         heat = occlusion_map(lambda images: predictor.run(images)[0], pixels, predictor.classes.index(about))
         np.testing.assert_allclose(told["occlusion"], heat, atol=1e-4)
 
@@ -149,7 +149,7 @@ def test_raw_and_more_than_one_model(digits: OnnxPredictor) -> None:
     ):
         answer = client.post("/predict", params=params, content=file.getvalue(), headers=PNG).json()
         assert answer["model"] == params.get("model", "digits")
-        assert answer["predictions"][0]["confidence"] == pytest.approx(wanted.probability, abs=1e-6)
+        assert answer["predictions"][0]["confidence"] == pytest.approx(wanted.confidence, abs=1e-6)
     assert [about["name"] for about in client.get("/models").json()] == ["digits", "mnist"]
     assert client.get("/models").json()[1]["training"]["accuracy"] > 0.99
 
@@ -190,7 +190,7 @@ def test_requests_that_wait_together_go_through_the_net_together(
     answers = [response.json()["predictions"][0] for response in asyncio.run(ask())]
     assert sizes == [1, 8]
     for answer, wanted in zip(answers, [expected[0], *expected], strict=True):
-        assert answer["confidence"] == pytest.approx(wanted.probability, abs=1e-6)
+        assert answer["confidence"] == pytest.approx(wanted.confidence, abs=1e-6)
 
 
 # what it does not take

@@ -626,7 +626,7 @@ def test_the_process_that_created_a_shared_study_confirms(toy: str) -> None:
 
 def test_one_command_at_a_time_works_in_a_folder(toy: str) -> None:
     sweep = Sweep.create(toy, params=LR, trials=1, **QUICK)
-    with RunDir(sweep.folder).claimed():
+    with RunDir(sweep.folder).locked():
         done = subprocess.run([sys.executable, "-m", "convlens", *sweep.command.split()[1:]], capture_output=True)
     assert done.returncode == 2 and b"another process is training in runs/toy-sweep-1" in done.stderr
 
