@@ -279,7 +279,9 @@ def test_a_full_disk_leaves_no_checkpoint_that_claims_to_be_one(shell: Shell, mo
 
 
 def test_diverged_training_leaves_with_3(shell: Shell) -> None:
-    line = shell.fails("train", "digits", *QUICK, "--lr", "1e30", "--epochs", "3", code=3, says="is NaN or infinite (at step ")
+    line = shell.fails(
+        "train", "digits", *QUICK, "--lr", "1e30", "--epochs", "3", code=3, says="is NaN or infinite (at step "
+    )
     assert "try a lower --lr" in line
 
 

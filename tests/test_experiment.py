@@ -348,7 +348,7 @@ def test_an_existing_out_is_refused(run: Run, tmp_path: Path) -> None:
         ("digits", {"recipe": "mnst-99"}, "^unknown recipe 'mnst-99'; did you mean 'mnist-99'"),
         ("digits", {"epoch": 3}, "^unknown recipe option 'epoch'; did you mean 'epochs'"),
         ("digits", {"epochs": 0}, "^`epochs` is 0; it must be at least 1$"),
-        ("digits", {"model": "mnist-4conv"}, "has no option 'filters'|images are too small"),
+        ("digits", {"model": "mnist-4conv"}, "has no option 'width'|images are too small"),
         ("digits", {"recipe": "mnist-4conv"}, "^the images are too small for model 'mnist-4conv'"),
         ("digits", {"init_from": "nowhere"}, "^unknown run folder or model 'nowhere'"),
     ],
