@@ -182,7 +182,7 @@ def test_bundle_of_a_run(run: Run) -> None:
     test = load_dataset("digits").test
     prediction = run.predict(test.images[0, 0].numpy())
     assert prediction.label == rows[0]["predicted_label"]
-    assert prediction.probability == pytest.approx(float(rows[0]["confidence"]), abs=1e-4)
+    assert prediction.confidence == pytest.approx(float(rows[0]["confidence"]), abs=1e-4)
 
 
 def test_evaluating_a_run_again_gives_the_same_figures(run: Run) -> None:
@@ -348,7 +348,7 @@ def test_an_existing_out_is_refused(run: Run, tmp_path: Path) -> None:
         ("digits", {"recipe": "mnst-99"}, "^unknown recipe 'mnst-99'; did you mean 'mnist-99'"),
         ("digits", {"epoch": 3}, "^unknown recipe option 'epoch'; did you mean 'epochs'"),
         ("digits", {"epochs": 0}, "^`epochs` is 0; it must be at least 1$"),
-        ("digits", {"model": "mnist-4conv"}, "has no option 'filters'|images are too small"),
+        ("digits", {"model": "mnist-4conv"}, "has no option 'width'|images are too small"),
         ("digits", {"recipe": "mnist-4conv"}, "^the images are too small for model 'mnist-4conv'"),
         ("digits", {"init_from": "nowhere"}, "^unknown run folder or model 'nowhere'"),
     ],
@@ -439,7 +439,7 @@ def test_a_damaged_config_is_named(tmp_path: Path) -> None:
 def test_init_takes_the_stages_and_a_new_head(run: Run, tmp_path: Path) -> None:
     data = write_npz(tmp_path / "toy.npz")
     experiment = Experiment.start(TrainRequest.create(data, init_from=run.path, out=tmp_path / "run", **QUICK))
-    trained, fresh = run.classifier.net.state_dict(), experiment.model.state_dict()
+    trained, fresh = run.classifier.model.state_dict(), experiment.model.state_dict()
     assert experiment.recipe.model == "small" and experiment.recipe.width == 16
     assert fresh["head.2.weight"].shape == (4, 64) and trained["head.2.weight"].shape == (10, 64)
     stages = [key for key in trained if not key.startswith("head.")]
@@ -464,8 +464,8 @@ def test_init_of_a_whitened_net_keeps_the_whitening_it_was_trained_with(tmp_path
     rules: dict[str, Any] = {"model": "whitened", "width": 4, "epochs": 2, "batch_size": 16, "lr": 0.02, **QUICK}
     first = train("digits", out=tmp_path / "first", **rules)
     whole = train(data, init_from=first.path, out=tmp_path / "whole", **rules)
-    stem = first.classifier.net.state_dict()["body.stem.0.weight"]
-    assert torch.equal(whole.classifier.net.state_dict()["body.stem.0.weight"], stem)
+    stem = first.classifier.model.state_dict()["body.stem.0.weight"]
+    assert torch.equal(whole.classifier.model.state_dict()["body.stem.0.weight"], stem)
     stop(Experiment.start(TrainRequest.create(data, init_from=first.path, out=tmp_path / "parts", **rules)), 3)
     experiment = Experiment.resume(tmp_path / "parts")
     assert experiment.run().test == whole.test
