@@ -729,7 +729,9 @@ def test_batch_sizes_are_tried_until_they_bring_nothing(monkeypatch: pytest.Monk
     memory = dict.fromkeys(pace, 0)
     dataset = load_dataset("digits")
     dataset = dataclasses.replace(dataset, train=dataset.train.select(torch.arange(1200).repeat(5)))
-    monkeypatch.setattr(lr_finder, "measure", lambda _, __, size: lr_finder.Pace(size, pace[size], memory[size]))
+    monkeypatch.setattr(
+        throughput, "measure_batch_size", lambda _, __, size: Throughput(size, pace[size], memory=memory[size])
+    )
     recipe = get_recipe("digits")
     told: list[Throughput] = []
     tried, why = throughput.probe_batches(dataset, recipe, told.append)
@@ -746,7 +748,7 @@ def test_batch_sizes_are_tried_until_they_bring_nothing(monkeypatch: pytest.Monk
         raise MemoryError
 
     few = dataclasses.replace(dataset, train=dataset.train.select(torch.arange(350)))  # ten steps an epoch at least
-    tried, why = lr_finder.probe_batches(few, recipe)
+    tried, why = throughput.probe_batches(few, recipe)
     assert [p.batch_size for p in tried] == [16]
     assert why == "with batches of 32 an epoch would have fewer than 10 steps"
     monkeypatch.setattr(throughput, "measure_batch_size", run_out)
@@ -800,7 +802,7 @@ def test_tune_prints_a_command_that_runs(
     line = out.splitlines()[-1]
     words = line.removeprefix("train with: convlens ").split()
     assert words[:2] == ["train", "digits"] and "--no-nesterov" in words and "--lr" in words and "--batch-size" in words
-    monkeypatch.setattr(sys, "argv", ["convlens", "lr-find", "digits", "--to", "nowhere/x.png"])
+    monkeypatch.setattr(sys, "argv", ["convlens", "lr-find", "digits", "--out", "nowhere/x.png"])
     with pytest.raises(SystemExit) as leaving:
         main.main()
     said = "--out nowhere/x.png: there is no folder nowhere; create it or choose another place"
