@@ -601,7 +601,7 @@ def test_a_model_of_a_newer_version(shell: Shell, digits_run: Path, tmp_path: Pa
     shutil.copytree(digits_run / "model", newer)
     config = json.loads((newer / "config.json").read_text())
     (newer / "config.json").write_text(json.dumps({**config, "format": 99}))
-    shell.fails("predict", newer, "x.png", code=1, says="made by a newer convlens (bundle format 99, this one reads 1)")
+    shell.fails("predict", newer, "x.png", code=1, says="made by a newer convlens (bundle format 99, this one reads 2)")
 
 
 def test_image_size_is_for_folders(shell: Shell) -> None:
@@ -671,7 +671,7 @@ def test_what_helps_is_said(shell: Shell, digits_run: Path) -> None:
     Path("mine.txt").write_text("mine")
     line = shell.fails("train", "digits", "--out", "mine.txt", code=2, says="mine.txt exists already; choose another")
     assert "--resume" not in line
-    shell.fails("train", "digits", "--width", 10**8, code=2, says="not enough memory for this net small; try fewer")
+    shell.fails("train", "digits", "--width", 10**8, code=2, says="not enough memory for this model small; try less")
     assert not Path("runs").exists()
 
 
@@ -690,10 +690,10 @@ def test_a_run_without_its_checkpoints_begins_anew_and_says_so(shell: Shell) -> 
     [
         (["--loss", "nll"], "--loss nll needs a model that ends in log-softmax"),
         (["--patience", "3", "--val-fraction", "0"], "--patience and --restore-best choose by validation images"),
-        (["--init-from", "digits", "--freeze", "99"], "--freeze 99: the net has 4 stages"),
+        (["--init-from", "digits", "--freeze", "99"], "--freeze 99: the model has 4 stages"),
         (
             ["--model", "fashion-2conv", "--initial-size", "4", "--precision", "auto"],
-            "--initial-size 4: the net fashion-2",
+            "--initial-size is 4: the model fashion-2",
         ),
     ],
 )

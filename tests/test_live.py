@@ -107,13 +107,13 @@ def test_it_takes_little_time(half: RunDir, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("convlens.training.callbacks.compute_logits", slow)
     experiment = Experiment.resume(half.path)
-    live = LiveStatus(half, experiment.dataset, experiment.preprocess.normalizer(), experiment.recipe)
+    live = LiveStatus(half, experiment.dataset, experiment.preprocess.normalizer())
     for epoch in range(1, 401):  # of a second each
-        live.on_epoch_end(record(epoch), experiment.net)
+        live.on_epoch_end(record(epoch), experiment.model)
         now[0] += 1
     assert len(looked) == 4 and looked[1] - looked[0] > 100
     live.on_step_end(Progress(10, 10, 400.0, 0.1, 1.0, 9.0, 0.0))
-    live.on_epoch_end(record(400), experiment.net)  # after the end always
+    live.on_epoch_end(record(400), experiment.model)  # after the end always
     assert len(looked) == 5 and json.loads(half.mistakes.read_text())["epoch"] == 400
 
 
@@ -123,8 +123,8 @@ def test_what_is_wrong_is_asked_of_all_classes(half: RunDir) -> None:
     assert split is not None
     labels, rows = split.labels.sort()
     by_class = replace(experiment.dataset, validation=Split(images=split.images[rows], labels=labels, ids=split.ids))
-    live = LiveStatus(half, by_class, experiment.preprocess.normalizer(), experiment.recipe)
-    live.ASKED = 50
+    live = LiveStatus(half, by_class, experiment.preprocess.normalizer())
+    live.MAX_IMAGES = 50
     net = create_model("small", channels=1, image_height=8, image_width=8, classes=10, width=4)
     live.on_epoch_end(record(1), net)
     told = json.loads(half.mistakes.read_text())
@@ -134,8 +134,8 @@ def test_what_is_wrong_is_asked_of_all_classes(half: RunDir) -> None:
 def test_mistakes_are_those_of_the_net_that_is_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, torch.Tensor]] = []
     monkeypatch.setattr(LiveStatus, "on_epoch_end", lambda _, row, net: seen.append((row.epoch, weight_of(net))))
-    experiment = Experiment.create("digits", out=tmp_path / "run", epochs=2, ema_decay=0.9, **FAST)
-    raw = [weight_of(experiment.net) for _ in experiment.epochs()]
+    experiment = Experiment.start(TrainRequest.create("digits", out=tmp_path / "run", epochs=2, ema_decay=0.9, **FAST))
+    raw = [weight_of(experiment.model) for _ in experiment.epochs()]
     assert [epoch for epoch, _ in seen] == [1, 2]
     assert not torch.equal(seen[0][1], raw[0])  # the average, not the weights that go on
     assert torch.equal(seen[1][1], weight_of(experiment.model))  # at the end they are those that stay

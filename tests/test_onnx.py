@@ -460,7 +460,7 @@ def test_export_int8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_export_int8_without_data(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("export", folder, "--int8", "--out", tmp_path / "x.onnx") == 2
     told = capsys.readouterr().err
-    assert told.startswith("convlens: --int8 needs the images that the net was trained on: ") and "--data" in told
+    assert told.startswith("convlens: --int8 needs the images that the model was trained on: ") and "--data" in told
     Path("digits-int8.onnx").touch()
     assert run("export", "digits", "--int8") == 2
     assert capsys.readouterr().err == "convlens: digits-int8.onnx exists; name another file with --out\n"

@@ -138,7 +138,7 @@ print(run.path, run.accuracy >= 0)
     first, other = (text.splitlines() for text in in_processes(2, code=code))
     assert first[:3] == [
         "UsageError `sync_batchnorm` normalizes a batch as a whole; leave out `grad_accum_steps`",
-        "UsageError a series of trainings cannot be shared by several processes: start it without torchrun",
+        "UsageError a group of runs cannot be shared by several processes: start it without torchrun",
         "UsageError `budget` works with one process only; give several of them `max_seconds`",
     ]
     assert first[3].startswith("UnknownNameError unknown model 'nothing'")

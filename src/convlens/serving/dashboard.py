@@ -69,8 +69,9 @@ def describe_run(folder: RunDir) -> dict[str, Any]:
 
 def make_dashboard_page() -> str:
     """Return the page as HTML; it fetches ``runs.json`` and ``N/mistakes.json``."""
-    style, script = read_static("page.css") + read_static("live.css"), read_static("paint.js") + read_static("live.js")
-    return render("live.html", {"STYLE": style, "SCRIPT": script})
+    style = read_static("playground.css") + read_static("dashboard.css")
+    script = read_static("canvas.js") + read_static("dashboard.js")
+    return render("dashboard.html", {"STYLE": style, "SCRIPT": script})
 
 
 HOST = "127.0.0.1"

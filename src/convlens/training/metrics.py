@@ -22,7 +22,7 @@ class Progress:
         loss: Mean training loss of this epoch so far, in nats.
         accuracy: Training accuracy of this epoch so far, 0..1.
         images_per_second: Training throughput of this epoch.
-        left: Estimated seconds until the end of the training.
+        eta_seconds: Estimated seconds until the end of the training.
         epoch_done: Fraction of this epoch's work that is done, 0..1; 1 after its last step.
     """
 
@@ -32,11 +32,11 @@ class Progress:
     loss: float
     accuracy: float
     images_per_second: float
-    left: float
+    eta_seconds: float
     epoch_done: float = 1.0
 
     def __str__(self) -> str:
-        metrics = f"loss {self.loss:.4f}  accuracy {self.accuracy:.2%}  {self.left:,.0f} s left in all"
+        metrics = f"loss {self.loss:.4f}  accuracy {self.accuracy:.2%}  {self.eta_seconds:,.0f} s left in all"
         return f"{metrics}  {self.images_per_second:,.0f} images/s"
 
 

@@ -80,13 +80,13 @@ function showRun(run, number) {
     state = `${(100 * test.accuracy).toFixed(2)}% test accuracy`;
     const [low, high] = test.accuracy_ci95.map((fraction) => (100 * fraction).toFixed(2));
     more = `95% interval ${low}% to ${high}%, n = ${test.num_images.toLocaleString("en")}; trained for ${formatTime(seconds ?? 0)}.`;
-  } else if (progress?.silent > SILENT_SECONDS) {
+  } else if (progress?.seconds_since_update > SILENT_SECONDS) {
     state = `Stopped at ${Math.floor(100 * done)}%`;
-    more = `No update for ${formatTime(progress.silent)}. To resume: convlens train --resume`;
+    more = `No update for ${formatTime(progress.seconds_since_update)}. To resume: convlens train --resume`;
   } else if (done >= 1) state = "Testing";
   else if (progress) {
     state = `Epoch ${Math.floor(progress.epoch) + 1}, ${Math.floor(100 * done)}%`;
-    more = `${Math.round(progress.images_per_second).toLocaleString("en")} images/s, ${formatTime(progress.left)} left.`;
+    more = `${Math.round(progress.images_per_second).toLocaleString("en")} images/s, ${formatTime(progress.eta_seconds)} left.`;
   }
   element(card, "p", { class: "state" }, state);
   const track = element(card, "div", { class: "track", role: "progressbar", "aria-valuenow": Math.round(100 * done), "aria-label": `Progress of ${run.name}` });
@@ -123,7 +123,7 @@ async function showMistakes(runs) {
 function pageTitle(runs) {
   if (runs.length > 1) return `${runs.length} runs, ${runs.filter((run) => run.test).length} finished`;
   const [{ name, test, progress }] = runs;
-  return `${name}: ${test ? "finished" : progress?.silent > SILENT_SECONDS ? "stopped" : "training"}`;
+  return `${name}: ${test ? "finished" : progress?.seconds_since_update > SILENT_SECONDS ? "stopped" : "training"}`;
 }
 
 async function show(runs) {
