@@ -19,6 +19,7 @@ from convlens.data.dataset import Dataset, Split
 from convlens.data.loading import load_dataset
 from convlens.errors import UsageError
 from convlens.runs.experiment import Experiment
+from convlens.runs.request import TrainRequest
 from convlens.system.files import read_name_list
 from convlens.training.recipe import Recipe
 
@@ -178,7 +179,7 @@ def test_a_run_with_exclusions_goes_on() -> None:
     digits = load_dataset("digits")
     Path("some.txt").write_text(f"train/{digits.train.ids[1]}\twhy\n\n{digits.test.ids[2]}\n")
     whole = convlens.train("digits", exclude="some.txt", out="whole", **QUICK)
-    experiment = Experiment.create("digits", exclude="some.txt", out="stopped", **QUICK)
+    experiment = Experiment.start(TrainRequest.create("digits", exclude="some.txt", out="stopped", **QUICK))
     with pytest.raises(convlens.ConvlensError, match="^stopped at step 3"):
         steps = iter(range(100))
         for _ in experiment.epochs(should_stop=lambda: next(steps) == 3):

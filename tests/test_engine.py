@@ -667,7 +667,7 @@ class Listener(Callback):
         self.left: list[float] = []
 
     def on_step_end(self, progress: Progress) -> None:
-        self.left.append(progress.left)
+        self.left.append(progress.eta_seconds)
 
 
 WHOLE, SMALL = SIDE**2, 4**2  # seconds of a step of Timed

@@ -275,7 +275,7 @@ CONFIGS: dict[str, Callable[[dict[str, Any]], None]] = {
     "a model that is a list": changed("model.name", ["small"]),
     "an image larger than memory": changed("preprocess.height", 10**9),
     "an image of no size": changed("preprocess.width", 0),
-    "an ink box larger than the image": changed("preprocess.input_style.content_size", 10**6),
+    "an ink box larger than the image": changed("preprocess.style.content_size", 10**6),
     "seven channels": changed("preprocess.channels", 7),
     "a mean too many": changed("preprocess.mean", [0.1] * 9),
     "no deviation": changed("preprocess.std", [0.0, 0.0, 0.0]),

@@ -174,7 +174,7 @@ def test_wrong_arguments_get_a_line(capsys: pytest.CaptureFixture[str], monkeypa
             ),
             (
                 ("digits", "--host", "", "--port", 0),
-                "`host` is empty: give an address, such as 127.0.0.1, or 0.0.0.0 for all",
+                "--host is empty: give an address, such as 127.0.0.1, or 0.0.0.0 for all",
             ),
             (("digit",), "unknown run folder or model 'digit'; did you mean 'digits'?"),
             (("digits", "--port", "99999"), "Invalid value for '--port'"),

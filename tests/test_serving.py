@@ -145,7 +145,7 @@ def test_raw_and_more_than_one_model(digits: OnnxPredictor) -> None:
     for params, wanted in (
         ({}, digits.predict(page)),
         ({"model": "mnist"}, mnist.predict(page)),
-        ({"model": "mnist", "adapt": "false"}, mnist.predict(page, raw=True)),
+        ({"model": "mnist", "adapt": "false"}, mnist.predict(page, adapt=False)),
     ):
         answer = client.post("/predict", params=params, content=file.getvalue(), headers=PNG).json()
         assert answer["model"] == params.get("model", "digits")
@@ -240,7 +240,7 @@ def test_bad_requests_get_a_line(client: TestClient, picture: bytes, digits: Onn
         assert (whole.status_code, len(whole.json()["predictions"])) == (200, 1)
     for cut in (begun, begun + b"\r\n--x", begun + b"\r\n" + begun):
         assert client.post("/predict", content=cut, headers=boundary).json() == {"detail": "the form is incomplete"}
-    digits.bounds, bounds = None, digits.bounds
+    digits.conformal_thresholds, bounds = None, digits.conformal_thresholds
     try:
         answer = client.post("/predict?coverage=0.9", content=picture, headers=PNG)
         assert (answer.status_code, answer.json()["detail"][:25]) == (422, "coverage: digits was trai")
