@@ -434,7 +434,7 @@ def test_a_save_that_fails_says_so_and_changes_nothing(
             assert str(error).startswith("cannot write ")
             assert f": {os.strerror(code)}; " in str(error)
             synced = operation == "os.fsync" and call % 2 == 0  # that of the folder: the file has its name by then
-            assert str(error).endswith("may not outlast a power failure" if synced else "nothing was changed")
+            assert str(error).endswith("may not survive a power failure" if synced else "nothing was changed")
         else:
             assert calls < call, "it failed, and nobody was told"
     if calls < call:  # a save has not so many of them
@@ -561,7 +561,7 @@ def test_one_folder_is_trained_in_by_one_process(tmp_path: Path) -> None:
     for _ in range(3000):
         if not flag.exists():
             time.sleep(0.01)
-    with pytest.raises(UsageError, match=f"^another process is training in {out}; wait for it, or stop it$"):
+    with pytest.raises(UsageError, match=f"^another process is training in {out}; wait for it or stop it$"):
         list(Experiment.resume(out).epochs())
     os.kill(child, signal.SIGKILL)
     wait(child)
