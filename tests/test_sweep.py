@@ -142,12 +142,12 @@ def test_other_plans_that_cannot_work(toy: str) -> None:
         ({"params": [*LR, *LR]}, "`lr` is given twice"),
         ({"params": ["epochs=1,2", "max-steps=5,9"]}, "search `epochs` or `max-steps`, not both"),
         ({"params": LR, "val_fraction": 0.0}, "a sweep compares trials on validation images: set `val_fraction`"),
-        ({"params": LR, "loss": "nll"}, "--loss nll needs a model that ends in log-softmax"),
+        ({"params": LR, "loss": "nll"}, "`loss` nll needs a model that ends in log-softmax"),
         (
             {"params": ["loss=cross-entropy,nll"]},
             "cannot search `loss=nll`: `loss` nll needs a model that ends in log-",
         ),
-        ({"params": ["model=tiny,whitened"], "loss": "nll"}, "--loss nll needs a model that ends in log-softmax"),
+        ({"params": ["model=tiny,whitened"], "loss": "nll"}, "`loss` nll needs a model that ends in log-softmax"),
         ({"params": LR, "pool": "avg"}, "model 'small' has no option 'pool'"),
         ({"params": LR, "epoch": 1}, "unknown recipe option 'epoch'; did you mean 'epochs'"),
     ):
