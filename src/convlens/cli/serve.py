@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from convlens.errors import UsageError
+from convlens.system.extras import missing_extra
 
 
 def serve(
@@ -36,5 +36,5 @@ def serve(
     try:
         from convlens.serving import server
     except ImportError:
-        raise UsageError("serving needs more packages: pip install 'convlens[serve]'") from None
+        raise missing_extra("serving needs more packages", "serve") from None
     server.serve(models, host, port)

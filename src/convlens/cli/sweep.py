@@ -18,6 +18,7 @@ from convlens.cli.signals import graceful_stop, sigint_handler
 from convlens.cli.startup import gc_paused
 from convlens.errors import ConvlensError, TrainingInterruptedError, UsageError
 from convlens.run_dir import RunDir
+from convlens.system.extras import missing_extra
 from convlens.system.text import quoted
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def sweep(
     try:
         import optuna  # noqa: F401
     except ImportError:
-        raise UsageError("a sweep needs Optuna: pip install 'convlens[sweep]'") from None
+        raise missing_extra("a sweep needs Optuna", "sweep") from None
     with gc_paused():
         from convlens.sweep.study import Sweep
         from convlens.system.hardware import available_cores

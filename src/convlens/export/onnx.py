@@ -43,7 +43,7 @@ def require_exporter() -> None:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError:
-        raise missing_extra("ONNX export", "export") from None
+        raise missing_extra("ONNX export needs the extra `export`", "export") from None
 
 
 class WithFeatures(nn.Module):

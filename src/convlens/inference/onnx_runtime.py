@@ -161,7 +161,7 @@ class OnnxPredictor(Predictor):
         try:
             import onnx
         except ImportError:
-            raise missing_extra("ONNX export", "export") from None
+            raise missing_extra("ONNX export needs the extra `export`", "export") from None
         model = onnx.load_from_string(self._content)
         for tensor in model.graph.initializer:
             if tensor.name in self._tensors:

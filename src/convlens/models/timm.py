@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from convlens.errors import ConvlensError, UnknownNameError, UsageError
 from convlens.models.base import MODELS, ConvNet
+from convlens.system.extras import missing_extra
 
 PREFIX = "timm:"
 
@@ -21,7 +22,7 @@ def import_timm() -> Any:
     try:
         import timm
     except ImportError:
-        raise UsageError("timm is not installed: pip install 'convlens[backbones]'") from None
+        raise missing_extra("timm is not installed", "backbones") from None
     return timm
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from convlens.errors import UsageError
 
 
-def missing_extra(feature: str, extra: str) -> UsageError:
+def missing_extra(reason: str, extra: str) -> UsageError:
     """Return the error for a feature whose packages are not installed.
 
     Args:
-        feature: What the user asked for, such as "ONNX export".
+        reason: What is missing, such as "timm is not installed".
         extra: The extra of convlens that installs the packages.
     """
-    return UsageError(f"{feature} needs the extra `{extra}`: pip install 'convlens[{extra}]'")
+    return UsageError(f"{reason}: pip install 'convlens[{extra}]'")

@@ -14,10 +14,10 @@ from torch import nn
 
 from convlens.data.dataset import Dataset
 from convlens.data.normalize import Normalize
-from convlens.errors import UsageError
 from convlens.evaluation.inference import compute_logits
 from convlens.explain.snapshots import write_snapshot
 from convlens.run_dir import RunDir
+from convlens.system.extras import missing_extra
 from convlens.system.files import write_json_best_effort
 from convlens.system.progress import ProgressBar
 from convlens.training.metrics import Progress
@@ -209,7 +209,7 @@ def find_tensorboard() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UsageError("`tensorboard` needs an extra package: pip install 'convlens[tensorboard]'") from None
+        raise missing_extra("`tensorboard` needs an extra package", "tensorboard") from None
     return SummaryWriter
 
 
