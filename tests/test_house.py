@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "convlens"
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -71,6 +69,9 @@ OLD_NAMES = (
 ).split()
 
 
+OLD = (("--(?:no-)?", OLD_FLAGS), ("", OLD_NAMES))
+
+
 def texts() -> list[Path]:
     """Return the files in which a name may stand."""
     folders = ("src", "docs", "tests", "benchmarks", "scripts")
@@ -79,13 +80,8 @@ def texts() -> list[Path]:
     return [ROOT / "README.md", *(path for path in found if path.name not in ("test_house.py", "losses.json"))]
 
 
-@pytest.mark.parametrize("flag", OLD_FLAGS)
-def test_an_old_flag_is_nowhere(flag: str) -> None:
-    pattern = re.compile(rf"(?<![\w-])--(no-)?{flag}(?![\w-])")
-    assert [str(path) for path in texts() if pattern.search(path.read_text(encoding="utf-8"))] == []
-
-
-def test_an_old_name_is_nowhere() -> None:
-    pattern = re.compile(rf"(?<![\w-])({'|'.join(OLD_NAMES)})(?![\w-])")
+def test_old_flags_and_names_are_nowhere() -> None:
+    flags, names = (rf"(?<![\w-]){start}(?:{'|'.join(words)})(?![\w-])" for start, words in OLD)
+    pattern = re.compile(rf"{flags}|{names}")
     found = {str(path.relative_to(ROOT)): set(pattern.findall(path.read_text(encoding="utf-8"))) for path in texts()}
     assert {name: words for name, words in found.items() if words} == {}

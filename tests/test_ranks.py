@@ -46,7 +46,7 @@ for kind, options in json.loads(sys.argv[1]):
     # three images are too few for some processes: all of them still test all three, once
     normalize = Preprocess.fit(dataset.train.images, dataset.input_style).normalizer()
     three = dataset.test.select(torch.arange(3))
-    shared, alone = (evaluate(net, three, normalize, ranks=world) for world in (init_world(), None))
+    shared, alone = (evaluate(net, three, normalize, world=world) for world in (init_world(), None))
     assert abs(shared.loss - alone.loss) < 1e-6 and shared.accuracy == alone.accuracy
     print(json.dumps([records, torch.cat([p.detach().flatten() for p in net.parameters()])[::7].tolist()]))
 """

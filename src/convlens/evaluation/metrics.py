@@ -64,7 +64,7 @@ def evaluate(
     *,
     batch_size: int = 500,
     autocast: AbstractContextManager[object] | None = None,
-    ranks: World | None = None,
+    world: World | None = None,
 ) -> Scores:
     """Evaluate a model on a split.
 
@@ -74,15 +74,15 @@ def evaluate(
         normalize: Turns images into the model's input.
         batch_size: Images in one forward pass.
         autocast: Context manager for mixed precision.
-        ranks: The process group; each rank evaluates a part of the split, and all get the same result.
+        world: The process group; each rank evaluates a part of the split, and all get the same result.
 
     Returns:
         Loss and accuracy.
     """
-    ranks = ranks or World()
-    local_images = split.images[ranks.local_slice(len(split))]
+    world = world or World()
+    local_images = split.images[world.local_slice(len(split))]
     logits = compute_logits(model, local_images, normalize, batch_size=batch_size, autocast=autocast)
-    return Scores.of(ranks.all_gather(logits, len(split)), split.labels)
+    return Scores.of(world.all_gather(logits, len(split)), split.labels)
 
 
 def wilson_interval(correct: int, n: int, z: float = Z95) -> tuple[float, float]:

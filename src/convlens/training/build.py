@@ -165,7 +165,7 @@ class TrainSetup:
                 self.normalize,
                 batch_size=self.recipe.batch_size,
                 autocast=autocast(self.precision, self.device),
-                ranks=self.world,
+                world=self.world,
             )
             scores[name] = Scores(*self.world.broadcast([score.loss, score.accuracy]))  # equal to the last bit
         return scores
