@@ -15,10 +15,9 @@ from convlens.data.cross_validation import assign_folds, merge
 from convlens.data.dataset import Dataset, Split
 from convlens.data.loading import refuse_inside_data
 from convlens.data.preprocess import Preprocess
-from convlens.errors import UsageError
 from convlens.evaluation.inference import compute_logits
 from convlens.reports.image_grid import image_grid
-from convlens.run_dir import atomic_dir
+from convlens.run_dir import atomic_dir, require_new_path
 from convlens.system.device import select_device, set_num_threads
 from convlens.system.files import write_json, write_name_list
 from convlens.system.random import derive_seed, preserve_rng_state, seed_everything
@@ -251,8 +250,7 @@ def out_of_fold_probabilities(dataset: Dataset, merged: Split, recipe: Recipe) -
 
 def require_new_outputs(path: Path, data: Any, field: str) -> None:
     """Raise UsageError if ``path``, given as ``field``, exists or is inside the folder of the data."""
-    if path.exists():
-        raise UsageError(f"{path} exists already; choose another `{field}`")
+    require_new_path(path, field)
     refuse_inside_data(path, data, field)
 
 
