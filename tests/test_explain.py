@@ -101,13 +101,14 @@ def test_heatmaps_find_the_mark(trained: Run) -> None:
     found = [share_on_the_mark(heat.clip(0), place, SIDE // 8) for heat, place in zip(hangs, places, strict=True)]
     shares["occlusion"] = round(float(np.mean(found)), 3)
     print(name, shares)
-    # units of the deeper stages of `whitened` see most of the image, and may stand beside what they have found; so may
-    # those of the last stage of `tiny`, which see 35 pixels on a map with cells of 9: trainings with other seeds or
-    # lengths end between 0.48 and 0.82, where an even map has 0.25
-    certain = {"whitened": ["stem", "group1"], "tiny": ["conv1", "conv2", "occlusion"]}.get(name, [*shares][-2:])
-    assert all(shares[stage] > 0.8 for stage in certain), shares
-    if name == "tiny":
+    # units of the deeper stages of `whitened` see most of the image, and may stand beside what they have found
+    certain = ["stem", "group1"] if name == "whitened" else [*list(shares)[-2:]]
+    if name == "tiny" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        # a training that rounds otherwise is another training: on AVX2 the last stage of `tiny`, whose units see 35
+        # pixels, had 0.48 to 0.82 on the mark in eleven trainings
         assert shares["conv3"] > 0.5, shares
+        certain = ["conv1", "conv2", "occlusion"]
+    assert all(shares[stage] > 0.8 for stage in certain), shares
 
 
 def test_heatmaps_depend_on_the_weights(trained: Run) -> None:
